@@ -1,0 +1,13 @@
+"""Optional packages: imported where they are needed, with one sentence that says what to install."""
+
+import importlib
+from types import ModuleType
+
+
+def require(module: str, purpose: str, extra: str = "train") -> ModuleType:
+    """Imports `module`, or raises ImportError naming the package, its `purpose` and the extra that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(module.split(".")[0], module.split(".")[0])
+        raise ImportError(f'{purpose} needs {package} ({error}): pip install "fastkd[{extra}]"') from error

@@ -1,0 +1,6 @@
+"""Image data by name, ready for training on few cores, the same for every number of workers and after a resume."""
+
+from .batches import EpochSampler, loader
+from .catalog import Data, load, names
+
+__all__ = ["Data", "EpochSampler", "load", "loader", "names"]

@@ -1,0 +1,166 @@
+"""`load`: a data set by name, split, augmented and normalised."""
+
+import difflib
+import inspect
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from . import sources
+from .images import ImageSet
+from .seeding import check_seed, stratified_order
+from .sources import Part, Source
+
+_SOURCES = {
+    "digits": sources.digits,
+    "cifar10": sources.cifar10,
+    "cifar100": sources.cifar100,
+    "tiny-imagenet": sources.tiny_imagenet,
+    "fake": sources.fake,
+}
+_FOLDER = "imagefolder"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Map-style datasets of (float32 image [C, H, W] normalised, int label), and what a network must know of them.
+
+    With several views an image of `train` is a tuple of tensors. `validation` is None if there is none.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    test: Dataset
+    num_classes: int
+    image_size: int
+    channels: int
+    classes: tuple[str, ...]
+
+
+def names() -> list[str]:
+    """The names that `load` knows; imagefolder stands for imagefolder:DIR."""
+    return [*_SOURCES, _FOLDER]
+
+
+def load(
+    name: str,
+    *,
+    root: str | Path = ".data",
+    download: bool = False,
+    train_size: int | None = None,
+    validation: float | int = 0.0,
+    seed: int = 0,
+    image_size: int | None = None,
+    augment: bool = True,
+    views: int = 1,
+    **options,
+) -> Data:
+    """The data set `name` as `Data`.
+
+    name        digits (scikit-learn's, 8x8), cifar10, cifar100, tiny-imagenet, fake, or imagefolder:DIR with
+                DIR/train/<class>/* and DIR/test or DIR/val (with both, val is the validation set)
+    root        folder of the downloaded data; digits, fake and imagefolder do not look at it
+    download    cifar10 and cifar100: fetch what is missing
+    train_size  number of training images kept, of each class its share; smaller sets are parts of larger ones
+    validation  fraction (float below 1) or number (int) of training images set apart, of each class its share;
+                they are never augmented, and neither train_size nor augment changes which they are
+    seed        of the split, of train_size and of the augmentation; test images never depend on it
+    image_size  images are resized to it; None for the data's own (imagefolder: of the first image, 224 for large ones)
+    augment     random shift by 1 pixel of 8 (CIFAR: 4 of 32) and, but for digits, mirroring; for image files and
+                image_size >= 96 a random resized crop and mirroring
+    views       number of independent augmentations of each training image
+    options     fake only: num_classes, channels, train_images, test_images
+
+    Pixels are normalised by the data set's mean and standard deviation (imagefolder: ImageNet's).
+
+    Raises ValueError for a bad argument, FileNotFoundError for missing data, ImportError for a missing package.
+    """
+    _check(seed, train_size, validation, image_size, views)
+    source = _source(name, Path(root).expanduser(), download, image_size, options)
+    train, held_out = _split(source, train_size, validation, seed)
+
+    def make(part: Part, **extra) -> ImageSet:
+        return ImageSet(part.store, part.labels, part.rows, source.image_size, source.mean, source.std, **extra)
+
+    change = source.augmentation if augment else None
+    return Data(
+        train=make(train, augmentation=change, views=views, seed=seed),
+        validation=None if held_out is None else make(held_out),
+        test=make(source.test),
+        num_classes=len(source.classes),
+        image_size=source.image_size,
+        channels=source.channels,
+        classes=source.classes,
+    )
+
+
+def _check(seed: int, train_size: int | None, validation: float | int, image_size: int | None, views: int) -> None:
+    check_seed("load", seed)
+    for argument, value in (("train_size", train_size), ("image_size", image_size), ("views", views)):
+        if value is None and argument != "views":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"load: {argument} must be an integer of at least 1, got {value!r}")
+    good = isinstance(validation, int | float) and not isinstance(validation, bool) and validation >= 0
+    if not good or (isinstance(validation, float) and validation >= 1):
+        raise ValueError(
+            f"load: validation must be a fraction (float from 0 to below 1) or a number of images (int), "
+            f"got {validation!r}"
+        )
+
+
+def _source(name: str, root: Path, download: bool, image_size: int | None, options: dict) -> Source:
+    if not isinstance(name, str):
+        raise TypeError(f"load: name must be a string such as 'digits', got {type(name).__name__}")
+    kind, _, folder = name.partition(":")
+    key = re.sub("[-_ ]", "", kind.lower()).removesuffix("200")
+    if key == _FOLDER:
+        if not folder:
+            raise ValueError("load: imagefolder needs a folder; write imagefolder:DIR")
+        _check_options(name, (), options)
+        return sources.image_folder(Path(folder).expanduser(), image_size)
+    build = {known.replace("-", ""): build for known, build in _SOURCES.items()}.get(key)
+    if build is None or folder:
+        close = difflib.get_close_matches(kind.lower(), names(), n=1)
+        guess = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"load: no data set is called {name!r}; {guess}known are {', '.join(names())}:DIR")
+    parameters = inspect.signature(build).parameters.values()
+    known = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    _check_options(name, known, options)
+    return build(root, download, image_size, **options)
+
+
+def _check_options(name: str, known: tuple[str, ...], options: dict) -> None:
+    for option, value in options.items():
+        if option not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none of its own"
+            raise TypeError(f"load: {name} has no option {option!r}; {has}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"load: {option} must be an integer of at least 1, got {value!r}")
+
+
+def _split(source: Source, train_size: int | None, validation: float | int, seed: int) -> tuple[Part, Part | None]:
+    """The training images that are kept, and the validation images."""
+    part = source.train
+    rows = np.arange(len(part.store)) if part.rows is None else part.rows
+    count = round(validation * len(rows)) if isinstance(validation, float) else validation
+    if validation and source.validation is not None:
+        raise ValueError(
+            "load: this folder has its own val/; leave validation at 0, or rename val/ to cut one from train/"
+        )
+    if validation and not 0 < count < len(rows):
+        raise ValueError(
+            f"load: validation={validation!r} takes {count} of {len(rows)} training images; "
+            f"choose from 1 to {len(rows) - 1}"
+        )
+    left = len(rows) - count
+    if train_size is not None and train_size > left:
+        apart = f" after {count} for validation" if count else ""
+        raise ValueError(f"load: train_size is {train_size}, but there are {left} training images{apart}; choose fewer")
+    order = stratified_order(part.labels[rows], seed)  # validation first, then training: each a stratified piece
+    kept = order[count : count + (left if train_size is None else train_size)]
+    held_out = Part(part.store, part.labels, rows[np.sort(order[:count])]) if count else source.validation
+    return Part(part.store, part.labels, rows[np.sort(kept)]), held_out

@@ -1,0 +1,179 @@
+"""Images in memory or in files, and the dataset that augments and normalises them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .._extras import require
+from .seeding import AUGMENT, stream
+
+LARGE = 96  # from this image_size on, files are cropped as ImageNet's are
+
+
+class InMemory:
+    """Images as one tensor [N, C, H, W], uint8 in 0..255 or float32 in 0..1."""
+
+    def __init__(self, images: Tensor):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fetch(self, rows: np.ndarray) -> Tensor:
+        return self.images[torch.from_numpy(rows)]
+
+    def render(self, raw: Tensor, keys: np.ndarray | None) -> Tensor:
+        return raw
+
+
+class Files:
+    """Image files, decoded when asked for, always as RGB of `size` x `size` pixels."""
+
+    def __init__(self, paths: Sequence[str], size: int):
+        self.paths, self.size = list(paths), size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def fetch(self, rows: np.ndarray) -> list:
+        return [open_image(self.paths[row]) for row in rows]
+
+    def render(self, raw: list, keys: np.ndarray | None) -> Tensor:
+        """uint8 [B, 3, size, size]: the centre, or where `keys` [B] in [0, 1) are given the random crop of each key."""
+        cut = self._centre if keys is None else self._random_crop
+        images = [cut(image, key) for image, key in zip(raw, [0.0] * len(raw) if keys is None else keys, strict=True)]
+        return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+
+    def _centre(self, image, key: float):
+        transforms = _transforms()
+        side = round(self.size * 256 / 224) if self.size >= LARGE else self.size
+        return transforms.center_crop(transforms.resize(image, side), [self.size, self.size])
+
+    def _random_crop(self, image, key: float):
+        # torchvision draws from the global generator: lend it a state of our own.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(key * 2**53))
+            crop = require("torchvision.transforms", "Images").RandomResizedCrop
+            box = crop.get_params(image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
+        return _transforms().resized_crop(image, *box, size=[self.size, self.size])
+
+
+def _transforms():
+    return require("torchvision.transforms.functional", "Reading images")
+
+
+def open_image(path: str):
+    """The image in file `path` as a PIL image in RGB. Raises ValueError, naming the file, if it cannot be read."""
+    pillow = require("PIL.Image", "Reading images")
+    try:
+        with pillow.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"image {path} cannot be read ({error}); remove or replace it") from error
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What may happen to a training image.
+
+    padding       shifted by up to so many pixels each way, what comes in is 0 (black)
+    flip          mirrored with probability 1/2
+    resized_crop  files only: a random part of 8 % to 100 % of the area (torchvision's RandomResizedCrop)
+    """
+
+    padding: int = 0
+    flip: bool = False
+    resized_crop: bool = False
+
+
+class ImageSet(Dataset):
+    """A map-style dataset of (image, label): float32 [C, size, size] normalised, int.
+
+    With `views` > 1 the image is a tuple of so many tensors, each augmented on its own. What happens to an image
+    depends on seed, epoch, image and view only, so that batches are the same for any number of workers
+    and after a resume; `set_epoch` says which epoch it is (`fastkd.data.loader` calls it).
+
+    store      `InMemory` or `Files`
+    labels     int64 [N], one for each image of the store
+    rows       int64 [n], the images of the store that this set holds; None for all
+    mean, std  one number a channel, for pixels in 0..1
+    """
+
+    def __init__(
+        self,
+        store: InMemory | Files,
+        labels: np.ndarray,
+        rows: np.ndarray | None,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        augmentation: Augmentation | None = None,
+        views: int = 1,
+        seed: int = 0,
+    ):
+        self.store, self.size, self.augmentation, self.views, self.seed = store, size, augmentation, views, seed
+        self.rows = np.arange(len(store)) if rows is None else rows
+        self.labels = labels[self.rows]  # [n]
+        self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+        self.set_epoch(0)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self._draws: list[np.ndarray] | None = None
+
+    def __getitem__(self, index: int):
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of a set of {len(self)} images")
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list:
+        """A batch at once, which is much faster than image by image; DataLoader knows this method."""
+        rows = self.rows[np.asarray(indices)]
+        raw, labels = self.store.fetch(rows), self.labels[np.asarray(indices)].tolist()
+        views = [self._view(raw, rows, view) for view in range(self.views)]
+        images = views[0] if self.views == 1 else zip(*views, strict=True)
+        return list(zip(images, labels, strict=True))
+
+    def _view(self, raw: Tensor | list, rows: np.ndarray, view: int) -> Tensor:
+        change = self.augmentation
+        if change is None:
+            x = self.store.render(raw, None)
+        else:
+            draws = self._numbers(view)[rows]  # [B, 4]
+            x = self.store.render(raw, draws[:, 3] if change.resized_crop else None)
+            x = shift_and_flip(x, draws, change.padding, change.flip)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        if x.shape[-1] != self.size:
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False, antialias=True)
+        return (x - self.mean) / self.std
+
+    def _numbers(self, view: int) -> np.ndarray:
+        # Of the whole store at once: seeding a generator for each image would take longer than the image.
+        if self._draws is None:
+            n = len(self.store)
+            self._draws = [stream(self.seed, AUGMENT, self.epoch, v).random((n, 4)) for v in range(self.views)]
+        return self._draws[view]
+
+
+def shift_and_flip(x: Tensor, draws: np.ndarray, padding: int, flip: bool) -> Tensor:
+    """Crops x [B, C, H, W], padded by zeros, at random and mirrors it if `flip`; `draws` [B, 3 or more] in [0, 1)."""
+    height, width = x.shape[-2:]
+    corners = (draws[:, :2] * (2 * padding + 1)).astype(int).tolist()
+    padded = F.pad(x, (padding,) * 4)
+    x = torch.stack(
+        [im[:, top : top + height, left : left + width] for im, (top, left) in zip(padded, corners, strict=True)]
+    )
+    if flip:
+        mirrored = torch.from_numpy(draws[:, 2] < 0.5)[:, None, None, None]  # [B, 1, 1, 1]
+        x = torch.where(mirrored, x.flip(-1), x)
+    return x

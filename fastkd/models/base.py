@@ -1,0 +1,109 @@
+"""What every network shares: `Outputs`, the base class `Network`, normalisation layers, counting."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Norm = Callable[[int], nn.Module]
+
+
+class Outputs(NamedTuple):
+    """What a network returns beside plain logits.
+
+    logits    [B, C]
+    features  [B, D], the input of the last linear layer (the pooled embedding), or None
+    maps      feature maps [B, c, h, w] in the order in which the network computes them, the last
+              one last, or None
+
+    A NamedTuple is a tuple, so it passes through torch.compile and DistributedDataParallel as it is.
+    """
+
+    logits: Tensor
+    features: Tensor | None = None
+    maps: tuple[Tensor, ...] | None = None
+
+
+def logits_of(output: object) -> Tensor:
+    """The logits [B, C] of what a network returned: a Tensor, an `Outputs`, or any object with `.logits`.
+
+    Raises TypeError for anything else.
+    """
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise TypeError(
+        f"logits_of: output must be a Tensor or have a Tensor in `.logits`, got {type(output).__name__}; "
+        "let the network return its logits or fastkd.models.Outputs"
+    )
+
+
+def parameters_count(model: nn.Module, trainable: bool = False) -> int:
+    """Number of scalars in the parameters of `model` (each shared parameter once), or in the trainable ones only."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+class Network(nn.Module):
+    """A network that runs in three steps, so that its parts can be shared or watched.
+
+    forward_stem(x)          image [B, channels, H, W] -> maps of all stages but the last
+    forward_branch(stem)     those maps -> Outputs, with the last stage and the classifier
+    forward_features(x)      both: image -> Outputs(logits, features, maps)
+    forward(x)               image -> logits [B, num_classes]
+
+    Several peers on a shared stem (ONE, PCL, DKEL) are one network's `forward_stem` and several
+    networks' `forward_branch`. `features_width` is D, the width of `Outputs.features`.
+    """
+
+    features_width: int
+
+    def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
+        raise NotImplementedError
+
+    def forward_features(self, x: Tensor) -> Outputs:
+        return self.forward_branch(self.forward_stem(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_features(x).logits
+
+
+def make_norm(norm: str) -> Norm:
+    """The function channels -> normalisation layer for `norm` = "batch" or "group".
+
+    Group normalisation (Wu and He, arXiv 1803.08494) has no buffers and does not look at the other
+    samples of the batch. Groups hold 8 channels or more, since maps of small images have few
+    pixels, and there are at most 32.
+    """
+    if norm == "batch":
+        return nn.BatchNorm2d
+    if norm == "group":
+        return lambda channels: nn.GroupNorm(math.gcd(channels, max(1, min(32, channels // 8))), channels)
+    raise ValueError(f'create: norm must be "batch" or "group", got {norm!r}')
+
+
+def scaled(channels: int, width: float) -> int:
+    """`channels` times the width multiplier, at least 1."""
+    if not (isinstance(width, int | float) and 0 < width < math.inf):
+        raise ValueError(f"create: width must be a positive number, got {width!r}; 1.0 is the published width")
+    return max(1, round(channels * width))
+
+
+def init_kaiming(model: nn.Module) -> None:
+    """Convolutions by He's normal initialisation over the fan-out (arXiv 1502.01852), their biases 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def global_pool(x: Tensor) -> Tensor:
+    """[B, c, h, w] -> [B, c], the mean over the pixels."""
+    return torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)

@@ -1,0 +1,119 @@
+"""Networks of torchvision, with any number of input channels and a first layer fit for small images.
+
+ImageNet's networks shrink an image 4 times before their first block. At `image_size` <= 64 (or with
+`small_stem=True`) they get what papers on CIFAR give them: a 3x3 first convolution of stride 1 and no
+max-pooling; MobileNetV2's second stage also keeps its size. All then shrink the image 8 times,
+DenseNet-40-12 4 times.
+"""
+
+from torch import nn
+
+from .._extras import require
+from .base import make_norm
+
+SMALL = 64  # largest image_size that gets the small stem
+
+# For `with_features` without layer names: ends of stages, then the input of the classifier.
+RESNET_LAYERS = ("layer1", "layer2", "layer3", "layer4", "flatten")
+MOBILENET_LAYERS = ("features.3", "features.6", "features.13", "features.18", "flatten")
+SHUFFLENET_LAYERS = ("stage2", "stage3", "stage4", "conv5", "mean")
+
+
+def _models():
+    return require("torchvision.models", "this network")
+
+
+def _norm_layer(norm: str):
+    return None if norm == "batch" else make_norm(norm)
+
+
+def _first_conv(old: nn.Conv2d, channels: int, small: bool) -> nn.Conv2d:
+    if not small:
+        if channels == old.in_channels:
+            return old
+        kernel, stride, padding = old.kernel_size, old.stride, old.padding
+    else:
+        kernel, stride, padding = 3, 1, 1
+    conv = nn.Conv2d(channels, old.out_channels, kernel, stride, padding, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv
+
+
+def _is_small(small_stem: bool | None, image_size: int) -> bool:
+    return image_size <= SMALL if small_stem is None else small_stem
+
+
+def resnet(
+    depth: int, num_classes: int, image_size: int, channels: int, *, norm: str = "batch", small_stem: bool | None = None
+) -> nn.Module:
+    """ResNet-18/34/50, arXiv 1512.03385."""
+    build = getattr(_models(), f"resnet{depth}")
+    model = build(num_classes=num_classes, norm_layer=_norm_layer(norm))
+    small = _is_small(small_stem, image_size)
+    model.conv1 = _first_conv(model.conv1, channels, small)
+    if small:
+        model.maxpool = nn.Identity()
+    model.feature_layers = RESNET_LAYERS
+    return model
+
+
+def mobilenet_v2(
+    num_classes: int,
+    image_size: int,
+    channels: int,
+    *,
+    width: float = 1.0,
+    norm: str = "batch",
+    small_stem: bool | None = None,
+) -> nn.Module:
+    """MobileNetV2, arXiv 1801.04381."""
+    small = _is_small(small_stem, image_size)
+    setting = [  # expansion, channels, repeats, stride: torchvision's, but for the second stride
+        [1, 16, 1, 1],
+        [6, 24, 2, 1 if small else 2],
+        [6, 32, 3, 2],
+        [6, 64, 4, 2],
+        [6, 96, 3, 1],
+        [6, 160, 3, 2],
+        [6, 320, 1, 1],
+    ]
+    model = _models().MobileNetV2(
+        num_classes=num_classes, width_mult=width, inverted_residual_setting=setting, norm_layer=_norm_layer(norm)
+    )
+    model.features[0][0] = _first_conv(model.features[0][0], channels, small)
+    model.feature_layers = MOBILENET_LAYERS
+    return model
+
+
+def shufflenet_v2(
+    size: str, num_classes: int, image_size: int, channels: int, *, small_stem: bool | None = None
+) -> nn.Module:
+    """ShuffleNetV2 of width "x0_5", "x1_0", "x1_5" or "x2_0", arXiv 1807.11164."""
+    model = getattr(_models(), f"shufflenet_v2_{size}")(num_classes=num_classes)
+    small = _is_small(small_stem, image_size)
+    model.conv1[0] = _first_conv(model.conv1[0], channels, small)
+    if small:
+        model.maxpool = nn.Identity()
+    model.feature_layers = SHUFFLENET_LAYERS
+    return model
+
+
+def densenet(
+    growth: int,
+    blocks: tuple[int, ...],
+    stem: int,
+    num_classes: int,
+    image_size: int,
+    channels: int,
+    *,
+    small_stem: bool | None = None,
+) -> nn.Module:
+    """DenseNet-BC, arXiv 1608.06993: `blocks` layers of `growth` channels a block, `stem` channels at first."""
+    model = _models().DenseNet(growth, blocks, stem, num_classes=num_classes)
+    small = _is_small(small_stem, image_size)
+    model.features.conv0 = _first_conv(model.features.conv0, channels, small)
+    if small:
+        model.features.pool0 = nn.Identity()
+    transitions = tuple(f"features.denseblock{i}" for i in range(1, len(blocks)))
+    model.feature_layers = (*transitions, "relu", "flatten")
+    return model

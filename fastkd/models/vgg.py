@@ -1,0 +1,65 @@
+"""VGG 8-19 with normalisation and one linear layer, in the form that papers on distillation use for small images.
+
+Sources: Simonyan and Zisserman, arXiv 1409.1556 (11-19); Tian et al., arXiv 1910.10699 (VGG-8, small classifier).
+"""
+
+from torch import Tensor, nn
+
+from .base import Network, Outputs, global_pool, init_kaiming, make_norm, scaled
+
+CHANNELS = (64, 128, 256, 512, 512)
+CONVOLUTIONS = {  # in each of the five stages
+    8: (1, 1, 1, 1, 1),
+    11: (1, 1, 2, 2, 2),
+    13: (2, 2, 2, 2, 2),
+    16: (2, 2, 3, 3, 3),
+    19: (2, 2, 4, 4, 4),
+}
+
+
+class VGG(Network):
+    """Five stages of convolution, normalisation, ReLU; a global average pooling; one linear layer.
+
+    A 2x2 max-pooling stands between two stages only while the map is larger than 4x4, so that the last
+    stage sees 4x4 pixels for images of 8 to 64 pixels. As in the field's code, convolutions have a bias.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        num_classes: int,
+        image_size: int = 32,
+        channels: int = 3,
+        *,
+        norm: str = "batch",
+        width: float = 1.0,
+    ):
+        super().__init__()
+        make, size, stages = make_norm(norm), image_size, []
+        for outputs, count in zip(CHANNELS, CONVOLUTIONS[depth], strict=True):
+            outputs, layers = scaled(outputs, width), []
+            if stages and size > 4:
+                layers.append(nn.MaxPool2d(2))
+                size //= 2
+            for _ in range(count):
+                layers += [nn.Conv2d(channels, outputs, 3, padding=1), make(outputs), nn.ReLU(inplace=True)]
+                channels = outputs
+            stages.append(nn.Sequential(*layers))
+        self.stages = nn.ModuleList(stages)
+        self.features_width = channels
+        self.fc = nn.Linear(channels, num_classes)
+        init_kaiming(self)
+        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
+        maps = []
+        for stage in self.stages[:-1]:
+            x = stage(x)
+            maps.append(x)
+        return tuple(maps)
+
+    def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
+        last = self.stages[-1](stem[-1])  # [B, 512, h, w]
+        features = global_pool(last)
+        return Outputs(self.fc(features), features, (*stem, last))
