@@ -1,0 +1,100 @@
+"""One batch, cut by rows into the parts of a gradient accumulation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.methods._checks import check_integer
+from fastkd.ops import _common as common
+
+IGNORE_INDEX = -100  # PyTorch's default: a target that counts nowhere
+Share = tuple[Tensor | int, Tensor | int]
+
+
+class Batch:
+    """Inputs and targets of one iteration; iterating gives (inputs, target, share) of each of its `chunks` parts.
+
+    Args:
+        inputs: a tensor [B, ...], or a tuple, list or dict of them, nested; passed on untouched where chunks = 1.
+        target: class indices [B] or [B, T], a tuple, list or dict of them, or None.
+        chunks: number of parts, at most B; B rows are cut as evenly as they go.
+        name: who asks, for the errors.
+
+    `share` holds (rows of this part that count, rows of the batch that count); the mean losses of the parts, weighted
+    by `Batch.weigh(loss, share)`, add up to the mean loss of the batch. None where the batch is one part.
+    """
+
+    def __init__(self, inputs: Any, target: Any = None, chunks: int = 1, *, name: str = "Batch"):
+        self.inputs, self.target = inputs, target
+        self.chunks = check_integer(name, "chunks", chunks, 1)
+        if self.chunks > 1:
+            rows = _rows(name, "inputs", inputs)
+            if target is not None and _rows(name, "target", target) != rows:
+                raise common.wrong_value(name, "target", f"of {rows} rows as inputs", _rows(name, "target", target))
+            self.chunks = max(1, min(chunks, rows))
+
+    def __iter__(self) -> Iterator[tuple[Any, Any, Share | None]]:
+        if self.chunks == 1:
+            yield self.inputs, self.target, None
+            return
+        parts = [
+            (_part(self.inputs, part, self.chunks), _part(self.target, part, self.chunks))
+            for part in range(self.chunks)
+        ]
+        total = _count(self.inputs, self.target)
+        for inputs, target in parts:
+            yield inputs, target, (_count(inputs, target), total)
+
+    @staticmethod
+    def weigh(loss: Tensor, share: Share | None) -> Tensor:
+        """A part's mean loss as it enters the sum over the parts; a scalar of the same dtype."""
+        if share is None:
+            return loss
+        count, total = share
+        dtype = torch.promote_types(loss.dtype, torch.float32)
+        return (loss.to(dtype) * count / total).to(loss.dtype)
+
+
+def _tensors(tree: Any) -> Iterator[Any]:
+    """The leaves of nested tuples, lists and dicts."""
+    if isinstance(tree, Mapping):
+        tree = tuple(tree.values())
+    if isinstance(tree, (tuple, list)):
+        for branch in tree:
+            yield from _tensors(branch)
+    else:
+        yield tree
+
+
+def _rows(name: str, argument: str, tree: Any) -> int:
+    leaves = list(_tensors(tree))
+    if not leaves or not all(isinstance(leaf, Tensor) and leaf.dim() > 0 for leaf in leaves):
+        expected = "a tensor [B, ...], or a tuple, list or dict of them, to be cut into chunks"
+        other = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)]
+        raise common.wrong_type(name, argument, expected, ", ".join(other) or "nothing that has rows")
+    rows = {leaf.shape[0] for leaf in leaves}
+    if len(rows) > 1:
+        raise common.wrong_value(name, argument, "tensors of one number of rows", sorted(rows))
+    return rows.pop()
+
+
+def _part(tree: Any, part: int, chunks: int) -> Any:
+    if tree is None:
+        return None
+    if isinstance(tree, Mapping):
+        return {key: _part(branch, part, chunks) for key, branch in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return tuple(_part(branch, part, chunks) for branch in tree)
+    rows = len(tree)
+    return tree[rows * part // chunks : rows * (part + 1) // chunks]
+
+
+def _count(inputs: Any, target: Any) -> Tensor | int:
+    """How many rows count: a 0-d tensor on the device where labels say so, since reading it would wait."""
+    if target is None:
+        return next(_tensors(inputs)).shape[0]
+    return (next(_tensors(target)) != IGNORE_INDEX).sum().clamp(min=1)
