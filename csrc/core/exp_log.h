@@ -1,0 +1,82 @@
+// exp and log without branches and calls, so that `#pragma omp simd` vectorises them on the CPU; CUDA has its own.
+// The compiler flags matter: with -fassociative-math the rounding constants below would be optimised away.
+#pragma once
+
+#include <math.h>
+
+#include <cstdint>
+
+#include "core/dtype.h"
+
+namespace fastkd {
+inline namespace FASTKD_TARGET {
+
+constexpr float kInf = __builtin_inff();
+
+// Exponents are counted in units that the exponential is cheapest in: powers of two for float, of e for double. A row's
+// x = (logit - maximum) / T is scaled to units once, in the factor 1 / T.
+template <class A>
+constexpr double kUnitsPerNatural = 1;
+template <>
+constexpr double kUnitsPerNatural<float> = 1.4426950408889634;  // log2(e)
+template <class A>
+constexpr A kNaturalPerUnit = 1;
+template <>
+constexpr float kNaturalPerUnit<float> = 0.69314718055994531f;
+
+// 2^x for x <= 0 (or NaN): 2 ulp. Exactly 0 for -inf; a finite x gives at least the smallest normal number, so that a
+// product with an infinite factor stays infinite.
+FASTKD_HD float exp_units(float x) {
+  const float bounded = x < -126.f ? -126.f : x;
+#if defined(__CUDA_ARCH__)
+  return x == -kInf ? 0.f : exp2f(bounded);
+#else
+  const float magic = 12583039.f;  // 1.5 * 2^23 + 127: adding it rounds to an integer, which lands biased in the low bits
+  const float shifted = bounded + magic;
+  const float r = bounded - (shifted - magic);
+  float p = 1.535336188319500e-4f;
+  p = p * r + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
+  p = p * r + 5.550332471162809e-2f;
+  p = p * r + 2.402264791363012e-1f;
+  p = p * r + 6.931472028550421e-1f;
+  p = p * r + 1.f;
+  // 2^n as a factor, not added to p's exponent bits: that would turn some NaNs into numbers.
+  const float power = bits_to_float(float_to_bits(shifted) << 23);
+  return x == -kInf ? 0.f : p * power;
+#endif
+}
+
+// e^x for x <= 0, with the same promises.
+FASTKD_HD double exp_units(double x) {
+  const double bounded = x < -708. ? -708. : x;
+  return x == -__builtin_inf() ? 0. : ::exp(bounded);
+}
+
+// log(x) for a normal x > 0; x = 0 and NaN give something finite or NaN, to be masked by the caller.
+FASTKD_HD float log_positive(float x) {
+#if defined(__CUDA_ARCH__)
+  return logf(x);
+#else
+  const uint32_t bits = float_to_bits(x) - 0x3f3504f3u;  // relative to sqrt(1/2)
+  const float e = float(int32_t(bits) >> 23);
+  const float m = bits_to_float((bits & 0x007fffffu) + 0x3f3504f3u) - 1.f;
+  float p = 7.0376836292e-2f;
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const float square = m * m;
+  const float tail = p * m * square + e * -2.12194440e-4f - 0.5f * square;
+  return (m + tail) + e * 0.693359375f;
+#endif
+}
+
+FASTKD_HD double log_positive(double x) { return ::log(x); }
+
+}  // namespace FASTKD_TARGET
+}  // namespace fastkd

@@ -1,0 +1,318 @@
+// multi_teacher on the CPU: a row at a time through scratch memory that stays in the L1 or L2 cache. Compiled once per
+// instruction set; no headers of the standard library with inline functions here (core/config.h says why).
+#include "core/rows.h"
+#include "multi_teacher/math.h"
+
+namespace fastkd::multi_teacher {
+inline namespace FASTKD_TARGET {
+namespace {
+
+template <class A>
+struct Scratch {  // each [padded]
+  A *student, *student_x, *student_exp, *teacher, *teacher_exp, *mixture, *grad;
+};
+
+template <class A>
+struct Row {
+  const Args& args;
+  Scratch<A> s;
+  int64_t index, n, padded;
+  A max_student = 0, z_student = 0;  // z: sum of student_exp
+
+  A weight(int k) const {
+    if (args.host_weight) return A(args.host_weight[k]);
+    return static_cast<const A*>(args.weight)[k * args.weight_stride_teacher + index * args.weight_stride_row];
+  }
+};
+
+// x = (logit - max) / T in units, e = exp_units(x); the sum of e.
+template <class A>
+A exponentials(const A* logits, A max, A inv_t, int64_t n, A* x, A* e) {
+  A z = 0;
+#pragma omp simd reduction(+ : z)
+  for (int64_t c = 0; c < n; ++c) {
+    x[c] = (logits[c] - max) * inv_t;
+    e[c] = exp_units(x[c]);
+    z += e[c];
+  }
+  return z;
+}
+
+template <class A>
+struct TeacherSums {
+  A z, a;
+};
+
+// The teacher's exponentials e (may be t itself), their sum z, and a = sum e (x_t - x_s): math.h, divergence().
+template <class A>
+TeacherSums<A> teacher_sums(const A* t, A max_t, const A* x_s, A inv_t, int64_t n, A* e) {
+  A z = 0, a = 0;
+#pragma omp simd reduction(+ : z, a)
+  for (int64_t c = 0; c < n; ++c) {
+    const A x = (t[c] - max_t) * inv_t;
+    const A exponential = exp_units(x);
+    const A term = exponential * (x - x_s[c]);
+    e[c] = exponential;
+    z += exponential;
+    a += x == -A(kInf) ? A(0) : term;  // masked in the teacher: counts 0, whatever the student holds
+  }
+  return {z, a};
+}
+
+// grad += factor * (e_s - ratio * e_t): exactly 0 where both networks are the same, with and without FMA.
+template <class A>
+void add_difference(A* grad, A factor, const A* e_s, A ratio, const A* e_t, int64_t n) {
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) grad[c] += factor * (e_s[c] - ratio * e_t[c]);
+}
+
+template <class A>
+A maximum(const A* x, int64_t n) {
+  A top = -kInf;
+#pragma omp simd reduction(max : top)
+  for (int64_t c = 0; c < n; ++c) top = x[c] > top ? x[c] : top;
+  return top;
+}
+
+// The student's x and e at a temperature.
+template <class A>
+void student_at(Row<A>& row, double temperature) {
+  const Scratch<A>& s = row.s;
+  const A inv_t = inverse_temperature<A>(temperature);
+  row.z_student = exponentials(s.student, row.max_student, inv_t, row.padded, s.student_x, s.student_exp);
+}
+
+// One teacher's weighted term and its gradient. `teacher` [padded] in scratch, at temperature T, student_exp at the same.
+template <class A>
+A teach(Row<A>& row, A* teacher, A max_teacher, A weight, double temperature) {
+  const Scratch<A>& s = row.s;
+  const Scale<A> scale = temperature_scale<A>(temperature, row.args.scale_by_t2);
+  const auto [z, a] =
+      teacher_sums(teacher, max_teacher, s.student_x, inverse_temperature<A>(temperature), row.padded, s.teacher_exp);
+  if (row.args.need_grad) {
+    const A factor = weight * scale.grad / row.z_student;
+    add_difference(s.grad, factor, s.student_exp, row.z_student / z, s.teacher_exp, row.padded);
+  }
+  return weighted(weight, scale.loss, divergence(a, z, row.z_student));
+}
+
+template <class T, class A>
+const T* teacher_row(const Row<A>& row, int k) {
+  return static_cast<const T*>(row.args.teacher[k]) + row.index * row.args.teacher_stride[k];
+}
+
+// Teacher k in scratch, its maximum; the next teacher is on its way meanwhile.
+template <class T, class A>
+A load_teacher(const Row<A>& row, int k) {
+  const A top = load_row(teacher_row<T>(row, k), row.n, row.padded, row.s.teacher);
+  if (k + 1 < row.args.teachers) prefetch_row(teacher_row<T>(row, k + 1), row.n);
+  return top;
+}
+
+template <class T, class A>
+A kd_losses(Row<A>& row) {
+  A loss = 0;
+  for (int k = 0; k < row.args.teachers; ++k) {
+    const double t = row.args.temperature[k];
+    if (k > 0 && row.args.several_temperatures)
+      student_at(row, t);
+    const A max_teacher = load_teacher<T>(row, k);
+    loss += teach(row, row.s.teacher, max_teacher, row.weight(k), t);
+  }
+  return loss;
+}
+
+template <class T, class A>
+A kd_logits(Row<A>& row) {
+  A* mean = row.s.mixture;
+  for (int64_t c = 0; c < row.padded; ++c) mean[c] = 0;
+  for (int k = 0; k < row.args.teachers; ++k) {
+    load_teacher<T>(row, k);
+    const A w = row.weight(k), masked = w == 0 ? A(0) : -A(kInf);
+    const A* t = row.s.teacher;
+#pragma omp simd
+    for (int64_t c = 0; c < row.padded; ++c) mean[c] += t[c] == -A(kInf) ? masked : w * t[c];
+  }
+  for (int64_t c = row.n; c < row.padded; ++c) mean[c] = -kInf;  // also where every weight is 0
+  return teach(row, mean, maximum(mean, row.padded), A(1), row.args.temperature[0]);
+}
+
+template <class T, class A>
+A kd_probs(Row<A>& row) {
+  const Scratch<A>& s = row.s;
+  const double t = row.args.temperature[0];
+  const A inv_t = inverse_temperature<A>(t);
+  A* p = s.mixture;
+  A total = 0;
+  for (int64_t c = 0; c < row.padded; ++c) p[c] = 0;
+  for (int k = 0; k < row.args.teachers; ++k) {
+    const A max_teacher = load_teacher<T>(row, k), w = row.weight(k);
+    const A z = exponentials(s.teacher, max_teacher, inv_t, row.padded, s.teacher, s.teacher_exp), factor = w / z;
+    total += w;
+#pragma omp simd
+    for (int64_t c = 0; c < row.padded; ++c) p[c] += factor * s.teacher_exp[c];
+  }
+  const Scale<A> scale = temperature_scale<A>(t, row.args.scale_by_t2);
+  const A log_z = natural_log(row.z_student);
+  A loss = 0;
+#pragma omp simd reduction(+ : loss)
+  for (int64_t c = 0; c < row.padded; ++c) {
+    const A term = p[c] * (log_positive(p[c]) - (s.student_x[c] * kNaturalPerUnit<A> - log_z));
+    loss += p[c] == 0 ? A(0) : term;
+  }
+  if (row.args.need_grad) {
+    const A factor = scale.grad * total / row.z_student;
+    add_difference(s.grad, factor, s.student_exp, row.z_student / total, p, row.padded);
+  }
+  return scale.loss * loss;
+}
+
+// to = from^T; the sum. T is a template argument: a switch in the loop would keep it scalar.
+template <int T, class A>
+A powers(const A* from, int64_t n, A* to) {
+  A z = 0;
+#pragma omp simd reduction(+ : z)
+  for (int64_t c = 0; c < n; ++c) {
+    to[c] = integer_power(from[c], T);
+    z += to[c];
+  }
+  return z;
+}
+
+// ce_weight * cross-entropy; its gradient is written to s.grad. student_exp stands at temperature[0].
+template <class A>
+A hard_label(Row<A>& row, int64_t label) {
+  const Args& args = row.args;
+  const Scratch<A>& s = row.s;
+  A *e = s.teacher_exp, z = 0, sum = 0;
+  switch (integer_temperature(args.temperature[0])) {
+    case 1: z = powers<1>(s.student_exp, row.padded, e); break;
+    case 2: z = powers<2>(s.student_exp, row.padded, e); break;
+    case 3: z = powers<3>(s.student_exp, row.padded, e); break;
+    case 4: z = powers<4>(s.student_exp, row.padded, e); break;
+    case 5: z = powers<5>(s.student_exp, row.padded, e); break;
+    case 6: z = powers<6>(s.student_exp, row.padded, e); break;
+    default: z = exponentials(s.student, row.max_student, inverse_temperature<A>(1), row.padded, s.teacher, e);
+  }
+  const A smoothing = A(args.label_smoothing), ce_weight = A(args.ce_weight);
+  if (smoothing > 0) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < row.n; ++c) sum += s.student[c] - row.max_student;
+  }
+  if (args.need_grad) {
+    const A factor = ce_weight / z, uniform = ce_weight * smoothing / A(row.n);
+#pragma omp simd
+    for (int64_t c = 0; c < row.padded; ++c) s.grad[c] = factor * e[c] - uniform;
+    s.grad[label] -= ce_weight * (1 - smoothing);
+  }
+  return ce_weight * cross_entropy(z, s.student[label] - row.max_student, sum, smoothing, row.n);
+}
+
+template <class S, class T, class A>
+A kd(Row<A>& row) {
+  switch (row.args.combine) {
+    case Combine::losses: return kd_losses<T>(row);
+    case Combine::probs: return kd_probs<T>(row);
+    default: return kd_logits<T>(row);
+  }
+}
+
+// The gradient of a row as it is stored, and for float16 the inverse of its scale (math.h, half_scale).
+template <class S, class A>
+void store_gradient(const Row<A>& row) {
+  const Args& args = row.args;
+  A scale = 1;
+  if (args.student_type == DType::f16) {
+    A bound = 0;
+    for (int k = 0; k < args.teachers; ++k)
+      bound += magnitude(row.weight(k)) * temperature_scale<A>(args.temperature[k], args.scale_by_t2).grad;
+    const A one = temperature_scale<A>(args.temperature[0], args.scale_by_t2).grad;
+    scale = A(half_scale(float(gradient_bound(args.combine, bound, one, A(args.ce_weight)))));
+    static_cast<A*>(args.saved)[row.index] = 1 / scale;
+  }
+  store_row(row.s.grad, row.n, scale, static_cast<S*>(args.grad) + row.index * row.n);
+}
+
+template <class S, class T, class A>
+A forward_row(Row<A>& row) {
+  const Args& args = row.args;
+  const int64_t label = args.target ? args.target[row.index] : -1;
+  const bool ignored = args.target && label == args.ignore_index;
+  if (ignored || (args.target && (label < 0 || label >= row.n))) {
+    const A nothing = ignored ? A(0) : A(__builtin_nanf(""));
+    if (args.need_grad) {
+      fill_row(static_cast<S*>(args.grad) + row.index * row.n, row.n, nothing);
+      if (args.student_type == DType::f16) static_cast<A*>(args.saved)[row.index] = 1;
+    }
+    return nothing;
+  }
+  const S* student = static_cast<const S*>(args.student) + row.index * args.student_stride;
+  row.max_student = load_row(student, row.n, row.padded, row.s.student);
+  prefetch_row(teacher_row<T>(row, 0), row.n);
+  if (row.index + 1 < args.rows) prefetch_row(student + args.student_stride, row.n);
+  student_at(row, args.temperature[0]);
+  A loss = 0;
+  if (args.ce_weight != 0)
+    loss = hard_label(row, label);
+  else if (args.need_grad)
+    for (int64_t c = 0; c < row.padded; ++c) row.s.grad[c] = 0;
+  loss += kd<S, T>(row);
+  if (args.need_grad) store_gradient<S>(row);
+  return loss;
+}
+
+template <class S, class T, class A>
+void forward_typed(const Args& args, int64_t begin, int64_t end, void* memory) {
+  const int64_t padded = padded_classes(args);
+  A* p = aligned_scratch<A>(memory);
+  const Scratch<A> scratch{p, p + padded, p + 2 * padded, p + 3 * padded, p + 4 * padded,
+                           p + 5 * padded, p + 6 * padded};
+  for (int64_t r = begin; r < end; ++r) {
+    Row<A> row{args, scratch, r, args.classes, padded};
+    static_cast<A*>(args.row_loss)[r] = forward_row<S, T>(row);
+  }
+}
+
+template <class S, class A>
+void backward_typed(const BackwardArgs& args, int64_t begin, int64_t end) {
+  const A* grad_loss = static_cast<const A*>(args.grad_loss);
+  const A* saved = static_cast<const A*>(args.saved);
+  const A per_row = args.reduction == Reduction::mean ? static_cast<const A*>(args.aux)[0] : A(1);
+  for (int64_t r = begin; r < end; ++r) {
+    const A factor = grad_loss[args.reduction == Reduction::none ? r : 0] * per_row * (saved ? saved[r] : A(1));
+    const S* from = static_cast<const S*>(args.grad_rows) + r * args.classes;
+    S* to = static_cast<S*>(args.grad) + r * args.classes;
+#pragma omp simd
+    for (int64_t c = 0; c < args.classes; ++c) store_as(to[c], A(load_as(from[c])) * factor);
+  }
+}
+
+void forward_rows(const Args& args, int64_t begin, int64_t end, void* scratch) {
+  const bool same = args.student_type == args.teacher_type;
+  switch (args.student_type) {
+    case DType::f32: return forward_typed<float, float, float>(args, begin, end, scratch);
+    case DType::f64: return forward_typed<double, double, double>(args, begin, end, scratch);
+    case DType::f16:
+      return same ? forward_typed<Half, Half, float>(args, begin, end, scratch)
+                  : forward_typed<Half, float, float>(args, begin, end, scratch);
+    case DType::bf16:
+      return same ? forward_typed<BFloat16, BFloat16, float>(args, begin, end, scratch)
+                  : forward_typed<BFloat16, float, float>(args, begin, end, scratch);
+  }
+}
+
+void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end) {
+  switch (args.type) {
+    case DType::f32: return backward_typed<float, float>(args, begin, end);
+    case DType::f64: return backward_typed<double, double>(args, begin, end);
+    case DType::f16: return backward_typed<Half, float>(args, begin, end);
+    case DType::bf16: return backward_typed<BFloat16, float>(args, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace FASTKD_TARGET
+
+const CpuKernels FASTKD_CPU_KERNELS = {forward_rows, backward_rows};
+
+}  // namespace fastkd::multi_teacher

@@ -1,0 +1,274 @@
+// multi_teacher: schema, allocation, tensors to Args. Compiled into the CPU library, the CUDA library and the tests' host
+// build of the CUDA kernels.
+#include "multi_teacher/op.h"
+
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "core/tensors.h"
+
+#if defined(FASTKD_BACKEND_CPU)
+#include "core/cpu_level.h"
+#elif defined(FASTKD_BACKEND_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+namespace fastkd::multi_teacher {
+namespace {
+
+// What Args points into, kept alive for the call.
+struct Inputs {
+  Tensor student;
+  std::vector<Tensor> teachers;
+  std::optional<Tensor> target, weights;
+  std::vector<double> temperatures, host_weights;
+  std::vector<const void*> teacher_data;
+  std::vector<int64_t> teacher_strides;
+  Args args;
+};
+
+struct Options {
+  int64_t combine;
+  double ce_weight, label_smoothing;
+  int64_t ignore_index;
+  bool scale_by_t2;
+  int64_t reduction;
+};
+
+void add_teachers(Inputs& in, const std::vector<Tensor>& teachers) {
+  for (const Tensor& teacher : teachers) {
+    in.teachers.push_back(with_contiguous_rows(teacher));
+    const Tensor& t = in.teachers.back();
+    STD_TORCH_CHECK(t.size(0) == in.args.rows && t.size(1) == in.args.classes, "fastkd: a teacher's shape differs");
+    STD_TORCH_CHECK(dtype_of(t) == dtype_of(in.teachers.front()), "fastkd: the teachers' dtypes differ");
+    in.teacher_data.push_back(t.data_ptr());
+    in.teacher_strides.push_back(t.stride(0));
+  }
+  STD_TORCH_CHECK(!in.teachers.empty(), "fastkd: no teacher");
+  const DType type = dtype_of(in.teachers.front()), student = dtype_of(in.student);
+  STD_TORCH_CHECK(type == student || (type == DType::f32 && student != DType::f64),
+                  "fastkd: teachers must be of the student's dtype or float32");
+  in.args.teacher_type = type;
+  in.args.teachers = int(in.teachers.size());
+}
+
+void add_weights(Inputs& in, const std::optional<Tensor>& weights, const std::vector<double>& host) {
+  Args& args = in.args;
+  if (!weights) {
+    STD_TORCH_CHECK(int(host.size()) == args.teachers, "fastkd: one weight per teacher");
+    in.host_weights = host;
+    return;
+  }
+  in.weights = torch::stable::contiguous(*weights);
+  STD_TORCH_CHECK(in.weights->scalar_type() == accumulate_type(args.student_type), "fastkd: dtype of the weights");
+  STD_TORCH_CHECK(in.weights->size(0) == args.teachers, "fastkd: one weight per teacher");
+  const bool per_row = in.weights->dim() == 2;
+  STD_TORCH_CHECK(!per_row || in.weights->size(1) == args.rows, "fastkd: one weight per row");
+  args.weight_stride_teacher = per_row ? args.rows : 1;
+  args.weight_stride_row = per_row ? 1 : 0;
+}
+
+void fill_inputs(Inputs& in, const Tensor& student, const std::vector<Tensor>& teachers,
+                 const std::optional<Tensor>& target, const std::optional<Tensor>& weights,
+                 const std::vector<double>& host_weights, const std::vector<double>& temperatures, const Options& o) {
+  Args& args = in.args;
+  in.student = with_contiguous_rows(student);
+  args.rows = student.size(0);
+  args.classes = student.size(1);
+  args.student_type = dtype_of(student);
+  add_teachers(in, teachers);
+  add_weights(in, weights, host_weights);
+  if (target) {
+    in.target = torch::stable::contiguous(*target);
+    STD_TORCH_CHECK(target->scalar_type() == ScalarType::Long && target->numel() == args.rows, "fastkd: int64 target [R]");
+  }
+  const bool several = temperatures.size() > 1;
+  STD_TORCH_CHECK(temperatures.size() == (several ? in.teachers.size() : 1), "fastkd: one temperature, or one per teacher");
+  in.temperatures = several ? temperatures : std::vector<double>(in.teachers.size(), temperatures[0]);
+  args.several_temperatures = several;
+
+  args.student = in.student.data_ptr();
+  args.student_stride = in.student.stride(0);
+  args.teacher = in.teacher_data.data();
+  args.teacher_stride = in.teacher_strides.data();
+  args.target = optional_data<int64_t>(in.target);
+  args.weight = optional_data<void>(in.weights);
+  args.host_weight = in.weights ? nullptr : in.host_weights.data();
+  args.temperature = in.temperatures.data();
+  args.combine = Combine(o.combine);
+  args.ce_weight = o.ce_weight;
+  args.label_smoothing = o.label_smoothing;
+  args.ignore_index = o.ignore_index;
+  args.scale_by_t2 = o.scale_by_t2;
+  args.reduction = Reduction(o.reduction);
+  STD_TORCH_CHECK(args.ce_weight == 0 || args.target, "fastkd: ce_weight without a target");
+}
+
+#if defined(FASTKD_BACKEND_CPU)
+
+// Rows of about 2^15 elements a chunk, whatever the number of threads: small batches stay on one thread.
+int64_t grain(int64_t row_elements) { return 1 + (int64_t(1) << 15) / (row_elements + 1); }
+
+template <class A>
+void count_and_reduce(const Args& args) {
+  int64_t valid = 0, outside = 0;
+  double sum = 0;
+  for (int64_t r = 0; r < args.rows; ++r) {
+    const bool counts = !args.target || args.target[r] != args.ignore_index;
+    valid += counts;
+    outside += counts && args.target && (args.target[r] < 0 || args.target[r] >= args.classes);
+    sum += double(static_cast<const A*>(args.row_loss)[r]);
+  }
+  A* aux = static_cast<A*>(args.aux);
+  aux[0] = A(1. / double(valid > 1 ? valid : 1));
+  aux[1] = A(outside);
+  if (args.loss) *static_cast<A*>(args.loss) = A(args.reduction == Reduction::mean ? sum / (valid > 1 ? valid : 1) : sum);
+}
+
+void run_forward(const Args& args, const Tensor&) {
+  const CpuKernels& kernels = FASTKD_KERNELS_OF(multi_teacher);
+  torch::stable::parallel_for(0, args.rows, grain(args.classes * (args.teachers + 1)), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<char[]> scratch(new char[cpu_scratch_bytes(args)]);
+    kernels.forward(args, begin, end, scratch.get());
+  });
+  if (args.student_type == DType::f64)
+    count_and_reduce<double>(args);
+  else
+    count_and_reduce<float>(args);
+}
+
+void run_backward(const BackwardArgs& args, const Tensor&) {
+  const CpuKernels& kernels = FASTKD_KERNELS_OF(multi_teacher);
+  torch::stable::parallel_for(0, args.rows, grain(args.classes),
+                              [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end); });
+}
+
+void run_stream_backward(const Args&, const Tensor&, const Tensor&) {
+  STD_TORCH_CHECK(false, "fastkd: the CPU stores gradients and streams nothing");
+}
+
+#else
+
+void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, "fastkd: multi_teacher: ", error); }
+
+template <class F>
+void on_stream(const Tensor& like, const F& launch) {
+#if defined(FASTKD_BACKEND_CUDA)
+  torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+  check_launch(launch(stream));
+#else
+  check_launch(launch(nullptr));
+#endif
+}
+
+void run_forward(const Args& args, const Tensor& like) {
+  STD_TORCH_CHECK(args.teachers <= kMaxLaunchTeachers, "fastkd: too many teachers for one launch");
+  on_stream(like, [&](void* stream) { return forward_cuda(args, stream); });
+}
+
+void run_backward(const BackwardArgs& args, const Tensor& like) {
+  on_stream(like, [&](void* stream) { return backward_cuda(args, stream); });
+}
+
+void run_stream_backward(const Args& args, const Tensor& grad, const Tensor& like) {
+  on_stream(like, [&](void* stream) { return stream_backward_cuda(args, grad.data_ptr(), stream); });
+}
+
+#endif
+
+int64_t saved_columns(const Args& args) { return 3 * int64_t(args.teachers) + 2; }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& target,
+    const std::optional<Tensor>& weights, const std::vector<double>& host_weights,
+    const std::vector<double>& temperatures, int64_t combine, double ce_weight, double label_smoothing,
+    int64_t ignore_index, bool scale_by_t2, int64_t reduction, bool need_grad, bool stream) {
+  Inputs in;
+  fill_inputs(in, student, teachers, target, weights, host_weights, temperatures,
+              {combine, ce_weight, label_smoothing, ignore_index, scale_by_t2, reduction});
+  Args& args = in.args;
+  args.need_grad = need_grad;
+  args.stream = stream;
+  const ScalarType type = accumulate_type(args.student_type);
+  const bool stored = need_grad && !stream, streamed = need_grad && stream;
+  const bool scaled = stored && args.student_type == DType::f16;
+
+  Tensor rows = empty_like_device(student, {args.rows}, type);
+  Tensor loss = args.reduction == Reduction::none ? rows : empty_like_device(student, {}, type);
+  Tensor grad = stored ? empty_like_device(student, {args.rows, args.classes}, student.scalar_type())
+                       : empty_like_device(student, {0}, student.scalar_type());
+  Tensor saved = streamed ? empty_like_device(student, {args.rows, saved_columns(args)}, type)
+                          : empty_like_device(student, {scaled ? args.rows : 0}, type);
+  Tensor aux = empty_like_device(student, {2}, type);
+  args.row_loss = rows.data_ptr();
+  args.loss = args.reduction == Reduction::none ? nullptr : loss.data_ptr();
+  args.grad = grad.data_ptr();
+  args.saved = saved.data_ptr();
+  args.aux = aux.data_ptr();
+  run_forward(args, student);
+  return {loss, grad, saved, aux};
+}
+
+Tensor backward(const Tensor& grad_loss, const Tensor& grad_rows, const Tensor& saved, const Tensor& aux, int64_t reduction) {
+  BackwardArgs args;
+  args.rows = grad_rows.size(0);
+  args.classes = grad_rows.size(1);
+  args.type = dtype_of(grad_rows);
+  args.reduction = Reduction(reduction);
+  const int64_t expected = args.reduction == Reduction::none ? args.rows : 1;
+  STD_TORCH_CHECK(grad_loss.numel() == expected && grad_loss.scalar_type() == aux.scalar_type(), "fastkd: grad_output");
+  Tensor grad = empty_like_device(grad_rows, {args.rows, args.classes}, grad_rows.scalar_type());
+  args.grad_loss = grad_loss.data_ptr();
+  args.grad_rows = grad_rows.data_ptr();
+  args.saved = saved.numel() > 0 ? saved.data_ptr() : nullptr;
+  args.aux = aux.data_ptr();
+  args.grad = grad.data_ptr();
+  run_backward(args, grad_rows);
+  return grad;
+}
+
+Tensor stream_backward(const Tensor& grad_loss, const Tensor& student, const std::vector<Tensor>& teachers,
+                       const std::optional<Tensor>& target, const std::optional<Tensor>& weights, const Tensor& saved,
+                       const Tensor& aux, const std::vector<double>& host_weights,
+                       const std::vector<double>& temperatures, int64_t combine, double ce_weight,
+                       double label_smoothing, int64_t ignore_index, bool scale_by_t2, int64_t reduction) {
+  Inputs in;
+  fill_inputs(in, student, teachers, target, weights, host_weights, temperatures,
+              {combine, ce_weight, label_smoothing, ignore_index, scale_by_t2, reduction});
+  Args& args = in.args;
+  const int64_t expected = args.reduction == Reduction::none ? args.rows : 1;
+  STD_TORCH_CHECK(grad_loss.numel() == expected && grad_loss.scalar_type() == aux.scalar_type(), "fastkd: grad_output");
+  STD_TORCH_CHECK(saved.numel() == args.rows * saved_columns(args), "fastkd: the saved states are not streamed ones");
+  Tensor grad = empty_like_device(student, {args.rows, args.classes}, student.scalar_type());
+  args.grad = grad.data_ptr();
+  args.saved = saved.data_ptr();
+  args.aux = aux.data_ptr();
+  run_stream_backward(args, grad_loss, student);
+  return grad;
+}
+
+}  // namespace
+}  // namespace fastkd::multi_teacher
+
+#if !defined(FASTKD_BACKEND_CUDA)  // the CUDA library implements what the CPU library declares
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
+  m.def(
+      "multi_teacher_forward(Tensor student, Tensor[] teachers, Tensor? target, Tensor? weights, float[] host_weights, "
+      "float[] temperatures, int combine, float ce_weight, float label_smoothing, int ignore_index, bool scale_by_t2, "
+      "int reduction, bool need_grad, bool stream) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("multi_teacher_backward(Tensor grad, Tensor rows, Tensor saved, Tensor aux, int reduction) -> Tensor");
+  m.def(
+      "multi_teacher_stream_backward(Tensor grad, Tensor student, Tensor[] teachers, Tensor? target, Tensor? weights, "
+      "Tensor saved, Tensor aux, float[] host_weights, float[] temperatures, int combine, float ce_weight, "
+      "float label_smoothing, int ignore_index, bool scale_by_t2, int reduction) -> Tensor");
+}
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) {
+  m.impl("multi_teacher_forward", TORCH_BOX(&fastkd::multi_teacher::forward));
+  m.impl("multi_teacher_backward", TORCH_BOX(&fastkd::multi_teacher::backward));
+  m.impl("multi_teacher_stream_backward", TORCH_BOX(&fastkd::multi_teacher::stream_backward));
+}

@@ -1,0 +1,37 @@
+"""Knowledge distillation with many networks: fused losses for PyTorch, on CPU and CUDA, and the methods built on them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from fastkd import functional, losses
+from fastkd._backend import backend_info, explain, use_backend
+from fastkd._version import __version__
+from fastkd.losses import MultiTeacherKD
+
+if TYPE_CHECKING:
+    from fastkd import data, methods, models, testing, train
+
+_ON_FIRST_USE = ("data", "methods", "models", "testing", "train")
+
+__all__ = [
+    "MultiTeacherKD",
+    "__version__",
+    "backend_info",
+    "data",
+    "explain",
+    "functional",
+    "losses",
+    "methods",
+    "models",
+    "testing",
+    "train",
+    "use_backend",
+]
+
+
+def __getattr__(name: str):
+    if name in _ON_FIRST_USE:
+        return importlib.import_module(f"fastkd.{name}")
+    raise AttributeError(f"module 'fastkd' has no attribute {name!r}")

@@ -1,0 +1,73 @@
+"""One nn.Module per operation: hyper-parameters in the constructor, tensors in the call, no mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from fastkd import functional
+
+
+class MultiTeacherKD(nn.Module):
+    """`fastkd.functional.multi_teacher_kd` with its hyper-parameters fixed; see there for what they mean.
+
+    A tensor of weights or temperatures is a buffer: it moves with the module and is in its state dict. Weights that
+    change per call go into the call.
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: Tensor | Sequence[float] | None = None,
+        temperature: float | Tensor | Sequence[float] = 4.0,
+        combine: str = "losses",
+        ce_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        scale_by_t2: bool = True,
+        reduction: str = "mean",
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__()
+        _keep(self, "weights", weights)
+        _keep(self, "temperature", temperature)
+        self.combine, self.ce_weight, self.label_smoothing = combine, ce_weight, label_smoothing
+        self.ignore_index, self.scale_by_t2 = ignore_index, scale_by_t2
+        self.reduction, self.return_stats = reduction, return_stats
+
+    def forward(
+        self,
+        student: Tensor,  # [..., C]
+        teachers: Tensor | Sequence[Tensor],  # K x [..., C]
+        target: Tensor | None = None,  # [...]
+        weights: Tensor | Sequence[float] | None = None,
+    ) -> Tensor:
+        return functional.multi_teacher_kd(
+            student,
+            teachers,
+            target,
+            weights=self.weights if weights is None else weights,
+            temperature=self.temperature,
+            combine=self.combine,
+            ce_weight=self.ce_weight,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            scale_by_t2=self.scale_by_t2,
+            reduction=self.reduction,
+            return_stats=self.return_stats,
+        )
+
+    def extra_repr(self) -> str:
+        shown = ("temperature", "combine", "ce_weight", "label_smoothing", "ignore_index", "scale_by_t2", "reduction")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+
+
+def _keep(module: nn.Module, name: str, value: object) -> None:
+    """A parameter as a parameter, a tensor as a buffer, anything else as it is."""
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(name, value)
+    elif isinstance(value, Tensor):
+        module.register_buffer(name, value)
+    else:
+        setattr(module, name, value)

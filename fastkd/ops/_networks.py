@@ -1,0 +1,113 @@
+"""Arguments that the operations over several networks share: teachers, temperatures, weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd.ops import _common as common
+
+POSITIVE = "a finite number > 0, or one per teacher"
+
+
+def check_teachers(op: str, teachers: object, student: Tensor) -> Sequence[Tensor]:
+    """K logits of the student's shape, from a sequence or from one tensor; views, never copies."""
+    if isinstance(teachers, Tensor):
+        if teachers.dim() == student.dim():
+            teachers = (teachers,)
+        elif teachers.dim() == student.dim() + 1:
+            teachers = teachers.unbind(0)
+        else:
+            expected = f"of the student's shape {list(student.shape)} or with K stacked in front of it"
+            raise common.wrong_value(op, "teachers", expected, f"shape {list(teachers.shape)}")
+    elif not isinstance(teachers, Sequence) or isinstance(teachers, str):
+        expected = "a sequence of logits tensors or one stacked tensor"
+        raise common.wrong_type(op, "teachers", expected, type(teachers).__name__)
+    if len(teachers) == 0:
+        raise common.wrong_value(op, "teachers", "at least one tensor of logits", "none")
+    for k, teacher in enumerate(teachers):
+        common.check_like(op, f"teachers[{k}]", teacher, student)
+    return teachers
+
+
+def check_temperature(op: str, temperature: object, k: int) -> tuple:
+    """One temperature or K of them, as numbers; as 0-d tensors where they require grad or cannot be read."""
+    if isinstance(temperature, Tensor):
+        if temperature.dim() > 1 or not temperature.is_floating_point():
+            got = f"a tensor of {temperature.dtype} and shape {list(temperature.shape)}"
+            raise common.wrong_value(op, "temperature", POSITIVE, got)
+        single, values = temperature.dim() == 0, temperature.reshape(-1)
+        if common.may_read_values(values):
+            numbers = [_positive(op, value) for value in values.tolist()]
+            values = values.unbind(0) if temperature.requires_grad else numbers
+        else:
+            values = values.unbind(0)
+    elif isinstance(temperature, Sequence) and not isinstance(temperature, str):
+        single, values = False, [t if isinstance(t, Tensor) else _positive(op, t) for t in temperature]
+    else:
+        single, values = True, (_positive(op, temperature),)
+    if not single and len(values) != k:
+        raise common.wrong_value(op, "temperature", f"one number or {k}, one per teacher", f"{len(values)} numbers")
+    return tuple(values)
+
+
+def _positive(op: str, value: object) -> float:
+    value = common.check_number(op, "temperature", value, POSITIVE)
+    if value <= 0:
+        raise common.wrong_value(op, "temperature", POSITIVE, value)
+    return value
+
+
+def check_weights(
+    op: str, weights: object, k: int, student: Tensor, nonnegative: bool
+) -> tuple[Tensor | None, tuple[float, ...]]:
+    """(None, K numbers) where the weights are known on the host, else (a tensor [K] or [K, R] on the device, ())."""
+    if weights is None:
+        return None, (1.0 / k,) * k
+    if not isinstance(weights, Tensor):
+        if not isinstance(weights, Sequence) or isinstance(weights, str):
+            raise common.wrong_type(op, "weights", "a sequence of K numbers or a tensor", type(weights).__name__)
+        if all([isinstance(w, (int, float)) for w in weights]):
+            if len(weights) != k:
+                raise common.wrong_value(op, "weights", f"{k} numbers, one per teacher", f"{len(weights)} numbers")
+            return None, _host_weights(op, weights, nonnegative)
+        if any(isinstance(w, Tensor) for w in weights):
+            weights = torch.stack([torch.as_tensor(w, device=student.device) for w in weights])
+        else:
+            weights = torch.as_tensor(weights, dtype=common.accumulate_dtype(student.dtype), device=student.device)
+    return _tensor_weights(op, weights, k, student, nonnegative)
+
+
+def _tensor_weights(op: str, weights: Tensor, k: int, student: Tensor, nonnegative: bool):
+    shape, per_row = list(weights.shape), [k, *student.shape[:-1]]
+    if weights.dtype == torch.bool or weights.is_complex():
+        raise common.wrong_type(op, "weights", "of a floating-point dtype", f"dtype {weights.dtype}")
+    if shape != [k] and shape != per_row:
+        raise common.wrong_value(op, "weights", f"of shape [{k}] or {per_row}", f"shape {shape}")
+    readable = common.may_read_values(weights)
+    if weights.dim() == 1 and readable and not weights.requires_grad:
+        return None, _host_weights(op, weights.tolist(), nonnegative)
+    if weights.device != student.device:
+        if weights.dim() != 1 or weights.device.type != "cpu":
+            expected = f"on the student's device {student.device}"
+            raise common.wrong_value(op, "weights", expected, f"device {weights.device}")
+        weights = weights.to(student.device, non_blocking=True)
+    if readable and not bool(weights.isfinite().all()):
+        raise common.wrong_value(op, "weights", "finite", "a NaN or infinite weight")
+    if readable and nonnegative and bool((weights < 0).any()):
+        raise common.wrong_value(op, "weights", "at least 0 for combine='probs'", "a negative weight")
+    weights = weights.to(common.accumulate_dtype(student.dtype))
+    return (weights if weights.dim() == 1 else weights.reshape(k, -1)), ()
+
+
+def _host_weights(op: str, weights: Sequence[float], nonnegative: bool) -> tuple[float, ...]:
+    weights = tuple([float(w) for w in weights])
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise common.wrong_value(op, "weights", "finite", list(weights))
+        if nonnegative and weight < 0:
+            raise common.wrong_value(op, "weights", "at least 0 for combine='probs'", list(weights))
+    return weights

@@ -1,0 +1,411 @@
+"""One learner, K teachers: the KL divergences to all of them and the cross-entropy with the labels, in one pass.
+
+Per row, with p_k = softmax(t_k / T), q = softmax(s / T) and the weights w_k (kernels: csrc/multi_teacher/README.md):
+
+    combine="losses"   T^2 * sum_k w_k KL(p_k || q)                      (several T: each term with its own T and T^2)
+    combine="probs"    T^2 * KL(sum_k w_k p_k || q)
+    combine="logits"   T^2 * KL(softmax(sum_k w_k t_k / T) || q)
+    plus               ce_weight * cross_entropy(s, target, label_smoothing)
+
+A row whose target is `ignore_index` counts nowhere. A class that is -inf in learner and teachers counts 0; a learner
+that is -inf where a teacher is finite gives +inf.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as torch_functional
+from torch import Tensor
+
+from fastkd import _backend
+from fastkd.ops import _common as common
+from fastkd.ops import _networks as networks
+from fastkd.ops.group_stats import GroupStats, reference_stats
+
+OP = "multi_teacher_kd"
+COMBINE = ("losses", "probs", "logits")
+INF = math.inf
+LAUNCH_TEACHERS = 16  # teachers of one CUDA launch; more go in groups
+# The longest row that a CUDA thread block holds in registers; a longer one is streamed twice (csrc/multi_teacher/op.h).
+ON_CHIP_CLASSES = {torch.float64: 2048}
+ON_CHIP_CLASSES_DEFAULT = 8192
+
+
+class DistillationStats(NamedTuple):
+    """What `return_stats=True` adds: all detached, in float32 (float64 for float64 logits).
+
+    kl: [K], the mean over the rows that count of KL(p_k || q) at the temperature, without weight and T^2.
+    student: GroupStats of the student, each [1, R]. teachers: GroupStats of the teachers, each [K, R].
+    """
+
+    kl: Tensor
+    student: GroupStats
+    teachers: GroupStats
+
+
+class Call(NamedTuple):
+    """A checked call: rows flattened, options resolved."""
+
+    student: Tensor  # [R, C]
+    teachers: tuple[Tensor, ...]  # K x [R, C]
+    target: Tensor | None  # int64 [R]
+    weights: Tensor | None  # [K] or [K, R] on the device, where they are not known on the host
+    host_weights: tuple[float, ...]  # K numbers, empty where `weights` is a tensor
+    temperatures: tuple  # one number or 0-d tensor, or K of them
+    combine: str
+    ce_weight: float
+    label_smoothing: float
+    ignore_index: int
+    scale_by_t2: bool
+    reduction: str
+    leading: torch.Size
+
+
+# --- reference ---------------------------------------------------------------------------------------------------
+
+
+def _log_softmax(logits: Tensor, temperature) -> Tensor:
+    """log softmax(logits / T); masked classes (-inf) are kept apart, so that T's gradient stays finite."""
+    masked = logits == -INF
+    return torch.log_softmax((logits.masked_fill(masked, 0) / temperature).masked_fill(masked, -INF), -1)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum_c p (log p - log q), [R]: 0 where p is masked, +inf where only q is, also where p underflows."""
+    p, masked = log_p.exp(), log_p == -INF
+    terms = p * (log_p - log_q).masked_fill(masked, 0)
+    return terms.masked_fill((p == 0) & ~masked & (log_q == -INF), INF).sum(-1)
+
+
+def _mixture(log_ps: Sequence[Tensor], weights: Sequence) -> Tensor:
+    """log sum_k w_k p_k, [R, C], without underflow and with finite gradients where the sum is 0."""
+    top = torch.stack([lp.detach() for lp in log_ps]).amax(0).clamp(min=torch.finfo(log_ps[0].dtype).min)
+    total = sum(w * (lp - top).exp() for w, lp in zip(weights, log_ps))
+    empty = total == 0
+    return (total.masked_fill(empty, 1).log() + top).masked_fill(empty, -INF)
+
+
+def _mean_logits(teachers: Sequence[Tensor], weights: Sequence) -> Tensor:
+    """sum_k w_k t_k, [R, C]; -inf where a teacher that counts is."""
+    masked = [t == -INF for t in teachers]
+    total = sum(w * t.masked_fill(m, 0) for w, t, m in zip(weights, teachers, masked))
+    return total.masked_fill(sum((m & (w != 0)) for w, m in zip(weights, masked)) > 0, -INF)
+
+
+def _reference_kd(student: Tensor, teachers: Sequence[Tensor], weights: Sequence, call: Call) -> Tensor:
+    temperatures = call.temperatures * (len(teachers) if len(call.temperatures) == 1 else 1)
+    scales = [t * t if call.scale_by_t2 else 1.0 for t in temperatures]
+    if call.combine == "losses":
+        total = 0
+        for teacher, weight, t, scale in zip(teachers, weights, temperatures, scales):
+            kl = _divergence(_log_softmax(teacher, t), _log_softmax(student, t))
+            # A KL below zero is rounding. The gradient is kept, which clamp would drop.
+            weight = weight[:, 0] if isinstance(weight, Tensor) else weight
+            total = total + (weight * scale) * (kl - kl.detach().clamp(max=0))
+        return total
+    if call.combine == "probs":
+        log_p = _mixture([_log_softmax(t, temperatures[0]) for t in teachers], weights)
+    else:
+        log_p = _log_softmax(_mean_logits(teachers, weights), temperatures[0])
+    return scales[0] * _divergence(log_p, _log_softmax(student, temperatures[0]))
+
+
+def reference(call: Call) -> Tensor:
+    """The specification in plain PyTorch: the loss by `call.reduction`, differentiable in all of its inputs."""
+    dtype = common.accumulate_dtype(student_and_teachers_dtype(call))
+    student, teachers = call.student.to(dtype), [t.to(dtype) for t in call.teachers]
+    weights = call.host_weights  # K numbers, or K x [1 or R, 1]
+    if call.weights is not None:
+        weights = [w.reshape(-1, 1) for w in call.weights.to(dtype)]
+    if call.target is None:
+        return common.reduce_rows(_reference_kd(student, teachers, weights, call), None, call.reduction, (-1,))
+    valid = call.target != call.ignore_index  # [R]
+    inside = (call.target >= 0) & (call.target < student.shape[1])
+    # Ignored rows leave before any arithmetic: what they hold (NaN, say) must not reach a gradient.
+    student, *teachers = (z.masked_fill(~valid[:, None], 0) for z in (student, *teachers))
+    rows = _reference_kd(student, teachers, weights, call)
+    if call.ce_weight != 0:
+        ce = torch_functional.cross_entropy(
+            student, call.target.where(inside, 0), reduction="none", label_smoothing=call.label_smoothing
+        )
+        rows = rows + call.ce_weight * ce
+    rows = rows * torch.ones_like(rows).masked_fill(valid & ~inside, math.nan)  # NaN in the gradient as well
+    return common.reduce_rows(rows.masked_fill(~valid, 0), valid, call.reduction, (-1,))
+
+
+def student_and_teachers_dtype(call: Call) -> torch.dtype:
+    dtype = call.student.dtype
+    for teacher in call.teachers:
+        dtype = torch.promote_types(dtype, teacher.dtype)
+    return dtype
+
+
+def reference_statistics(call: Call) -> DistillationStats:
+    with torch.no_grad():
+        valid = None if call.target is None else call.target != call.ignore_index
+        kls = []
+        for k, teacher in enumerate(call.teachers):
+            temperature = call.temperatures[k if len(call.temperatures) > 1 else 0]
+            dtype = common.accumulate_dtype(student_and_teachers_dtype(call))
+            kl = _divergence(_log_softmax(teacher.to(dtype), temperature), _log_softmax(call.student.to(dtype), temperature))
+            kl = kl.clamp(min=0)
+            kls.append(common.reduce_rows(kl if valid is None else kl.masked_fill(~valid, 0), valid, "mean", ()))
+        student = reference_stats([call.student], call.target, call.ignore_index)
+        teachers = reference_stats(call.teachers, call.target, call.ignore_index)
+    return DistillationStats(torch.stack(kls), student, teachers)
+
+
+# --- native: raw operations, fake kernels, autograd ---------------------------------------------------------------
+
+# csrc/multi_teacher/op.cpp registers, with R rows of C classes and A = float64 for float64 logits, else float32:
+#   forward(...) -> loss A [] or [R]; rows [R, C]: the row's gradient without reduction and grad_output;
+#                   saved A: [R] the power of two that float16 rows were multiplied by, or [R, 3K + 2] states to stream
+#                   again; aux A [2]: 1 / max(1, rows that count), number of targets out of range
+#   backward(grad_output, rows, saved, aux, reduction) -> [R, C];   stream_backward(...) -> [R, C]
+# `namespace` is fastkd, or the test build that runs the CUDA kernels on the host.
+
+
+def register_fakes(namespace: str) -> None:
+    def forward(
+        student, teachers, target, weights, host_weights, temperatures, combine, ce_weight, label_smoothing,
+        ignore_index, scale_by_t2, reduction, need_grad, stream,
+    ):  # fmt: skip
+        (rows, classes), k = student.shape, len(teachers)
+        dtype = common.accumulate_dtype(student.dtype)
+        stored, streamed = need_grad and not stream, need_grad and stream
+        scaled = stored and student.dtype == torch.float16
+        return (
+            student.new_empty((rows,) if reduction == 0 else (), dtype=dtype),
+            student.new_empty((rows, classes) if stored else (0,)),
+            student.new_empty((rows, 3 * k + 2) if streamed else (rows,) if scaled else (0,), dtype=dtype),
+            student.new_empty((2,), dtype=dtype),
+        )
+
+    def backward(grad, rows, saved, aux, reduction):
+        return torch.empty_like(rows)
+
+    def stream_backward(grad, student, *rest):
+        return student.new_empty(student.shape)
+
+    torch.library.register_fake(f"{namespace}::multi_teacher_forward", forward)
+    torch.library.register_fake(f"{namespace}::multi_teacher_backward", backward)
+    torch.library.register_fake(f"{namespace}::multi_teacher_stream_backward", stream_backward)
+
+
+def _options(call: Call) -> tuple:
+    """The arguments that forward and stream_backward share after the tensors."""
+    combine, reduction = COMBINE.index(call.combine), common.REDUCTIONS.index(call.reduction)
+    return (
+        call.host_weights, call.temperatures, combine, call.ce_weight, call.label_smoothing, call.ignore_index,
+        call.scale_by_t2, reduction,
+    )  # fmt: skip
+
+
+def _streams(call: Call) -> bool:
+    """Whether the backward reads all logits again instead of a stored gradient: rows too long for one CUDA block."""
+    if _backend.device_kind(call.student) == "cpu":
+        return False
+    return call.student.shape[1] > ON_CHIP_CLASSES.get(call.student.dtype, ON_CHIP_CLASSES_DEFAULT)
+
+
+def _forward(call: Call, need_grad: bool) -> tuple[Tensor, ...]:
+    ops = _backend.native_ops(call.student)
+    out = ops.multi_teacher_forward(
+        call.student, call.teachers, call.target, call.weights, *_options(call), need_grad, _streams(call)
+    )
+    if call.target is not None and common.may_read_values(call.student) and float(out[3][1]) != 0:
+        raise common.out_of_range(OP, call.target, call.student.shape[1], call.ignore_index)
+    return out
+
+
+class _Native(torch.autograd.Function):
+    """The native loss. The backward asked for with create_graph=True goes through the reference formula."""
+
+    @staticmethod
+    def forward(ctx, student, target, weights, options, *teachers):
+        call = Call(student, teachers, target, weights, *options)
+        loss, rows, saved, aux = _forward(call, True)
+        ctx.options = options
+        tensors = (student, rows, saved, aux, target, weights, *teachers)
+        # save_for_backward refuses tensors made under torch.inference_mode().
+        ctx.kept = None if torch.compiler.is_compiling() or not _any_inference(teachers, weights) else tensors[4:]
+        ctx.save_for_backward(*(tensors if ctx.kept is None else tensors[:4]))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        student, rows, saved, aux, *rest = ctx.saved_tensors
+        target, weights, *teachers = rest if ctx.kept is None else ctx.kept
+        call = Call(student, tuple(teachers), target, weights, *ctx.options)
+        if torch.is_grad_enabled():
+            (result,) = torch.autograd.grad(reference(call), student, grad, create_graph=True)
+        elif _streams(call):
+            ops = _backend.native_ops(student)
+            result = ops.multi_teacher_stream_backward(
+                grad.contiguous(), student, call.teachers, target, weights, saved, aux, *_options(call)
+            )
+        else:
+            ops = _backend.native_ops(student)
+            result = ops.multi_teacher_backward(
+                grad.contiguous(), rows, saved, aux, common.REDUCTIONS.index(call.reduction)
+            )
+        return result, None, None, None, *([None] * len(teachers))
+
+
+def _any_inference(teachers: Sequence[Tensor], weights: Tensor | None) -> bool:
+    return any(t.is_inference() for t in teachers) or (weights is not None and weights.is_inference())
+
+
+# --- public function ------------------------------------------------------------------------------------------------
+
+
+def multi_teacher_kd(
+    student: Tensor,
+    teachers: Tensor | Sequence[Tensor],
+    target: Tensor | None = None,
+    *,
+    weights: Tensor | Sequence[float] | None = None,
+    temperature: float | Tensor | Sequence[float] = 4.0,
+    combine: str = "losses",
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    scale_by_t2: bool = True,
+    reduction: str = "mean",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, DistillationStats]:
+    """Distillation loss of one student and K teachers, with the labels' cross-entropy in the same pass.
+
+    Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), summed over teachers; the
+    gradient flows to the student, and to a teacher, weight or temperature where it requires grad.
+
+    Args:
+        student: logits [..., C], float32, float64, float16 or bfloat16. Leading dimensions are rows: [B, C], [B, T, V].
+        teachers: K logits of the student's shape, as a sequence, or stacked [K, ..., C] (a tensor of the student's
+            own shape is one teacher). Never copied or concatenated; in the student's dtype or float32 natively.
+        target: class indices [...], an integer dtype; rows equal to `ignore_index` count nowhere, whatever `ce_weight`.
+        weights: none = 1/K each; [K]; or [K, ...] per row. Not normalised: they multiply each teacher's term.
+        temperature: a number > 0, or one per teacher (with combine="losses").
+        combine: "losses" sum of the K divergences | "probs" divergence to the weighted mixture of the teachers'
+            probabilities (weights >= 0) | "logits" divergence to the softmax of the weighted sum of their logits.
+        ce_weight: weight of cross_entropy(student, target), added; the KD term is not multiplied by 1 - ce_weight.
+        label_smoothing: as in torch.nn.functional.cross_entropy, in [0, 1].
+        scale_by_t2: multiply each divergence by its temperature squared.
+        reduction: "none" (per row, shape [...]), "sum", or "mean" over the rows that count (KL: "batchmean").
+        return_stats: also return DistillationStats of the same logits.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits): a scalar, or [...] for "none". No row that counts: 0 with
+        gradient 0.
+
+    Raises:
+        ValueError, TypeError: one sentence with argument, what was expected, what came. A target out of range raises
+            on the CPU; on a GPU, where reading it would wait for the device, and under torch.compile, its row's loss
+            and gradient are NaN (FASTKD_CHECKS=1 makes it raise there too, without compile).
+    """
+    call = _check(
+        student, teachers, target, weights, temperature, combine, ce_weight, label_smoothing, ignore_index,
+        scale_by_t2, reduction,
+    )  # fmt: skip
+    loss = _dispatch(call)
+    if reduction == "none":
+        loss = loss.reshape(call.leading)
+    return (loss, reference_statistics(call)) if return_stats else loss
+
+
+def _dispatch(call: Call) -> Tensor:
+    if why_reference(call) is not None:
+        return _checked_reference(call)
+    if len(call.teachers) > LAUNCH_TEACHERS and _backend.device_kind(call.student) != "cpu":
+        return _in_groups(call)
+    if not (torch.is_grad_enabled() and call.student.requires_grad):
+        return _forward(call, False)[0]
+    return _Native.apply(call.student, call.target, call.weights, tuple(call[4:]), *call.teachers)
+
+
+def _in_groups(call: Call) -> Tensor:
+    """More teachers than one launch takes: the terms of combine="losses" add up, the cross-entropy goes first."""
+    total = 0
+    for k in range(0, len(call.teachers), LAUNCH_TEACHERS):
+        part = slice(k, k + LAUNCH_TEACHERS)
+        total = total + _dispatch(
+            call._replace(
+                teachers=call.teachers[part],
+                weights=None if call.weights is None else call.weights[part],
+                host_weights=call.host_weights[part],
+                temperatures=call.temperatures if len(call.temperatures) == 1 else call.temperatures[part],
+                ce_weight=call.ce_weight if k == 0 else 0.0,
+            )
+        )
+    return total
+
+
+def _checked_reference(call: Call) -> Tensor:
+    target = call.target
+    if target is not None and common.may_read_values(target):
+        outside = (target != call.ignore_index) & ((target < 0) | (target >= call.student.shape[1]))
+        if bool(outside.any()):
+            raise common.out_of_range(OP, target, call.student.shape[1], call.ignore_index)
+    return reference(call)
+
+
+def why_reference(call: Call) -> str | None:
+    """Why this call goes to plain PyTorch, or None where the native kernels take it."""
+    student = call.student
+    reason = _backend.why_not_native(student)
+    if reason is not None:
+        return reason
+    if common.is_transformed():
+        return "a torch.func transform or forward-mode AD is active"
+    for teacher in call.teachers:
+        if teacher.requires_grad and torch.is_grad_enabled():
+            return "a teacher requires grad (detach it, or compute it under torch.no_grad, for the native kernel)"
+        if teacher.dtype != call.teachers[0].dtype:
+            return "the teachers' dtypes differ"
+    teacher = call.teachers[0]
+    if teacher.dtype != student.dtype and (teacher.dtype != torch.float32 or student.dtype == torch.float64):
+        return f"teachers in {teacher.dtype} for a student in {student.dtype}: only the student's dtype or float32"
+    if call.weights is not None and call.weights.requires_grad and torch.is_grad_enabled():
+        return "the weights require grad"
+    if any(isinstance(t, Tensor) for t in call.temperatures):
+        return "the temperature is a tensor that requires grad or whose value is not known on the host"
+    if len(call.teachers) > LAUNCH_TEACHERS and call.combine != "losses" and _backend.device_kind(student) != "cpu":
+        return f"combine={call.combine!r} with more than {LAUNCH_TEACHERS} teachers"
+    return None
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _check(
+    student, teachers, target, weights, temperature, combine, ce_weight, label_smoothing, ignore_index,
+    scale_by_t2, reduction, return_stats=False,
+) -> Call:  # fmt: skip
+    common.check_logits(OP, "student", student)
+    teachers = networks.check_teachers(OP, teachers, student)
+    common.check_choice(OP, "combine", combine, COMBINE)
+    common.check_choice(OP, "reduction", reduction, common.REDUCTIONS)
+    ce_weight = common.check_number(OP, "ce_weight", ce_weight, "a finite number")
+    label_smoothing = common.check_number(OP, "label_smoothing", label_smoothing, "a number in [0, 1]", 0, 1)
+    common.check_index(OP, "ignore_index", ignore_index)
+    if target is not None:
+        target = common.check_target(OP, target, student)
+    elif ce_weight != 0:
+        raise common.wrong_value(OP, "target", f"given where ce_weight is {ce_weight}", None)
+    temperatures = networks.check_temperature(OP, temperature, len(teachers))
+    if len(temperatures) > 1 and combine != "losses":
+        raise common.wrong_value(OP, "temperature", f"one number for combine={combine!r}", f"{len(temperatures)} numbers")
+    weights, host_weights = networks.check_weights(OP, weights, len(teachers), student, combine == "probs")
+    return Call(
+        common.rows_of(student), tuple([common.rows_of(t) for t in teachers]), target, weights, host_weights,
+        temperatures, combine, ce_weight, label_smoothing, ignore_index, bool(scale_by_t2), reduction, student.shape[:-1],
+    )  # fmt: skip
+
+
+_backend.register(multi_teacher_kd, OP, lambda arguments: why_reference(_check(**arguments)))
+if _backend.declared():
+    register_fakes("fastkd")
