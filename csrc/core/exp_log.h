@@ -13,33 +13,22 @@ inline namespace FASTKD_TARGET {
 
 constexpr float kInf = __builtin_inff();
 
-// Exponents are counted in units that the exponential is cheapest in: powers of two for float, of e for double. A row's
-// x = (logit - maximum) / T is scaled to units once, in the factor 1 / T.
-template <class A>
-constexpr double kUnitsPerNatural = 1;
-template <>
-constexpr double kUnitsPerNatural<float> = 1.4426950408889634;  // log2(e)
-template <class A>
-constexpr A kNaturalPerUnit = 1;
-template <>
-constexpr float kNaturalPerUnit<float> = 0.69314718055994531f;
-
-// 2^x for x <= 0 (or NaN): 2 ulp. Exactly 0 for -inf; a finite x gives at least the smallest normal number, so that a
+// e^x for x <= 0 (or NaN): 1 ulp. Exactly 0 for -inf; a finite x gives at least the smallest normal number, so that a
 // product with an infinite factor stays infinite.
-FASTKD_HD float exp_units(float x) {
-  const float bounded = x < -126.f ? -126.f : x;
+FASTKD_HD float exp_negative(float x) {
+  const float bounded = x < -87.f ? -87.f : x;
 #if defined(__CUDA_ARCH__)
-  return x == -kInf ? 0.f : exp2f(bounded);
+  return x == -kInf ? 0.f : expf(bounded);
 #else
   const float magic = 12583039.f;  // 1.5 * 2^23 + 127: adding it rounds to an integer, which lands biased in the low bits
-  const float shifted = bounded + magic;
-  const float r = bounded - (shifted - magic);
-  float p = 1.535336188319500e-4f;
-  p = p * r + 1.339887440266574e-3f;
-  p = p * r + 9.618437357674640e-3f;
-  p = p * r + 5.550332471162809e-2f;
-  p = p * r + 2.402264791363012e-1f;
-  p = p * r + 6.931472028550421e-1f;
+  const float shifted = bounded * 1.44269504f + magic, n = shifted - magic;
+  const float r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;  // n * the first part of log(2) is exact
+  float p = 1.39262508315e-3f;  // (e^r - 1 - r) / r^2 within 1e-8 for |r| <= log(2) / 2
+  p = p * r + 8.36323288368e-3f;
+  p = p * r + 4.1666554213e-2f;
+  p = p * r + 1.66665766661e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.f;
   p = p * r + 1.f;
   // 2^n as a factor, not added to p's exponent bits: that would turn some NaNs into numbers.
   const float power = bits_to_float(float_to_bits(shifted) << 23);
@@ -47,8 +36,7 @@ FASTKD_HD float exp_units(float x) {
 #endif
 }
 
-// e^x for x <= 0, with the same promises.
-FASTKD_HD double exp_units(double x) {
+FASTKD_HD double exp_negative(double x) {
   const double bounded = x < -708. ? -708. : x;
   return x == -__builtin_inf() ? 0. : ::exp(bounded);
 }

@@ -25,14 +25,14 @@ struct Row {
   }
 };
 
-// x = (logit - max) / T in units, e = exp_units(x); the sum of e.
+// x = (logit - max) / T, e = exp(x); the sum of e.
 template <class A>
 A exponentials(const A* logits, A max, A inv_t, int64_t n, A* x, A* e) {
   A z = 0;
 #pragma omp simd reduction(+ : z)
   for (int64_t c = 0; c < n; ++c) {
     x[c] = (logits[c] - max) * inv_t;
-    e[c] = exp_units(x[c]);
+    e[c] = exp_negative(x[c]);
     z += e[c];
   }
   return z;
@@ -50,7 +50,7 @@ TeacherSums<A> teacher_sums(const A* t, A max_t, const A* x_s, A inv_t, int64_t 
 #pragma omp simd reduction(+ : z, a)
   for (int64_t c = 0; c < n; ++c) {
     const A x = (t[c] - max_t) * inv_t;
-    const A exponential = exp_units(x);
+    const A exponential = exp_negative(x);
     const A term = exponential * (x - x_s[c]);
     e[c] = exponential;
     z += exponential;
@@ -78,7 +78,7 @@ A maximum(const A* x, int64_t n) {
 template <class A>
 void student_at(Row<A>& row, double temperature) {
   const Scratch<A>& s = row.s;
-  const A inv_t = inverse_temperature<A>(temperature);
+  const A inv_t = A(1 / temperature);
   row.z_student = exponentials(s.student, row.max_student, inv_t, row.padded, s.student_x, s.student_exp);
 }
 
@@ -88,7 +88,7 @@ A teach(Row<A>& row, A* teacher, A max_teacher, A weight, double temperature) {
   const Scratch<A>& s = row.s;
   const Scale<A> scale = temperature_scale<A>(temperature, row.args.scale_by_t2);
   const auto [z, a] =
-      teacher_sums(teacher, max_teacher, s.student_x, inverse_temperature<A>(temperature), row.padded, s.teacher_exp);
+      teacher_sums(teacher, max_teacher, s.student_x, A(1 / temperature), row.padded, s.teacher_exp);
   if (row.args.need_grad) {
     const A factor = weight * scale.grad / row.z_student;
     add_difference(s.grad, factor, s.student_exp, row.z_student / z, s.teacher_exp, row.padded);
@@ -141,7 +141,7 @@ template <class T, class A>
 A kd_probs(Row<A>& row) {
   const Scratch<A>& s = row.s;
   const double t = row.args.temperature[0];
-  const A inv_t = inverse_temperature<A>(t);
+  const A inv_t = A(1 / t);
   A* p = s.mixture;
   A total = 0;
   for (int64_t c = 0; c < row.padded; ++c) p[c] = 0;
@@ -157,7 +157,7 @@ A kd_probs(Row<A>& row) {
   A loss = 0;
 #pragma omp simd reduction(+ : loss)
   for (int64_t c = 0; c < row.padded; ++c) {
-    const A term = p[c] * (log_positive(p[c]) - (s.student_x[c] * kNaturalPerUnit<A> - log_z));
+    const A term = p[c] * (log_positive(p[c]) - (s.student_x[c] - log_z));
     loss += p[c] == 0 ? A(0) : term;
   }
   if (row.args.need_grad) {
@@ -192,7 +192,7 @@ A hard_label(Row<A>& row, int64_t label) {
     case 4: z = powers<4>(s.student_exp, row.padded, e); break;
     case 5: z = powers<5>(s.student_exp, row.padded, e); break;
     case 6: z = powers<6>(s.student_exp, row.padded, e); break;
-    default: z = exponentials(s.student, row.max_student, inverse_temperature<A>(1), row.padded, s.teacher, e);
+    default: z = exponentials(s.student, row.max_student, A(1), row.padded, s.teacher, e);
   }
   const A smoothing = A(args.label_smoothing), ce_weight = A(args.ce_weight);
   if (smoothing > 0) {
@@ -221,7 +221,7 @@ A kd(Row<A>& row) {
 template <class S, class A>
 void store_gradient(const Row<A>& row) {
   const Args& args = row.args;
-  A scale = 1;
+  A scale = A(args.row_factor);
   if (args.student_type == DType::f16) {
     A bound = 0;
     for (int k = 0; k < args.teachers; ++k)
@@ -277,9 +277,9 @@ template <class S, class A>
 void backward_typed(const BackwardArgs& args, int64_t begin, int64_t end) {
   const A* grad_loss = static_cast<const A*>(args.grad_loss);
   const A* saved = static_cast<const A*>(args.saved);
-  const A per_row = args.reduction == Reduction::mean ? static_cast<const A*>(args.aux)[0] : A(1);
+  const A missing = static_cast<const A*>(args.aux)[0];
   for (int64_t r = begin; r < end; ++r) {
-    const A factor = grad_loss[args.reduction == Reduction::none ? r : 0] * per_row * (saved ? saved[r] : A(1));
+    const A factor = grad_loss[args.reduction == Reduction::none ? r : 0] * missing * (saved ? saved[r] : A(1));
     const S* from = static_cast<const S*>(args.grad_rows) + r * args.classes;
     S* to = static_cast<S*>(args.grad) + r * args.classes;
 #pragma omp simd

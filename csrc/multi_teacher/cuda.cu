@@ -28,7 +28,8 @@ template <class S, class T, class A>
 void launch_stream(const Params<A>& p, cudaStream_t stream) {
   const int bytes = int(TeacherStates<A>::bytes(p.combine == Combine::logits ? 1 : p.teachers));
   if (bytes > (40 << 10))  // beside the static arrays; above 48 KiB a kernel must ask
-    cudaFuncSetAttribute(stream_forward_kernel<S, T, A>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    // A refusal also fails the launch, which is where the error is read.
+    (void)cudaFuncSetAttribute(stream_forward_kernel<S, T, A>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   SIMT_LAUNCH((stream_forward_kernel<S, T, A>), dim3(unsigned(p.rows)), dim3(kStreamThreads), bytes, stream, p);
 }
 
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(kReduceThreads)
   sums = threads.sum(sums);
   if (threadIdx.x != 0) return;
   const double count = sums.v[1] > 1 ? sums.v[1] : 1;
-  aux[0] = A(1 / count);
+  aux[0] = mean ? A(1 / count) : A(1);
   aux[1] = A(sums.v[2]);
   if (loss) *loss = A(mean ? sums.v[0] / count : sums.v[0]);
 }
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kScaleThreads)
                  unsigned vectors, unsigned rows_per_block, S* grad) {
   const int64_t first = int64_t(blockIdx.x) * rows_per_block;
   const unsigned here = unsigned(rows - first < int64_t(rows_per_block) ? rows - first : rows_per_block);
-  const A common = (per_row ? A(1) : grad_loss[0]) * (aux ? aux[0] : A(1));
+  const A common = (per_row ? A(1) : grad_loss[0]) * aux[0];
   for (unsigned i = threadIdx.x; i < here * vectors; i += kScaleThreads) {
     const int64_t row = first + i / vectors, at = (first * vectors + i) * Width;
     const A factor = common * (per_row ? grad_loss[row] : A(1)) * (saved ? saved[row] : A(1));
@@ -95,10 +96,11 @@ void launch_scale(const BackwardArgs& args, cudaStream_t stream) {
   SIMT_LAUNCH((scale_kernel<S, A, Width>), dim3(unsigned((args.rows + rows_per_block - 1) / rows_per_block)),
               dim3(kScaleThreads), 0, stream, static_cast<const S*>(args.grad_rows),
               static_cast<const A*>(args.grad_loss), args.reduction == Reduction::none,
-              args.reduction == Reduction::mean ? static_cast<const A*>(args.aux) : nullptr,
+              static_cast<const A*>(args.aux),
               static_cast<const A*>(args.saved), args.rows, vectors, rows_per_block, static_cast<S*>(args.grad));
 }
 
+// An error of the launch itself, or null.
 const char* launch_error() {
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -142,7 +144,7 @@ const char* stream_backward_cuda(const Args& args, const void* grad_loss, void* 
     const Params<A> p = make_params<S, T, A>(args);
     SIMT_LAUNCH((stream_backward_kernel<S, T, A>), dim3(unsigned(args.rows * tiles)), dim3(kStreamThreads), 0, stream, p,
                 static_cast<const A*>(grad_loss), args.reduction == Reduction::none,
-                args.reduction == Reduction::mean ? static_cast<const A*>(args.aux) : nullptr, tiles);
+                static_cast<const A*>(args.aux), tiles);
   });
   return launch_error();
 }

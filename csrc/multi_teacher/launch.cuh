@@ -19,7 +19,7 @@ struct Params {
 
   const A* weight;  // null: host_weight
   int64_t weight_stride_teacher, weight_stride_row;
-  A host_weight[kMaxLaunchTeachers], inv_t[kMaxLaunchTeachers];  // inv_t in units (exp_log.h)
+  A host_weight[kMaxLaunchTeachers], inv_t[kMaxLaunchTeachers];
   Scale<A> scale[kMaxLaunchTeachers];
   int integer_t;  // 0 where the temperature is no small integer
   bool several_temperatures;
@@ -77,7 +77,7 @@ Params<A> make_params(const Args& args) {
     p.teacher_vectors |=
         unsigned(rows_aligned<kWidth>(args.teacher[k], args.teacher_stride[k], args.classes, sizeof(T))) << k;
     p.host_weight[k] = args.host_weight ? A(args.host_weight[k]) : A(0);
-    p.inv_t[k] = inverse_temperature<A>(args.temperature[k]);
+    p.inv_t[k] = A(1 / args.temperature[k]);
     p.scale[k] = temperature_scale<A>(args.temperature[k], args.scale_by_t2);
   }
   p.target = args.target;

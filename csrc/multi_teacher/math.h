@@ -14,10 +14,10 @@ FASTKD_HD float natural_log(float x) { return ::logf(x); }
 FASTKD_HD double natural_log(double x) { return ::log(x); }
 
 // KL(p || q) from sums relative to each network's own maximum: z_t = sum e_t, a = sum e_t (x_t - x_s), z_s = sum e_s,
-// with x = (logit - maximum) / T in units (exp_log.h) and e = exp_units(x). Below zero is rounding; NaN stays.
+// with x = (logit - maximum) / T and e = exp(x). Below zero is rounding; NaN stays.
 template <class A>
 FASTKD_HD A divergence(A a, A z_t, A z_s) {
-  const A value = a / z_t * kNaturalPerUnit<A> + natural_log(z_s / z_t);
+  const A value = a / z_t + natural_log(z_s / z_t);
   return value < 0 ? A(0) : value;
 }
 
@@ -28,12 +28,6 @@ FASTKD_HD A cross_entropy(A z, A x_target, A sum, A smoothing, int64_t classes) 
   A value = (1 - smoothing) * (log_z - x_target);
   if (smoothing > 0) value += smoothing * (log_z - sum / A(classes));
   return value;
-}
-
-// 1 / T in units.
-template <class A>
-FASTKD_HD A inverse_temperature(double t) {
-  return A(kUnitsPerNatural<A> / t);
 }
 
 // The factor of KL in the loss, and of (q - p) in the gradient, at one temperature.
@@ -61,7 +55,7 @@ struct RunningTeacher {
   // Both in one sum: it is exactly 0 where student and teacher are the same.
   FASTKD_HD void rebase(A new_max, A student_growth, A inv_t) {
     const A fall = base_of(max) - base_of(new_max);
-    const A factor = z == 0 ? A(0) : exp_units(fall < 0 ? fall * inv_t : A(0));
+    const A factor = z == 0 ? A(0) : exp_negative(fall < 0 ? fall * inv_t : A(0));
     a = factor * (z == 0 ? a : a + z * (fall + student_growth) * inv_t);
     z = z * factor;
     max = new_max;
@@ -69,20 +63,12 @@ struct RunningTeacher {
 
   // One class: x_t and x_s relative to the bases, over T.
   FASTKD_HD void push(A x_t, A x_s) {
-    const A e = exp_units(x_t);
+    const A e = exp_negative(x_t);
     const A term = e * (x_t - x_s);
     z += e;
     a += x_t == -A(__builtin_inff()) ? A(0) : term;
   }
 };
-
-template <class A>
-FASTKD_HD RunningTeacher<A> merge(RunningTeacher<A> one, RunningTeacher<A> two, A inv_t) {
-  const A top = one.max < two.max ? two.max : one.max;
-  one.rebase(top, A(0), inv_t);
-  two.rebase(top, A(0), inv_t);
-  return {top, one.z + two.z, one.a + two.a};
-}
 
 // A weight of 0 also removes an infinite divergence.
 template <class A>

@@ -39,7 +39,7 @@ __device__ __forceinline__ void student_exponentials(RowState<A, kItems>& row, A
   Numbers<A, 1> z{{0}};
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    row.e_s[i] = exp_units(row.x_s[i] * inv_t);
+    row.e_s[i] = exp_negative(row.x_s[i] * inv_t);
     z.v[0] += row.e_s[i];
   }
   row.z_s = threads.sum(z).v[0];
@@ -53,7 +53,7 @@ __device__ __forceinline__ Numbers<A, 2> teacher_sums(RowState<A, kItems>& row, 
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const A x = (row.t[i] - top) * inv_t;
-    row.t[i] = exp_units(x);
+    row.t[i] = exp_negative(x);
     const A term = row.t[i] * (x - row.x_s[i] * inv_t);
     sums.v[0] += row.t[i];
     sums.v[1] += x == -A(kInf) ? A(0) : term;
@@ -78,7 +78,7 @@ __device__ __forceinline__ A mixture_divergence(RowState<A, kItems>& row, A tota
   Numbers<A, 1> loss{{0}};
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    const A p = row.acc[i], term = p * (log_positive(p) - (row.x_s[i] * inv_t * kNaturalPerUnit<A> - log_z));
+    const A p = row.acc[i], term = p * (log_positive(p) - (row.x_s[i] * inv_t - log_z));
     loss.v[0] += p == 0 ? A(0) : term;
     row.acc[i] = factor * (row.e_s[i] - ratio * p);
   }
@@ -138,7 +138,7 @@ __device__ __forceinline__ A distill(const Params<A>& p, RowState<A, kItems>& ro
 // exp(s - max): a power of e_s where it stands at an integer temperature.
 template <class A, int kItems>
 __device__ __forceinline__ A exponential_at_one(const RowState<A, kItems>& row, int i, int integer_t) {
-  return integer_t ? integer_power(row.e_s[i], integer_t) : exp_units(row.x_s[i] * A(kUnitsPerNatural<A>));
+  return integer_t ? integer_power(row.e_s[i], integer_t) : exp_negative(row.x_s[i]);
 }
 
 // The row's gradient leaves in the student's type, for float16 scaled (math.h, half_scale).

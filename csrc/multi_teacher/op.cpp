@@ -102,7 +102,7 @@ void fill_inputs(Inputs& in, const Tensor& student, const std::vector<Tensor>& t
   args.ignore_index = o.ignore_index;
   args.scale_by_t2 = o.scale_by_t2;
   args.reduction = Reduction(o.reduction);
-  STD_TORCH_CHECK(args.ce_weight == 0 || args.target, "fastkd: ce_weight without a target");
+  STD_TORCH_CHECK(args.ce_weight == 0 || in.target, "fastkd: ce_weight without a target");
 }
 
 #if defined(FASTKD_BACKEND_CPU)
@@ -110,32 +110,48 @@ void fill_inputs(Inputs& in, const Tensor& student, const std::vector<Tensor>& t
 // Rows of about 2^15 elements a chunk, whatever the number of threads: small batches stay on one thread.
 int64_t grain(int64_t row_elements) { return 1 + (int64_t(1) << 15) / (row_elements + 1); }
 
-template <class A>
-void count_and_reduce(const Args& args) {
+struct Counts {
   int64_t valid = 0, outside = 0;
-  double sum = 0;
+};
+
+Counts count_rows(const Args& args) {
+  if (!args.target) return {args.rows, 0};
+  Counts counts;
   for (int64_t r = 0; r < args.rows; ++r) {
-    const bool counts = !args.target || args.target[r] != args.ignore_index;
-    valid += counts;
-    outside += counts && args.target && (args.target[r] < 0 || args.target[r] >= args.classes);
-    sum += double(static_cast<const A*>(args.row_loss)[r]);
+    const bool counted = args.target[r] != args.ignore_index;
+    counts.valid += counted;
+    counts.outside += counted && (args.target[r] < 0 || args.target[r] >= args.classes);
   }
-  A* aux = static_cast<A*>(args.aux);
-  aux[0] = A(1. / double(valid > 1 ? valid : 1));
-  aux[1] = A(outside);
-  if (args.loss) *static_cast<A*>(args.loss) = A(args.reduction == Reduction::mean ? sum / (valid > 1 ? valid : 1) : sum);
+  return counts;
 }
 
-void run_forward(const Args& args, const Tensor&) {
+// In the order of the rows and in double: the same bits for any number of threads.
+template <class A>
+void reduce_rows(const Args& args, double factor, double missing_factor, int64_t outside) {
+  A* aux = static_cast<A*>(args.aux);
+  aux[0] = A(missing_factor);
+  aux[1] = A(outside);
+  if (!args.loss) return;
+  double sum = 0;
+  for (int64_t r = 0; r < args.rows; ++r) sum += double(static_cast<const A*>(args.row_loss)[r]);
+  *static_cast<A*>(args.loss) = A(sum * factor);
+}
+
+void run_forward(Args& args, const Tensor&) {
+  const Counts counts = count_rows(args);
+  const double factor = args.reduction == Reduction::mean ? 1. / double(counts.valid > 1 ? counts.valid : 1) : 1.;
+  // The mean's factor goes into the stored gradient, so that a backward with grad_output 1 has nothing left to do; not in
+  // float16, where it would underflow.
+  args.row_factor = args.student_type == DType::f16 ? 1. : factor;
   const CpuKernels& kernels = FASTKD_KERNELS_OF(multi_teacher);
   torch::stable::parallel_for(0, args.rows, grain(args.classes * (args.teachers + 1)), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<char[]> scratch(new char[cpu_scratch_bytes(args)]);
     kernels.forward(args, begin, end, scratch.get());
   });
   if (args.student_type == DType::f64)
-    count_and_reduce<double>(args);
+    reduce_rows<double>(args, factor, factor / args.row_factor, counts.outside);
   else
-    count_and_reduce<float>(args);
+    reduce_rows<float>(args, factor, factor / args.row_factor, counts.outside);
 }
 
 void run_backward(const BackwardArgs& args, const Tensor&) {
@@ -164,7 +180,7 @@ void on_stream(const Tensor& like, const F& launch) {
 #endif
 }
 
-void run_forward(const Args& args, const Tensor& like) {
+void run_forward(Args& args, const Tensor& like) {
   STD_TORCH_CHECK(args.teachers <= kMaxLaunchTeachers, "fastkd: too many teachers for one launch");
   on_stream(like, [&](void* stream) { return forward_cuda(args, stream); });
 }

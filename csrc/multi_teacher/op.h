@@ -42,7 +42,8 @@ struct Args {
   void* loss = nullptr;      // A [], null for Reduction::none
   void* grad = nullptr;      // student's type [R, C], contiguous: see README.md for its scale
   void* saved = nullptr;     // A [R] inverse scale of float16 gradients, or A [R, 3K + 2] states of streamed rows
-  void* aux = nullptr;       // A [2]: 1 / max(1, rows that count), targets out of range
+  void* aux = nullptr;       // A [2]: factor that the stored gradient still lacks, targets out of range
+  double row_factor = 1;     // CPU: what the stored gradient is multiplied by, 1 / max(1, rows that count) for the mean
 };
 
 struct BackwardArgs {
@@ -52,7 +53,7 @@ struct BackwardArgs {
   const void* grad_loss = nullptr;  // A [] or [R]
   const void* grad_rows = nullptr;  // [R, C], as forward stored them
   const void* saved = nullptr;      // A [R] or null
-  const void* aux = nullptr;        // A [2]
+  const void* aux = nullptr;        // A [2], as forward wrote it
   void* grad = nullptr;             // [R, C]
 };
 

@@ -41,8 +41,8 @@ struct RunningStudent {
   __device__ A rebase(A new_max, A inv_t) {
     const A growth = base_of(new_max) - base_of(max);
     const A down = growth > 0 ? -growth : A(0);  // from the base 0 of a masked part the sums are 0
-    z = z == 0 ? A(0) : z * exp_units(down * inv_t);
-    z_one = z_one == 0 ? A(0) : z_one * exp_units(down * A(kUnitsPerNatural<A>));
+    z = z == 0 ? A(0) : z * exp_negative(down * inv_t);
+    z_one = z_one == 0 ? A(0) : z_one * exp_negative(down);
     sum -= count == 0 ? A(0) : count * growth;
     max = new_max;
     return growth;
@@ -101,8 +101,8 @@ __device__ __forceinline__ A push_student(const Params<A>& p, int64_t first, Run
   for (int i = 0; i < kStreamItems; ++i) {
     const int64_t c = first + (int64_t(i / Width) * kStreamThreads + threadIdx.x) * Width + i % Width;
     x[i] -= base;
-    student.z += exp_units(x[i] * p.inv_t[0]);
-    if (p.ce_weight != 0) student.z_one += exp_units(x[i] * A(kUnitsPerNatural<A>));
+    student.z += exp_negative(x[i] * p.inv_t[0]);
+    if (p.ce_weight != 0) student.z_one += exp_negative(x[i]);
     if (p.smoothing > 0 && c < p.classes) {
       student.sum += x[i];
       student.count += 1;
@@ -125,23 +125,19 @@ __device__ __forceinline__ void push_teacher(const Params<A>& p, int k, int64_t 
   states.set(k, state);
   if (!p.several_temperatures) return;
   A z = states.at(k, 3);
-  z = z == 0 ? A(0) : z * exp_units(growth > 0 ? -growth * inv_t : A(0));
+  z = z == 0 ? A(0) : z * exp_negative(growth > 0 ? -growth * inv_t : A(0));
 #pragma unroll
-  for (int i = 0; i < kStreamItems; ++i) z += exp_units(x_s[i] * inv_t);
+  for (int i = 0; i < kStreamItems; ++i) z += exp_negative(x_s[i] * inv_t);
   states.at(k, 3) = z;
 }
 
-// The row's {max, z, a} of teacher k from those of all threads, whose student base grew by `growth` to the common one.
+// The row's {max, z, a} of a teacher from those of all threads, whose student base grew by `growth` to the common one.
+// To the common maximum first and then sums, like the student's: so equal networks have equal sums.
 template <class A, class Threads>
 __device__ __forceinline__ RunningTeacher<A> gather_teacher(RunningTeacher<A> state, A growth, A inv_t, Threads& threads) {
-  state.rebase(state.max, growth, inv_t);
-  const Numbers<A, 3> all = threads.reduce(Numbers<A, 3>{{state.max, state.z, state.a}},
-                                           [inv_t](const Numbers<A, 3>& x, const Numbers<A, 3>& y) {
-                                             const RunningTeacher<A> m = merge(RunningTeacher<A>{x.v[0], x.v[1], x.v[2]},
-                                                                               RunningTeacher<A>{y.v[0], y.v[1], y.v[2]}, inv_t);
-                                             return Numbers<A, 3>{{m.max, m.z, m.a}};
-                                           });
-  return {all.v[0], all.v[1], all.v[2]};
+  state.rebase(threads.max(state.max), growth, inv_t);
+  const Numbers<A, 2> sums = threads.sum(Numbers<A, 2>{{state.z, state.a}});
+  return {state.max, sums.v[0], sums.v[1]};
 }
 
 // sum p (log p - log q) over the row for combine="probs": the second read. `final` holds max_t and z_t of each teacher.
@@ -159,11 +155,11 @@ __device__ __forceinline__ A stream_mixture(const Params<A>& p, int64_t row, A m
       load_teacher<S, T>(p, k, row, first, t);
       const A factor = p.weight_of(k, row) / final[2 * k + 1], base_t = base_of(final[2 * k]);
 #pragma unroll
-      for (int i = 0; i < kStreamItems; ++i) mixture[i] += factor * exp_units((t[i] - base_t) * inv_t);
+      for (int i = 0; i < kStreamItems; ++i) mixture[i] += factor * exp_negative((t[i] - base_t) * inv_t);
     }
 #pragma unroll
     for (int i = 0; i < kStreamItems; ++i) {
-      const A term = mixture[i] * (log_positive(mixture[i]) - ((s[i] - base) * inv_t * kNaturalPerUnit<A> - log_z));
+      const A term = mixture[i] * (log_positive(mixture[i]) - ((s[i] - base) * inv_t - log_z));
       loss.v[0] += mixture[i] == 0 ? A(0) : term;
     }
   }
@@ -179,8 +175,11 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_forward_kernel(const
   Threads threads{int(threadIdx.x), 0, buffer};
   const int64_t row = blockIdx.x;
   const Label kind = label_kind(p.target, row, p.ignore_index, p.classes);
-  if (kind == Label::ignored || kind == Label::outside) {  // the backward reads no state of these rows
+  const int columns = kSavedTeacher * p.teachers + kSavedHead;
+  A* saved = p.saved + row * columns;
+  if (kind == Label::ignored || kind == Label::outside) {
     if (threadIdx.x == 0) p.row_loss[row] = kind == Label::ignored ? A(0) : A(__builtin_nanf(""));
+    if (p.need_grad && threadIdx.x < unsigned(columns)) saved[threadIdx.x] = 0;  // not read by the backward
     return;
   }
   const TeacherStates<A> states{memory, int(threadIdx.x)};
@@ -200,13 +199,12 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_forward_kernel(const
   const A growth = student.rebase(threads.max(student.max), p.inv_t[0]);
   const Numbers<A, 3> sums = threads.sum(Numbers<A, 3>{{student.z, student.z_one, student.sum}});
   const A z_first = sums.v[0], z_one = sums.v[1];
-  A* saved = p.saved + row * (kSavedTeacher * p.teachers + kSavedHead);
   A loss = 0;
   for (int k = 0; k < teachers; ++k) {
     const RunningTeacher<A> state = gather_teacher(states.get(k), growth, p.inv_t[k], threads);
     A z_student = z_first;
     if (p.several_temperatures) {
-      const A z = states.at(k, 3), factor = exp_units(growth > 0 ? -growth * p.inv_t[k] : A(0));
+      const A z = states.at(k, 3), factor = exp_negative(growth > 0 ? -growth * p.inv_t[k] : A(0));
       z_student = threads.sum(Numbers<A, 1>{{z == 0 ? A(0) : z * factor}}).v[0];
     }
     const A weight = p.combine == Combine::logits ? A(1) : p.weight_of(k, row);
@@ -233,6 +231,7 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_forward_kernel(const
   if (p.need_grad) {
     saved[0] = student.max;
     saved[1] = z_one;
+    for (int c = kSavedHead + kSavedTeacher * teachers; c < columns; ++c) saved[c] = 0;  // combine="logits" has one state
   }
   p.row_loss[row] = loss;
 }
@@ -265,18 +264,18 @@ __global__ void __launch_bounds__(kStreamThreads)
       if (p.combine == Combine::probs) {
         const A factor = weight / z_t;
 #pragma unroll
-        for (int i = 0; i < kStreamItems; ++i) grad[i] += factor * exp_units((t[i] - base_t) * inv_t);
+        for (int i = 0; i < kStreamItems; ++i) grad[i] += factor * exp_negative((t[i] - base_t) * inv_t);
       } else {
         const A factor = weight * p.scale[k].grad / z_s, ratio = z_s / z_t;
 #pragma unroll
         for (int i = 0; i < kStreamItems; ++i)
-          grad[i] += factor * (exp_units(x[i] * inv_t) - ratio * exp_units((t[i] - base_t) * inv_t));
+          grad[i] += factor * (exp_negative(x[i] * inv_t) - ratio * exp_negative((t[i] - base_t) * inv_t));
       }
     }
     if (p.combine == Combine::probs) {
       const A z_s = saved[kSavedHead + 2], factor = p.scale[0].grad * total / z_s, ratio = z_s / total;
 #pragma unroll
-      for (int i = 0; i < kStreamItems; ++i) grad[i] = factor * (exp_units(x[i] * p.inv_t[0]) - ratio * grad[i]);
+      for (int i = 0; i < kStreamItems; ++i) grad[i] = factor * (exp_negative(x[i] * p.inv_t[0]) - ratio * grad[i]);
     }
     if (p.ce_weight != 0) {
       const A factor = p.ce_weight / saved[1], uniform = p.ce_weight * p.smoothing / A(p.classes);
@@ -284,11 +283,11 @@ __global__ void __launch_bounds__(kStreamThreads)
 #pragma unroll
       for (int i = 0; i < kStreamItems; ++i) {
         const int64_t c = first + (int64_t(i / kWidth) * kStreamThreads + threadIdx.x) * kWidth + i % kWidth;
-        grad[i] += factor * exp_units(x[i] * A(kUnitsPerNatural<A>)) - uniform - (c == label ? p.ce_weight * (1 - p.smoothing) : A(0));
+        grad[i] += factor * exp_negative(x[i]) - uniform - (c == label ? p.ce_weight * (1 - p.smoothing) : A(0));
       }
     }
   }
-  const A upstream = grad_loss[per_row ? row : 0] * (aux ? aux[0] : A(1));
+  const A upstream = grad_loss[per_row ? row : 0] * aux[0];
 #pragma unroll
   for (int i = 0; i < kStreamItems; ++i) grad[i] *= upstream;
   store_items<kStreamItems, kWidth>(p.template grad_row<S>(row), first, p.classes, kStreamThreads, int(threadIdx.x),

@@ -7,8 +7,8 @@ only where reading them does not wait for a device: on CPU tensors, or everywher
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 from collections.abc import Sequence
 from numbers import Real
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 MOST_CLASSES = 2**31
+LARGEST = sys.float_info.max
 REDUCTIONS = ("none", "sum", "mean")
 CHECK_VALUES_EVERYWHERE = os.environ.get("FASTKD_CHECKS", "0") == "1"
 
@@ -61,11 +62,11 @@ def check_like(op: str, name: str, value: object, student: Tensor) -> None:
         raise wrong_value(op, name, f"on the student's device {student.device}", f"device {value.device}")
 
 
-def check_number(op: str, name: str, value: object, expected: str, low: float = -math.inf, high: float = math.inf) -> float:
+def check_number(op: str, name: str, value: object, expected: str, low: float = -LARGEST, high: float = LARGEST) -> float:
     """A finite Python number within [low, high]; a tensor is refused, since its gradient would be lost."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise wrong_type(op, name, expected, type(value).__name__)
-    if not (math.isfinite(value) and low <= value <= high):
+    if not low <= value <= high:  # comparisons only: NaN fails them, and torch.compile traces them for a dynamic float
         raise wrong_value(op, name, expected, value)
     return float(value)
 
@@ -84,7 +85,9 @@ def check_target(op: str, target: object, student: Tensor) -> Tensor:
     """Class indices of the student's leading shape, returned as int64 [R]."""
     if not isinstance(target, Tensor):
         raise wrong_type(op, "target", "an integer tensor of class indices", type(target).__name__)
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+    if target.dtype != torch.int64 and (
+        target.is_floating_point() or target.is_complex() or target.dtype == torch.bool
+    ):
         raise wrong_type(op, "target", "class indices of an integer dtype (int64)", f"dtype {target.dtype}")
     if target.shape != student.shape[:-1]:
         expected = f"of shape {list(student.shape[:-1])}, the student's without its last dimension"

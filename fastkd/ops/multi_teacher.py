@@ -69,7 +69,9 @@ class Call(NamedTuple):
 
 
 def _log_softmax(logits: Tensor, temperature) -> Tensor:
-    """log softmax(logits / T); masked classes (-inf) are kept apart, so that T's gradient stays finite."""
+    """log softmax(logits / T); a T that learns is kept apart from masked classes (-inf), or its gradient would be NaN."""
+    if not isinstance(temperature, Tensor):
+        return torch.log_softmax(logits / temperature, -1)
     masked = logits == -INF
     return torch.log_softmax((logits.masked_fill(masked, 0) / temperature).masked_fill(masked, -INF), -1)
 
@@ -102,9 +104,10 @@ def _reference_kd(student: Tensor, teachers: Sequence[Tensor], weights: Sequence
     if call.combine == "losses":
         total = 0
         for teacher, weight, t, scale in zip(teachers, weights, temperatures, scales):
-            kl = _divergence(_log_softmax(teacher, t), _log_softmax(student, t))
-            # A KL below zero is rounding. The gradient is kept, which clamp would drop.
             weight = weight[:, 0] if isinstance(weight, Tensor) else weight
+            kl = _divergence(_log_softmax(teacher, t), _log_softmax(student, t))
+            kl = kl.masked_fill((weight == 0) & kl.isinf(), 0)  # a weight of 0 removes an infinite divergence as well
+            # A KL below zero is rounding. The gradient is kept, which clamp would drop.
             total = total + (weight * scale) * (kl - kl.detach().clamp(max=0))
         return total
     if call.combine == "probs":
@@ -164,7 +167,7 @@ def reference_statistics(call: Call) -> DistillationStats:
 # csrc/multi_teacher/op.cpp registers, with R rows of C classes and A = float64 for float64 logits, else float32:
 #   forward(...) -> loss A [] or [R]; rows [R, C]: the row's gradient without reduction and grad_output;
 #                   saved A: [R] the power of two that float16 rows were multiplied by, or [R, 3K + 2] states to stream
-#                   again; aux A [2]: 1 / max(1, rows that count), number of targets out of range
+#                   again; aux A [2]: the factor that `rows` still lacks (1 / rows that count), targets out of range
 #   backward(grad_output, rows, saved, aux, reduction) -> [R, C];   stream_backward(...) -> [R, C]
 # `namespace` is fastkd, or the test build that runs the CUDA kernels on the host.
 
@@ -248,12 +251,24 @@ class _Native(torch.autograd.Function):
             result = ops.multi_teacher_stream_backward(
                 grad.contiguous(), student, call.teachers, target, weights, saved, aux, *_options(call)
             )
+        elif _is_ready(call, grad):
+            result = rows
         else:
             ops = _backend.native_ops(student)
             result = ops.multi_teacher_backward(
                 grad.contiguous(), rows, saved, aux, common.REDUCTIONS.index(call.reduction)
             )
         return result, None, None, None, *([None] * len(teachers))
+
+
+def _is_ready(call: Call, grad: Tensor) -> bool:
+    """Whether the stored rows are the gradient as they are: on the CPU for a plain `loss.backward()`.
+
+    Handing out the saved tensor is safe: autograd copies it where it is still saved (retain_graph=True).
+    """
+    if torch.compiler.is_compiling() or _backend.device_kind(call.student) != "cpu":
+        return False
+    return call.reduction != "none" and call.student.dtype != torch.float16 and float(grad) == 1.0
 
 
 def _any_inference(teachers: Sequence[Tensor], weights: Tensor | None) -> bool:

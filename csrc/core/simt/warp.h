@@ -63,15 +63,22 @@ template <class T>
 std::uint64_t widen(T value) { return static_cast<std::uint64_t>(static_cast<std::int64_t>(value)); }
 
 template <class T, class F>
-constexpr auto fold_of = [](std::uint64_t a, std::uint64_t b) { return widen<T>(F{}(static_cast<T>(a), static_cast<T>(b))); };
-struct Add { template <class T> T operator()(T a, T b) const { return static_cast<T>(static_cast<unsigned>(a) + static_cast<unsigned>(b)); } };
+std::uint64_t fold_of(std::uint64_t a, std::uint64_t b) {
+  return widen<T>(F{}(static_cast<T>(a), static_cast<T>(b)));
+}
+struct Add {
+  template <class T>
+  T operator()(T a, T b) const {
+    return static_cast<T>(static_cast<unsigned>(a) + static_cast<unsigned>(b));  // wraps, as on the device
+  }
+};
 struct Min { template <class T> T operator()(T a, T b) const { return b < a ? b : a; } };
 struct Max { template <class T> T operator()(T a, T b) const { return a < b ? b : a; } };
 struct And { template <class T> T operator()(T a, T b) const { return a & b; } };
 struct Or { template <class T> T operator()(T a, T b) const { return a | b; } };
 struct Xor { template <class T> T operator()(T a, T b) const { return a ^ b; } };
 template <class T, class F>
-inline constexpr WarpOperation reduction{"__reduce_*_sync()", WarpOperation::fold, +fold_of<T, F>};
+inline constexpr WarpOperation reduction{"__reduce_*_sync()", WarpOperation::fold, fold_of<T, F>};
 
 }  // namespace simt
 

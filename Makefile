@@ -1,0 +1,58 @@
+# `make demo` and `make test` set up by themselves what is missing: a virtual environment in .venv with the pinned packages,
+# and the native libraries. PYTHON=python3.12 chooses the interpreter, VENV=... the environment's folder.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= demo
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+INSTALLED := $(VENV)/.fastkd-installed
+BUILT := build/.native-built
+NATIVE := $(shell find csrc tools -type f -not -name '*.pyc' 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help venv build demo test test-slow bench lint clean FORCE
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+venv: $(INSTALLED) ## make .venv with the pinned development set
+
+build: $(BUILT) ## build the native libraries in the source tree
+
+demo: $(BUILT) ## distil the handwritten digits with five methods, three seeds each: table, picture, report
+	$(PY) -m fastkd compare --out $(DEMO)
+
+test: $(BUILT) ## all tests that are not marked slow (under 10 minutes)
+	$(PY) -m pytest -m "not slow"
+
+test-slow: $(BUILT) ## the slow tests: the wheel under other versions of torch (needs 15 GB of disk), installations
+	$(PY) -m pytest -m slow
+
+bench: $(BUILT) ## time the operations against eager PyTorch and torch.compile
+	$(PY) -m pytest benchmarks
+
+lint: $(INSTALLED) ## check the style
+	$(PY) -m ruff check .
+
+clean: ## remove what was built, not .venv
+	rm -rf build dist *.egg-info fastkd/*.so
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "fastkd needs Python 3.10 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments: apt-get install python3-venv, or name another: make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: the editable installation builds against it. A failed step leaves no stamp, so the next call goes on.
+$(INSTALLED): pyproject.toml constraints.txt | $(PY)
+	$(PIP) cmake ninja numpy setuptools torch torchvision
+	$(PIP) --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(BUILT): $(INSTALLED) $(NATIVE) $(if $(wildcard fastkd/libfastkd_cpu.so),,FORCE)
+	$(PY) setup.py -q build_ext --inplace
+	mkdir -p $(@D) && touch $@
+
+FORCE:

@@ -1,0 +1,64 @@
+"""What all tests share: fresh memory is poisoned, and the places where an operation's kernels run."""
+
+import pytest
+import torch
+
+from fastkd import _backend
+
+PLACES = ("cpu", "simt", "simt_stream", "cuda")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """`torch.empty` holds NaN, so that a result left unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def at(request, monkeypatch):
+    """`at(place)` returns the device to make tensors on, with that place's kernels behind fastkd.functional.
+
+    cpu: the CPU kernels. simt: the CUDA kernels, run on the host. simt_stream: those for long rows, whatever the length.
+    cuda: the CUDA kernels on a GPU.
+    """
+
+    def go(place: str) -> torch.device:
+        if place == "cuda":
+            if not torch.cuda.is_available():
+                pytest.skip("no GPU")
+            return torch.device("cuda")
+        if place == "cpu":
+            if _backend.why_not_native(torch.empty(0)) is not None:
+                pytest.fail("the native library is missing: run `make build`")
+            return torch.device("cpu")
+        request.getfixturevalue("simt")
+        _on_host_kernels(monkeypatch, stream=place == "simt_stream")
+        return torch.device("cpu")
+
+    return go
+
+
+def _on_host_kernels(monkeypatch, stream: bool) -> None:
+    from fastkd.ops import multi_teacher
+
+    monkeypatch.setattr(_backend, "_cpu_namespace", "fastkd_simt")
+    monkeypatch.setattr(_backend, "_cpu_kind", "cuda")
+    _register_fakes_once(multi_teacher)
+    if stream:
+        monkeypatch.setattr(multi_teacher, "ON_CHIP_CLASSES", {})
+        monkeypatch.setattr(multi_teacher, "ON_CHIP_CLASSES_DEFAULT", 0)
+
+
+_registered = set()
+
+
+def _register_fakes_once(operation) -> None:
+    if operation not in _registered:
+        _registered.add(operation)
+        operation.register_fakes("fastkd_simt")
+
+
+from simt.fixtures import simt_module  # noqa: E402, F401

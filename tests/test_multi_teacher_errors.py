@@ -1,0 +1,131 @@
+"""multi_teacher_kd: what a wrong call is told, and what happens to values that cannot be checked."""
+
+import math
+
+import pytest
+import torch
+
+import fastkd
+from fastkd.ops import _common
+
+F = fastkd.functional
+S, T, Y = torch.zeros(4, 6), torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64)
+
+
+def call(student=S, teachers=(T, T), target=None, **options):
+    return lambda: F.multi_teacher_kd(student, teachers, target, **options)
+
+
+# what, call, exception, what the sentence holds: argument, expected, got
+WRONG = [
+    ("shapes differ", call(teachers=[T, torch.zeros(4, 7)]), ValueError, r"teachers\[1\] .* student's shape \[4, 6\], got .*\[4, 7\]"),
+    ("one shape differs", call(teachers=torch.zeros(4, 7)), ValueError, r"teachers\[0\].*\[4, 6\], got shape \[4, 7\]"),
+    ("too many dimensions", call(teachers=torch.zeros(2, 3, 4, 6)), ValueError, r"teachers .*K stacked.*got shape"),
+    ("no teacher", call(teachers=[]), ValueError, "teachers must be at least one"),
+    ("no stacked teacher", call(teachers=torch.zeros(0, 4, 6)), ValueError, "teachers must be at least one"),
+    ("teachers of a wrong type", call(teachers=3), TypeError, "teachers must be a sequence.*got int"),
+    ("a teacher of a wrong type", call(teachers=[T, [1.0]]), TypeError, r"teachers\[1\].*got list"),
+    ("student of a wrong type", call(student=[1.0]), TypeError, "student must be.*got list"),
+    ("integer logits", call(student=S.long()), TypeError, "student must be.*floating-point.*got dtype torch.int64"),
+    ("integer teacher", call(teachers=[T.int()]), TypeError, r"teachers\[0\].*floating-point.*int32"),
+    ("0-d logits", call(student=torch.tensor(1.0)), ValueError, r"student.*\[..., C\]"),
+    ("no classes", call(student=torch.zeros(4, 0)), ValueError, "student.*C >= 1"),
+    ("temperature 0", call(temperature=0), ValueError, "temperature must be a finite number > 0.*got 0"),
+    ("temperature < 0", call(temperature=-1.0), ValueError, "temperature.*got -1"),
+    ("temperature NaN", call(temperature=math.nan), ValueError, "temperature.*got nan"),
+    ("temperature infinite", call(temperature=math.inf), ValueError, "temperature.*got inf"),
+    ("temperature tensor", call(temperature=torch.tensor(-2.0)), ValueError, "temperature.*got -2"),
+    ("temperature string", call(temperature="4"), TypeError, "temperature.*got str"),
+    ("temperatures, wrong length", call(temperature=[1.0, 2.0, 3.0]), ValueError, "temperature must be one number or 2.*3 numbers"),
+    ("temperatures, one NaN", call(temperature=[1.0, math.nan]), ValueError, "temperature.*got nan"),
+    ("temperatures and probs", call(temperature=[1.0, 2.0], combine="probs"), ValueError, "temperature must be one number for combine='probs'"),
+    ("weights, wrong length", call(weights=[1.0]), ValueError, "weights must be 2 numbers.*got 1"),
+    ("weights, wrong shape", call(weights=torch.ones(2, 5)), ValueError, r"weights must be of shape \[2\] or \[2, 4\], got shape \[2, 5\]"),
+    ("weights, a number", call(weights=0.5), TypeError, "weights must be a sequence.*got float"),
+    ("weights NaN", call(weights=[1.0, math.nan]), ValueError, "weights must be finite.*nan"),
+    ("weights tensor infinite", call(weights=torch.tensor([1.0, math.inf])), ValueError, "weights must be finite"),
+    ("weights per row NaN", call(weights=torch.full((2, 4), math.nan)), ValueError, "weights must be finite"),
+    ("negative weight and probs", call(weights=[1.0, -1.0], combine="probs"), ValueError, "weights must be at least 0 for combine='probs'"),
+    ("negative row and probs", call(weights=-torch.ones(2, 4), combine="probs"), ValueError, "weights must be at least 0"),
+    ("bool weights", call(weights=torch.ones(2, dtype=torch.bool)), TypeError, "weights must be.*torch.bool"),
+    ("float target", call(target=Y.float()), TypeError, "target must be class indices of an integer dtype.*float32"),
+    ("bool target", call(target=Y.bool()), TypeError, "target.*torch.bool"),
+    ("target of a wrong type", call(target=[0, 1, 2, 3]), TypeError, "target must be an integer tensor.*got list"),
+    ("target of a wrong shape", call(target=Y[:3]), ValueError, r"target must be of shape \[4\].*got shape \[3\]"),
+    ("target too large", call(target=Y + 6), ValueError, r"target must be class indices in \[0, 6\).*got index 6"),
+    ("target negative", call(target=Y - 1, ce_weight=1.0), ValueError, r"target.*got index -1"),
+    ("no target", call(ce_weight=0.5), ValueError, "target must be given where ce_weight is 0.5"),
+    ("unknown combine", call(combine="mean"), ValueError, "combine must be one of 'losses', 'probs', 'logits', got 'mean'"),
+    ("unknown reduction", call(reduction="batchmean"), ValueError, "reduction must be one of.*got 'batchmean'"),
+    ("ce_weight NaN", call(target=Y, ce_weight=math.nan), ValueError, "ce_weight must be a finite number, got nan"),
+    ("ce_weight tensor", call(target=Y, ce_weight=torch.tensor(1.0)), TypeError, "ce_weight must be a finite number, got Tensor"),
+    ("smoothing > 1", call(target=Y, label_smoothing=1.5), ValueError, r"label_smoothing must be a number in \[0, 1\], got 1.5"),
+    ("ignore_index float", call(target=Y, ignore_index=1.0), TypeError, "ignore_index must be an integer, got float"),
+    ("mixed devices", call(teachers=[T, T.to("meta")]), ValueError, r"teachers\[1\] must be on the student's device cpu, got device meta"),
+    ("target elsewhere", call(target=Y.to("meta")), ValueError, "target must be on the student's device"),
+    ("weights elsewhere", call(weights=torch.ones(2, 4, device="meta")), ValueError, "weights must be on the student's device"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("wrong, exception, sentence", [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
+def test_wrong_calls(wrong, exception, sentence, backend):
+    with fastkd.use_backend(backend), pytest.raises(exception, match=sentence) as caught:
+        wrong()
+    text = str(caught.value)
+    assert text.startswith("multi_teacher_kd: ") and "\n" not in text and len(text) < 200
+
+
+def test_too_many_classes_are_refused():
+    with pytest.raises(ValueError, match=r"fewer than 2\*\*31 classes"):
+        F.multi_teacher_kd(torch.zeros(1).expand(2**31), torch.zeros(1).expand(2**31))
+
+
+def test_unknown_keyword_and_positional_options_are_python_errors():
+    with pytest.raises(TypeError, match="temprature"):
+        F.multi_teacher_kd(S, [T], temprature=2.0)
+    with pytest.raises(TypeError, match="positional"):
+        F.multi_teacher_kd(S, [T], Y, None, 4.0)
+
+
+@pytest.mark.parametrize("place", ["cpu", "simt", "simt_stream", "cuda"])
+@pytest.mark.parametrize("bad", [-1, 6, 2**40, -(2**62)])
+def test_a_target_that_cannot_be_checked_makes_its_row_nan(bad, place, at, monkeypatch):
+    """As on a GPU, where reading the target would wait: NaN for its row, no access out of range."""
+    device = at(place)
+    monkeypatch.setattr(_common, "may_read_values", lambda tensor: False)
+    student = torch.randn(4, 6, device=device, requires_grad=True)
+    target = torch.tensor([0, bad, 2, -100], device=device)
+    for options in (dict(ce_weight=1.0), dict()):
+        loss = F.multi_teacher_kd(student, torch.randn(4, 6, device=device), target, reduction="none", **options)
+        (grad,) = torch.autograd.grad(loss.sum(), student)
+        assert loss.isnan().tolist() == [False, True, False, False]
+        assert grad.isnan().all(1).tolist() == [False, True, False, False]
+        assert F.multi_teacher_kd(student, torch.randn(4, 6, device=device), target, **options).isnan()
+
+
+def test_the_reference_agrees_on_a_target_that_cannot_be_checked(monkeypatch):
+    monkeypatch.setattr(_common, "may_read_values", lambda tensor: False)
+    student = torch.randn(3, 6, requires_grad=True)
+    with fastkd.use_backend("reference"):
+        loss = F.multi_teacher_kd(student, torch.randn(3, 6), torch.tensor([0, 9, 2]), ce_weight=1.0, reduction="none")
+        (grad,) = torch.autograd.grad(loss.sum(), student)
+    assert loss.isnan().tolist() == [False, True, False] == grad.isnan().all(1).tolist()
+
+
+def test_checks_everywhere_is_an_environment_variable():
+    import subprocess
+    import sys
+
+    code = "from fastkd.ops import _common; print(_common.CHECK_VALUES_EVERYWHERE)"
+    for value, expected in (("1", "True"), ("0", "False")):
+        import os
+
+        out = subprocess.run([sys.executable, "-c", code], env={**os.environ, "FASTKD_CHECKS": value}, capture_output=True, text=True)
+        assert out.stdout.strip() == expected
+
+
+def test_bad_backend_names():
+    with pytest.raises(ValueError, match="use_backend: name must be 'native' or 'reference', got 'cuda'"):
+        with fastkd.use_backend("cuda"):
+            pass

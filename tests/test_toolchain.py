@@ -1,0 +1,140 @@
+"""What the build looks for, what it asks pip for, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = ["FASTKD_WITH_CUDA", "FASTKD_REQUIRE_NATIVE", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CXX"]
+SETTINGS += ["CUDACXX", "CUDA_HOME", "CUDA_PATH"]
+
+
+@pytest.fixture
+def toolchain(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    sys.modules.pop("toolchain", None)  # it remembers what it found
+    yield importlib.import_module("toolchain")
+    sys.modules.pop("toolchain", None)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", ["80-real", "90-real", "90-virtual"]),
+        ("9.0", ["90-real"]),
+        ("8.0;9.0+PTX", ["80-real", "90-real", "90-virtual"]),
+        ("8.0 9.0a 12.0+PTX", ["80-real", "90a-real", "120-real", "120-virtual"]),
+        ("7.5;8.6", ["86-real"]),
+    ],
+)
+def test_architecture_list(toolchain, text, expected):
+    assert toolchain.architectures(text) == expected
+
+
+@pytest.mark.parametrize("text", ["Hopper", "90", "9.0;sm_80", "7.5", "9.0+ptx"])
+def test_bad_architecture_list(toolchain, text):
+    with pytest.raises(toolchain.ConfigurationError, match="TORCH_CUDA_ARCH_LIST: expected .* got "):
+        toolchain.architectures(text)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_bad_max_jobs(toolchain, monkeypatch, value):
+    monkeypatch.setenv("MAX_JOBS", value)
+    with pytest.raises(toolchain.ConfigurationError, match="MAX_JOBS: expected a positive number, got "):
+        toolchain.jobs()
+
+
+def test_max_jobs(toolchain, monkeypatch):
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert toolchain.jobs() == 3
+    monkeypatch.delenv("MAX_JOBS")
+    assert 1 <= toolchain.jobs() <= os.cpu_count()
+
+
+def clean_environment(**settings: str) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in SETTINGS} | settings
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"FASTKD_WITH_CUDA": "1", "CUDACXX": "/bin/false"}, "FASTKD_WITH_CUDA=1, but /bin/false does not compile"),
+        ({"FASTKD_WITH_CUDA": "yes"}, "FASTKD_WITH_CUDA: expected auto, 1 or 0, got 'yes'"),
+        ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, "TORCH_CUDA_ARCH_LIST: expected compute capabilities"),
+        ({"FASTKD_REQUIRE_NATIVE": "1", "CXX": "/bin/false"}, "FASTKD_REQUIRE_NATIVE=1, but the native libraries"),
+    ],
+)
+def test_the_build_refuses_in_one_sentence(settings, message, tmp_path):
+    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    (tmp_path / "README.md").touch()
+    (tmp_path / "fastkd").mkdir()
+    shutil.copy(ROOT / "fastkd" / "_version.py", tmp_path / "fastkd")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(**settings), capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_a_broken_nvcc_is_passed_over_and_a_wrapper_seen_through(toolchain, monkeypatch, tmp_path):
+    real = toolchain.nvcc()
+    if real.path is None:
+        pytest.skip(real.reason)
+    broken, wrapper = tmp_path / "broken", tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    wrapper.write_text(f'#!/bin/sh\nexec {real.path} "$@"\n')
+    broken.chmod(0o755), wrapper.chmod(0o755)
+    monkeypatch.setattr(toolchain, "_nvcc_candidates", lambda: [str(broken), str(wrapper)])
+    toolchain.nvcc.cache_clear()
+    assert toolchain.nvcc().path == real.path
+
+
+def isolated_requirements(tmp_path: Path, **settings: str) -> list[str]:
+    """What the backend asks pip for, run as pip runs it: site-packages hidden by a sitecustomize on PYTHONPATH."""
+    setuptools = Path(importlib.import_module("setuptools").__file__).parent
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, sysconfig\n"
+        "hidden = {sysconfig.get_path(kind) for kind in ('purelib', 'platlib')}\n"
+        "sys.path[:] = [path for path in sys.path if path not in hidden]\n"
+    )
+    for name in ("setuptools", "_distutils_hack"):
+        (tmp_path / name).symlink_to(setuptools.parent / name)
+    code = (
+        "import importlib.util, sys\n"
+        "assert importlib.util.find_spec('torch') is None\n"
+        f"sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
+        "import build_backend\n"
+        "print(*build_backend._requirements([]))\n"
+    )
+    environment = clean_environment(PYTHONPATH=str(tmp_path), PYTHONNOUSERSITE="1", **settings)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_an_isolated_build_takes_the_torch_behind_it(tmp_path):
+    assert [name for name in isolated_requirements(tmp_path) if name.startswith("torch")] == []
+
+
+def test_without_a_compiler_the_build_asks_for_nothing(tmp_path):
+    assert isolated_requirements(tmp_path, CXX="/bin/false") == []
+
+
+def test_torch_is_asked_for_where_there_is_none_or_too_old(toolchain, monkeypatch, tmp_path):
+    backend = importlib.import_module("build_backend")
+    monkeypatch.setattr(toolchain, "cxx", lambda: toolchain.Found("/usr/bin/c++"))
+    for version, expected in (("2.10.0+cpu", True), ("2.11.0", False), ("3.0.1", False)):
+        (tmp_path / "version.py").write_text(f"__version__ = '{version}'\n")
+        spec = importlib.util.spec_from_file_location("torch", tmp_path / "__init__.py")
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, spec=spec: spec)
+        assert ("torch>=2.11" in backend._requirements([])) == expected
+    sys.modules.pop("build_backend")
