@@ -1,4 +1,4 @@
-"""Knowledge distillation with many networks: fused losses for PyTorch, on CPU and CUDA, and the methods built on them."""
+"""Knowledge distillation with many networks: fused losses for PyTorch, on CPU and CUDA, and methods."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ def _validated(name: str, source: str) -> str:
 
 _chosen = _validated(os.environ.get("FASTKD_BACKEND", "native"), "FASTKD_BACKEND")
 _operations: dict[Callable, tuple[str, Callable]] = {}
+_fakes: list[Callable] = []
 # The operations of the library; the tests put the host build of the CUDA kernels in their place.
 _cpu_namespace, _cpu_kind = "fastkd", "cpu"
 
@@ -77,7 +78,7 @@ def _why_not_cuda(index: int) -> str | None:
 
 
 def device_kind(tensor: Tensor) -> str:
-    """"cpu" or "cuda": whose kernels take this tensor."""
+    """ "cpu" or "cuda": whose kernels take this tensor."""
     return _cpu_kind if tensor.device.type == "cpu" else "cuda"
 
 
@@ -85,14 +86,22 @@ def native_ops(tensor: Tensor):
     return getattr(torch.ops, _cpu_namespace if tensor.device.type == "cpu" else "fastkd")
 
 
-def declared() -> bool:
-    """Whether the native operations exist in torch.ops."""
-    return _library.CPU.loaded
+def register(function: Callable, operation: str, why_reference: Callable, register_fakes: Callable) -> None:
+    """Makes an operation known: to explain, to backend_info, and its fake kernels to torch.
 
-
-def register(function: Callable, operation: str, why_reference: Callable) -> None:
-    """`why_reference(arguments by name)` says why a call goes to the reference, or None."""
+    `why_reference(arguments by name)` says why a call goes to the reference, or None. `register_fakes(namespace)`
+    registers fake kernels for the raw operations in torch.ops.<namespace>.
+    """
     _operations[function] = operation, why_reference
+    _fakes.append(register_fakes)
+    if _library.CPU.loaded:
+        register_fakes("fastkd")
+
+
+def register_all_fakes(namespace: str) -> None:
+    """Fake kernels for a second build of the operations: the tests' CUDA kernels on the host."""
+    for register_fakes in _fakes:
+        register_fakes(namespace)
 
 
 def explain(function: Callable, *args, **kwargs) -> Explanation:
@@ -120,7 +129,7 @@ def _kernels(kind: str) -> str:
 
 
 def backend_info() -> dict[str, str]:
-    """One line per fact: the chosen backend, each native library, and for each operation what it uses on each device."""
+    """The chosen backend, the native kernels of each device or why there are none, and what each operation uses."""
     cpu = _kernels("cpu") if _library.CPU.loaded else _library.CPU.reason
     if torch.cuda.is_available():
         cuda = _why_not_cuda(0) or "CUDA kernels"

@@ -35,7 +35,13 @@ def over(cases: Sequence[Case], places: Sequence[str], dtypes: Sequence[torch.dt
 
 
 def assert_as_accurate(
-    actual: Tensor, exact: Tensor, baseline: Tensor, *, factor: float = 2.0, floor: float | None = None, name: str = "result"
+    actual: Tensor,
+    exact: Tensor,
+    baseline: Tensor,
+    *,
+    factor: float = 2.0,
+    floor: float | None = None,
+    name: str = "result",
 ) -> None:
     """Asserts max |actual - exact| <= factor * max |baseline - exact| + floor, and the same infinities and NaNs.
 
@@ -58,7 +64,13 @@ def assert_as_accurate(
 
 
 def assert_grad_close(
-    actual: Tensor, exact: Tensor, baseline: Tensor, *, factor: float = 2.0, floor: float | None = None, name: str = "gradient"
+    actual: Tensor,
+    exact: Tensor,
+    baseline: Tensor,
+    *,
+    factor: float = 2.0,
+    floor: float | None = None,
+    name: str = "gradient",
 ) -> None:
     """Asserts that a gradient is as good as the baseline's by direction (1 - cosine) and by relative L2 error.
 
@@ -87,7 +99,9 @@ def _assert_same_specials(actual: Tensor, exact: Tensor, name: str) -> None:
     assert bool((actual.isinf() == infinite)[~exact.isnan()].all()), f"{name}: infinite in other places"
 
 
-def difficult_logits(shape: Sequence[int], *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+def difficult_logits(
+    shape: Sequence[int], *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, Tensor]]:
     """Named logits [..., C] that random normal data is not: confident, large, flat, masked, with a long tail."""
     g = torch.Generator().manual_seed(seed)
     noise = torch.randn(tuple(shape), generator=g, dtype=torch.float64)

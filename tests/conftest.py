@@ -1,5 +1,7 @@
 """What all tests share: fresh memory is poisoned, and the places where an operation's kernels run."""
 
+import functools
+
 import pytest
 import torch
 
@@ -21,8 +23,8 @@ def poisoned_memory():
 def at(request, monkeypatch):
     """`at(place)` returns the device to make tensors on, with that place's kernels behind fastkd.functional.
 
-    cpu: the CPU kernels. simt: the CUDA kernels, run on the host. simt_stream: those for long rows, whatever the length.
-    cuda: the CUDA kernels on a GPU.
+    cpu: the CPU kernels. simt: the CUDA kernels, run on the host. simt_stream: those for long rows, whatever
+    the length. cuda: the CUDA kernels on a GPU.
     """
 
     def go(place: str) -> torch.device:
@@ -42,23 +44,19 @@ def at(request, monkeypatch):
 
 
 def _on_host_kernels(monkeypatch, stream: bool) -> None:
-    from fastkd.ops import multi_teacher
-
     monkeypatch.setattr(_backend, "_cpu_namespace", "fastkd_simt")
     monkeypatch.setattr(_backend, "_cpu_kind", "cuda")
-    _register_fakes_once(multi_teacher)
+    _register_fakes_once()
     if stream:
+        from fastkd.ops import multi_teacher
+
         monkeypatch.setattr(multi_teacher, "ON_CHIP_CLASSES", {})
         monkeypatch.setattr(multi_teacher, "ON_CHIP_CLASSES_DEFAULT", 0)
 
 
-_registered = set()
-
-
-def _register_fakes_once(operation) -> None:
-    if operation not in _registered:
-        _registered.add(operation)
-        operation.register_fakes("fastkd_simt")
+@functools.cache
+def _register_fakes_once() -> None:
+    _backend.register_all_fakes("fastkd_simt")
 
 
 from simt.fixtures import simt_module  # noqa: E402, F401

@@ -38,14 +38,16 @@ def in_float64(student, teachers, target=None, **options):
     if isinstance(weights, torch.Tensor):
         options["weights"] = weights.double()
     with fastkd.use_backend("reference"):
-        return loss_and_grad(student.detach().double().requires_grad_(), [t.double() for t in teachers], target, **options)
+        return loss_and_grad(
+            student.detach().double().requires_grad_(), [t.double() for t in teachers], target, **options
+        )
 
 
 def size_of_terms(student, teachers, temperature=4.0, weights=None, ce_weight=0.0, scale_by_t2=True, **_):
     """The size of sum p log p and sum p log q, whose difference KL is: a rounding of it is a rounding of the loss."""
     temperatures = temperature if isinstance(temperature, list) else [temperature] * len(teachers)
     total = torch.zeros(student.shape[:-1], dtype=torch.float64, device=student.device)
-    for teacher, t in zip(teachers, temperatures):
+    for teacher, t in zip(teachers, temperatures, strict=True):
         p = torch_functional.softmax(teacher.double() / t, -1)
         log_q = torch_functional.log_softmax(student.detach().double() / t, -1)
         total += (t * t if scale_by_t2 else 1.0) * -(p * log_q.nan_to_num(0, 0, 0)).nan_to_num(0).sum(-1)
@@ -54,11 +56,11 @@ def size_of_terms(student, teachers, temperature=4.0, weights=None, ce_weight=0.
 
 
 def size_of_gradient_terms(student, teachers, temperature=4.0, weights=None, ce_weight=0.0, scale_by_t2=True, **_):
-    """The L2 norm of q and p, scaled as their difference is in the gradient: confident networks cancel nearly all of it."""
+    """The L2 norm of q and p, scaled as their difference in the gradient: confident networks cancel nearly all."""
     temperatures = temperature if isinstance(temperature, list) else [temperature] * len(teachers)
     heaviest = 1.0 / len(teachers) if weights is None else float(torch.as_tensor(weights).abs().max())
     total = abs(ce_weight) * torch_functional.softmax(student.detach().double(), -1)
-    for teacher, t in zip(teachers, temperatures):
+    for teacher, t in zip(teachers, temperatures, strict=True):
         q, p = (torch_functional.softmax(z.detach().double() / t, -1) for z in (student, teacher))
         total = total + heaviest * (t if scale_by_t2 else 1 / t) * (q + p)
     return float(total.nan_to_num(0).norm())
@@ -91,15 +93,20 @@ def typed_again(student, teachers, target, weights, temperatures, combine, ce_we
     square = [t * t if scale_by_t2 else 1.0 for t in temperatures]
     if combine == "losses":
         total = 0
-        for t, w, log_q, temperature, s in zip(teachers, weights, logs, temperatures, square):
+        for t, w, log_q, temperature, s in zip(teachers, weights, logs, temperatures, square, strict=True):
             p = torch_functional.softmax(t / temperature, -1)
             total = total + w * s * torch_functional.kl_div(log_q, p, reduction="none").sum(-1)
     else:
         temperature = temperatures[0]
         if combine == "probs":
-            p = sum(w[..., None] * torch_functional.softmax(t / temperature, -1) for w, t in zip(weights, teachers))
+            p = sum(
+                w[..., None] * torch_functional.softmax(t / temperature, -1)
+                for w, t in zip(weights, teachers, strict=True)
+            )
         else:
-            p = torch_functional.softmax(sum(w[..., None] * t for w, t in zip(weights, teachers)) / temperature, -1)
+            p = torch_functional.softmax(
+                sum(w[..., None] * t for w, t in zip(weights, teachers, strict=True)) / temperature, -1
+            )
         total = square[0] * torch_functional.kl_div(logs[0], p, reduction="none").sum(-1)
     ce = torch_functional.cross_entropy(student, target, reduction="none", label_smoothing=smoothing)
     return total + ce_weight * ce
@@ -204,7 +211,9 @@ def test_difficult_logits(name, combine, place, at):
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1000.0, 1e4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_identical_networks_have_no_divergence(scale, dtype, place, at):
-    student, _, _ = make(5, 300, 1, dtype, scale=scale if dtype != torch.float16 else min(scale, 1000), device=at(place))
+    student, _, _ = make(
+        5, 300, 1, dtype, scale=scale if dtype != torch.float16 else min(scale, 1000), device=at(place)
+    )
     teacher = student.detach().clone()
     loss, grad = loss_and_grad(student, [teacher, teacher], reduction="none")
     assert bool((loss >= 0).all()) and float(loss.max()) <= 4 * torch.finfo(loss.dtype).eps * 16
@@ -281,7 +290,9 @@ def test_float16_with_a_loss_scale_is_as_good_as_eager(classes, place, at):
     options = dict(ce_weight=1.0, reduction="sum")
     (grad,) = torch.autograd.grad(F.multi_teacher_kd(student, teachers, target, **options) * (scale / batch), student)
     with fastkd.use_backend("reference"):
-        (eager,) = torch.autograd.grad(F.multi_teacher_kd(student, teachers, target, **options) * (scale / batch), student)
+        (eager,) = torch.autograd.grad(
+            F.multi_teacher_kd(student, teachers, target, **options) * (scale / batch), student
+        )
     exact = in_float64(student, teachers, target, **options)[1] / 0.5 * (scale / batch)  # loss_and_grad's first weight
     assert int((grad == 0).sum()) <= int((eager == 0).sum())
     assert_grad_close(grad, exact, eager)

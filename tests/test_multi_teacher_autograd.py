@@ -148,7 +148,9 @@ def test_func_grad_hessian_and_vmap():
     expected = torch.autograd.grad(loss(student), student)[0]
     torch.testing.assert_close(torch.func.grad(loss)(student.detach()), expected)
     hessian = torch.func.hessian(lambda s: loss(s.reshape(4, 6)))(student.detach().flatten())
-    torch.testing.assert_close(hessian, torch.autograd.functional.hessian(lambda s: loss(s.reshape(4, 6)), student.detach().flatten()))
+    torch.testing.assert_close(
+        hessian, torch.autograd.functional.hessian(lambda s: loss(s.reshape(4, 6)), student.detach().flatten())
+    )
     per_row = torch.func.vmap(lambda s, *t: F.multi_teacher_kd(s, t))(student.detach(), *teachers)
     torch.testing.assert_close(per_row, F.multi_teacher_kd(student.detach(), teachers, reduction="none"))
 
@@ -156,19 +158,28 @@ def test_func_grad_hessian_and_vmap():
 # --- compile, export, opcheck -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [o for o in OPTIONS if "weights" not in o or isinstance(o["weights"], list)] + [dict(weights="tensor")],
-                         ids=lambda o: " ".join(o) or "plain")  # fmt: skip
+COMPILED = [o for o in OPTIONS if not isinstance(o.get("weights"), torch.Tensor)] + [dict(weights="tensor")]
+
+
+@pytest.mark.parametrize("options", COMPILED, ids=lambda o: " ".join(o) or "plain")
 def test_fullgraph_compile(options):
     student, teachers, target = make(dtype=torch.float32)
     if options.get("weights") == "tensor":
         options = dict(weights=torch.rand(3, 4))
     torch._dynamo.reset()
-    compiled = torch.compile(lambda s, t, y: F.multi_teacher_kd(s * 1.5, t, y, **options), fullgraph=True, backend="aot_eager")
-    actual, expected = compiled(student, teachers, target), F.multi_teacher_kd(student * 1.5, teachers, target, **options)
+    compiled = torch.compile(
+        lambda s, t, y: F.multi_teacher_kd(s * 1.5, t, y, **options), fullgraph=True, backend="aot_eager"
+    )
+    actual, expected = (
+        compiled(student, teachers, target),
+        F.multi_teacher_kd(student * 1.5, teachers, target, **options),
+    )
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     grads = [torch.autograd.grad(x.sum(), student)[0] for x in (actual, expected)]
     torch.testing.assert_close(*grads, rtol=0, atol=0)
-    assert "fastkd.multi_teacher_forward" in _graph_of(lambda s, t, y: F.multi_teacher_kd(s, t, y, **options), student, teachers, target)
+    assert "fastkd.multi_teacher_forward" in _graph_of(
+        lambda s, t, y: F.multi_teacher_kd(s, t, y, **options), student, teachers, target
+    )
 
 
 def _graph_of(function, *inputs) -> str:
@@ -177,7 +188,9 @@ def _graph_of(function, *inputs) -> str:
 
     def backend(graph, _):
         found.append(graph.print_readable(print_output=False))
-        found.extend(m.print_readable(print_output=False) for m in graph.modules() if isinstance(m, torch.fx.GraphModule))
+        found.extend(
+            m.print_readable(print_output=False) for m in graph.modules() if isinstance(m, torch.fx.GraphModule)
+        )
         return graph
 
     torch._dynamo.reset()
@@ -187,7 +200,9 @@ def _graph_of(function, *inputs) -> str:
 
 def test_compile_with_dynamic_batch():
     torch._dynamo.reset()
-    compiled = torch.compile(lambda s, t, y: F.multi_teacher_kd(s, t, y, ce_weight=0.5), fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda s, t, y: F.multi_teacher_kd(s, t, y, ce_weight=0.5), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
     for rows in (4, 5, 9):
         student, teachers, target = make(rows=rows, dtype=torch.float32)
         actual = compiled(student, teachers, target)
@@ -220,7 +235,8 @@ def test_export():
     student, teachers, target = make(dtype=torch.float32, requires_grad=False)
     program = torch.export.export(Loss(), (student, *teachers[:2], target))
     torch.testing.assert_close(
-        program.module()(student, *teachers[:2], target), F.multi_teacher_kd(student, teachers[:2], target, ce_weight=0.5)
+        program.module()(student, *teachers[:2], target),
+        F.multi_teacher_kd(student, teachers[:2], target, ce_weight=0.5),
     )
 
 
@@ -315,7 +331,9 @@ def test_the_module_is_the_function():
     torch.testing.assert_close(module(student, teachers, target), expected)
     assert "weights" in module.state_dict() and "temperature=2.0" in repr(module)
     per_call = module(student, teachers, target, weights=[1.0, 0.0, 0.0])
-    torch.testing.assert_close(per_call, F.multi_teacher_kd(student, teachers, target, temperature=2.0, ce_weight=0.5, weights=[1, 0, 0]))
+    torch.testing.assert_close(
+        per_call, F.multi_teacher_kd(student, teachers, target, temperature=2.0, ce_weight=0.5, weights=[1, 0, 0])
+    )
     learned = fastkd.MultiTeacherKD(temperature=torch.nn.Parameter(torch.tensor(2.0)))
     learned(student, teachers, target).backward()
     assert learned.temperature.grad is not None

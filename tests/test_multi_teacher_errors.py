@@ -18,7 +18,12 @@ def call(student=S, teachers=(T, T), target=None, **options):
 
 # what, call, exception, what the sentence holds: argument, expected, got
 WRONG = [
-    ("shapes differ", call(teachers=[T, torch.zeros(4, 7)]), ValueError, r"teachers\[1\] .* student's shape \[4, 6\], got .*\[4, 7\]"),
+    (
+        "shapes differ",
+        call(teachers=[T, torch.zeros(4, 7)]),
+        ValueError,
+        r"teachers\[1\] .* student's shape \[4, 6\], got .*\[4, 7\]",
+    ),
     ("one shape differs", call(teachers=torch.zeros(4, 7)), ValueError, r"teachers\[0\].*\[4, 6\], got shape \[4, 7\]"),
     ("too many dimensions", call(teachers=torch.zeros(2, 3, 4, 6)), ValueError, r"teachers .*K stacked.*got shape"),
     ("no teacher", call(teachers=[]), ValueError, "teachers must be at least one"),
@@ -36,17 +41,42 @@ WRONG = [
     ("temperature infinite", call(temperature=math.inf), ValueError, "temperature.*got inf"),
     ("temperature tensor", call(temperature=torch.tensor(-2.0)), ValueError, "temperature.*got -2"),
     ("temperature string", call(temperature="4"), TypeError, "temperature.*got str"),
-    ("temperatures, wrong length", call(temperature=[1.0, 2.0, 3.0]), ValueError, "temperature must be one number or 2.*3 numbers"),
+    (
+        "temperatures, wrong length",
+        call(temperature=[1.0, 2.0, 3.0]),
+        ValueError,
+        "temperature must be one number or 2.*3 numbers",
+    ),
     ("temperatures, one NaN", call(temperature=[1.0, math.nan]), ValueError, "temperature.*got nan"),
-    ("temperatures and probs", call(temperature=[1.0, 2.0], combine="probs"), ValueError, "temperature must be one number for combine='probs'"),
+    (
+        "temperatures and probs",
+        call(temperature=[1.0, 2.0], combine="probs"),
+        ValueError,
+        "temperature must be one number for combine='probs'",
+    ),
     ("weights, wrong length", call(weights=[1.0]), ValueError, "weights must be 2 numbers.*got 1"),
-    ("weights, wrong shape", call(weights=torch.ones(2, 5)), ValueError, r"weights must be of shape \[2\] or \[2, 4\], got shape \[2, 5\]"),
+    (
+        "weights, wrong shape",
+        call(weights=torch.ones(2, 5)),
+        ValueError,
+        r"weights must be of shape \[2\] or \[2, 4\], got shape \[2, 5\]",
+    ),
     ("weights, a number", call(weights=0.5), TypeError, "weights must be a sequence.*got float"),
     ("weights NaN", call(weights=[1.0, math.nan]), ValueError, "weights must be finite.*nan"),
     ("weights tensor infinite", call(weights=torch.tensor([1.0, math.inf])), ValueError, "weights must be finite"),
     ("weights per row NaN", call(weights=torch.full((2, 4), math.nan)), ValueError, "weights must be finite"),
-    ("negative weight and probs", call(weights=[1.0, -1.0], combine="probs"), ValueError, "weights must be at least 0 for combine='probs'"),
-    ("negative row and probs", call(weights=-torch.ones(2, 4), combine="probs"), ValueError, "weights must be at least 0"),
+    (
+        "negative weight and probs",
+        call(weights=[1.0, -1.0], combine="probs"),
+        ValueError,
+        "weights must be at least 0 for combine='probs'",
+    ),
+    (
+        "negative row and probs",
+        call(weights=-torch.ones(2, 4), combine="probs"),
+        ValueError,
+        "weights must be at least 0",
+    ),
     ("bool weights", call(weights=torch.ones(2, dtype=torch.bool)), TypeError, "weights must be.*torch.bool"),
     ("float target", call(target=Y.float()), TypeError, "target must be class indices of an integer dtype.*float32"),
     ("bool target", call(target=Y.bool()), TypeError, "target.*torch.bool"),
@@ -55,16 +85,41 @@ WRONG = [
     ("target too large", call(target=Y + 6), ValueError, r"target must be class indices in \[0, 6\).*got index 6"),
     ("target negative", call(target=Y - 1, ce_weight=1.0), ValueError, r"target.*got index -1"),
     ("no target", call(ce_weight=0.5), ValueError, "target must be given where ce_weight is 0.5"),
-    ("unknown combine", call(combine="mean"), ValueError, "combine must be one of 'losses', 'probs', 'logits', got 'mean'"),
+    (
+        "unknown combine",
+        call(combine="mean"),
+        ValueError,
+        "combine must be one of 'losses', 'probs', 'logits', got 'mean'",
+    ),
     ("unknown reduction", call(reduction="batchmean"), ValueError, "reduction must be one of.*got 'batchmean'"),
     ("ce_weight NaN", call(target=Y, ce_weight=math.nan), ValueError, "ce_weight must be a finite number, got nan"),
-    ("ce_weight tensor", call(target=Y, ce_weight=torch.tensor(1.0)), TypeError, "ce_weight must be a finite number, got Tensor"),
-    ("smoothing > 1", call(target=Y, label_smoothing=1.5), ValueError, r"label_smoothing must be a number in \[0, 1\], got 1.5"),
+    (
+        "ce_weight tensor",
+        call(target=Y, ce_weight=torch.tensor(1.0)),
+        TypeError,
+        "ce_weight must be a finite number, got Tensor",
+    ),
+    (
+        "smoothing > 1",
+        call(target=Y, label_smoothing=1.5),
+        ValueError,
+        r"label_smoothing must be a number in \[0, 1\], got 1.5",
+    ),
     ("ignore_index float", call(target=Y, ignore_index=1.0), TypeError, "ignore_index must be an integer, got float"),
-    ("mixed devices", call(teachers=[T, T.to("meta")]), ValueError, r"teachers\[1\] must be on the student's device cpu, got device meta"),
+    (
+        "mixed devices",
+        call(teachers=[T, T.to("meta")]),
+        ValueError,
+        r"teachers\[1\] must be on the student's device cpu, got device meta",
+    ),
     ("target elsewhere", call(target=Y.to("meta")), ValueError, "target must be on the student's device"),
-    ("weights elsewhere", call(weights=torch.ones(2, 4, device="meta")), ValueError, "weights must be on the student's device"),
-]  # fmt: skip
+    (
+        "weights elsewhere",
+        call(weights=torch.ones(2, 4, device="meta")),
+        ValueError,
+        "weights must be on the student's device",
+    ),
+]
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -121,7 +176,9 @@ def test_checks_everywhere_is_an_environment_variable():
     for value, expected in (("1", "True"), ("0", "False")):
         import os
 
-        out = subprocess.run([sys.executable, "-c", code], env={**os.environ, "FASTKD_CHECKS": value}, capture_output=True, text=True)
+        out = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "FASTKD_CHECKS": value}, capture_output=True, text=True
+        )
         assert out.stdout.strip() == expected
 
 

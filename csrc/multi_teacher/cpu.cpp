@@ -263,7 +263,7 @@ A forward_row(Row<A>& row) {
 
 template <class S, class T, class A>
 void forward_typed(const Args& args, int64_t begin, int64_t end, void* memory) {
-  const int64_t padded = padded_classes(args);
+  const int64_t padded = padded_length(args.classes);
   A* p = aligned_scratch<A>(memory);
   const Scratch<A> scratch{p, p + padded, p + 2 * padded, p + 3 * padded, p + 4 * padded,
                            p + 5 * padded, p + 6 * padded};
@@ -285,6 +285,11 @@ void backward_typed(const BackwardArgs& args, int64_t begin, int64_t end) {
 #pragma omp simd
     for (int64_t c = 0; c < args.classes; ++c) store_as(to[c], A(load_as(from[c])) * factor);
   }
+}
+
+int64_t scratch_bytes(const Args& args) {
+  constexpr int64_t kRows = sizeof(Scratch<double>) / sizeof(double*), kAlignment = 64;
+  return kRows * padded_length(args.classes) * int64_t(sizeof(double)) + kAlignment;
 }
 
 void forward_rows(const Args& args, int64_t begin, int64_t end, void* scratch) {
@@ -313,6 +318,6 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace FASTKD_TARGET
 
-const CpuKernels FASTKD_CPU_KERNELS = {forward_rows, backward_rows};
+const CpuKernels FASTKD_CPU_KERNELS = {scratch_bytes, forward_rows, backward_rows};
 
 }  // namespace fastkd::multi_teacher

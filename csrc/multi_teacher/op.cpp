@@ -145,7 +145,7 @@ void run_forward(Args& args, const Tensor&) {
   args.row_factor = args.student_type == DType::f16 ? 1. : factor;
   const CpuKernels& kernels = FASTKD_KERNELS_OF(multi_teacher);
   torch::stable::parallel_for(0, args.rows, grain(args.classes * (args.teachers + 1)), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[cpu_scratch_bytes(args)]);
+    const std::unique_ptr<char[]> scratch(new char[kernels.scratch_bytes(args)]);
     kernels.forward(args, begin, end, scratch.get());
   });
   if (args.student_type == DType::f64)

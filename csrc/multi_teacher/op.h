@@ -57,8 +57,9 @@ struct BackwardArgs {
   void* grad = nullptr;             // [R, C]
 };
 
-// cpu.cpp defines one of these per instruction set: rows [begin, end), with scratch of cpu_scratch_bytes(args).
+// cpu.cpp defines one of these per instruction set: rows [begin, end), with scratch of scratch_bytes(args).
 struct CpuKernels {
+  int64_t (*scratch_bytes)(const Args&);
   void (*forward)(const Args&, int64_t begin, int64_t end, void* scratch);
   void (*backward)(const BackwardArgs&, int64_t begin, int64_t end);
 };
@@ -68,15 +69,5 @@ extern const CpuKernels cpu_kernels_level1, cpu_kernels_level3, cpu_kernels_leve
 const char* forward_cuda(const Args&, void* stream);
 const char* backward_cuda(const BackwardArgs&, void* stream);
 const char* stream_backward_cuda(const Args&, const void* grad_loss, void* stream);
-
-constexpr int64_t kLane = 16;        // CPU rows are padded to a whole number of AVX-512 registers of float
-constexpr int64_t kScratchRows = 7;  // cpu.cpp: Scratch
-
-inline namespace FASTKD_TARGET {
-FASTKD_HD int64_t padded_classes(const Args& args) { return (args.classes + kLane - 1) / kLane * kLane; }
-FASTKD_HD int64_t cpu_scratch_bytes(const Args& args) {
-  return kScratchRows * padded_classes(args) * int64_t(sizeof(double)) + 64;
-}
-}  // namespace FASTKD_TARGET
 
 }  // namespace fastkd::multi_teacher

@@ -62,7 +62,9 @@ def check_like(op: str, name: str, value: object, student: Tensor) -> None:
         raise wrong_value(op, name, f"on the student's device {student.device}", f"device {value.device}")
 
 
-def check_number(op: str, name: str, value: object, expected: str, low: float = -LARGEST, high: float = LARGEST) -> float:
+def check_number(
+    op: str, name: str, value: object, expected: str, low: float = -LARGEST, high: float = LARGEST
+) -> float:
     """A finite Python number within [low, high]; a tensor is refused, since its gradient would be lost."""
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise wrong_type(op, name, expected, type(value).__name__)

@@ -1,4 +1,4 @@
-"""Per-sample statistics of a group of networks: cross-entropy, correctness, rank of the label, confidence, entropy, margin."""
+"""Per-sample statistics of a group of networks: how right, how sure and how far from right each is on each sample."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class GroupStats(NamedTuple):
 def reference_stats(networks: Sequence[Tensor], target: Tensor | None, ignore_index: int = -100) -> GroupStats:
     """GroupStats of logits M x [R, C] and labels [R] (or None), in plain PyTorch."""
     columns = [_network_stats(z.detach(), target, ignore_index) for z in networks]
-    return GroupStats(*(torch.stack(column) for column in zip(*columns)))
+    return GroupStats(*(torch.stack(column) for column in zip(*columns, strict=True)))
 
 
 def _network_stats(logits: Tensor, target: Tensor | None, ignore_index: int) -> tuple[Tensor, ...]:

@@ -69,7 +69,7 @@ class Call(NamedTuple):
 
 
 def _log_softmax(logits: Tensor, temperature) -> Tensor:
-    """log softmax(logits / T); a T that learns is kept apart from masked classes (-inf), or its gradient would be NaN."""
+    """log softmax(logits / T); masked classes (-inf) are kept from a T that learns, or its gradient would be NaN."""
     if not isinstance(temperature, Tensor):
         return torch.log_softmax(logits / temperature, -1)
     masked = logits == -INF
@@ -86,7 +86,7 @@ def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 def _mixture(log_ps: Sequence[Tensor], weights: Sequence) -> Tensor:
     """log sum_k w_k p_k, [R, C], without underflow and with finite gradients where the sum is 0."""
     top = torch.stack([lp.detach() for lp in log_ps]).amax(0).clamp(min=torch.finfo(log_ps[0].dtype).min)
-    total = sum(w * (lp - top).exp() for w, lp in zip(weights, log_ps))
+    total = sum(w * (lp - top).exp() for w, lp in zip(weights, log_ps, strict=True))
     empty = total == 0
     return (total.masked_fill(empty, 1).log() + top).masked_fill(empty, -INF)
 
@@ -94,8 +94,8 @@ def _mixture(log_ps: Sequence[Tensor], weights: Sequence) -> Tensor:
 def _mean_logits(teachers: Sequence[Tensor], weights: Sequence) -> Tensor:
     """sum_k w_k t_k, [R, C]; -inf where a teacher that counts is."""
     masked = [t == -INF for t in teachers]
-    total = sum(w * t.masked_fill(m, 0) for w, t, m in zip(weights, teachers, masked))
-    return total.masked_fill(sum((m & (w != 0)) for w, m in zip(weights, masked)) > 0, -INF)
+    total = sum(w * t.masked_fill(m, 0) for w, t, m in zip(weights, teachers, masked, strict=True))
+    return total.masked_fill(sum((m & (w != 0)) for w, m in zip(weights, masked, strict=True)) > 0, -INF)
 
 
 def _reference_kd(student: Tensor, teachers: Sequence[Tensor], weights: Sequence, call: Call) -> Tensor:
@@ -103,7 +103,7 @@ def _reference_kd(student: Tensor, teachers: Sequence[Tensor], weights: Sequence
     scales = [t * t if call.scale_by_t2 else 1.0 for t in temperatures]
     if call.combine == "losses":
         total = 0
-        for teacher, weight, t, scale in zip(teachers, weights, temperatures, scales):
+        for teacher, weight, t, scale in zip(teachers, weights, temperatures, scales, strict=True):
             weight = weight[:, 0] if isinstance(weight, Tensor) else weight
             kl = _divergence(_log_softmax(teacher, t), _log_softmax(student, t))
             kl = kl.masked_fill((weight == 0) & kl.isinf(), 0)  # a weight of 0 removes an infinite divergence as well
@@ -154,7 +154,9 @@ def reference_statistics(call: Call) -> DistillationStats:
         for k, teacher in enumerate(call.teachers):
             temperature = call.temperatures[k if len(call.temperatures) > 1 else 0]
             dtype = common.accumulate_dtype(student_and_teachers_dtype(call))
-            kl = _divergence(_log_softmax(teacher.to(dtype), temperature), _log_softmax(call.student.to(dtype), temperature))
+            kl = _divergence(
+                _log_softmax(teacher.to(dtype), temperature), _log_softmax(call.student.to(dtype), temperature)
+            )
             kl = kl.clamp(min=0)
             kls.append(common.reduce_rows(kl if valid is None else kl.masked_fill(~valid, 0), valid, "mean", ()))
         student = reference_stats([call.student], call.target, call.ignore_index)
@@ -413,14 +415,15 @@ def _check(
         raise common.wrong_value(OP, "target", f"given where ce_weight is {ce_weight}", None)
     temperatures = networks.check_temperature(OP, temperature, len(teachers))
     if len(temperatures) > 1 and combine != "losses":
-        raise common.wrong_value(OP, "temperature", f"one number for combine={combine!r}", f"{len(temperatures)} numbers")
+        raise common.wrong_value(
+            OP, "temperature", f"one number for combine={combine!r}", f"{len(temperatures)} numbers"
+        )
     weights, host_weights = networks.check_weights(OP, weights, len(teachers), student, combine == "probs")
     return Call(
         common.rows_of(student), tuple([common.rows_of(t) for t in teachers]), target, weights, host_weights,
-        temperatures, combine, ce_weight, label_smoothing, ignore_index, bool(scale_by_t2), reduction, student.shape[:-1],
+        temperatures, combine, ce_weight, label_smoothing, ignore_index, bool(scale_by_t2), reduction,
+        student.shape[:-1],
     )  # fmt: skip
 
 
-_backend.register(multi_teacher_kd, OP, lambda arguments: why_reference(_check(**arguments)))
-if _backend.declared():
-    register_fakes("fastkd")
+_backend.register(multi_teacher_kd, OP, lambda arguments: why_reference(_check(**arguments)), register_fakes)
