@@ -1,81 +1,31 @@
-"""The loop: what an epoch computes, metrics, schedules, plans, the cache, and resuming to the same bits."""
+"""The loop: what an epoch computes, its metrics, the optimiser and its schedules, options."""
 
 import csv
 import math
 import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from train_helpers import assert_same, config, one_thread, run  # noqa: F401
 
 from fastkd import data as datasets
 from fastkd import methods, models
-from fastkd.train import Fit, Interrupted, Runner, TrainConfig, UserError, checkpoint, evaluate, plan, train_epoch
+from fastkd.train import (
+    Fit,
+    Runner,
+    TrainConfig,
+    UserError,
+    checkpoint,
+    evaluate,
+    train_epoch,
+)
 from fastkd.train.config import CompareConfig, OptimizationOptions, differences, read_yaml, to_yaml
 from fastkd.train.locks import lock
-from fastkd.train.loop import cpu_threads, pick_device
+from fastkd.train.loop import pick_device
 from fastkd.train.metrics import Divergence, Meter, read_csv, write_csv
 from fastkd.train.optim import make_optimizer, make_schedule
-from fastkd.train.plans import RECIPES, make_network, parse_network, stage_key
-
-TINY = dict(
-    train_size=60,
-    teacher="plain2:width=0.25",
-    assistants=["plain2:width=0.125"],
-    student="plain2:width=0.0625",
-    quiet=True,
-    device="cpu",
-)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks so small are slowed down by a second thread, on a busy machine tenfold."""
-    with cpu_threads(1):
-        yield
-
-
-def config(tmp_path, **options) -> TrainConfig:
-    return TrainConfig(**{"method": "ce", "epochs": 2, "out": str(tmp_path / "run")} | TINY | options)
-
-
-def run(options: TrainConfig):
-    return Runner(options, say=lambda text: None).run()
-
-
-def assert_same(one, other, where="state"):
-    """Bitwise equality of nested states."""
-    assert type(one) is type(other), where
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert list(one) == list(other), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{where}[{i}]")
-    else:
-        assert one == other, where
-
-
-def last_state(folder) -> dict:
-    folder = Path(folder) / "checkpoints"
-    return torch.load(checkpoint.path_of(folder, checkpoint.epochs(folder)[-1]), weights_only=True)
-
-
-def rows_without_times(folder) -> list[dict]:
-    timed = ("images_per_s", "seconds")
-    return [{k: v for k, v in row.items() if k not in timed} for row in read_csv(Path(folder) / "metrics.csv")]
-
-
-# What an epoch computes.
+from fastkd.train.runner import make_network, parse_network
 
 
 def small_fit(tmp_path, **options) -> Fit:
@@ -248,125 +198,6 @@ def test_optimizers():
     assert isinstance(adamw, torch.optim.AdamW) and adamw.param_groups[0]["weight_decay"] == 0.01
 
 
-# The same seed, the same bits; an interruption changes nothing.
-
-
-def test_same_seed_same_bits_other_seed_other_weights(tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run(config(tmp_path, method="dgkd", out=str(tmp_path / name), seed=seed, options={"drop": "bernoulli"}))
-    assert_same(last_state(tmp_path / "a"), last_state(tmp_path / "b"))
-    assert rows_without_times(tmp_path / "a") == rows_without_times(tmp_path / "b")
-    a, c = (last_state(tmp_path / name)["network"]["fc.weight"] for name in "ac")
-    assert not torch.equal(a, c)
-
-
-def test_every_method_starts_from_the_same_student(tmp_path):
-    data = datasets.load("digits", train_size=60)
-    states = []
-    for method in RECIPES:
-        runner = Runner(config(tmp_path, method=method))
-        stage = runner.stages["student"]
-        guides = [make_network(runner.stages[g].network, data) for g in stage.guides]
-        states.append(dict(runner.build(stage, guides).deployable().state_dict()))
-    for state in states[1:]:
-        assert_same(states[0], state)
-
-
-class StopAt:
-    """Sends Ctrl-C to this process at a batch of an epoch, counted over the whole stage."""
-
-    def __init__(self, monkeypatch, step):
-        self.left = step
-        original = Meter.end_batch
-
-        def end_batch(meter, target):
-            original(meter, target)
-            self.left -= 1
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        monkeypatch.setattr(Meter, "end_batch", end_batch)
-
-
-@pytest.mark.parametrize("step", [1, 3, 4, 5, 8])  # of 4 a epoch: within an epoch and at its last batch
-def test_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, step):
-    options = dict(method="ce", batch_size=16, optimizer="adamw", epochs=3)
-    run(config(tmp_path, out=str(tmp_path / "whole"), **options))
-    with monkeypatch.context() as patch:
-        StopAt(patch, step)
-        with pytest.raises(Interrupted):
-            run(config(tmp_path, **options))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    partial = tmp_path / "run" / "checkpoints" / checkpoint.PARTIAL
-    assert partial.exists() == (step % 4 != 0)
-    run(config(tmp_path, resume=True, **options))
-    assert not partial.exists()
-    assert_same(last_state(tmp_path / "run"), last_state(tmp_path / "whole"))
-    assert rows_without_times(tmp_path / "run") == rows_without_times(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("step", [2, 6, 14, 22])  # in the teacher, in the assistant, in the student
-def test_interruption_of_any_stage(tmp_path, monkeypatch, step):
-    options = dict(method="dgkd", batch_size=16, epochs=2, options={"drop": "fixed"}, validation=0.1)
-    run(config(tmp_path, out=str(tmp_path / "whole"), **options))
-    with monkeypatch.context() as patch:
-        StopAt(patch, step)
-        with pytest.raises(Interrupted):
-            run(config(tmp_path, **options))
-    run(config(tmp_path, resume=True, **options))
-    assert_same(last_state(tmp_path / "run"), last_state(tmp_path / "whole"))
-
-
-def test_run_killed_after_an_epochs_row_but_before_its_checkpoint(tmp_path):
-    run(config(tmp_path, out=str(tmp_path / "whole"), epochs=3))
-    run(config(tmp_path, epochs=3))
-    checkpoint.path_of(tmp_path / "run" / "checkpoints", 3).unlink()  # the row of epoch 3 is written already
-    run(config(tmp_path, epochs=3, resume=True))
-    assert rows_without_times(tmp_path / "run") == rows_without_times(tmp_path / "whole")
-    assert_same(last_state(tmp_path / "run"), last_state(tmp_path / "whole"))
-
-
-def test_more_epochs_by_resume_equal_a_longer_run(tmp_path):
-    run(config(tmp_path, out=str(tmp_path / "whole"), epochs=4))
-    run(config(tmp_path, epochs=2))
-    run(config(tmp_path, epochs=4, resume=True))
-    one, other = last_state(tmp_path / "run"), last_state(tmp_path / "whole")
-    assert_same(one["network"], other["network"])
-    assert_same(one["optimizer"], other["optimizer"])
-    with pytest.raises(UserError, match="has run 4 epochs already"):
-        run(config(tmp_path, epochs=3, resume=True))
-
-
-def test_raised_epochs_follow_the_longer_schedule(tmp_path):
-    run(config(tmp_path, epochs=2, schedule="cosine"))
-    run(config(tmp_path, epochs=4, schedule="cosine", resume=True))
-    found = [row["lr"] for row in read_csv(tmp_path / "run" / "metrics.csv")]
-    expected = [0.01, 0.005, 0.005, 0.01 * 0.5 * (1 + math.cos(math.pi * 3 / 4))]
-    assert found == pytest.approx(expected)
-
-
-def test_sigint_to_a_process(tmp_path):
-    """Ctrl-C of the command itself: status 130, one line with the command, and the same bits after it."""
-
-    def command(name, *more):
-        words = ["train", "--method", "ce", "--data", "digits", "--train-size", "100", "--student", "plain2"]
-        return [sys.executable, "-m", "fastkd", *words, "--epochs", "12", "--out", str(tmp_path / name), *more]
-
-    process = subprocess.Popen(command("run"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "checkpoints" / "epoch-0002.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert "Traceback" not in stderr
-    assert "--resume" in stderr.splitlines()[-1] and str(tmp_path / "run") in stderr.splitlines()[-1]
-    assert not (tmp_path / "run" / "checkpoints" / "epoch-0012.pt").exists()
-    for name in ("run", "whole"):
-        subprocess.run(command(name, "--resume", "--quiet"), check=True, capture_output=True, timeout=120)
-    assert_same(last_state(tmp_path / "run"), last_state(tmp_path / "whole"))
-
-
 # Checkpoints and files.
 
 
@@ -396,83 +227,6 @@ def test_lock(tmp_path):
         pass
     with lock(tmp_path):
         pass
-
-
-# Plans and the cache.
-
-
-def shape(method, **options):
-    stages = plan(TrainConfig(method=method, teacher="T", assistants=["A", "B"], student="S", **options))
-    return [(s.name, s.network, s.method, *s.guides) for s in stages]
-
-
-def test_plans():
-    teacher = ("teacher", "T", "ce")
-    dense = [("assistant1", "A", "dgkd", "teacher"), ("assistant2", "B", "dgkd", "teacher", "assistant1")]
-    everyone = ("teacher", "assistant1", "assistant2")
-    assert shape("ce") == [("student", "S", "ce")]
-    assert shape("kd") == [teacher, ("student", "S", "kd", "teacher")]
-    assert shape("aver") == [teacher, *dense, ("student", "S", "aver", *everyone)]
-    assert shape("dgkd") == [teacher, *dense, ("student", "S", "dgkd", *everyone)]
-    chain = [("assistant1", "A", "takd", "teacher"), ("assistant2", "B", "takd", "assistant1")]
-    assert shape("takd") == [teacher, *chain, ("student", "S", "takd", "assistant2")]
-
-
-def test_guides_are_dropped_for_the_student_only():
-    config = TrainConfig(method="dgkd", assistants=["A"], options={"drop": "bernoulli", "temperature": 2.0})
-    teacher, assistant, student = plan(config)
-    assert assistant.options == {"temperature": 2.0}
-    assert student.options == {"drop": "bernoulli", "temperature": 2.0}
-
-
-def guide_folders(cache):
-    return {folder.name: (folder / "metrics.csv").stat().st_mtime_ns for folder in Path(cache).iterdir()}
-
-
-def test_cache_is_shared_between_methods_and_changes_with_what_determines_it(tmp_path):
-    cache = tmp_path / "cache"
-    shared = dict(cache=str(cache), epochs=1)
-    run(config(tmp_path, method="aver", out=str(tmp_path / "a"), **shared))
-    first = guide_folders(cache)
-    assert sorted(name.partition("-")[0] for name in first) == ["assistant1", "teacher"]
-    run(config(tmp_path, method="dgkd", out=str(tmp_path / "b"), **shared))
-    assert guide_folders(cache) == first  # neither trained again nor others made
-    run(config(tmp_path, method="kd", out=str(tmp_path / "c"), **shared | {"seed": 1}))
-    assert len(guide_folders(cache)) == 3
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"lr": 0.02}, {"epochs": 3}, {"seed": 3}, {"teacher": "plain3"}, {"train_size": 61}, {"augment": False}],
-)
-def test_key_of_a_guide(tmp_path, change):
-    def keys(**options):
-        options = config(tmp_path, method="dgkd", **options)
-        stages = {stage.name: stage for stage in plan(options)}
-        return [stage_key(options, stages[name], stages) for name in ("teacher", "assistant1")]
-
-    same = keys(out="elsewhere", workers=2, quiet=False, student="plain3", keep=1)
-    assert same == keys()
-    assert all(a != b for a, b in zip(keys(), keys(**change), strict=True))
-
-
-def test_guides_are_not_changed_by_the_student(tmp_path):
-    results = run(config(tmp_path, method="dgkd"))
-    for name in ("teacher", "assistant1"):
-        assert_same(dict(results[name].network.state_dict()), dict(last_state(results[name].folder)["network"]))
-
-
-def test_checkpoint_option_replaces_training(tmp_path):
-    run(config(tmp_path, out=str(tmp_path / "t"), student=TINY["teacher"]))
-    path = str(tmp_path / "t" / "checkpoints" / "epoch-0002.pt")
-    results = run(config(tmp_path, method="kd", checkpoint={"teacher": path}))
-    assert not (tmp_path / "run" / "cache").exists()
-    assert_same(dict(results["teacher"].network.state_dict()), last_state(tmp_path / "t")["network"])
-    plain = tmp_path / "plain.pt"
-    torch.save(results["teacher"].network.state_dict(), plain)
-    run(config(tmp_path, method="kd", checkpoint={"teacher": str(plain)}, out=str(tmp_path / "p")))
-    with pytest.raises(UserError, match="does not fit the network plain4"):
-        run(config(tmp_path, method="kd", checkpoint={"teacher": path}, teacher="plain4", out=str(tmp_path / "q")))
 
 
 # Options.

@@ -1,0 +1,160 @@
+"""The command line: `fastkd train`, `fastkd compare`, `fastkd info`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import sys
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastkd._version import __version__
+
+USAGE = """\
+usage: fastkd COMMAND [options]
+
+Knowledge distillation with several teachers.
+
+  fastkd train     train one student by one method, and the guides that the method needs
+  fastkd compare   several methods and seeds: a table, a picture, a report
+  fastkd info      versions, devices, and which backend each operation uses and why
+
+  fastkd COMMAND --help shows the options, fastkd --version the version.
+  Try: fastkd train --method dgkd --epochs 30 --out runs/first
+"""
+
+COMMANDS = ("train", "compare", "info")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 for a loss that diverged, 2 for a wrong call, 130 after Ctrl-C.
+
+    Errors are one line on stderr; with FASTKD_TRACEBACK=1 in the environment they are raised.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(argv)
+    except KeyboardInterrupt:
+        return _interrupted(argv)
+    except Exception as error:
+        from fastkd.train.loop import Interrupted
+
+        if isinstance(error, Interrupted):
+            return _interrupted(argv)
+        message = _explain(error)
+        if message is None or os.environ.get("FASTKD_TRACEBACK") == "1":
+            raise
+        print(f"fastkd: {' '.join(message.split())}", file=sys.stderr)
+        return getattr(error, "status", 2)
+
+
+def _dispatch(argv: list[str]) -> int:
+    command = argv[0] if argv else "--help"
+    if command in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if command == "--version":
+        print(f"fastkd {__version__}")
+        return 0
+    from fastkd.train.config import UserError
+    from fastkd.train.options import guess, parse
+
+    if command not in COMMANDS:
+        raise UserError(f"there is no command {command!r}: {guess(command, COMMANDS)}use {', '.join(COMMANDS)}")
+    if command == "info":
+        return _info(argv[1:])
+    config = parse(command, argv[1:])
+    if config is None:
+        return 0
+    from fastkd.train import commands
+
+    getattr(commands, command)(config, _command_line(argv))
+    return 0
+
+
+def _info(rest: list[str]) -> int:
+    from fastkd.train.config import UserError
+
+    if rest and rest[0] not in ("-h", "--help"):
+        raise UserError(f"fastkd info takes no options, got {rest[0]!r}")
+    if rest:
+        print("usage: fastkd info\n\nVersions, devices, and which backend each operation uses and why.")
+        return 0
+    from fastkd.train import environment
+
+    print(environment.info())
+    return 0
+
+
+def _explain(error: Exception) -> str | None:
+    """One sentence for an error that the user can put right, None for one that only a developer can."""
+    import torch
+
+    from fastkd.train.config import UserError
+
+    if isinstance(error, ArgumentError):
+        return _explain_option(str(error))
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full: use a smaller --batch-size, or --device cpu"
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{where}: the run stopped; what was saved before is whole, --resume goes on from it"
+    if isinstance(error, (UserError, ValueError, TypeError, FileNotFoundError, ImportError)):
+        return str(error).replace("pass download=True", "add --download")
+    return None
+
+
+def _explain_option(message: str) -> str:
+    """What is wrong with an option, from the parser's message."""
+    message = " ".join(message.split())
+    unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
+    if unknown:
+        from fastkd.train.config import CompareConfig, TrainConfig
+        from fastkd.train.options import guess
+        from fastkd.train.plans import RECIPES, arguments
+
+        fields = {f.name for kind in (TrainConfig, CompareConfig) for f in dataclasses.fields(kind)}
+        given = unknown[1].partition("=")[0]
+        known = [f"--{name.replace('_', '-')}" for name in sorted(fields)]
+        known += [f"--options.{name}" for method in RECIPES for name in arguments(method)]
+        given = given.replace("_", "-")
+        own = f"--options.{given[2:].replace('-', '_')}"
+        if own in known:
+            return f"unknown option {given}: it is the method's, write {own}"
+        return f"unknown option {given}: {guess(given, known) or 'see --help '}".rstrip()
+    value = re.search(r'[Kk]ey "([\w.]+)": (?:Expected an? (.*?)\. Got value: (.*)|(.*))$', message)
+    if value:
+        name, expected, got, other = value.groups()
+        flag = f"--{name.replace('_', '-')}"
+        return f"{flag} must be {_kind(expected)}, got {got!r}" if expected else f"{flag}: {other}"
+    missing = re.search(r"argument (--\S+): expected one argument", message)
+    if missing:
+        return f"{missing[1].replace('_', '-')} needs a value"
+    return message
+
+
+def _kind(text: str) -> str:
+    """`<class 'int'>` or `typing.Literal['a', 'b']` in words."""
+    simple = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}
+    kind = re.search(r"class '(\w+)'", text)
+    if kind and kind[1] in simple:
+        return simple[kind[1]]
+    choices = re.search(r"Literal\[(.*)\]", text)
+    if choices:
+        return "one of " + choices[1].replace("'", "")
+    return text
+
+
+def _command_line(argv: list[str]) -> str:
+    """What to type to start this again."""
+    started_as = "python -m fastkd" if Path(sys.argv[0]).name == "__main__.py" else "fastkd"
+    return f"{started_as} {shlex.join(argv)}"
+
+
+def _interrupted(argv: list[str]) -> int:
+    again = argv if any(item.startswith("--resume") for item in argv) else [*argv, "--resume"]
+    print(f"fastkd: interrupted; finished work is saved; to go on: {_command_line(again)}", file=sys.stderr)
+    return 130

@@ -1,0 +1,19 @@
+"""Training: the loop, its options and checkpoints, the plans of stages, comparisons and reports."""
+
+from fastkd.train.config import CompareConfig, TrainConfig, UserError
+from fastkd.train.loop import Fit, Interrupted, evaluate, train_epoch
+from fastkd.train.plans import RECIPES, plan
+from fastkd.train.runner import Runner
+
+__all__ = [
+    "RECIPES",
+    "CompareConfig",
+    "Fit",
+    "Interrupted",
+    "Runner",
+    "TrainConfig",
+    "UserError",
+    "evaluate",
+    "plan",
+    "train_epoch",
+]

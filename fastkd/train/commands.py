@@ -1,0 +1,94 @@
+"""What `fastkd train` and `fastkd compare` do, for the command line and for Python."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from fastkd.train import checkpoint, environment
+from fastkd.train import compare as comparing
+from fastkd.train.config import CompareConfig, TrainConfig, UserError, differences, read_yaml, to_yaml
+from fastkd.train.locks import lock
+from fastkd.train.loop import cpu_threads, pick_device
+from fastkd.train.plans import recipe
+from fastkd.train.report import percent, write_train_report
+from fastkd.train.runner import Result, Runner
+
+CONFIG = "config.yaml"
+
+
+def holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (CONFIG, "metrics.csv", "checkpoints"))
+
+
+def _open(config: TrainConfig | CompareConfig) -> Path:
+    """Make OUT, or check that this run may go on in it; leaves config.yaml there."""
+    if not config.out:
+        raise UserError("--out is missing: name a folder for the run")
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: name a folder")
+    if holds_run(out) and not config.resume:
+        raise UserError(f"{out} holds a run already: add --resume to go on with it, or give another --out")
+    if (out / CONFIG).exists():
+        differing = differences(read_yaml(out / CONFIG), dataclasses.asdict(config))
+        if differing:
+            raise UserError(
+                f"{out} holds a run with other options ({'; '.join(differing)}): give the same ones, or another --out"
+            )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made ({error.strerror}): name a folder that can be written") from error
+    return out
+
+
+def _keep_config(out: Path, config: TrainConfig | CompareConfig) -> None:
+    checkpoint.write_atomic(out / CONFIG, to_yaml(config).encode())
+
+
+def train(config: TrainConfig, command: str, say=print) -> dict[str, Result]:
+    """Train one student, and the guides that it needs; leaves checkpoints, metrics, curves and a report in OUT."""
+    recipe(config.method)
+    out = _open(config)
+    with lock(out), cpu_threads(config.threads):
+        _note_epochs(config, out, say)
+        runner = Runner(config, say)
+        _keep_config(out, config)
+        results = runner.run()
+        report = write_train_report(config, results, runner.data, command)
+    last = results["student"].rows[-1]
+    say(f"{config.method}: test accuracy {percent(last['test_accuracy'])} % after epoch {int(last['epoch'])}")
+    say(f"report: {report}, curves: {out / 'curves.png'}")
+    return results
+
+
+def _note_epochs(config: TrainConfig, out: Path, say) -> None:
+    before = read_yaml(out / CONFIG).get("epochs", config.epochs) if (out / CONFIG).exists() else config.epochs
+    if before == config.epochs or not checkpoint.epochs(out / "checkpoints"):
+        return
+    if config.schedule != "constant" or recipe(config.method).guides != "none":
+        say(
+            f"note: planned were {before} epochs, now {config.epochs}: guides keep their {config.guide_epochs} epochs "
+            f"and the schedule ({config.schedule}) changes, so the result is not that of a run planned like this"
+        )
+
+
+def compare(config: CompareConfig, command: str, say=print) -> comparing.Comparison:
+    """Run all methods and seeds, print the table, and leave the report, the picture and the metrics in OUT."""
+    for method in config.methods:
+        recipe(method)
+    out = _open(config)
+    with lock(out), cpu_threads(config.threads):
+        _keep_config(out, config)
+        comparison = comparing.run(config, say=say if not config.quiet else lambda text: None)
+        paths = comparing.write(comparison, command)
+        device = pick_device(config.device)
+        where = f"{environment.describe(device)}; {comparing.backend_text(device)}"
+    say("\n" + comparing.summary_table(comparison))
+    say(
+        "\nAccuracies after the last epoch, mean +- standard deviation over the seeds; median time of a student's step."
+    )
+    say(where)
+    say(f"report: {paths[0]}, picture: {paths[1]}, metrics: {paths[2]}, {paths[3]}")
+    return comparison

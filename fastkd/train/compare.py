@@ -1,0 +1,227 @@
+"""Several methods, several seeds: the runs, their statistics, the time of a step, the table and the picture."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import fastkd
+from fastkd import models
+from fastkd.train import checkpoint, environment
+from fastkd.train.config import CompareConfig, TrainConfig
+from fastkd.train.loop import Fit, pick_device, to_device
+from fastkd.train.metrics import write_csv
+from fastkd.train.plans import accepted, check_options, recipe
+from fastkd.train.report import LAST_EPOCH, data_text, final, method_text, optimization_text, pyplot, save_figure, table
+from fastkd.train.runner import Result, Runner, stage_epochs
+
+ROUNDS = 50  # of timed steps with each backend
+WARM_UP = 3
+
+
+@dataclass
+class Comparison:
+    """The results of all runs: results[method][seed][stage], and the median seconds of a step by method and backend."""
+
+    config: CompareConfig
+    results: dict[str, dict[int, dict[str, Result]]] = field(default_factory=dict)
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    runners: dict[str, Runner] = field(default_factory=dict)  # of the first seed
+
+    def accuracies(self, method: str) -> list[float]:
+        return [final(results["student"]) for results in self.results[method].values()]
+
+
+def run(config: CompareConfig, say) -> Comparison:
+    """Run what is not there yet; guides that several methods share are trained once a seed."""
+    check_options(config.methods, config.options)
+    comparison = Comparison(config)
+    runs = {(m, s): config.run(m, s, accepted(m, config.options)) for s in config.seeds for m in config.methods}
+    for seed in config.seeds:
+        for method in config.methods:
+            runner = Runner(runs[method, seed], say)
+            say(f"seed {seed}, {method}")
+            comparison.runners.setdefault(method, runner)
+            comparison.results.setdefault(method, {})[seed] = runner.run()
+    for method, runner in comparison.runners.items():
+        comparison.seconds[method] = time_steps(runner, comparison.results[method][config.seeds[0]])
+    return comparison
+
+
+def time_steps(runner: Runner, results: dict[str, Result], rounds: int = ROUNDS) -> dict[str, float]:
+    """Median seconds of a student's training step with each backend.
+
+    The steps alternate between the backends, so that a change in the machine's load meets both alike.
+    """
+    stage = runner.stages["student"]
+    guides = [results[name].network for name in stage.guides]
+    times: dict[str, list[float]] = {"native": [], "reference": []}
+    fits = {backend: runner.fit(stage, guides, None) for backend in times}
+    inputs, target = to_device(next(iter(fits["native"].train_batches)), fits["native"].device)
+    for number in range(WARM_UP + rounds):
+        for backend in sorted(times, reverse=bool(number % 2)):
+            seconds = _time_step(fits[backend], inputs, target, backend)
+            if number >= WARM_UP:
+                times[backend].append(seconds)
+    return {backend: statistics.median(values) for backend, values in times.items()}
+
+
+def _time_step(fit: Fit, inputs, target, backend: str) -> float:
+    fit.method.train()
+    wait = torch.cuda.synchronize if fit.device.type == "cuda" else lambda: None
+    with fastkd.use_backend(backend):
+        wait()
+        started = time.perf_counter()
+        for phase in fit.method.phases(inputs, target):
+            fit.optimizer.zero_grad(set_to_none=True)
+            phase.loss.backward()
+            fit.optimizer.step()
+        wait()
+        return time.perf_counter() - started
+
+
+def spread(values: list[float], scale: float = 100) -> str:
+    """mean +- sample standard deviation."""
+    mean = f"{scale * statistics.fmean(values):.2f}"
+    return f"{mean} +- {scale * statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def summary_table(comparison: Comparison) -> str:
+    baseline = comparison.accuracies("ce") if "ce" in comparison.results else None
+    header = ["method", "student's test accuracy [%]", "gain over ce", "seeds better than ce"]
+    header += ["native [ms/step]", "reference [ms/step]"]
+    rows = []
+    for method in comparison.results:
+        values = comparison.accuracies(method)
+        gain, better = "-", "-"
+        if baseline is not None and method != "ce":
+            gains = [value - other for value, other in zip(values, baseline, strict=True)]
+            gain, better = spread(gains), f"{sum(g > 0 for g in gains)} of {len(gains)}"
+        times = [f"{1000 * comparison.seconds[method][backend]:.2f}" for backend in ("native", "reference")]
+        rows.append([method, spread(values), gain, better, *times])
+    return table(header, rows)
+
+
+def guides_table(comparison: Comparison) -> str:
+    """Each distinct guide: its network, how it was trained, and its own accuracy."""
+    found: dict[tuple, list[Result]] = {}
+    users: dict[tuple, list[str]] = {}
+    for method, seeds in comparison.results.items():
+        for results in seeds.values():
+            for result in results.values():
+                stage = result.stage
+                if stage.name != "student":
+                    key = (stage.name, stage.network, stage.method, stage.guides)
+                    found.setdefault(key, []).append(result)
+                    users.setdefault(key, []).append(method)
+    rows = []
+    for (name, network, method, guides), results in found.items():
+        distinct = list({str(r.folder): r for r in results}.values())
+        values = [final(r) for r in distinct if r.rows]
+        count = f"{models.parameters_count(results[0].network):,}"
+        how = method + (f" from {', '.join(guides)}" if guides else "")
+        whom = ", ".join(dict.fromkeys(users[name, network, method, guides]))
+        rows.append([name, network, count, how if values else "given", whom, spread(values) if values else "-"])
+    return table(["guide", "network", "parameters", "trained by", "used by", "test accuracy [%]"], rows)
+
+
+def write_metrics(comparison: Comparison, folder: Path) -> None:
+    """metrics.csv: every epoch of every student; results.csv: one row a run."""
+    rows, last = [], []
+    for method, seeds in comparison.results.items():
+        for seed, results in seeds.items():
+            student = results["student"]
+            rows += [{"method": method, "seed": seed} | row for row in student.rows]
+            last.append({"method": method, "seed": seed, "epoch": student.rows[-1]["epoch"]})
+            last[-1] |= {name: student.rows[-1][name] for name in ("test_loss", "test_accuracy")}
+            last[-1] |= {f"seconds_per_step_{b}": value for b, value in comparison.seconds[method].items()}
+    write_csv(folder / "metrics.csv", rows)
+    write_csv(folder / "results.csv", last)
+
+
+def draw_bars(comparison: Comparison, path: Path) -> None:
+    """A bar with its standard deviation for each method, and a point for each seed."""
+    plt = pyplot()
+    methods = list(comparison.results)
+    values = [[100 * v for v in comparison.accuracies(method)] for method in methods]
+    figure, axis = plt.subplots(figsize=(1.5 + 1.1 * len(methods), 4.2), layout="constrained")
+    means = [statistics.fmean(v) for v in values]
+    deviations = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+    axis.bar(methods, means, width=0.6, color="C0", alpha=0.55, zorder=2)
+    if len(values[0]) > 1:
+        error = dict(fmt="none", ecolor="0.2", capsize=5, zorder=3, label="mean +- standard deviation")
+        axis.errorbar(methods, means, yerr=deviations, **error)
+    for index, points in enumerate(values):
+        offsets = [index + 0.18 * (i - (len(points) - 1) / 2) / max(1, len(points) - 1) for i in range(len(points))]
+        label = "one seed" if index == 0 else None
+        axis.scatter(offsets, points, s=22, color="C3", edgecolor="white", linewidth=0.6, zorder=4, label=label)
+    low = min(min(points) for points in values + [[m - d] for m, d in zip(means, deviations, strict=True)])
+    high = max(max(points) for points in values + [[m + d] for m, d in zip(means, deviations, strict=True)])
+    floor = max(0.0, low - 0.25 * (high - low) - 1) if low > 5 else 0.0
+    axis.set_ylim(floor, min(100.0, high + 0.1 * (high - low) + 1))
+    axis.set_ylabel("test accuracy of the student [%]" + ("\n(the axis does not start at 0)" if floor else ""))
+    axis.set_title(f"{comparison.config.student} on {comparison.config.data}, last epoch, {len(values[0])} seeds")
+    axis.grid(axis="y", alpha=0.3, zorder=0)
+    figure.legend(fontsize="small", loc="outside lower center", ncols=2)
+    save_figure(figure, path)
+    plt.close(figure)
+
+
+def backend_text(device: torch.device) -> str:
+    return f"native on {device.type}: {fastkd.backend_info().get(device.type, 'none')}"
+
+
+def text(comparison: Comparison, command: str) -> str:
+    config = comparison.config
+    runner = next(iter(comparison.runners.values()))
+    student = next(iter(next(iter(comparison.results.values())).values()))["student"].network
+    one = config.run(config.methods[0], config.seeds[0], {})
+    seeds = ", ".join(map(str, config.seeds))
+    lines = [f"# {', '.join(config.methods)} on {config.data}", ""]
+    count = f"{models.parameters_count(student):,}"
+    lines += [
+        f"Student {config.student} ({count} parameters), seeds {seeds}; mean +- standard deviation over the seeds."
+    ]
+    lines += ["", summary_table(comparison), "", "![accuracy of each method](comparison.png)", *_reading(), ""]
+    if any(recipe(m).guides != "none" for m in config.methods):
+        lines += ["## Guides", "", guides_table(comparison), ""]
+    lines += ["## Methods", ""]
+    lines += [f"- **{m}**: {method_text(m, accepted(m, config.options))}" for m in config.methods]
+    lines += ["", "## Data", "", data_text(config, runner.data), ""]
+    if config.train_size:
+        lines += ["Each seed draws its own training images; the test images are the same for all.", ""]
+    lines += ["## Optimisation", "", optimization_text(config) + f" {_epochs_text(one, runner)}", ""]
+    lines += ["## How to repeat it", "", "```", command, "```", ""]
+    device = pick_device(config.device)
+    lines += [f"{environment.describe(device)}; {backend_text(device)}.", ""]
+    return "\n".join(lines)
+
+
+def _epochs_text(one: TrainConfig, runner: Runner) -> str:
+    student = stage_epochs(one, runner.stages["student"])
+    return f"The student trains for {student} epochs with every method, teacher and assistants for {one.guide_epochs}."
+
+
+def _reading() -> list[str]:
+    lines = [LAST_EPOCH + " The numbers are what came out, also where a method does not help."]
+    lines += [
+        "The gain is the mean over seeds of the difference to ce with the same seed, that is with the same initial "
+        "weights and the same order of images. With few seeds, a gain smaller than its spread shows nothing.",
+        f"The time is the median of {ROUNDS} training steps of the student, its guides' forward passes included, with "
+        "the fused operation (native) and with its plain PyTorch formula (reference), in turns. With few classes the "
+        "loss is a small part of the step, and the two are alike.",
+    ]
+    return ["", *(f"- {line}" for line in lines)]
+
+
+def write(comparison: Comparison, command: str) -> list[Path]:
+    """Write report.md, comparison.png, metrics.csv and results.csv into OUT; returns the paths for the user."""
+    out = Path(comparison.config.out)
+    write_metrics(comparison, out)
+    draw_bars(comparison, out / "comparison.png")
+    checkpoint.write_atomic(out / "report.md", text(comparison, command).encode())
+    return [out / name for name in ("report.md", "comparison.png", "metrics.csv", "results.csv")]

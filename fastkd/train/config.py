@@ -1,0 +1,271 @@
+"""The options of a run: dataclasses that the command line, YAML files and Python share."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+class UserError(Exception):
+    """Something that whoever started the run can put right: one sentence, no traceback. `status` is the exit status."""
+
+    def __init__(self, message: str, status: int = 2):
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass
+class DataOptions:
+    """Data.
+
+    Args:
+        data: digits | cifar10 | cifar100 | tiny-imagenet | imagefolder:DIR | fake
+        data_root: folder of the downloaded data sets
+        download: fetch CIFAR where it is missing
+        train_size: keep this many training images, of each class its share; default all (compare: 200 of digits)
+        validation: part of the training images set apart for validation, from 0 to below 1
+        image_size: resize images to this many pixels; default the data's own size
+        augment: augment the training images (shift, mirror, crop)
+        workers: processes that load images; data in memory needs none
+    """
+
+    data: str = "digits"
+    data_root: str = ".data"
+    download: bool = False
+    train_size: int | None = None
+    validation: float = 0.0
+    image_size: int | None = None
+    augment: bool = True
+    workers: int = 0
+
+
+@dataclass
+class NetworkOptions:
+    """Networks. A network is NAME or NAME:option=value:..., for example plain4:width=0.5:norm=group.
+
+    Args:
+        teacher: the largest network
+        assistants: networks between teacher and student, by decreasing size: A,B,... ([] for none)
+        student: the network that is wanted
+        checkpoint: checkpoint.NAME=FILE takes the weights of teacher, assistant1, ... from FILE, trains none
+    """
+
+    teacher: str = "resnet14"
+    assistants: list[str] = field(default_factory=lambda: ["resnet8", "plain4:width=0.25"])
+    student: str = "plain3:width=0.125"
+    checkpoint: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class OptimizationOptions:
+    """Optimisation, the same for every network of a run.
+
+    Args:
+        epochs: passes over the training images
+        guide_epochs: passes for the teacher and the assistants; 0 means as many as epochs
+        batch_size: images a step
+        optimizer: sgd (momentum) or adamw
+        lr: learning rate
+        momentum: of sgd
+        nesterov: Nesterov's form of the momentum
+        weight_decay: of all parameters
+        schedule: of the learning rate, epoch by epoch
+        milestones: for multistep, where the rate is multiplied by gamma: epochs, or fractions of epochs below 1
+        gamma: factor of multistep
+        warmup_epochs: linear rise of the rate over the first epochs
+    """
+
+    epochs: int = 30
+    guide_epochs: int = 0
+    batch_size: int = 32
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    lr: float = 0.01
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    schedule: Literal["constant", "multistep", "cosine"] = "constant"
+    milestones: list[float] = field(default_factory=lambda: [0.5, 0.75])
+    gamma: float = 0.1
+    warmup_epochs: int = 0
+
+
+@dataclass
+class LoopOptions:
+    """Run.
+
+    Args:
+        device: cpu | cuda | cuda:N | auto (a GPU where there is one)
+        threads: of the CPU; default what PyTorch takes (digits: 1, more threads do not help networks so small)
+        eval_every: evaluate after every so many epochs, and always after the last one
+        keep: how many of the last checkpoints are kept; 0 keeps all
+        log_every: steps between two looks at the loss on a GPU (on a CPU each step is looked at)
+        quiet: print results only
+        cache: folder of teachers and assistants, to be shared between runs; default OUT/cache
+    """
+
+    device: str = "auto"
+    threads: int | None = None
+    eval_every: int = 1
+    keep: int = 0
+    log_every: int = 50
+    quiet: bool = False
+    cache: str = ""
+
+
+@dataclass
+class MethodOptions:
+    """Method.
+
+    Args:
+        method: how the student is trained; see the list below
+        options: options.NAME=VALUE sets an argument of the method; see the list below
+        seed: of the initial weights, the order of the images, their augmentation and the method's random choices
+        out: folder of the run
+        resume: go on from OUT, or start where nothing is there; without it an OUT that holds a run is refused
+    """
+
+    method: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    out: str = ""
+    resume: bool = False
+
+
+@dataclass
+class CompareOptions:
+    """Comparison.
+
+    Args:
+        methods: which methods: A,B,...
+        seeds: one run of each method for each seed: 0,1,...
+        options: options.NAME=VALUE sets an argument of every method that has it
+        out: folder of the comparison
+        resume: go on from OUT, or start where nothing is there; without it an OUT that holds a run is refused
+    """
+
+    methods: list[str] = field(default_factory=lambda: ["ce", "kd", "aver", "takd", "dgkd"])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    options: dict[str, Any] = field(default_factory=dict)
+    out: str = "runs/compare"
+    resume: bool = False
+
+
+_LEAST = {"epochs": 1, "guide_epochs": 0, "batch_size": 1, "warmup_epochs": 0, "eval_every": 1, "keep": 0}
+_LEAST |= {"log_every": 1, "workers": 0, "train_size": 1, "image_size": 1, "seed": 0, "threads": 1}
+_OPTIONAL = ("train_size", "image_size", "threads", "seed")  # a comparison has no seed of its own
+_FINITE = ("lr", "momentum", "weight_decay", "gamma")  # >= 0
+
+
+def _check_numbers(config: object) -> None:
+    for name, least in _LEAST.items():
+        value = getattr(config, name, None)
+        if value is None and name in _OPTIONAL:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"--{_flag(name)} must be an integer of at least {least}, got {value!r}")
+    for name in _FINITE:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
+            raise UserError(f"--{_flag(name)} must be a finite number >= 0, got {value!r}")
+    if not 0 <= config.validation < 1:
+        raise UserError(f"--validation must be a fraction from 0 to below 1, got {config.validation!r}")
+    if config.nesterov and config.momentum == 0:
+        raise UserError("--nesterov needs --momentum above 0, got 0")
+    if not all(math.isfinite(m) and m > 0 for m in config.milestones):
+        raise UserError(f"--milestones must be positive epochs or fractions of the epochs, got {config.milestones}")
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+@dataclass
+class Settings(DataOptions, NetworkOptions, OptimizationOptions, LoopOptions):
+    """What `train` and `compare` have in common."""
+
+    def __post_init__(self):
+        _check_numbers(self)
+        if self.threads is None and self.data == "digits":
+            self.threads = 1
+        # Settled here and kept in config.yaml: a run that is resumed for more epochs keeps the guides it has.
+        self.guide_epochs = self.guide_epochs or self.epochs
+
+
+@dataclass
+class TrainConfig(Settings, MethodOptions):
+    """Everything that determines one run."""
+
+
+@dataclass
+class CompareConfig(Settings, CompareOptions):
+    """Everything that determines a comparison; defaults that make the student's own result leave room to gain."""
+
+    epochs: int = 100
+    guide_epochs: int = 30
+    schedule: Literal["constant", "multistep", "cosine"] = "cosine"
+    eval_every: int = 10
+    keep: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.train_size is None and self.data == "digits":
+            self.train_size = 200
+        for name in ("methods", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise UserError(f"--{name} must be one or more different values, got {values}")
+        if any(isinstance(seed, bool) or seed < 0 for seed in self.seeds):
+            raise UserError(f"--seeds must be integers of at least 0, got {self.seeds}")
+
+    def run(self, method: str, seed: int, options: dict[str, Any]) -> TrainConfig:
+        """The single run of this method and seed."""
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)}
+        shared["cache"] = self.cache or str(Path(self.out) / "cache")
+        out = str(Path(self.out) / "runs" / f"{method}-seed{seed}")
+        return TrainConfig(**shared, method=method, seed=seed, options=options, out=out, resume=True)
+
+
+# What may differ between the parts of one run without changing what it computes, or only where it goes on to.
+_FREE = {"out", "resume", "cache", "quiet", "keep", "log_every", "workers", "device", "threads", "data_root"}
+_FREE |= {"download", "epochs", "eval_every"}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The options that hold a run to its results and that differ: "lr was 0.1, now 0.05"."""
+    names = [name for name in new if name not in _FREE and name in old and old[name] != new[name]]
+    return [f"--{_flag(name)} was {old[name]}, now {new[name]}" for name in names]
+
+
+def fingerprint(facts: dict[str, Any]) -> str:
+    """12 hex digits that change when any of these (JSON-like) facts does."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def to_yaml(config: object) -> str:
+    """The options as YAML that `--config` reads; without `resume`, which belongs to one start of the run."""
+    from fastkd._extras import require
+
+    values = dataclasses.asdict(config)
+    values.pop("resume", None)
+    return require("yaml", "Writing config.yaml").safe_dump(values, sort_keys=False)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The options in a YAML file; UserError where it cannot be read or holds no options."""
+    from fastkd._extras import require
+
+    yaml = require("yaml", "Reading a config")
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"the config {path} cannot be read ({error.strerror}): give an existing YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"the config {path} holds no options: write one `name: value` a line")
+    return values

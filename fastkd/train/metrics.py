@@ -1,0 +1,131 @@
+"""What a run measures: running means of an epoch, and metrics.csv with one row an epoch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.methods import Phase
+from fastkd.models import logits_of
+from fastkd.train import checkpoint
+from fastkd.train.config import UserError
+
+
+class Divergence(UserError):
+    """A loss that is NaN or infinite."""
+
+    def __init__(self, message: str):
+        super().__init__(message, status=1)
+
+
+class Meter:
+    """Means over the images of an epoch of the loss, its parts and the accuracy, without waiting for a GPU.
+
+    `watch(network)` takes the accuracy from the outputs that the network gives while it trains, so that it costs no
+    forward pass of its own. Where it gives none, the accuracy is NaN.
+    """
+
+    def __init__(self, device: torch.device, look_every: int):
+        self.device = device
+        self.look_every = 1 if device.type == "cpu" else look_every
+        self.batches = 0
+        self.images = 0
+        self.sums: dict[str, Tensor] = {}  # name -> 0-d float64, summed over images
+        self.judged = 0  # images whose output was seen
+        self._losses: list[tuple[int, Tensor]] = []  # (batch, loss) that no one looked at yet
+        self._output: Any = None
+
+    def watch(self, network: nn.Module):
+        """Returns a handle; `remove()` ends it."""
+        return network.register_forward_hook(self._keep_output)
+
+    def add(self, phase: Phase, rows: int) -> None:
+        """One update of the current batch, of `rows` images."""
+        loss = phase.loss.detach()
+        self._losses.append((self.batches + 1, loss))
+        self._accumulate("loss", loss * rows)
+        for name, part in phase.parts.items():
+            self._accumulate(name, part * rows)
+
+    def end_batch(self, target: Tensor) -> None:
+        """Counts the batch; raises Divergence if a look is due and a loss was not finite."""
+        if self._output is not None:
+            logits, self._output = logits_of(self._output).detach(), None
+            if logits.dim() == 2 and len(logits) == len(target):
+                self._accumulate("accuracy", (logits.argmax(1) == target).sum())
+                self.judged += len(target)
+        self.batches += 1
+        self.images += len(target)
+        if self.batches % self.look_every == 0:
+            self.look()
+
+    def look(self) -> None:
+        """Reads the losses since the last look: a GPU is waited for here."""
+        if not self._losses:
+            return
+        finite = torch.isfinite(torch.stack([loss for _, loss in self._losses])).tolist()
+        for (batch, loss), good in zip(self._losses, finite, strict=True):
+            if not good:
+                raise Divergence(f"batch {batch}: the loss is {float(loss)}")
+        self._losses.clear()
+
+    def means(self) -> dict[str, float]:
+        """{"loss": ..., part: ..., "accuracy": ...} over the images so far."""
+        means = {name: float(total) / max(1, self.images) for name, total in self.sums.items() if name != "accuracy"}
+        seen = self.judged and "accuracy" in self.sums
+        return means | {"accuracy": float(self.sums["accuracy"]) / self.judged if seen else math.nan}
+
+    def state_dict(self) -> dict[str, Any]:
+        sums = {name: total.cpu() for name, total in self.sums.items()}
+        return {"batches": self.batches, "images": self.images, "judged": self.judged, "sums": sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batches, self.images, self.judged = state["batches"], state["images"], state["judged"]
+        self.sums = {name: total.to(self.device) for name, total in state["sums"].items()}
+
+    def _keep_output(self, network: nn.Module, inputs: Any, output: Any) -> None:
+        if network.training:
+            self._output = output
+
+    def _accumulate(self, name: str, value: Tensor) -> None:
+        value = value.to(torch.float64)
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+
+Row = dict[str, float]
+
+
+def read_csv(path: str | Path) -> list[Row]:
+    """The rows of a metrics.csv; [] where there is none. An empty cell, a value that was not measured, is NaN."""
+    path = Path(path)
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        return [{k: float(v) if v else math.nan for k, v in row.items()} for row in rows]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a metrics file of fastkd ({error}): move it away") from error
+
+
+def write_csv(path: str | Path, rows: list[Row]) -> None:
+    """Replace the file by these rows at once, so that a reader never sees half a row."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, names, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _cell(row.get(name, math.nan)) for name in names})
+    checkpoint.write_atomic(path, buffer.getvalue().encode())
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.10g}"

@@ -1,0 +1,189 @@
+"""The options of `fastkd train` and `fastkd compare`: how they are read and how --help shows them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastkd import models
+from fastkd._extras import require
+from fastkd.train import config
+from fastkd.train.commands import CONFIG
+from fastkd.train.config import CompareConfig, TrainConfig, UserError, read_yaml
+from fastkd.train.plans import RECIPES, arguments
+
+EXAMPLES = {
+    "train": "fastkd train --method M --out DIR [options]",
+    "compare": "fastkd compare [--methods A,B,...] [--seeds 0,1,...] [--out DIR] [options]",
+}
+
+
+def parse(command: str, rest: list[str]) -> Any:
+    """The config of a command, or None where help or the config itself was printed."""
+    config_type = TrainConfig if command == "train" else CompareConfig
+    parser = _parser(command, config_type)
+    fields = {field.name: field for field in dataclasses.fields(config_type)}
+    if "-h" in rest or "--help" in rest:
+        print(_help(parser, command, fields), end="")
+        return None
+    argv = _normalise(rest, fields)
+    try:
+        argv = _configs_first(parser, argv)
+        values = parser.parse_args(argv).as_dict()
+    except SystemExit as done:  # --print_config
+        if done.code:
+            raise
+        return None
+    values.pop("config", None)
+    return config_type(**values)
+
+
+def _parser(command: str, config_type: type):
+    jsonargparse = require("jsonargparse", "The command line")
+
+    class Formatter(jsonargparse.DefaultHelpFormatter):
+        def _get_help_string(self, action) -> str:
+            return _with_default(action)
+
+    parser = jsonargparse.ArgumentParser(
+        prog=f"fastkd {command}", exit_on_error=False, allow_abbrev=False, formatter_class=Formatter
+    )
+    parser.add_argument(
+        "--config",
+        action=jsonargparse.ActionConfigFile,
+        metavar="FILE",
+        help="YAML file of options; the command line overrides it",
+    )
+    first = config.MethodOptions if command == "train" else config.CompareOptions
+    for group in (first, config.OptimizationOptions, config.NetworkOptions, config.DataOptions, config.LoopOptions):
+        parser.add_class_arguments(group)
+    own = vars(config_type).get("__annotations__", {})  # the options to which this command gives its own defaults
+    parser.set_defaults({f.name: f.default for f in dataclasses.fields(config_type) if f.name in own})
+    return parser
+
+
+def _normalise(rest: list[str], fields: dict[str, Any]) -> list[str]:
+    """Options as the parser takes them: --train-size is --train_size, --resume is --resume=true, a,b is [a,b]."""
+    result, position = [], 0
+    while position < len(rest):
+        item = rest[position]
+        position += 1
+        name, equals, value = item.partition("=")
+        if not name.startswith("--"):
+            result.append(item)
+            continue
+        name = "--" + name[2:].replace("-", "_")
+        negated = name.startswith("--no_") and fields.get(name[5:])
+        if negated and str(negated.type) == "bool" and not equals:
+            result.append(f"--{name[5:]}=false")
+            continue
+        field = fields.get(name[2:])
+        kind = str(field.type) if field else ""
+        following = rest[position] if position < len(rest) else None
+        if kind == "bool" and not equals:
+            given = following in ("true", "false")
+            position += given
+            equals, value = "=", following if given else "true"
+        elif kind.startswith("list"):
+            if not equals and following is not None and not following.startswith("--"):
+                position, equals, value = position + 1, "=", following
+            if equals and not value.startswith("["):
+                value = f"[{value}]"
+        result.append(f"{name}{equals}{value}")
+    return result
+
+
+def _configs_first(parser, argv: list[str]) -> list[str]:
+    """Config files in front, so that the command line overrides them wherever they stand.
+
+    A run that is resumed has its own options as the first of them.
+    """
+    configs, others, position = [], [], 0
+    while position < len(argv):
+        if argv[position] == "--config" and position + 1 < len(argv):
+            configs.append(argv[position + 1])
+            position += 1
+        elif argv[position].startswith("--config="):
+            configs.append(argv[position].partition("=")[2])
+        else:
+            others.append(argv[position])
+        position += 1
+    out = _last_value(others, "--out")
+    if "--resume=true" in others and out and (Path(out) / CONFIG).is_file():
+        configs.insert(0, str(Path(out) / CONFIG))
+    for path in configs:
+        _check_names(parser, read_yaml(path), path)
+    return [*(f"--config={path}" for path in configs), *others]
+
+
+def _last_value(argv: list[str], name: str) -> str | None:
+    found = None
+    for position, item in enumerate(argv):
+        if item == name and position + 1 < len(argv):
+            found = argv[position + 1]
+        elif item.startswith(f"{name}="):
+            found = item.partition("=")[2]
+    return found
+
+
+def _check_names(parser, values: dict[str, Any], path: str) -> None:
+    known = _option_names(parser)
+    for name in values:
+        if name not in known:
+            raise UserError(f"the config {path} has an unknown option {name!r}: {guess(str(name), known)}see --help")
+
+
+def _option_names(parser) -> list[str]:
+    return [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
+
+
+_METAVARS = {"int": "N", "float": "X", "bool": "", "list": "A,B", "dict": "NAME=VALUE", "str": "TEXT"}
+
+
+def _metavar(kind: str) -> str:
+    if kind.startswith("Literal"):
+        return "|".join(re.findall(r"\w+", kind.partition("[")[2]))
+    return next(metavar for start, metavar in _METAVARS.items() if kind.startswith(start))
+
+
+def _with_default(action) -> str:
+    """An option's help, with its default where there is one to tell."""
+    default = action.default
+    if default in (None, "", "==SUPPRESS==", False, True) or default == [] or default == {}:
+        return action.help or ""
+    if isinstance(default, list):
+        default = ",".join(map(str, default))
+    return f"{action.help} (default: {default})"
+
+
+def guess(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def _help(parser, command: str, fields: dict[str, Any]) -> str:
+    """The parser's help with hyphens, without the noise of types, and with the lists of methods and networks."""
+    for action in parser._actions:
+        field = fields.get(action.dest)
+        if action.dest == "print_config":
+            action.help = "print the options in force as YAML, and exit"
+        elif field is not None:
+            action.metavar = _metavar(str(field.type))
+    text = parser.format_help()
+    text = text[text.index("\noptions:") :]
+    text = re.sub(r"--[a-z_]+", lambda match: match[0].replace("_", "-"), text)
+    text = re.sub(r"(--[a-z-]+) A,B, --[a-z-]+\+ A,B", r"\1 A,B", text)
+    text = re.sub(r"(--(?:options|checkpoint)) NAME", r"\1.NAME", text)
+    text = re.sub(r"(--augment) +augment", "--no-augment          do not augment", text)
+    lines = ["", "Methods and what --options.NAME sets in each:"]
+    for name, recipe in RECIPES.items():
+        values = ", ".join(f"{key}={value!r}" for key, value in arguments(name).items())
+        lines += [f"  {name:<6} {recipe.about}", f"         {values or 'no options'}"]
+    lines += ["", f"Networks: {', '.join(models.names())}"]
+    wrapped = [textwrap.fill(line, 100, subsequent_indent=" " * 9) if len(line) > 100 else line for line in lines]
+    return "\n".join([f"usage: {EXAMPLES[command]}", text.rstrip(), *wrapped]) + "\n"
