@@ -21,7 +21,7 @@ venv: $(INSTALLED) ## make .venv with the pinned development set
 build: $(BUILT) ## build the native libraries in the source tree
 
 demo: $(BUILT) ## distil the handwritten digits with five methods, three seeds each: table, picture, report
-	$(PY) -m fastkd compare --out $(DEMO)
+	$(PY) -m fastkd compare --out $(DEMO) --resume
 
 test: $(BUILT) ## all tests that are not marked slow (under 10 minutes)
 	$(PY) -m pytest -m "not slow"
@@ -29,8 +29,8 @@ test: $(BUILT) ## all tests that are not marked slow (under 10 minutes)
 test-slow: $(BUILT) ## the slow tests: the wheel under other versions of torch (needs 15 GB of disk), installations
 	$(PY) -m pytest -m slow
 
-bench: $(BUILT) ## time the operations against eager PyTorch and torch.compile
-	$(PY) -m pytest benchmarks
+bench: $(BUILT) ## time the operations against eager PyTorch and torch.compile (BENCH=--quick: less of it)
+	$(PY) -m benchmarks $(BENCH)
 
 lint: $(INSTALLED) ## check the style
 	$(PY) -m ruff check .

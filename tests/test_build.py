@@ -124,6 +124,23 @@ def test_no_wide_instruction_outside_the_levels(instructions):
     assert instructions["other"]["any", "xmm"] > 0
 
 
+@pytest.mark.slow
+@on_x86_64
+@pytest.mark.parametrize("level", [1, 3, 4])
+@pytest.mark.parametrize("operation", operations())
+def test_the_operations_tests_pass_at_each_level(operation, level):
+    """The processor's own level too: `make test` may have run under another FASTKD_CPU_LEVEL."""
+    environment = os.environ | {"FASTKD_CPU_LEVEL": str(level)}
+    code = "import fastkd; print(fastkd._library.CPU.cpu_level)"
+    if int(output(sys.executable, "-c", code, env=environment, cwd=ROOT)) != level:
+        pytest.skip(f"this processor has no x86-64-v{level}")
+    files = sorted(str(path) for path in (ROOT / "tests").glob(f"test_{operation}*.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", "cpu", *files]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 50
+
+
 def test_device_code_for_every_architecture(toolchain):
     library, cuobjdump = require_cuda(toolchain), tool("cuobjdump")
     listed = {

@@ -125,9 +125,11 @@ def test_the_same_wheel_under_another_torch(version, wheel_and_log, tmp_path):
         code = "import torch, fastkd; print(torch.__version__, fastkd.backend_info()['cpu'], fastkd.__file__)"
         told = run(venv.python, "-W", "error", "-c", code, cwd=tmp_path)
         assert told.startswith(version) and "CPU kernels" in told and "site-packages" in told
-        command = [venv.python, "-m", "pytest", "-q", "-m", "not slow", "tests/test_multi_teacher.py"]
+        # The CUDA kernels on the host are the same sources under any torch.
+        tests = sorted(tmp_path.glob("tests/test_multi_teacher*.py"))
+        command = [venv.python, "-m", "pytest", "-q", "-m", "not slow", "-k", "not simt and not launch", *tests]
         summary = run(*command, cwd=tmp_path).strip().splitlines()[-1]
-        assert int(re.search(r"(\d+) passed", summary)[1]) > 50
+        assert int(re.search(r"(\d+) passed", summary)[1]) >= 200
         print(f"torch {version}: {summary}")
     finally:
         shutil.rmtree(tmp_path / "venv", ignore_errors=True)  # 5 GB

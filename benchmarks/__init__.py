@@ -1,0 +1,1 @@
+"""Benchmarks of the fused operations: `make bench`, or `python -m benchmarks --help`."""

@@ -1,0 +1,1 @@
+"""What users run today, typed again from the formulas: one small file per operation and kind."""

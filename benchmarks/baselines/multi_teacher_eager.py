@@ -1,0 +1,25 @@
+"""Several teachers in plain PyTorch, as training scripts write it: cross-entropy, and a loop of Hinton's loss.
+
+Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), equation 1 with the factor T^2.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def multi_teacher(
+    student: Tensor,  # [B, C]
+    teachers: Sequence[Tensor],  # K x [B, C]
+    target: Tensor,  # [B]
+    weights: Sequence[float],  # K
+    temperature: float,
+    ce_weight: float,
+) -> Tensor:
+    loss = ce_weight * F.cross_entropy(student, target)
+    for teacher, weight in zip(teachers, weights, strict=True):
+        log_q = F.log_softmax(student / temperature, dim=1)
+        p = F.softmax(teacher / temperature, dim=1)
+        loss = loss + weight * F.kl_div(log_q, p, reduction="batchmean") * temperature * temperature
+    return loss

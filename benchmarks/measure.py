@@ -1,0 +1,191 @@
+"""Times and memory of callables that do the same thing, taken in turns: a change of the machine's load meets all."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.registry import TRAINING, Case, Inputs
+
+FUSED, FLOOR = "fused", "floor"
+COLD, WARM = "cold", "warm"
+WARM_CALLS = 5
+
+
+class Quantiles(NamedTuple):
+    p20: float
+    p50: float
+    p80: float
+
+
+def quantiles(values: list[float]) -> Quantiles:
+    if len(values) == 1:
+        return Quantiles(*values * 3)
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return Quantiles(tenths[1], tenths[4], tenths[7])
+
+
+class Step:
+    """One call of a loss, with its backward pass where the case asks for it."""
+
+    def __init__(self, function: Callable[..., Tensor], inputs: Inputs, passes: str) -> None:
+        self.function, self.inputs, self.trains = function, inputs, passes == TRAINING
+
+    def clear(self) -> None:
+        for tensor in self.inputs.learning:
+            tensor.grad = None
+
+    def __call__(self) -> Tensor:
+        self.clear()
+        with torch.set_grad_enabled(self.trains):
+            loss = self.function(*self.inputs.arguments)
+        if self.trains:
+            loss.backward()
+        return loss
+
+
+class Copy:
+    """The floor: a copy that moves `nbytes`, half of them read and half of them written."""
+
+    def __init__(self, nbytes: int, device: str) -> None:
+        self.source = torch.ones(nbytes // 8, device=device)  # float32, half of nbytes
+        self.destination = torch.zeros_like(self.source)
+
+    def clear(self) -> None:
+        pass
+
+    def __call__(self) -> Tensor:
+        return self.destination.copy_(self.source)
+
+
+def candidates(case: Case, device: str, seed: int = 0) -> dict[str, Step]:
+    """The fused operation first, then its baselines, on the same input tensors."""
+    torch.compiler.reset()
+    operation = case.operation
+    inputs = operation.make_inputs(case.shape, case.dtype, device, seed)
+    functions = {FUSED: operation.fused} | {name: make() for name, make in operation.baselines.items()}
+    return {name: Step(function, inputs, case.passes) for name, function in functions.items()}
+
+
+def timed(call: Callable, device: str, calls: int = 1) -> float:
+    """Seconds per call of `calls` calls: by CUDA events on a GPU, by the host's clock elsewhere."""
+    if torch.device(device).type != "cuda":
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - begin) / calls
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / calls
+
+
+def interleave(
+    calls: dict[str, Callable],
+    *,
+    device: str = "cpu",
+    caches: str = COLD,
+    seconds: float = 4.0,
+    least: int = 7,
+    most: int = 1000,
+) -> dict[str, list[float]]:
+    """Seconds per call, one sample of each candidate a round, for `seconds` but between `least` and `most` rounds.
+
+    caches: "cold", a sample is one call, right after another candidate's: data and code left the near caches meanwhile,
+    as in a training step; "warm", a sample is the mean of WARM_CALLS calls after one that is not counted.
+    The order turns by one each round: what a candidate leaves behind does not always meet the same one.
+    """
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    times, order = {name: [] for name in calls}, list(calls)
+    end, collecting = time.perf_counter() + seconds, gc.isenabled()
+    gc.disable()
+    try:
+        for done in range(most):
+            if done >= least and time.perf_counter() > end:
+                break
+            for name in order:
+                if caches == WARM:
+                    calls[name]()
+                times[name].append(timed(calls[name], device, WARM_CALLS if caches == WARM else 1))
+            order.append(order.pop(0))
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def paired(numerator: list[float], denominator: list[float]) -> Quantiles:
+    """Quantiles of the ratios within each round."""
+    return quantiles([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+def extra_bytes(step: Step, device: str) -> int:
+    """Peak of the tensor memory allocated during a step, above what stood before it; the gradient counts.
+
+    On the CPU: every allocation and release of PyTorch's CPU allocator, recorded by torch.profiler. A kernel's own
+    scratch memory outside of that allocator is not in it. On CUDA: the caching allocator's peak.
+    """
+    step()
+    step.clear()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    peak = total = 0
+    for change in _allocations(profile):
+        total += change
+        peak = max(peak, total)
+    return peak
+
+
+def _allocations(profile: torch.profiler.profile) -> list[int]:
+    """Bytes allocated (> 0) and released (< 0), in the order of time."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    return [e["args"]["Bytes"] for e in sorted(events, key=lambda e: (float(e["ts"]), e["args"]["Ev Idx"]))]
+
+
+class Others:
+    """CPU time that other processes took while ours ran, in cores; None where /proc/stat is missing."""
+
+    def __init__(self) -> None:
+        self.begin = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        try:
+            fields = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        except OSError:
+            return None
+        ticks = os.sysconf("SC_CLK_TCK")
+        idle = fields[3] + fields[4]
+        return time.perf_counter(), (sum(fields) - idle) / ticks, sum(os.times()[:4])
+
+    def cores(self) -> float | None:
+        if self.begin is None:
+            return None
+        wall, busy, own = (now - then for now, then in zip(self._now(), self.begin, strict=True))
+        return max(0.0, busy - own) / wall

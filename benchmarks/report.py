@@ -1,0 +1,234 @@
+"""What a benchmark run says: one JSON file per machine, and a table a person reads."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+import fastkd
+from benchmarks import measure
+from benchmarks.registry import Case
+from fastkd import _backend, _library
+
+FOLDER = Path(__file__).resolve().parent / "results"
+SCHEMA = 1
+LEVELS = {1: "x86-64", 3: "avx2", 4: "avx512"}
+QUANTILES = {"p20": float, "p50": float, "p80": float}
+BUSY = 0.25  # cores taken by others, from which on a run is called disturbed
+
+# What every file must hold: a type, a dict of the same, a list of one element, or {str: ...} for any keys.
+LAYOUT = {
+    "schema": int,
+    "date": str,
+    "commit": str,
+    "device": {"name": str, "kind": str, "cores": int, "threads": int, "level": str, "slug": str},
+    "versions": {"fastkd": str, "torch": str, "python": str},
+    "tests": {str: str},
+    "gpu": str,
+    "comparisons": [
+        {
+            "operation": str,
+            "shape": {str: int},
+            "dtype": str,
+            "passes": str,
+            "caches": str,
+            "rounds": int,
+            "floor_bytes": int,
+            "microseconds": {str: QUANTILES},
+            "ratios": {str: QUANTILES},
+            "extra_bytes": {str: int},
+            "others_cores": (float, type(None)),
+        }
+    ],
+}
+
+
+def comparisons(case: Case, device: str, seconds: float) -> list[dict]:
+    """One case measured with cold and with warm caches: times of all candidates and the floor, ratios, memory."""
+    steps = measure.candidates(case, device)
+    reason = _backend.why_not_native(steps[measure.FUSED].inputs.learning[0])
+    if reason is not None:
+        raise RuntimeError(f"{case.operation.name}: no native kernels to measure: {reason}")
+    _same_loss(steps, case.dtype)
+    memory = {name: measure.extra_bytes(step, device) for name, step in steps.items()}
+    calls = steps | {measure.FLOOR: measure.Copy(case.bytes_floor, device)}
+    return [_compared(case, calls, device, caches, seconds, memory) for caches in (measure.COLD, measure.WARM)]
+
+
+def _compared(case: Case, calls: dict, device: str, caches: str, seconds: float, memory: dict[str, int]) -> dict:
+    others = measure.Others()
+    times = measure.interleave(calls, device=device, caches=caches, seconds=seconds)
+    others_cores = others.cores()
+    ratios = {name: measure.paired(times[name], times[measure.FUSED]) for name in case.operation.baselines}
+    ratios[measure.FLOOR] = measure.paired(times[measure.FUSED], times[measure.FLOOR])
+    return {
+        "operation": case.operation.name,
+        "shape": case.shape._asdict(),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "passes": case.passes,
+        "caches": caches,
+        "rounds": len(times[measure.FUSED]),
+        "floor_bytes": case.bytes_floor,
+        "microseconds": {name: _rounded([t * 1e6 for t in ts]) for name, ts in times.items()},
+        "ratios": {name: _digits(ratio) for name, ratio in ratios.items()},
+        "extra_bytes": memory,
+        "others_cores": None if others_cores is None else round(others_cores, 2),
+    }
+
+
+def _same_loss(steps: dict[str, measure.Step], dtype: torch.dtype) -> None:
+    losses = {name: float(step().detach()) for name, step in steps.items()}
+    tolerance = torch.finfo(dtype).eps ** 0.5
+    for name, loss in losses.items():
+        if not abs(loss - losses[measure.FUSED]) <= tolerance * abs(loss):
+            raise AssertionError(f"{name} computes another loss: {losses}")
+
+
+def _rounded(values: list[float]) -> dict:
+    return _digits(measure.quantiles(values))
+
+
+def _digits(quantiles: measure.Quantiles) -> dict:
+    return {name: float(f"{value:.4g}") for name, value in quantiles._asdict().items()}
+
+
+def result(comparisons: list[dict], device: str, tests: dict[str, str]) -> dict:
+    facts = device_facts(device)
+    return {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": facts,
+        "versions": {"fastkd": fastkd.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "tests": tests,
+        "gpu": facts["name"] if facts["kind"] == "cuda" else "not measured",
+        "comparisons": comparisons,
+    }
+
+
+def device_facts(device: str) -> dict:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if torch.device(device).type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, level = properties.name, f"sm_{properties.major}{properties.minor}"
+        slug = name
+    else:
+        name, level = cpu_name(), LEVELS.get(_library.CPU.cpu_level, "generic")
+        slug = f"{name} {cores} cores {level}"
+    return {
+        "name": name,
+        "kind": torch.device(device).type,
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "level": level,
+        "slug": re.sub(r"[^a-z0-9]+", "-", slug.lower()).strip("-"),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit of the source tree, with "+changes" where files differ from it; "unknown" outside of git."""
+    git = ["git", "-C", str(FOLDER.parent)]
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    if head.returncode != 0:
+        return "unknown"
+    sources = [str(FOLDER.parents[1] / name) for name in ("fastkd", "csrc")]
+    changes = subprocess.run([*git, "status", "--porcelain", "--", *sources], capture_output=True, text=True)
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def validate(value: object, layout: object = LAYOUT, where: str = "result") -> None:
+    """Raises ValueError, naming the place, where `value` is not as LAYOUT says."""
+    if isinstance(layout, list):
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"{where}: expected a list that is not empty, got {value!r}")
+        for i, element in enumerate(value):
+            validate(element, layout[0], f"{where}[{i}]")
+    elif isinstance(layout, dict):
+        named = str not in layout
+        if not isinstance(value, dict) or not value or (named and set(value) != set(layout)):
+            got = sorted(value) if isinstance(value, dict) else repr(value)
+            raise ValueError(f"{where}: expected {sorted(layout) if named else 'names'}, got {got}")
+        for key, element in value.items():
+            validate(element, layout[key if named else str], f"{where}.{key}")
+    elif not isinstance(value, layout) or isinstance(value, bool):
+        raise ValueError(f"{where}: expected {layout}, got {value!r}")
+
+
+def write(result: dict, folder: Path = FOLDER) -> Path:
+    validate(result)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result['device']['slug']}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
+def table(result: dict, folder: Path = FOLDER) -> str:
+    device, versions = result["device"], result["versions"]
+    lines = [
+        "",
+        f"{device['name']}, {device['cores']} cores, {device['threads']} threads, {device['level']}; "
+        f"torch {versions['torch']}, fastkd {versions['fastkd']}, commit {result['commit']}",
+    ]
+    comparisons = result["comparisons"]
+    for operation in dict.fromkeys(c["operation"] for c in comparisons):
+        own = [c for c in comparisons if c["operation"] == operation]
+        lines += ["", f"{operation}: tests {result['tests'].get(operation, 'not run')}", *_rows(own)]
+    lines += [
+        "",
+        "Medians over rounds in which every candidate had its turn (p20-p80): one call (cold caches), or the mean of "
+        f"{measure.WARM_CALLS} calls (warm).",
+        "xFLOOR: fused against a copy of as many bytes as the operation must move. MB: peak of PyTorch's allocations.",
+        *_disturbed(comparisons, device["cores"]),
+        _gpu(result, folder),
+    ]
+    return "\n".join(lines)
+
+
+def _rows(comparisons: list[dict]) -> list[str]:
+    baselines = [name for name in comparisons[0]["ratios"] if name != measure.FLOOR]
+    names = [measure.FUSED, *baselines]
+    header = ["shape", "dtype", "pass", "caches", "fused us", *[f"faster than {b}" for b in baselines], "xFLOOR"]
+    body = [header + [f"MB {name}" for name in names]]
+    for c in comparisons:
+        shape = " ".join(f"{key}={size}" for key, size in c["shape"].items())
+        ratios = [_ratio(c["ratios"][name]) for name in [*baselines, measure.FLOOR]]
+        memory = [f"{c['extra_bytes'][name] / 1e6:.2f}" for name in names]
+        fused = f"{c['microseconds'][measure.FUSED]['p50']:.0f}"
+        body.append([shape, c["dtype"], c["passes"], c["caches"], fused, *ratios, *memory])
+    widths = [max(len(row[i]) for row in body) for i in range(len(body[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in body]
+
+
+def _ratio(q: dict) -> str:
+    return f"{q['p50']:.1f}x ({q['p20']:.1f}-{q['p80']:.1f})"
+
+
+def _disturbed(comparisons: list[dict], cores: int) -> list[str]:
+    worst = max((c["others_cores"] or 0 for c in comparisons), default=0)
+    if worst < BUSY:
+        return []
+    return [f"Other processes took up to {worst:.1f} of {cores} cores meanwhile: repeat this on a quiet machine."]
+
+
+def _gpu(result: dict, folder: Path) -> str:
+    if result["device"]["kind"] == "cuda":
+        return f"GPU: {result['gpu']}"
+    files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    measured = [p.name for p in files if json.loads(p.read_text())["device"]["kind"] == "cuda"]
+    return f"GPU: measured, {', '.join(measured)}" if measured else "GPU: not measured"
