@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from train_helpers import one_thread  # noqa: F401
 
 import fastkd
 from fastkd.train import Runner, TrainConfig, commands, report
