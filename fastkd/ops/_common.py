@@ -14,6 +14,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 MOST_CLASSES = 2**31
 LARGEST = sys.float_info.max
@@ -31,7 +32,7 @@ def wrong_type(op: str, argument: str, expected: str, got: object) -> TypeError:
 
 def may_read_values(tensor: Tensor) -> bool:
     """Whether looking at this tensor's numbers is free of a device wait and of a graph break."""
-    if torch.compiler.is_compiling() or tensor.is_meta or is_transformed():
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor) or is_transformed():
         return False
     return tensor.device.type == "cpu" or CHECK_VALUES_EVERYWHERE
 

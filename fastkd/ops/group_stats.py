@@ -5,7 +5,8 @@ Per network and row, with p = softmax(z) and the label y (kernels: csrc/group_st
     ce = -log p_y          correct = (argmax z == y)          label_rank = #{c : z_c > z_y}
     confidence = max p     entropy = -sum p log p             margin = max p - second largest p
 
-From them, on the device and without waiting for it: the order of the networks, and the samples that each gets most wrong.
+From them, on the device and without waiting for it: the order of the networks, and the samples that each gets most
+wrong.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class GroupStats(NamedTuple):
 
     def network_order(self) -> Tensor:
         """int64 [M, R]: each network's place on each sample by cross-entropy, 0 = best; ties by index, NaN last."""
-        return self.ce.sort(0, stable=True).indices.argsort(0)
+        return self.ce.sort(dim=0, stable=True).indices.argsort(0)
 
 
 # --- reference ------------------------------------------------------------------------------------------------------
@@ -209,10 +210,10 @@ def hard_samples(stats: GroupStats, proportions: Tensor | Sequence[float], n: in
     """Indices of the n samples that the networks get most wrong, each network contributing its proportion.
 
     Network m contributes n * proportions[m] / sum(proportions) samples, rounded so that the counts sum to n (largest
-    remainder, ties by index): its highest cross-entropies, highest first, equal ones by index. The networks' parts follow
-    each other in their order. A sample hard for two networks appears twice. Samples without a label or with a NaN
-    cross-entropy are left out; where a network's part is larger than the samples it has left, it starts again with its
-    hardest. A network without any such sample takes those that gave NaN, then those without a label, by index.
+    remainder, ties by index): its highest cross-entropies, highest first, equal ones by index. The networks' parts
+    follow each other in their order; a sample hard for two networks appears twice. Samples without a label or with a
+    NaN cross-entropy are left out: where a network's part is larger than what is left, it starts again with its
+    hardest sample. A network left without any takes those that gave NaN, or else those without a label, by index.
 
     Args:
         stats: of M networks on R >= 1 samples.
@@ -254,11 +255,11 @@ def _largest_remainder(proportions: Tensor, n: int) -> Tensor:
 
 
 def _hardest(stats: GroupStats) -> tuple[Tensor, Tensor]:
-    """Each network's samples by falling cross-entropy [M, R], and how many of them to take before starting again [M]."""
+    """Each network's samples by falling cross-entropy [M, R], and how many to take before starting again [M]."""
     labelled, usable = stats.labelled(), ~stats.ce.isnan()
     lowest = torch.finfo(stats.ce.dtype).min
     key = stats.ce.masked_fill(~usable, lowest).masked_fill(~labelled, -math.inf)
-    order = key.sort(1, descending=True, stable=True).indices
+    order = key.sort(dim=1, descending=True, stable=True).indices
     available = order.new_full(order.shape[:1], order.shape[1])
     for kept in (labelled.sum(1), (labelled & usable).sum(1)):
         available = kept.where(kept > 0, available)
