@@ -62,14 +62,15 @@ struct RowPart {
     for (int i = 0; i < Items; ++i) push_top(top, logits[i]);
     if (top.v[0] > before) rebase(before - top.v[0]);
     const A base = top.v[0] == -A(kInf) ? A(0) : top.v[0];
+    const int earlier = int(label.index - first);  // of this tile: classes are fewer than 2^31
 #pragma unroll
     for (int i = 0; i < Items; ++i) {
-      const int64_t c = first + (int64_t(i / Width) * Threads + thread) * Width + i % Width;
+      const int c = (i / Width * Threads + thread) * Width + i % Width;
       const A x = logits[i] - base, e = exp_negative(x);
       sums.v[0] += e;
       sums.v[1] += e * bounded(x);
       counts.v[0] += logits[i] > label.logit ? 1 : 0;
-      counts.v[1] += logits[i] == label.logit && c < label.index ? 1 : 0;
+      counts.v[1] += logits[i] == label.logit && c < earlier ? 1 : 0;
     }
   }
 

@@ -136,10 +136,12 @@ __device__ __forceinline__ A distill(const Params<A>& p, RowState<A, kItems>& ro
   for (int i = 0; i < kItems; ++i) row.acc[i] = 0;
 #pragma unroll 1
   for (int k = 0; k < p.teachers; ++k) {
+    if (Stats::kWanted && k > 0) load(k);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) row.t[i] = next[i];
-    if (k + 1 < p.teachers) load(k + 1);  // in flight during the reductions of this teacher
     stats.template keep<kWidth>(p, k + 1, index, p.template teacher_row<T>(k, index), row.t, threads);
+    // In flight during the reductions of this teacher; with statistics there are no registers for that.
+    if (!Stats::kWanted && k + 1 < p.teachers) load(k + 1);
     const A weight = p.weight_of(k, index);
     total += weight;
     if (p.combine == Combine::losses) {
