@@ -118,7 +118,8 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
     reason = why_reference(bound.arguments)
     if reason is not None:
         return Explanation(operation, "reference", reason)
-    return Explanation(operation, "native", _kernels(device_kind(bound.args[0])))
+    first = bound.args[0]  # logits, or those of several networks
+    return Explanation(operation, "native", _kernels(device_kind(first if isinstance(first, Tensor) else first[0])))
 
 
 def _kernels(kind: str) -> str:
