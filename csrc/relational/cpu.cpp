@@ -223,14 +223,13 @@ template <class A>
 void angle_pairs_typed(const LossArgs& args, int64_t begin, int64_t end) {
   const int64_t n = args.n, padded = padded_size(n);
   const A* by_side = static_cast<const A*>(args.partial);
-  const double factor = 2 * vertex_factor(n) * args.factor();
+  const double factor = 2 * vertex_factor(n) * args.factor() * element_factor(args.mean[0]);
   for (int64_t i = begin; i < end; ++i) {
     for (int64_t k = 0; k < i; ++k) {
       double opposite = 0;
       for (int64_t c = 0; c < kChunks; ++c) opposite += double(triangle_of<A>(args, c)[triangle_row(i) + k]);
       const double sides = double(by_side[i * padded + k]) + double(by_side[k * padded + i]);
-      const double element = pair_element((sides - opposite) * factor, args.mean[0]);
-      args.laplacian[i * n + k] = args.laplacian[k * n + i] = element;
+      args.laplacian[i * n + k] = args.laplacian[k * n + i] = (sides - opposite) * factor;
     }
   }
 }
@@ -268,12 +267,12 @@ void distances(const LossArgs& args, int64_t begin, int64_t end) {
 void distance_pairs(const LossArgs& args, double correction, int64_t begin, int64_t end) {
   const DistanceRows rows{args};
   const int64_t n = args.n;
-  const double factor = args.factor() / double(n);
+  const double factor = args.factor() / double(n) * element_factor(args.mean[0]);
   for (int64_t a = begin; a < end; ++a) {
     const double *s = rows.student(a), *t = rows.teacher(a), own = rows.weight(a);
     for (int64_t b = 0; b < n; ++b) {
-      const double by_square = distance_by_square(s[b], huber_slope(s[b] - t[b]), own + rows.weight(b), correction);
-      args.laplacian[a * n + b] = pair_element(by_square * factor, args.mean[0]);
+      const double slope = huber_slope(s[b] - t[b]);
+      args.laplacian[a * n + b] = factor * distance_by_square(s[b], slope, own + rows.weight(b), correction);
     }
   }
 }

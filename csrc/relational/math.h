@@ -78,10 +78,10 @@ FASTKD_HD double same_side_loss(A student_inv, A teacher_inv) {
 // Half of the triplets were summed, and N^2 is what a vertex's loss is divided by.
 FASTKD_HD double vertex_factor(int64_t n) { return 1 / (double(n) * double(n)); }
 
-// An element of `laplacian` beside its diagonal, from the derivative by the squared distance relative to the mean's square.
-FASTKD_HD double pair_element(double by_square, double mean) {
+// From the derivative by a squared distance relative to the mean's square to an element of `laplacian` beside its diagonal.
+FASTKD_HD double element_factor(double mean) {
   const double inverse = inverse_mean(mean);
-  return -2 * by_square * inverse * inverse;
+  return -2 * inverse * inverse;
 }
 
 // Derivative by the distance over twice the distance: by its square. `correction`: the part that goes through the mean.
