@@ -18,7 +18,7 @@ struct Division {
   int64_t n, padded, tiles, tiles_per_square, squares;
 
   FASTKD_HD explicit Division(int64_t size)
-      : n(size), padded(padded_size(size)), tiles(padded / kTile),
+      : n(size), padded(padded_size(size)), tiles((size + kTile - 1) / kTile),
         tiles_per_square(tiles > 0 ? (tiles + kSquares - 1) / kSquares : 1),
         squares((tiles + tiles_per_square - 1) / tiles_per_square) {}
 

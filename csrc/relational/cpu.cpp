@@ -74,6 +74,8 @@ int64_t triangle_row(int64_t i) {
   return kLane * kLane / 2 * block * (block + 1) + i % kLane * kLane * (block + 1);
 }
 
+int64_t triangle_size(int64_t n) { return triangle_row((n + kLane - 1) / kLane * kLane); }
+
 // The planes of one network.
 template <class A>
 struct Network {
@@ -197,10 +199,10 @@ struct Chunk {
 // partial: by_side [N, padded], then kChunks triangles.
 template <class A>
 A* triangle_of(const LossArgs& args, int64_t chunk) {
-  return static_cast<A*>(args.partial) + args.n * padded_size(args.n) + chunk * triangle_row(padded_size(args.n));
+  return static_cast<A*>(args.partial) + args.n * padded_size(args.n) + chunk * triangle_size(args.n);
 }
 
-int64_t partial_elements(int64_t n) { return n * padded_size(n) + kChunks * triangle_row(padded_size(n)); }
+int64_t partial_elements(int64_t n) { return n * padded_size(n) + kChunks * triangle_size(n); }
 
 template <bool kGrad, class A>
 void angles_typed(const LossArgs& args, int64_t begin, int64_t end) {

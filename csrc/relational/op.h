@@ -15,10 +15,11 @@ enum class Reduction : int { none, sum, mean };
 //   full:     their squares and `inv` in double.
 enum class Kind : int { distance, single, full };
 
-constexpr int64_t kPad = 32;    // rows of planes are padded with zeros to whole tiles and SIMD registers
+constexpr int64_t kPad = 32;     // rows of planes are padded with zeros to whole tiles and SIMD registers
 constexpr int64_t kChunks = 16;  // parts that the vertices of angles are divided into, for any number of threads
 
-FASTKD_HD int64_t padded_size(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+// An odd number of kPad: at powers of two, rows would fall on the same lines of the cache.
+FASTKD_HD int64_t padded_size(int64_t n) { return ((n + kPad - 1) / kPad | 1) * kPad; }
 FASTKD_HD int plane_count(Kind kind) { return kind == Kind::single ? 3 : kind == Kind::full ? 2 : 1; }
 
 // From centred rows and their Gram matrix to planes.

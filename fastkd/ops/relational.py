@@ -87,7 +87,10 @@ def result_dtype(call: Call) -> torch.dtype:
 #   loss(planes, planes, student's mean, weight [N] of the N losses, kind, reduction, need_grad)
 #        -> loss [] or [N]; the matrix [N, N] whose product with the student's centred rows is the gradient
 # `namespace` is fastkd, or the test build that runs the CUDA kernels on the host.
-PAD = 32
+def _padded(n: int) -> int:
+    """As csrc/relational/op.h pads: an odd number of 32s."""
+    return ((n + 31) // 32 // 2 * 2 + 1) * 32
+
 
 
 def register_fakes(namespace: str) -> None:
@@ -95,7 +98,7 @@ def register_fakes(namespace: str) -> None:
         n = x.shape[0]
         dtype = torch.float32 if kind == KIND_SINGLE else torch.float64
         planes = {KIND_DISTANCE: 1, KIND_SINGLE: 3, KIND_FULL: 2}[kind]
-        return x.new_empty((planes, n, (n + PAD - 1) // PAD * PAD), dtype=dtype), x.new_empty((2,))
+        return x.new_empty((planes, n, _padded(n)), dtype=dtype), x.new_empty((2,))
 
     def loss(student, teacher, mean, weight, kind, reduction, need_grad):
         n = student.shape[1]
