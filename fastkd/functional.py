@@ -2,5 +2,15 @@
 
 from fastkd.ops.group_stats import GroupStats, group_stats, hard_samples, network_scores, rank_networks
 from fastkd.ops.multi_teacher import multi_teacher_kd
+from fastkd.ops.relational import rkd_angle, rkd_distance
 
-__all__ = ["GroupStats", "group_stats", "hard_samples", "multi_teacher_kd", "network_scores", "rank_networks"]
+__all__ = [
+    "GroupStats",
+    "group_stats",
+    "hard_samples",
+    "multi_teacher_kd",
+    "network_scores",
+    "rank_networks",
+    "rkd_angle",
+    "rkd_distance",
+]

@@ -63,6 +63,38 @@ class MultiTeacherKD(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
 
 
+class RKDDistance(nn.Module):
+    """`fastkd.functional.rkd_distance` with its hyper-parameters fixed; see there for what they mean."""
+
+    def __init__(self, *, reduction: str = "mean", process_group=None) -> None:
+        super().__init__()
+        self.reduction, self.process_group = reduction, process_group
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:  # [N, D], [N, E]
+        return functional.rkd_distance(
+            student, teacher, reduction=self.reduction, process_group=self.process_group
+        )
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"
+
+
+class RKDAngle(nn.Module):
+    """`fastkd.functional.rkd_angle` with its hyper-parameters fixed; see there for what they mean."""
+
+    def __init__(self, *, reduction: str = "mean", eps: float = 1e-6, process_group=None) -> None:
+        super().__init__()
+        self.reduction, self.eps, self.process_group = reduction, eps, process_group
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:  # [N, D], [N, E]
+        return functional.rkd_angle(
+            student, teacher, reduction=self.reduction, eps=self.eps, process_group=self.process_group
+        )
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, eps={self.eps!r}"
+
+
 def _keep(module: nn.Module, name: str, value: object) -> None:
     """A parameter as a parameter, a tensor as a buffer, anything else as it is."""
     if isinstance(value, nn.Parameter):
