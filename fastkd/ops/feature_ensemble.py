@@ -65,7 +65,8 @@ def reference(call: Call) -> Tensor:
     for student, teacher, weight in zip(students, call.teachers, weights, strict=True):
         dtype = common.accumulate_dtype(torch.promote_types(student.dtype, teacher.dtype))
         difference = _normalised(student.to(dtype), call.norm) - _normalised(teacher.to(dtype), call.norm)
-        powers = difference.abs() if call.p == 1 else difference.square()
+        # Times 1, or NaN: the derivative of |NaN| is 0 in torch.
+        powers = difference.abs() * (difference.detach() * 0 + 1) if call.p == 1 else difference.square()
         pair = powers.mean((1, 2)) if call.elements == "mean" else powers.sum((1, 2))
         total = total + (weight.to(dtype) if isinstance(weight, Tensor) else weight) * pair
     return common.reduce_rows(total, None, call.reduction, (-1,))
