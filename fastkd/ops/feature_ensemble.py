@@ -60,7 +60,8 @@ def _normalised(x: Tensor, norm: str) -> Tensor:
 def reference(call: Call) -> Tensor:
     """The specification in plain PyTorch: the loss by `call.reduction`, differentiable in all of its inputs."""
     students = call.students * (len(call.teachers) if len(call.students) == 1 else 1)
-    weights = call.host_weights if call.weights is None else call.weights
+    # A copy, since autograd refuses to keep a tensor made under torch.inference_mode().
+    weights = call.host_weights if call.weights is None else call.weights.clone()
     total = 0
     for student, teacher, weight in zip(students, call.teachers, weights, strict=True):
         dtype = common.accumulate_dtype(torch.promote_types(student.dtype, teacher.dtype))
