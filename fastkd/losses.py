@@ -71,9 +71,7 @@ class RKDDistance(nn.Module):
         self.reduction, self.process_group = reduction, process_group
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:  # [N, D], [N, E]
-        return functional.rkd_distance(
-            student, teacher, reduction=self.reduction, process_group=self.process_group
-        )
+        return functional.rkd_distance(student, teacher, reduction=self.reduction, process_group=self.process_group)
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}"
@@ -93,6 +91,46 @@ class RKDAngle(nn.Module):
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}, eps={self.eps!r}"
+
+
+class FeatureEnsemble(nn.Module):
+    """`fastkd.functional.feature_ensemble` with its hyper-parameters fixed; see there for what they mean.
+
+    A tensor of weights is a buffer: it moves with the module and is in its state dict. Weights that change per call go
+    into the call.
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: Tensor | Sequence[float] | None = None,
+        p: int = 1,
+        norm: str = "sample",
+        elements: str = "mean",
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        _keep(self, "weights", weights)
+        self.p, self.norm, self.elements, self.reduction = p, norm, elements, reduction
+
+    def forward(
+        self,
+        students: Tensor | Sequence[Tensor],  # K x [B, C_k, H_k, W_k], or one
+        teachers: Tensor | Sequence[Tensor],  # K x [B, C_k, H_k, W_k]
+        weights: Tensor | Sequence[float] | None = None,
+    ) -> Tensor:
+        return functional.feature_ensemble(
+            students,
+            teachers,
+            weights=self.weights if weights is None else weights,
+            p=self.p,
+            norm=self.norm,
+            elements=self.elements,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in ("p", "norm", "elements", "reduction"))
 
 
 def _keep(module: nn.Module, name: str, value: object) -> None:
