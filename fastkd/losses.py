@@ -71,9 +71,7 @@ class RKDDistance(nn.Module):
         self.reduction, self.process_group = reduction, process_group
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:  # [N, D], [N, E]
-        return functional.rkd_distance(
-            student, teacher, reduction=self.reduction, process_group=self.process_group
-        )
+        return functional.rkd_distance(student, teacher, reduction=self.reduction, process_group=self.process_group)
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}"
