@@ -115,9 +115,7 @@ def test_opcheck(kind, place, at):
     torch.library.opcheck(ops.relational_sides.default, (rows, rows @ rows.T, kind, 1e-6))
     planes, mean = ops.relational_sides(rows, rows @ rows.T, kind, 1e-6)
     for weight, reduction, need_grad in ((None, 2, True), (torch.ones(33, dtype=torch.float64), 0, False)):
-        torch.library.opcheck(
-            ops.relational_loss.default, (planes, planes, mean, weight, kind, reduction, need_grad)
-        )
+        torch.library.opcheck(ops.relational_loss.default, (planes, planes, mean, weight, kind, reduction, need_grad))
 
 
 @BOTH

@@ -81,6 +81,7 @@ def result_dtype(call: Call) -> torch.dtype:
 
 # --- native: raw operations, fake kernels, autograd ---------------------------------------------------------------
 
+
 # csrc/relational/op.cpp registers, all in float64 but for the planes of KIND_SINGLE:
 #   sides(x centred [N, D], x x^T, kind, eps) -> planes [1 to 3, N, N padded] of the distances relative to their mean;
 #                                                [2] that mean and the number of positive distances
@@ -90,7 +91,6 @@ def result_dtype(call: Call) -> torch.dtype:
 def _padded(n: int) -> int:
     """As csrc/relational/op.h pads: an odd number of 32s."""
     return ((n + 31) // 32 // 2 * 2 + 1) * 32
-
 
 
 def register_fakes(namespace: str) -> None:
