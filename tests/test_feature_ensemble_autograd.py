@@ -265,7 +265,9 @@ def test_the_module_is_the_function():
     ),
 )
 def test_random_cases(batch, shapes, layouts, dtype, exponent, weights, options):
-    scale = 2.0 ** (exponent if dtype != torch.float16 else min(exponent, 0))  # a gradient is 1 / scale: float16 holds it
+    scale = 2.0 ** (
+        exponent if dtype != torch.float16 else min(exponent, 0)
+    )  # a gradient is 1 / scale: float16 holds it
     shapes = [(batch, c + 1, h, w) for c, h, w in shapes]
     students, teachers = make(shapes, dtype, layouts=layouts, scale=scale)
     if weights == "pairs":
