@@ -12,7 +12,7 @@ from fastkd import _backend
 from fastkd.ops import feature_ensemble as op
 from fastkd.testing import DTYPES
 
-SHAPES = [(3, 4, 2, 3), (3, 5, 3, 2)]
+SHAPES = [(3, 3, 2, 2), (3, 4, 1, 2)]
 OPTIONS = [
     dict(),
     dict(p=2, reduction="none"),
@@ -136,7 +136,7 @@ def test_fullgraph_compile(layouts, options):
 def test_compile_with_dynamic_shapes():
     torch._dynamo.reset()
     compiled = torch.compile(call(dict(norm="position")), fullgraph=True, dynamic=True, backend="aot_eager")
-    for shapes in (SHAPES, [(4, 4, 2, 3), (4, 5, 3, 2)], [(7, 6, 5, 4), (7, 9, 4, 8)]):
+    for shapes in ([(3, 4, 2, 3), (3, 5, 3, 2)], [(4, 4, 2, 3), (4, 5, 3, 2)], [(7, 6, 5, 4), (7, 9, 4, 8)]):
         students, teachers = make(shapes)
         actual, expected = compiled(*students, *teachers), F.feature_ensemble(students, teachers, norm="position")
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
@@ -265,7 +265,9 @@ def test_the_module_is_the_function():
     ),
 )
 def test_random_cases(batch, shapes, layouts, dtype, exponent, weights, options):
-    scale = 2.0 ** (exponent if dtype != torch.float16 else min(exponent, 0))  # a gradient is 1 / scale: float16 holds it
+    scale = 2.0 ** (
+        exponent if dtype != torch.float16 else min(exponent, 0)
+    )  # a gradient is 1 / scale: float16 holds it
     shapes = [(batch, c + 1, h, w) for c, h, w in shapes]
     students, teachers = make(shapes, dtype, layouts=layouts, scale=scale)
     if weights == "pairs":

@@ -36,13 +36,23 @@ WRONG = [
     ("integer teachers", call(teachers=[T, SMALL.int()]), TypeError, r"teachers\[1\].*floating-point.*torch.int32"),
     ("a vector", call(torch.zeros(4), torch.zeros(4)), ValueError, r"students\[0\] must be of shape \[B, C, \.\.\.\]"),
     ("no channels", call(S[:, :0], T[:, :0]), ValueError, r"students\[0\].*at least one element per sample.*\[4, 0"),
-    ("batches differ", call([S, SMALL[:3]]), ValueError, r"students\[1\] must be of students\[0\]'s batch size 4, got 3"),
+    (
+        "batches differ",
+        call([S, SMALL[:3]]),
+        ValueError,
+        r"students\[1\] must be of students\[0\]'s batch size 4, got 3",
+    ),
     ("devices differ", call([S, SMALL.to("meta")]), ValueError, r"students\[1\] must be on students\[0\]'s device cpu"),
     ("teacher elsewhere", call(teachers=[T.to("meta"), SMALL]), ValueError, r"teachers\[0\].*student's device cpu"),
     ("p 3", call(p=3), ValueError, "p must be 1 or 2, got 3"),
     ("p True", call(p=True), ValueError, "p must be 1 or 2, got True"),
     ("p string", call(p="1"), ValueError, "p must be 1 or 2, got '1'"),
-    ("unknown norm", call(norm="batch"), ValueError, "norm must be one of 'sample', 'position', 'channel', got 'batch'"),
+    (
+        "unknown norm",
+        call(norm="batch"),
+        ValueError,
+        "norm must be one of 'sample', 'position', 'channel', got 'batch'",
+    ),
     ("unknown elements", call(elements="none"), ValueError, "elements must be one of 'mean', 'sum', got 'none'"),
     ("unknown reduction", call(reduction="batchmean"), ValueError, "reduction must be one of.*got 'batchmean'"),
     ("weights, wrong length", call(weights=[1.0]), ValueError, "weights must be 2 numbers.*got 1"),
@@ -51,7 +61,12 @@ WRONG = [
     ("weights NaN", call(weights=[1.0, math.nan]), ValueError, "weights must be finite.*nan"),
     ("weights infinite", call(weights=torch.full((2, 4), math.inf)), ValueError, "weights must be finite"),
     ("bool weights", call(weights=torch.ones(2, dtype=torch.bool)), TypeError, "weights must be.*torch.bool"),
-    ("weights elsewhere", call(weights=torch.ones(2, 4, device="meta")), ValueError, "weights must be on the student's"),
+    (
+        "weights elsewhere",
+        call(weights=torch.ones(2, 4, device="meta")),
+        ValueError,
+        "weights must be on the student's",
+    ),
 ]
 
 
