@@ -49,8 +49,8 @@ def reference(function, student, teacher, **options):
 def lost_in_float64(x):
     """The factor by which rounding in float64 grows, over all pairs of rows that differ.
 
-    norms / square in the Gram form of a squared distance (beyond 2^14 it is summed from differences); its square root where
-    rows enter a product and their difference is meant: in the gradient, and in a cosine beside a short side.
+    norms / square in the Gram form of a squared distance (beyond 2^14 it is summed from differences); its square root
+    where rows enter a product and their difference is meant: in the gradient, and in a cosine beside a short side.
     """
     x = x.detach().double()
     x = x - x.mean(0)
@@ -62,6 +62,12 @@ def lost_in_float64(x):
     return float(torch.maximum(factors.masked_fill(factors > 2**14, 1), factors.sqrt()).max())
 
 
+def rounding(dtype, student, teacher):
+    """The relative error of what the kernels compute in this dtype."""
+    lost = 4 * max(lost_in_float64(student), lost_in_float64(teacher)) if dtype == torch.float64 else 1
+    return lost * torch.finfo(dtype).eps
+
+
 def check(function, student, teacher, **options):
     """Native against float64, no worse than twice the reference in the same dtype."""
     assert fastkd.explain(function, student, teacher, **options).backend == "native"
@@ -70,11 +76,9 @@ def check(function, student, teacher, **options):
     exact, exact_grad = reference(function, student.double(), teacher.double(), **options)
     assert loss.dtype == torch.promote_types(torch.float32, torch.promote_types(student.dtype, teacher.dtype))
     assert grad.dtype == student.dtype and bool(loss.isfinite().all())
-    # A rounding of a cosine, or of a distance over its mean, changes the loss by as much times a slope of at most 1 that is
-    # no larger than the square root of twice the loss.
-    eps = torch.finfo(loss.dtype).eps
-    if loss.dtype == torch.float64:
-        eps *= 4 * max(lost_in_float64(student), lost_in_float64(teacher))
+    # A rounding of a cosine, or of a distance over its mean, changes the loss by as much times a slope of at most 1 and
+    # of at most the square root of twice the loss.
+    eps = rounding(loss.dtype, student, teacher)
     summed = student.shape[0] if options.get("reduction") == "sum" else 1
     slope = float((2 * exact.abs().max() / summed).sqrt()) if exact.numel() else 0.0
     floor = eps * (min(slope, 1.0) * summed + (float(exact.abs().max()) if exact.numel() else 0.0))

@@ -1,4 +1,4 @@
-"""rkd_distance and rkd_angle: gradients of every kind, compile, export, opcheck, modules, and what wrong calls are told."""
+"""rkd_distance and rkd_angle: gradients of every kind, compile, export, opcheck, modules, wrong calls."""
 
 import math
 

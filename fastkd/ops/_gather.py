@@ -19,8 +19,8 @@ def check_process_group(op: str, process_group: object) -> None:
 def gather_pair(op: str, student: Tensor, teacher: Tensor, group) -> tuple[Tensor, Tensor]:
     """[n, D], [n, E] of each process -> [N, D], [N, E] in the order of the ranks; n may differ between the processes.
 
-    The backward sums the gradients of all processes' losses, each of which sees all rows. Waits for the device once: the
-    sizes of the others must be known to the host.
+    The backward sums the gradients of all processes' losses, each of which sees all rows. Waits for the device once:
+    the sizes of the others must be known to the host.
     """
     mine = torch.tensor([student.shape[0], student.shape[1], teacher.shape[1]], device=student.device)
     gathered = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]

@@ -1,7 +1,7 @@
 """Relational knowledge distillation: the distances and the angles between the embeddings of a batch (RKD).
 
-With d_ij = ||x_i - x_j|| of one network, m the mean of its positive distances, and h the Huber loss (smooth_l1, beta = 1)
-of the student's value against the teacher's (kernels: csrc/relational/README.md):
+With d_ij = ||x_i - x_j|| of one network, m the mean of its positive distances, and h the Huber loss (smooth_l1,
+beta = 1) of the student's value against the teacher's (kernels: csrc/relational/README.md):
 
     rkd_distance   loss_i = mean_j h(d_ij / m)
     rkd_angle      loss_j = mean_ik h(cos_ijk),   cos_ijk = <x_i - x_j, x_k - x_j> / (d_ij d_kj), the angle at vertex j
@@ -178,24 +178,25 @@ def rkd_distance(
 ) -> Tensor:
     """Distance-wise relational distillation: Huber loss between the distances in a batch, each network's over its mean.
 
-    Park et al., "Relational Knowledge Distillation" (arXiv 1904.05068), equations 4 and 5; the mean is over the positive
-    distances. Collapsed embeddings (all rows equal) have distances 0. The gradient flows to the student, and to the teacher
-    where it requires grad.
+    Park et al., "Relational Knowledge Distillation" (arXiv 1904.05068), equations 4 and 5; the mean is over the
+    positive distances. Collapsed embeddings (all rows equal) have distances 0. The gradient flows to the student, and
+    to the teacher where it requires grad.
 
     Args:
         student: embeddings [N, D], float32, float64, float16 or bfloat16.
         teacher: embeddings [N, E] of the same N samples; width and dtype may differ.
-        reduction: "none" (per anchor [N], the mean over the other index), "sum", or "mean" over the anchors: the usual loss.
+        reduction: "none" (per anchor [N], the mean over the other index), "sum", or "mean" over the anchors, which is
+            the usual loss.
         process_group: embeddings of all processes of this torch.distributed group are compared with each other, in the
-            order of the ranks; their numbers of rows may differ. Every process gets the loss of the whole batch, and the
-            backward sums the gradients of all processes' losses: averaged over the processes, as
-            DistributedDataParallel does, the parameters' gradients are those of one process with the whole batch. Reads the
-            sizes of the parts on the host, so it waits for the device; forward and backward communicate, so every process
-            must run both.
+            order of the ranks; their numbers of rows may differ. Every process gets the loss of the whole batch, and
+            the backward sums the gradients of all processes' losses: averaged over the processes, as
+            DistributedDataParallel does, the parameters' gradients are those of one process with the whole batch.
+            Reads the sizes of the parts on the host, so it waits for the device; forward and backward communicate, so
+            every process must run both.
 
     Returns:
-        The loss in float32 (float64 where an input is float64): a scalar, or [N] for "none". NaN or infinity in an input
-        makes all of it NaN. N = 0 gives 0.
+        The loss in float32 (float64 where an input is float64): a scalar, or [N] for "none". NaN or infinity in an
+        input makes all of it NaN. N = 0 gives 0.
 
     Raises:
         ValueError, TypeError: one sentence with argument, what was expected, what came.
@@ -213,9 +214,9 @@ def rkd_angle(
 ) -> Tensor:
     """Angle-wise relational distillation: Huber loss between the cosines of the angles in all triplets of a batch.
 
-    Park et al., "Relational Knowledge Distillation" (arXiv 1904.05068), equations 6 and 7, over all N^3 ordered triplets.
-    O(N^2 D + N^3) operations and O(N^2) memory, in float64 up to the distances and in float32 from there (float64 where an
-    input is float64).
+    Park et al., "Relational Knowledge Distillation" (arXiv 1904.05068), equations 6 and 7, over all N^3 ordered
+    triplets. O(N^2 D + N^3) operations and O(N^2) memory, in float64 up to the distances and in float32 from there
+    (float64 where an input is float64).
 
     Args:
         student, teacher, process_group: as in `rkd_distance`.
