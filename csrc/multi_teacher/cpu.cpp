@@ -57,19 +57,14 @@ struct TeacherSums {
   A z, a;
 };
 
-// The teacher's exponentials e (may be t itself), their sum z, and a = sum e (x_t - x_s): math.h, divergence().
+// t becomes x, the teacher's exponentials e, their sum z, and a = sum e (x_t - x_s): math.h, divergence(). In two loops:
+// of two sums in one loop GCC keeps one in memory.
 template <class A>
-TeacherSums<A> teacher_sums(const A* t, A max_t, const A* x_s, A inv_t, int64_t n, A* e) {
-  A z = 0, a = 0;
-#pragma omp simd reduction(+ : z, a)
-  for (int64_t c = 0; c < n; ++c) {
-    const A x = (t[c] - max_t) * inv_t;
-    const A exponential = exp_negative(x);
-    const A term = exponential * (x - x_s[c]);
-    e[c] = exponential;
-    z += exponential;
-    a += x == -A(kInf) ? A(0) : term;  // masked in the teacher: counts 0, whatever the student holds
-  }
+TeacherSums<A> teacher_sums(A* t, A max_t, const A* x_s, A inv_t, int64_t n, A* e) {
+  const A z = exponentials(t, max_t, inv_t, n, t, e);
+  A a = 0;
+#pragma omp simd reduction(+ : a)
+  for (int64_t c = 0; c < n; ++c) a += weighted_gap(e[c], t[c], x_s[c]);
   return {z, a};
 }
 
@@ -110,25 +105,26 @@ A teach(Row<A>& row, A* teacher, A max_teacher, A weight, double temperature) {
   return divergence(a, z, row.z_student);
 }
 
-// Where a combination does without the single divergences, for the statistics.
-template <class A>
-void keep_divergence_alone(Row<A>& row, int k, A max_teacher, double temperature) {
-  if (!row.args.kl) return;
-  const auto [z, a] =
-      teacher_sums(row.s.teacher, max_teacher, row.s.student_x, A(1 / temperature), row.padded, row.s.teacher_exp);
-  row.keep_divergence(k, divergence(a, z, row.z_student));
-}
-
 template <class T, class A>
 const T* teacher_row(const Row<A>& row, int k) {
   return static_cast<const T*>(row.args.teacher[k]) + row.index * row.args.teacher_stride[k];
 }
 
-// Teacher k in scratch, its maximum; the next teacher is on its way meanwhile.
+// Where a combination does without the single divergences, for the statistics. Leaves the teacher as it was loaded.
+template <class T, class A>
+void keep_divergence_alone(Row<A>& row, int k, A max_teacher, double temperature) {
+  if (!row.args.kl) return;
+  const auto [z, a] =
+      teacher_sums(row.s.teacher, max_teacher, row.s.student_x, A(1 / temperature), row.padded, row.s.teacher_exp);
+  row.keep_divergence(k, divergence(a, z, row.z_student));
+  load_row(teacher_row<T>(row, k), row.n, row.padded, row.s.teacher);
+}
+
+// Teacher k in scratch, its maximum; its next row is on its way meanwhile.
 template <class T, class A>
 A load_teacher(const Row<A>& row, int k) {
   const A top = load_row(teacher_row<T>(row, k), row.n, row.padded, row.s.teacher);
-  if (k + 1 < row.args.teachers) prefetch_row(teacher_row<T>(row, k + 1), row.n);
+  if (row.index + 1 < row.args.rows) prefetch_row(teacher_row<T>(row, k) + row.args.teacher_stride[k], row.n);
   if (row.args.kl) keep_stats(row, k + 1, teacher_row<T>(row, k), row.s.teacher, top);
   return top;
 }
@@ -153,7 +149,7 @@ A kd_logits(Row<A>& row) {
   A* mean = row.s.mixture;
   for (int64_t c = 0; c < row.padded; ++c) mean[c] = 0;
   for (int k = 0; k < row.args.teachers; ++k) {
-    keep_divergence_alone(row, k, load_teacher<T>(row, k), row.args.temperature[0]);
+    keep_divergence_alone<T>(row, k, load_teacher<T>(row, k), row.args.temperature[0]);
     const A w = row.weight(k), masked = w == 0 ? A(0) : -A(kInf);
     const A* t = row.s.teacher;
 #pragma omp simd
@@ -175,7 +171,7 @@ A kd_probs(Row<A>& row) {
   for (int64_t c = 0; c < row.padded; ++c) p[c] = 0;
   for (int k = 0; k < row.args.teachers; ++k) {
     const A max_teacher = load_teacher<T>(row, k), w = row.weight(k);
-    keep_divergence_alone(row, k, max_teacher, t);
+    keep_divergence_alone<T>(row, k, max_teacher, t);
     const A z = exponentials(s.teacher, max_teacher, inv_t, row.padded, s.teacher, s.teacher_exp), factor = w / z;
     total += w;
 #pragma omp simd
@@ -185,10 +181,7 @@ A kd_probs(Row<A>& row) {
   const A log_z = natural_log(row.z_student);
   A loss = 0;
 #pragma omp simd reduction(+ : loss)
-  for (int64_t c = 0; c < row.padded; ++c) {
-    const A term = p[c] * (log_positive(p[c]) - (s.student_x[c] - log_z));
-    loss += p[c] == 0 ? A(0) : term;
-  }
+  for (int64_t c = 0; c < row.padded; ++c) loss += mixture_gap(p[c], s.student_x[c] - log_z);
   if (row.args.need_grad) {
     const A factor = scale.grad * total / row.z_student;
     add_difference(s.grad, factor, s.student_exp, row.z_student / total, p, row.padded);
@@ -288,8 +281,8 @@ A forward_row(Row<A>& row) {
     return nothing;
   }
   row.max_student = load_row(student, row.n, row.padded, row.s.student);
-  prefetch_row(teacher_row<T>(row, 0), row.n);
   if (row.index + 1 < args.rows) prefetch_row(student + args.student_stride, row.n);
+  if (args.need_grad) prefetch_row(static_cast<const S*>(args.grad) + row.index * row.n, row.n);
   if (args.kl) keep_stats(row, 0, student, row.s.student, row.max_student);
   student_at(row, args.temperature[0]);
   A loss = 0;

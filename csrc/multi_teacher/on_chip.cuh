@@ -55,9 +55,8 @@ __device__ __forceinline__ Numbers<A, 2> teacher_sums(RowState<A, kItems>& row, 
   for (int i = 0; i < kItems; ++i) {
     const A x = (row.t[i] - top) * inv_t;
     row.t[i] = exp_negative(x);
-    const A term = row.t[i] * (x - row.x_s[i] * inv_t);
     sums.v[0] += row.t[i];
-    sums.v[1] += x == -A(kInf) ? A(0) : term;
+    sums.v[1] += weighted_gap(row.t[i], x, row.x_s[i] * inv_t);
   }
   return threads.sum(sums);
 }
@@ -79,8 +78,8 @@ __device__ __forceinline__ A mixture_divergence(RowState<A, kItems>& row, A tota
   Numbers<A, 1> loss{{0}};
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    const A p = row.acc[i], term = p * (log_positive(p) - (row.x_s[i] * inv_t - log_z));
-    loss.v[0] += p == 0 ? A(0) : term;
+    const A p = row.acc[i];
+    loss.v[0] += mixture_gap(p, row.x_s[i] * inv_t - log_z);
     row.acc[i] = factor * (row.e_s[i] - ratio * p);
   }
   return scale.loss * threads.sum(loss).v[0];

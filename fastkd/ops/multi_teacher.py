@@ -256,7 +256,7 @@ def _forward(call: Call, need_grad: bool, with_stats: bool = False) -> tuple[Ten
         out = ops.multi_teacher_forward_stats(*inputs, *_options(call), need_grad)
     else:
         out = ops.multi_teacher_forward(*inputs, *_options(call), need_grad, _streams(call))
-    if call.target is not None and common.may_read_values(call.student) and float(out[3][1]) != 0:
+    if call.target is not None and common.may_read_values(call.student) and out[3].tolist()[1] != 0:
         raise common.out_of_range(OP, call.target, call.student.shape[1], call.ignore_index)
     return out
 
