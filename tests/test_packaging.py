@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TREE = ["fastkd", "csrc", "tools", "tests", "benchmarks", "configs", "setup.py", "CMakeLists.txt", "pyproject.toml"]
 TREE += ["MANIFEST.in", "Makefile", "constraints.txt", "README.md"]
 SETTINGS = ["FASTKD_REQUIRE_NATIVE", "FASTKD_BACKEND", "FASTKD_CPU_LEVEL", "PYTHONPATH"]
+TEST_PACKAGES = ["pytest", "pytest-benchmark", "hypothesis", "expecttest"]
 NEEDED_GB = 15
 
 
@@ -120,7 +121,7 @@ def test_the_same_wheel_under_another_torch(version, wheel_and_log, tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     try:
         venv = Venv(tmp_path / "venv")
-        pins = [f"{name}=={importlib.metadata.version(name)}" for name in ("pytest", "hypothesis", "expecttest")]
+        pins = [f"{name}=={importlib.metadata.version(name)}" for name in TEST_PACKAGES]
         venv.pip("--no-cache-dir", f"torch=={version}", wheel, *pins)
         code = "import torch, fastkd; print(torch.__version__, fastkd.backend_info()['cpu'], fastkd.__file__)"
         told = run(venv.python, "-W", "error", "-c", code, cwd=tmp_path)
