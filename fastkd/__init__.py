@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fastkd import functional, losses
 from fastkd._backend import backend_info, explain, use_backend
 from fastkd._version import __version__
-from fastkd.losses import MultiTeacherKD
+from fastkd.losses import MultiTeacherKD, MutualKD
 
 if TYPE_CHECKING:
     from fastkd import data, methods, models, testing, train
@@ -17,6 +17,7 @@ _ON_FIRST_USE = ("data", "methods", "models", "testing", "train")
 
 __all__ = [
     "MultiTeacherKD",
+    "MutualKD",
     "__version__",
     "backend_info",
     "data",

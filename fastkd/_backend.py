@@ -118,7 +118,9 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
     reason = why_reference(bound.arguments)
     if reason is not None:
         return Explanation(operation, "reference", reason)
-    return Explanation(operation, "native", _kernels(device_kind(bound.args[0])))
+    first = bound.args[0]
+    tensor = first if isinstance(first, Tensor) else first[0]
+    return Explanation(operation, "native", _kernels(device_kind(tensor)))
 
 
 def _kernels(kind: str) -> str:

@@ -53,13 +53,13 @@ def check_logits(op: str, name: str, value: object) -> Tensor:
     return value
 
 
-def check_like(op: str, name: str, value: object, student: Tensor) -> None:
-    """`value` must be logits of the student's shape and device."""
+def check_like(op: str, name: str, value: object, student: Tensor, whose: str = "the student's") -> None:
+    """`value` must be logits of the student's shape and device; messages call them `whose`."""
     check_logits(op, name, value)
     if value.shape != student.shape:
-        raise wrong_value(op, name, f"of the student's shape {list(student.shape)}", f"shape {list(value.shape)}")
+        raise wrong_value(op, name, f"of {whose} shape {list(student.shape)}", f"shape {list(value.shape)}")
     if value.device != student.device:
-        raise wrong_value(op, name, f"on the student's device {student.device}", f"device {value.device}")
+        raise wrong_value(op, name, f"on {whose} device {student.device}", f"device {value.device}")
 
 
 def check_number(
@@ -83,7 +83,7 @@ def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> N
         raise wrong_value(op, name, "one of " + ", ".join(repr(c) for c in choices), repr(value))
 
 
-def check_target(op: str, target: object, student: Tensor) -> Tensor:
+def check_target(op: str, target: object, student: Tensor, whose: str = "the student's") -> Tensor:
     """Class indices of the student's leading shape, returned as int64 [R]."""
     if not isinstance(target, Tensor):
         raise wrong_type(op, "target", "an integer tensor of class indices", type(target).__name__)
@@ -92,10 +92,10 @@ def check_target(op: str, target: object, student: Tensor) -> Tensor:
     ):
         raise wrong_type(op, "target", "class indices of an integer dtype (int64)", f"dtype {target.dtype}")
     if target.shape != student.shape[:-1]:
-        expected = f"of shape {list(student.shape[:-1])}, the student's without its last dimension"
+        expected = f"of shape {list(student.shape[:-1])}, {whose} without its last dimension"
         raise wrong_value(op, "target", expected, f"shape {list(target.shape)}")
     if target.device != student.device:
-        raise wrong_value(op, "target", f"on the student's device {student.device}", f"device {target.device}")
+        raise wrong_value(op, "target", f"on {whose} device {student.device}", f"device {target.device}")
     if target.dtype != torch.int64:
         target = target.long()
     return target if target.dim() == 1 else target.reshape(-1)
