@@ -108,13 +108,18 @@ def instructions() -> dict[str, Counter]:
 @on_x86_64
 @pytest.mark.parametrize("operation", operations())
 def test_each_level_is_vectorised_for_its_processors(instructions, operation):
-    """The exponentials alone are a dozen fused multiply-adds; without -fno-trapping-math none of them is packed."""
+    """The exponentials alone are a dozen fused multiply-adds; without -fno-trapping-math none of them is packed.
+
+    They are an operation's own, or core's where several operations share the loop.
+    """
     level1, level3, level4 = (instructions[f"{operation} level{level}"] for level in (1, 3, 4))
     assert level1["any", "xmm"] > 0
     assert level1["any", "ymm"] == level1["any", "zmm"] == 0
-    assert level3["fma ps", "ymm"] >= 40
-    assert level3["any", "zmm"] == 0
-    assert level4["fma ps", "zmm"] >= 40
+    core3, core4 = (instructions[f"core level{level}"] for level in (3, 4))
+    assert level3["any", "zmm"] == core3["any", "zmm"] == 0
+    for own, core, register in ((level3, core3, "ymm"), (level4, core4, "zmm")):
+        assert own["fma ps", register] >= 15
+        assert own["fma ps", register] + core["fma ps", register] >= 25
 
 
 @on_x86_64
