@@ -43,18 +43,16 @@ struct TeacherSums {
   A z, a;
 };
 
-// The teacher's exponentials e (may be t itself), their sum z, and a = sum e (x_t - x_s): math.h, divergence().
+// t becomes x, the teacher's exponentials e, their sum z, and a = sum e (x_t - x_s): math.h, divergence(). In two loops:
+// of two sums in one loop GCC keeps one in memory, and adds the other in another order than the student's.
 template <class A>
-TeacherSums<A> teacher_sums(const A* t, A max_t, const A* x_s, A inv_t, int64_t n, A* e) {
-  A z = 0, a = 0;
-#pragma omp simd reduction(+ : z, a)
+TeacherSums<A> teacher_sums(A* t, A max_t, const A* x_s, A inv_t, int64_t n, A* e) {
+  const A z = exponentials(t, max_t, inv_t, n, t, e);
+  A a = 0;
+#pragma omp simd reduction(+ : a)
   for (int64_t c = 0; c < n; ++c) {
-    const A x = (t[c] - max_t) * inv_t;
-    const A exponential = exp_negative(x);
-    const A term = exponential * (x - x_s[c]);
-    e[c] = exponential;
-    z += exponential;
-    a += x == -A(kInf) ? A(0) : term;  // masked in the teacher: counts 0, whatever the student holds
+    const A term = e[c] * (t[c] - x_s[c]);
+    a += t[c] == -A(kInf) ? A(0) : term;  // masked in the teacher: counts 0, whatever the student holds
   }
   return {z, a};
 }
