@@ -5,22 +5,16 @@ import re
 
 import pytest
 import torch
-from train_helpers import one_thread  # noqa: F401
+from train_helpers import (
+    TINY,
+    one_thread,  # noqa: F401
+)
 
 import fastkd
 from fastkd.train import Runner, TrainConfig, commands, report
 from fastkd.train import compare as comparing
 from fastkd.train.config import CompareConfig
 from fastkd.train.runner import Result
-
-TINY = dict(
-    train_size=60,
-    teacher="plain2:width=0.25",
-    assistants=["plain2:width=0.125"],
-    student="plain2:width=0.0625",
-    quiet=True,
-    device="cpu",
-)
 
 
 def test_table_is_aligned_markdown():
