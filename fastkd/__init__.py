@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 from fastkd import functional, losses
 from fastkd._backend import backend_info, explain, use_backend
 from fastkd._version import __version__
-from fastkd.losses import MultiTeacherKD
+from fastkd.losses import FeatureEnsemble, MultiTeacherKD, RKDAngle, RKDDistance
 
 if TYPE_CHECKING:
-    from fastkd import data, methods, models, testing, train
+    from fastkd import data, methods, models, nn, testing, train
 
-_ON_FIRST_USE = ("data", "methods", "models", "testing", "train")
+_ON_FIRST_USE = ("data", "methods", "models", "nn", "testing", "train")
 
 __all__ = [
+    "FeatureEnsemble",
     "MultiTeacherKD",
+    "RKDAngle",
+    "RKDDistance",
     "__version__",
     "backend_info",
     "data",
@@ -25,6 +28,7 @@ __all__ = [
     "losses",
     "methods",
     "models",
+    "nn",
     "testing",
     "train",
     "use_backend",

@@ -118,7 +118,10 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
     reason = why_reference(bound.arguments)
     if reason is not None:
         return Explanation(operation, "reference", reason)
-    return Explanation(operation, "native", _kernels(device_kind(bound.args[0])))
+    learner = bound.args[0]
+    while not isinstance(learner, Tensor):  # several learners
+        learner = learner[0]
+    return Explanation(operation, "native", _kernels(device_kind(learner)))
 
 
 def _kernels(kind: str) -> str:

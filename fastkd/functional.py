@@ -1,5 +1,18 @@
 """The public functions, each documented where it is defined."""
 
+from fastkd.ops.feature_ensemble import feature_ensemble
+from fastkd.ops.group_stats import GroupStats, group_stats, hard_samples, network_scores, rank_networks
 from fastkd.ops.multi_teacher import multi_teacher_kd
+from fastkd.ops.relational import rkd_angle, rkd_distance
 
-__all__ = ["multi_teacher_kd"]
+__all__ = [
+    "GroupStats",
+    "feature_ensemble",
+    "group_stats",
+    "hard_samples",
+    "multi_teacher_kd",
+    "network_scores",
+    "rank_networks",
+    "rkd_angle",
+    "rkd_distance",
+]

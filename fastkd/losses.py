@@ -63,6 +63,76 @@ class MultiTeacherKD(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
 
 
+class RKDDistance(nn.Module):
+    """`fastkd.functional.rkd_distance` with its hyper-parameters fixed; see there for what they mean."""
+
+    def __init__(self, *, reduction: str = "mean", process_group=None) -> None:
+        super().__init__()
+        self.reduction, self.process_group = reduction, process_group
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:  # [N, D], [N, E]
+        return functional.rkd_distance(student, teacher, reduction=self.reduction, process_group=self.process_group)
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"
+
+
+class RKDAngle(nn.Module):
+    """`fastkd.functional.rkd_angle` with its hyper-parameters fixed; see there for what they mean."""
+
+    def __init__(self, *, reduction: str = "mean", eps: float = 1e-6, process_group=None) -> None:
+        super().__init__()
+        self.reduction, self.eps, self.process_group = reduction, eps, process_group
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:  # [N, D], [N, E]
+        return functional.rkd_angle(
+            student, teacher, reduction=self.reduction, eps=self.eps, process_group=self.process_group
+        )
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, eps={self.eps!r}"
+
+
+class FeatureEnsemble(nn.Module):
+    """`fastkd.functional.feature_ensemble` with its hyper-parameters fixed; see there for what they mean.
+
+    A tensor of weights is a buffer: it moves with the module and is in its state dict. Weights that change per call go
+    into the call.
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: Tensor | Sequence[float] | None = None,
+        p: int = 1,
+        norm: str = "sample",
+        elements: str = "mean",
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        _keep(self, "weights", weights)
+        self.p, self.norm, self.elements, self.reduction = p, norm, elements, reduction
+
+    def forward(
+        self,
+        students: Tensor | Sequence[Tensor],  # K x [B, C_k, H_k, W_k], or one
+        teachers: Tensor | Sequence[Tensor],  # K x [B, C_k, H_k, W_k]
+        weights: Tensor | Sequence[float] | None = None,
+    ) -> Tensor:
+        return functional.feature_ensemble(
+            students,
+            teachers,
+            weights=self.weights if weights is None else weights,
+            p=self.p,
+            norm=self.norm,
+            elements=self.elements,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in ("p", "norm", "elements", "reduction"))
+
+
 def _keep(module: nn.Module, name: str, value: object) -> None:
     """A parameter as a parameter, a tensor as a buffer, anything else as it is."""
     if isinstance(value, nn.Parameter):

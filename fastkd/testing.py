@@ -119,3 +119,4 @@ def difficult_logits(
     yield "flat", (noise * 1e-4).to(dtype)
     yield "long tail", (-noise.abs() * 30).to(dtype)
     yield "masked", masked.to(dtype)
+    yield "masked by a finite number", masked.to(dtype).clamp(min=torch.finfo(dtype).min)

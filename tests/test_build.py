@@ -108,13 +108,13 @@ def instructions() -> dict[str, Counter]:
 @on_x86_64
 @pytest.mark.parametrize("operation", operations())
 def test_each_level_is_vectorised_for_its_processors(instructions, operation):
-    """The exponentials alone are a dozen fused multiply-adds; without -fno-trapping-math none of them is packed."""
+    """One exponential is 9 fused multiply-adds; without -fno-trapping-math none of them is packed."""
     level1, level3, level4 = (instructions[f"{operation} level{level}"] for level in (1, 3, 4))
     assert level1["any", "xmm"] > 0
     assert level1["any", "ymm"] == level1["any", "zmm"] == 0
-    assert level3["fma ps", "ymm"] >= 40
+    assert level3["fma ps", "ymm"] >= 9
     assert level3["any", "zmm"] == 0
-    assert level4["fma ps", "zmm"] >= 40
+    assert level4["fma ps", "zmm"] >= 9
 
 
 @on_x86_64

@@ -13,10 +13,16 @@ inline namespace FASTKD_TARGET {
 
 constexpr float kInf = __builtin_inff();
 
+// Below this, e^x is no normal number; exp_negative stays there.
+template <class A>
+constexpr A kLowestExponent = A(-708);
+template <>
+constexpr float kLowestExponent<float> = -87.f;
+
 // e^x for x <= 0 (or NaN): 1 ulp. Exactly 0 for -inf; a finite x gives at least the smallest normal number, so that a
 // product with an infinite factor stays infinite.
 FASTKD_HD float exp_negative(float x) {
-  const float bounded = x < -87.f ? -87.f : x;
+  const float bounded = x < kLowestExponent<float> ? kLowestExponent<float> : x;
 #if defined(__CUDA_ARCH__)
   return x == -kInf ? 0.f : expf(bounded);
 #else
@@ -37,7 +43,7 @@ FASTKD_HD float exp_negative(float x) {
 }
 
 FASTKD_HD double exp_negative(double x) {
-  const double bounded = x < -708. ? -708. : x;
+  const double bounded = x < kLowestExponent<double> ? kLowestExponent<double> : x;
   return x == -__builtin_inf() ? 0. : ::exp(bounded);
 }
 

@@ -42,19 +42,25 @@ inline DType dtype_of(const Tensor& t) {
 
 inline ScalarType accumulate_type(DType type) { return type == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 
-// An uninitialised contiguous tensor on the device of `like`, without the dispatcher's look-up by name.
-inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  int64_t strides[4] = {1, 1, 1, 1};
-  for (int64_t d = int64_t(sizes.size()) - 2; d >= 0; --d) strides[d] = strides[d + 1] * sizes.begin()[d + 1];
+// An uninitialised tensor on the device of `like`, without the dispatcher's look-up by name.
+inline Tensor empty_strided_like_device(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims,
+                                        ScalarType type) {
   int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides,
                                                   static_cast<int32_t>(torch::stable::detail::to<int32_t>(
                                                       torch::stable::detail::from(type))),
                                                   device_type, device_index, &handle));
   return Tensor(handle);
+}
+
+// The same, contiguous.
+inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  int64_t strides[4] = {1, 1, 1, 1};
+  for (int64_t d = int64_t(sizes.size()) - 2; d >= 0; --d) strides[d] = strides[d + 1] * sizes.begin()[d + 1];
+  return empty_strided_like_device(like, sizes.begin(), strides, int64_t(sizes.size()), type);
 }
 
 // A matrix whose rows are contiguous: itself, with any row stride, or a copy.

@@ -1,6 +1,7 @@
 // multi_teacher on the CPU: a row at a time through scratch memory that stays in the L1 or L2 cache. Compiled once per
 // instruction set; no headers of the standard library with inline functions here (core/config.h says why).
 #include "core/rows.h"
+#include "group_stats/row.h"
 #include "multi_teacher/math.h"
 
 namespace fastkd::multi_teacher {
@@ -23,7 +24,20 @@ struct Row {
     if (args.host_weight) return A(args.host_weight[k]);
     return static_cast<const A*>(args.weight)[k * args.weight_stride_teacher + index * args.weight_stride_row];
   }
+
+  void keep_divergence(int k, A kl) const {
+    if (args.kl) static_cast<A*>(args.kl)[k * args.rows + index] = kl;
+  }
 };
+
+// The statistics of a network, the student's or teacher k's at 0 or k + 1, from the row that was just loaded to scratch.
+template <class T, class A>
+void keep_stats(const Row<A>& row, int network, const T* from, const A* logits, A max) {
+  const Args& args = row.args;
+  const auto label = group_stats::label_of<T, A>(args.target, row.index, args.ignore_index, row.n, from);
+  group_stats::store(args.stats, network * args.rows + row.index,
+                     group_stats::stats_of_row(logits, max, label, row.n, row.padded));
+}
 
 // x = (logit - max) / T, e = exp(x); the sum of e.
 template <class A>
@@ -50,10 +64,7 @@ TeacherSums<A> teacher_sums(A* t, A max_t, const A* x_s, A inv_t, int64_t n, A* 
   const A z = exponentials(t, max_t, inv_t, n, t, e);
   A a = 0;
 #pragma omp simd reduction(+ : a)
-  for (int64_t c = 0; c < n; ++c) {
-    const A term = e[c] * (t[c] - x_s[c]);
-    a += t[c] == -A(kInf) ? A(0) : term;  // masked in the teacher: counts 0, whatever the student holds
-  }
+  for (int64_t c = 0; c < n; ++c) a += weighted_gap(e[c], t[c], x_s[c]);
   return {z, a};
 }
 
@@ -80,7 +91,7 @@ void student_at(Row<A>& row, double temperature) {
   row.z_student = exponentials(s.student, row.max_student, inv_t, row.padded, s.student_x, s.student_exp);
 }
 
-// One teacher's weighted term and its gradient. `teacher` [padded] in scratch, at temperature T, student_exp at the same.
+// One teacher's divergence; its weighted gradient. `teacher` [padded] in scratch, at temperature T, student_exp at the same.
 template <class A>
 A teach(Row<A>& row, A* teacher, A max_teacher, A weight, double temperature) {
   const Scratch<A>& s = row.s;
@@ -91,7 +102,7 @@ A teach(Row<A>& row, A* teacher, A max_teacher, A weight, double temperature) {
     const A factor = weight * scale.grad / row.z_student;
     add_difference(s.grad, factor, s.student_exp, row.z_student / z, s.teacher_exp, row.padded);
   }
-  return weighted(weight, scale.loss, divergence(a, z, row.z_student));
+  return divergence(a, z, row.z_student);
 }
 
 template <class T, class A>
@@ -99,11 +110,22 @@ const T* teacher_row(const Row<A>& row, int k) {
   return static_cast<const T*>(row.args.teacher[k]) + row.index * row.args.teacher_stride[k];
 }
 
-// Teacher k in scratch, its maximum; the next teacher is on its way meanwhile.
+// Where a combination does without the single divergences, for the statistics. Leaves the teacher as it was loaded.
+template <class T, class A>
+void keep_divergence_alone(Row<A>& row, int k, A max_teacher, double temperature) {
+  if (!row.args.kl) return;
+  const auto [z, a] =
+      teacher_sums(row.s.teacher, max_teacher, row.s.student_x, A(1 / temperature), row.padded, row.s.teacher_exp);
+  row.keep_divergence(k, divergence(a, z, row.z_student));
+  load_row(teacher_row<T>(row, k), row.n, row.padded, row.s.teacher);
+}
+
+// Teacher k in scratch, its maximum; its next row is on its way meanwhile.
 template <class T, class A>
 A load_teacher(const Row<A>& row, int k) {
   const A top = load_row(teacher_row<T>(row, k), row.n, row.padded, row.s.teacher);
-  if (k + 1 < row.args.teachers) prefetch_row(teacher_row<T>(row, k + 1), row.n);
+  if (row.index + 1 < row.args.rows) prefetch_row(teacher_row<T>(row, k) + row.args.teacher_stride[k], row.n);
+  if (row.args.kl) keep_stats(row, k + 1, teacher_row<T>(row, k), row.s.teacher, top);
   return top;
 }
 
@@ -114,8 +136,10 @@ A kd_losses(Row<A>& row) {
     const double t = row.args.temperature[k];
     if (k > 0 && row.args.several_temperatures)
       student_at(row, t);
-    const A max_teacher = load_teacher<T>(row, k);
-    loss += teach(row, row.s.teacher, max_teacher, row.weight(k), t);
+    const A max_teacher = load_teacher<T>(row, k), w = row.weight(k);
+    const A kl = teach(row, row.s.teacher, max_teacher, w, t);
+    row.keep_divergence(k, kl);
+    loss += weighted(w, temperature_scale<A>(t, row.args.scale_by_t2).loss, kl);
   }
   return loss;
 }
@@ -125,14 +149,16 @@ A kd_logits(Row<A>& row) {
   A* mean = row.s.mixture;
   for (int64_t c = 0; c < row.padded; ++c) mean[c] = 0;
   for (int k = 0; k < row.args.teachers; ++k) {
-    load_teacher<T>(row, k);
+    keep_divergence_alone<T>(row, k, load_teacher<T>(row, k), row.args.temperature[0]);
     const A w = row.weight(k), masked = w == 0 ? A(0) : -A(kInf);
     const A* t = row.s.teacher;
 #pragma omp simd
     for (int64_t c = 0; c < row.padded; ++c) mean[c] += t[c] == -A(kInf) ? masked : w * t[c];
   }
   for (int64_t c = row.n; c < row.padded; ++c) mean[c] = -kInf;  // also where every weight is 0
-  return teach(row, mean, maximum(mean, row.padded), A(1), row.args.temperature[0]);
+  const double t = row.args.temperature[0];
+  const A kl = teach(row, mean, maximum(mean, row.padded), A(1), t);
+  return temperature_scale<A>(t, row.args.scale_by_t2).loss * kl;
 }
 
 template <class T, class A>
@@ -145,6 +171,7 @@ A kd_probs(Row<A>& row) {
   for (int64_t c = 0; c < row.padded; ++c) p[c] = 0;
   for (int k = 0; k < row.args.teachers; ++k) {
     const A max_teacher = load_teacher<T>(row, k), w = row.weight(k);
+    keep_divergence_alone<T>(row, k, max_teacher, t);
     const A z = exponentials(s.teacher, max_teacher, inv_t, row.padded, s.teacher, s.teacher_exp), factor = w / z;
     total += w;
 #pragma omp simd
@@ -154,10 +181,7 @@ A kd_probs(Row<A>& row) {
   const A log_z = natural_log(row.z_student);
   A loss = 0;
 #pragma omp simd reduction(+ : loss)
-  for (int64_t c = 0; c < row.padded; ++c) {
-    const A term = p[c] * (log_positive(p[c]) - (s.student_x[c] - log_z));
-    loss += p[c] == 0 ? A(0) : term;
-  }
+  for (int64_t c = 0; c < row.padded; ++c) loss += mixture_gap(p[c], s.student_x[c] - log_z);
   if (row.args.need_grad) {
     const A factor = scale.grad * total / row.z_student;
     add_difference(s.grad, factor, s.student_exp, row.z_student / total, p, row.padded);
@@ -231,23 +255,35 @@ void store_gradient(const Row<A>& row) {
   store_row(row.s.grad, row.n, scale, static_cast<S*>(args.grad) + row.index * row.n);
 }
 
+// A row without a loss has statistics all the same; its divergences are 0, or NaN for a label out of range.
+template <class S, class T, class A>
+void keep_stats_alone(Row<A>& row, const S* student, A divergences) {
+  keep_stats(row, 0, student, row.s.student, load_row(student, row.n, row.padded, row.s.student));
+  for (int k = 0; k < row.args.teachers; ++k) {
+    load_teacher<T>(row, k);
+    row.keep_divergence(k, divergences);
+  }
+}
+
 template <class S, class T, class A>
 A forward_row(Row<A>& row) {
   const Args& args = row.args;
   const int64_t label = args.target ? args.target[row.index] : -1;
   const bool ignored = args.target && label == args.ignore_index;
+  const S* student = static_cast<const S*>(args.student) + row.index * args.student_stride;
   if (ignored || (args.target && (label < 0 || label >= row.n))) {
     const A nothing = ignored ? A(0) : A(__builtin_nanf(""));
+    if (args.kl) keep_stats_alone<S, T>(row, student, nothing);
     if (args.need_grad) {
       fill_row(static_cast<S*>(args.grad) + row.index * row.n, row.n, nothing);
       if (args.student_type == DType::f16) static_cast<A*>(args.saved)[row.index] = 1;
     }
     return nothing;
   }
-  const S* student = static_cast<const S*>(args.student) + row.index * args.student_stride;
   row.max_student = load_row(student, row.n, row.padded, row.s.student);
-  prefetch_row(teacher_row<T>(row, 0), row.n);
   if (row.index + 1 < args.rows) prefetch_row(student + args.student_stride, row.n);
+  if (args.need_grad) prefetch_row(static_cast<const S*>(args.grad) + row.index * row.n, row.n);
+  if (args.kl) keep_stats(row, 0, student, row.s.student, row.max_student);
   student_at(row, args.temperature[0]);
   A loss = 0;
   if (args.ce_weight != 0)

@@ -21,7 +21,10 @@ constexpr unsigned kScaleVectors = 1024;  // of a block, four of a thread
 template <class S, class T, class A, class Policy>
 void launch_on_chip(const Params<A>& p, cudaStream_t stream) {
   const unsigned blocks = unsigned((p.rows + Policy::kRows - 1) / Policy::kRows);
-  SIMT_LAUNCH((on_chip_kernel<S, T, A, Policy>), dim3(blocks), dim3(Policy::kBlock), 0, stream, p);
+  if (p.kl)
+    SIMT_LAUNCH((on_chip_kernel<S, T, A, Policy, true>), dim3(blocks), dim3(Policy::kBlock), 0, stream, p);
+  else
+    SIMT_LAUNCH((on_chip_kernel<S, T, A, Policy, false>), dim3(blocks), dim3(Policy::kBlock), 0, stream, p);
 }
 
 template <class S, class T, class A>
@@ -110,6 +113,9 @@ const char* launch_error() {
 }  // namespace FASTKD_TARGET
 
 const char* forward_cuda(const Args& args, void* stream_handle) {
+  const bool wide = args.student_type == DType::f64;
+  const int64_t most = wide ? Policies<double>::Medium::kMostClasses : Policies<float>::Large::kMostClasses;
+  if (args.kl && args.classes > most) return "statistics of a row that is too long to be on chip";
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (args.rows > 0)
     dispatch_pair(args.student_type, args.teacher_type,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/vec.cuh"
+#include "group_stats/op.h"
 #include "multi_teacher/math.h"
 
 namespace fastkd::multi_teacher {
@@ -29,8 +30,9 @@ struct Params {
   bool student_vectors, grad_vectors;
   unsigned teacher_vectors;  // a bit per teacher: its rows allow 16-byte accesses
 
-  A *row_loss, *saved;
+  A *row_loss, *saved, *kl;
   void* grad;
+  group_stats::Output stats;
 
   FASTKD_HD A weight_of(int k, int64_t row) const {
     return weight ? weight[k * weight_stride_teacher + row * weight_stride_row] : host_weight[k];
@@ -95,6 +97,8 @@ Params<A> make_params(const Args& args) {
   p.row_loss = static_cast<A*>(args.row_loss);
   p.saved = static_cast<A*>(args.saved);
   p.grad = args.grad;
+  p.kl = static_cast<A*>(args.kl);
+  p.stats = args.stats;
   return p;
 }
 

@@ -21,6 +21,25 @@ FASTKD_HD A divergence(A a, A z_t, A z_s) {
   return value < 0 ? A(0) : value;
 }
 
+// e (x_t - x_s), one class's part of A. Where e underflows the class counts 0, however large x_t - x_s is: classes are also
+// masked by the most negative finite number. Infinite where only the student is -inf.
+template <class A>
+FASTKD_HD A weighted_gap(A e, A x_t, A x_s) {
+  const A inf = A(__builtin_inff());
+  const A product = e * (x_t - x_s);
+  const A vanished = x_s == -inf && x_t != -inf ? inf : A(0);
+  return x_t < kLowestExponent<A> ? vanished : product;
+}
+
+// p (log p - log q), one class's part of the divergence from a mixture p, by the same rules.
+template <class A>
+FASTKD_HD A mixture_gap(A p, A log_q) {
+  const A inf = A(__builtin_inff());
+  const A product = p * (log_positive(p) - log_q);
+  const A vanished = log_q == -inf && p > 0 ? inf : A(0);
+  return p < A(0x1p-120) ? vanished : product;
+}
+
 // Cross-entropy with label smoothing: z = sum exp(s - max), x_target = s_target - max, sum = sum_c (s_c - max).
 template <class A>
 FASTKD_HD A cross_entropy(A z, A x_target, A sum, A smoothing, int64_t classes) {
@@ -64,9 +83,8 @@ struct RunningTeacher {
   // One class: x_t and x_s relative to the bases, over T.
   FASTKD_HD void push(A x_t, A x_s) {
     const A e = exp_negative(x_t);
-    const A term = e * (x_t - x_s);
     z += e;
-    a += x_t == -A(__builtin_inff()) ? A(0) : term;
+    a += weighted_gap(e, x_t, x_s);
   }
 };
 

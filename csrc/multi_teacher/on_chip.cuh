@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/block.cuh"
+#include "group_stats/row.cuh"
 #include "multi_teacher/launch.cuh"
 
 namespace fastkd::multi_teacher {
@@ -54,21 +55,20 @@ __device__ __forceinline__ Numbers<A, 2> teacher_sums(RowState<A, kItems>& row, 
   for (int i = 0; i < kItems; ++i) {
     const A x = (row.t[i] - top) * inv_t;
     row.t[i] = exp_negative(x);
-    const A term = row.t[i] * (x - row.x_s[i] * inv_t);
     sums.v[0] += row.t[i];
-    sums.v[1] += x == -A(kInf) ? A(0) : term;
+    sums.v[1] += weighted_gap(row.t[i], x, row.x_s[i] * inv_t);
   }
   return threads.sum(sums);
 }
 
-// One teacher in row.t: its weighted term; its gradient is added to row.acc.
+// One teacher in row.t: its divergence; its weighted gradient is added to row.acc.
 template <class A, int kItems, class Threads>
 __device__ __forceinline__ A teach(RowState<A, kItems>& row, A weight, A inv_t, const Scale<A>& scale, Threads& threads) {
   const Numbers<A, 2> sums = teacher_sums(row, inv_t, threads);
   const A z = sums.v[0], factor = weight * scale.grad / row.z_s, ratio = row.z_s / z;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) row.acc[i] += factor * (row.e_s[i] - ratio * row.t[i]);
-  return weighted(weight, scale.loss, divergence(sums.v[1], z, row.z_s));
+  return divergence(sums.v[1], z, row.z_s);
 }
 
 // combine="probs", after the last teacher: row.acc holds the mixture and becomes the gradient.
@@ -78,8 +78,8 @@ __device__ __forceinline__ A mixture_divergence(RowState<A, kItems>& row, A tota
   Numbers<A, 1> loss{{0}};
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    const A p = row.acc[i], term = p * (log_positive(p) - (row.x_s[i] * inv_t - log_z));
-    loss.v[0] += p == 0 ? A(0) : term;
+    const A p = row.acc[i];
+    loss.v[0] += mixture_gap(p, row.x_s[i] * inv_t - log_z);
     row.acc[i] = factor * (row.e_s[i] - ratio * p);
   }
   return scale.loss * threads.sum(loss).v[0];
@@ -91,9 +91,37 @@ __device__ __forceinline__ int64_t class_of(int i, int thread) {
   return (int64_t(i / Width) * ThreadsPerRow + thread) * Width + i % Width;
 }
 
+// What the statistics need beside the row, where they are wanted: counters of the row's threads.
+template <bool Wanted, int ThreadsPerRow>
+struct Statistics {
+  static constexpr bool kWanted = Wanted;
+  RowThreads<int, ThreadsPerRow> counters;
+
+  // Of a network, the student or teacher k at 0 or k + 1, from its row `from`, which is in `logits`.
+  template <int Width, class T, class A, int kItems, class Threads>
+  __device__ __forceinline__ void keep(const Params<A>& p, int network, int64_t index, const T* from,
+                                       const A (&logits)[kItems], Threads& threads) {
+    if constexpr (Wanted) {
+      const auto label = group_stats::label_of<T, A>(p.target, index, p.ignore_index, p.classes, from);
+      group_stats::RowPart<A, Width, ThreadsPerRow> part{label, threads.thread};
+      part.push(logits, 0);
+      const group_stats::RowStats<A> stats = part.reduce(threads, counters, p.classes);
+      if (threads.thread == 0) group_stats::store(p.stats, network * p.rows + index, stats);
+    }
+  }
+
+  template <class A>
+  __device__ __forceinline__ void keep_divergence(const Params<A>& p, int k, int64_t index, A kl) const {
+    if constexpr (Wanted) {
+      if (counters.thread == 0) p.kl[k * p.rows + index] = kl;
+    }
+  }
+};
+
 // The distillation term; its gradient in row.acc. e_s stands at the first temperature.
-template <class S, class T, class A, int kItems, class Threads>
-__device__ __forceinline__ A distill(const Params<A>& p, RowState<A, kItems>& row, int64_t index, Threads& threads) {
+template <class S, class T, class A, int kItems, class Threads, class Stats>
+__device__ __forceinline__ A distill(const Params<A>& p, RowState<A, kItems>& row, int64_t index, Threads& threads,
+                                     Stats& stats) {
   constexpr int kWidth = kVector<S, T>, kThreads = Threads::kThreads;
   const A masked = -A(kInf);
   A loss = 0, total = 0;
@@ -107,22 +135,33 @@ __device__ __forceinline__ A distill(const Params<A>& p, RowState<A, kItems>& ro
   for (int i = 0; i < kItems; ++i) row.acc[i] = 0;
 #pragma unroll 1
   for (int k = 0; k < p.teachers; ++k) {
+    if (Stats::kWanted && k > 0) load(k);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) row.t[i] = next[i];
-    if (k + 1 < p.teachers) load(k + 1);  // in flight during the reductions of this teacher
+    stats.template keep<kWidth>(p, k + 1, index, p.template teacher_row<T>(k, index), row.t, threads);
+    // In flight during the reductions of this teacher; with statistics there are no registers for that.
+    if (!Stats::kWanted && k + 1 < p.teachers) load(k + 1);
     const A weight = p.weight_of(k, index);
     total += weight;
     if (p.combine == Combine::losses) {
       if (k > 0 && p.several_temperatures) student_exponentials(row, p.inv_t[k], threads);
-      loss += teach(row, weight, p.inv_t[k], p.scale[k], threads);
+      const A kl = teach(row, weight, p.inv_t[k], p.scale[k], threads);
+      stats.keep_divergence(p, k, index, kl);
+      loss += weighted(weight, p.scale[k].loss, kl);
     } else if (p.combine == Combine::probs) {
-      const A factor = weight / teacher_sums(row, p.inv_t[0], threads).v[0];
+      const Numbers<A, 2> sums = teacher_sums(row, p.inv_t[0], threads);
+      const A factor = weight / sums.v[0];
+      stats.keep_divergence(p, k, index, divergence(sums.v[1], sums.v[0], row.z_s));
 #pragma unroll
       for (int i = 0; i < kItems; ++i) row.acc[i] += factor * row.t[i];
     } else {
 #pragma unroll
       for (int i = 0; i < kItems; ++i)
         row.acc[i] += row.t[i] == masked ? (weight == 0 ? A(0) : masked) : weight * row.t[i];
+      if constexpr (Stats::kWanted) {
+        const Numbers<A, 2> sums = teacher_sums(row, p.inv_t[0], threads);
+        stats.keep_divergence(p, k, index, divergence(sums.v[1], sums.v[0], row.z_s));
+      }
     }
   }
   if (p.combine == Combine::probs) return mixture_divergence(row, total, p.inv_t[0], p.scale[0], threads);
@@ -132,7 +171,24 @@ __device__ __forceinline__ A distill(const Params<A>& p, RowState<A, kItems>& ro
     row.t[i] = class_of<kWidth, kThreads>(i, threads.thread) < p.classes ? row.acc[i] : masked;
     row.acc[i] = 0;
   }
-  return teach(row, A(1), p.inv_t[0], p.scale[0], threads);
+  return p.scale[0].loss * teach(row, A(1), p.inv_t[0], p.scale[0], threads);
+}
+
+// A row without a loss has statistics all the same; its divergences are 0, or NaN for a label out of range.
+template <class S, class T, class A, int kItems, class Threads, class Stats>
+__device__ __forceinline__ void keep_stats_alone(const Params<A>& p, RowState<A, kItems>& row, int64_t index, A divergences,
+                                                 Threads& threads, Stats& stats) {
+  constexpr int kWidth = kVector<S, T>, kThreads = Threads::kThreads;
+  const S* student = p.template student_row<S>(index);
+  load_items<kItems, kWidth>(student, 0, p.classes, kThreads, threads.thread, p.student_vectors, -A(kInf), row.t);
+  stats.template keep<kWidth>(p, 0, index, student, row.t, threads);
+#pragma unroll 1
+  for (int k = 0; k < p.teachers; ++k) {
+    const T* teacher = p.template teacher_row<T>(k, index);
+    load_items<kItems, kWidth>(teacher, 0, p.classes, kThreads, threads.thread, p.teacher_in_vectors(k), -A(kInf), row.t);
+    stats.template keep<kWidth>(p, k + 1, index, teacher, row.t, threads);
+    stats.keep_divergence(p, k, index, divergences);
+  }
 }
 
 // exp(s - max): a power of e_s where it stands at an integer temperature.
@@ -180,18 +236,21 @@ __device__ __forceinline__ Numbers<A, 2> label_sums(const Params<A>& p, const Ro
   return threads.sum(sums);
 }
 
-template <class S, class T, class A, class Policy>
+template <class S, class T, class A, class Policy, bool WithStats>
 __global__ void __launch_bounds__(Policy::kBlock) on_chip_kernel(const __grid_constant__ Params<A> p) {
   using Threads = RowThreads<A, Policy::kThreads>;
   constexpr int kWidth = kVector<S, T>, kItems = Policy::kItems;
   SIMT_SHARED(A, buffer, 2 * Threads::kWarps * Threads::kMost);
+  SIMT_SHARED(int, counters_buffer, WithStats ? 2 * Threads::kWarps * Threads::kMost : 1);
   Threads threads{int(threadIdx.x) % Policy::kThreads, 0, buffer};
+  Statistics<WithStats, Policy::kThreads> stats{{threads.thread, 0, counters_buffer}};
   const int64_t index = int64_t(blockIdx.x) * Policy::kRows + threadIdx.x / Policy::kThreads;
   if (index >= p.rows) return;  // whole warps: a row of less than a block needs no barrier
   RowState<A, kItems> row;
   const Label kind = label_kind(p.target, index, p.ignore_index, p.classes);
   if (kind == Label::ignored || kind == Label::outside) {
     const A nothing = kind == Label::ignored ? A(0) : A(__builtin_nanf(""));
+    if constexpr (WithStats) keep_stats_alone<S, T>(p, row, index, nothing, threads, stats);
     if (threads.thread == 0) p.row_loss[index] = nothing;
     if (!p.need_grad) return;
     if (threads.thread == 0 && p.half_student) p.saved[index] = 1;
@@ -203,6 +262,7 @@ __global__ void __launch_bounds__(Policy::kBlock) on_chip_kernel(const __grid_co
   }
   const S* student = p.template student_row<S>(index);
   load_items<kItems, kWidth>(student, 0, p.classes, Policy::kThreads, threads.thread, p.student_vectors, -A(kInf), row.x_s);
+  stats.template keep<kWidth>(p, 0, index, student, row.x_s, threads);
   const A max_student = threads.max(max_item(row.x_s));
 #pragma unroll
   for (int i = 0; i < kItems; ++i) row.x_s[i] -= max_student;
@@ -217,7 +277,7 @@ __global__ void __launch_bounds__(Policy::kBlock) on_chip_kernel(const __grid_co
     const A x_label = A(load_as(student[label])) - max_student;
     loss = p.ce_weight * cross_entropy(z_one, x_label, sums.v[1], p.smoothing, p.classes);
   }
-  loss += distill<S, T>(p, row, index, threads);
+  loss += distill<S, T>(p, row, index, threads, stats);
   if (p.need_grad) store_gradient<S, kWidth>(p, row, index, label, z_one, threads);
   if (threads.thread == 0) p.row_loss[index] = loss;
 }

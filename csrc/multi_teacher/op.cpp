@@ -197,14 +197,9 @@ void run_stream_backward(const Args& args, const Tensor& grad, const Tensor& lik
 
 int64_t saved_columns(const Args& args) { return 3 * int64_t(args.teachers) + 2; }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& target,
-    const std::optional<Tensor>& weights, const std::vector<double>& host_weights,
-    const std::vector<double>& temperatures, int64_t combine, double ce_weight, double label_smoothing,
-    int64_t ignore_index, bool scale_by_t2, int64_t reduction, bool need_grad, bool stream) {
-  Inputs in;
-  fill_inputs(in, student, teachers, target, weights, host_weights, temperatures,
-              {combine, ce_weight, label_smoothing, ignore_index, scale_by_t2, reduction});
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Results forward_of(Inputs& in, const Tensor& student, bool need_grad, bool stream) {
   Args& args = in.args;
   args.need_grad = need_grad;
   args.stream = stream;
@@ -226,6 +221,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   args.aux = aux.data_ptr();
   run_forward(args, student);
   return {loss, grad, saved, aux};
+}
+
+Results forward(const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& target,
+                const std::optional<Tensor>& weights, const std::vector<double>& host_weights,
+                const std::vector<double>& temperatures, int64_t combine, double ce_weight, double label_smoothing,
+                int64_t ignore_index, bool scale_by_t2, int64_t reduction, bool need_grad, bool stream) {
+  Inputs in;
+  fill_inputs(in, student, teachers, target, weights, host_weights, temperatures,
+              {combine, ce_weight, label_smoothing, ignore_index, scale_by_t2, reduction});
+  return forward_of(in, student, need_grad, stream);
+}
+
+// Also each teacher's divergence [K, R] and the statistics of student and teachers, each [K + 1, R].
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_stats(
+    const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& target,
+    const std::optional<Tensor>& weights, const std::vector<double>& host_weights,
+    const std::vector<double>& temperatures, int64_t combine, double ce_weight, double label_smoothing,
+    int64_t ignore_index, bool scale_by_t2, int64_t reduction, bool need_grad) {
+  Inputs in;
+  fill_inputs(in, student, teachers, target, weights, host_weights, temperatures,
+              {combine, ce_weight, label_smoothing, ignore_index, scale_by_t2, reduction});
+  Args& args = in.args;
+  const ScalarType type = accumulate_type(args.student_type);
+  const auto empty = [&](ScalarType t) { return empty_like_device(student, {args.teachers + 1, args.rows}, t); };
+  Tensor kl = empty_like_device(student, {args.teachers, args.rows}, type);
+  Tensor ce = empty(type), correct = empty(ScalarType::Bool), label_rank = empty(ScalarType::Long),
+         confidence = empty(type), entropy = empty(type), margin = empty(type);
+  args.kl = kl.data_ptr();
+  args.stats.ce = ce.data_ptr();
+  args.stats.correct = static_cast<bool*>(correct.data_ptr());
+  args.stats.label_rank = static_cast<int64_t*>(label_rank.data_ptr());
+  args.stats.confidence = confidence.data_ptr();
+  args.stats.entropy = entropy.data_ptr();
+  args.stats.margin = margin.data_ptr();
+  return std::tuple_cat(forward_of(in, student, need_grad, false),
+                        std::make_tuple(kl, ce, correct, label_rank, confidence, entropy, margin));
 }
 
 Tensor backward(const Tensor& grad_loss, const Tensor& grad_rows, const Tensor& saved, const Tensor& aux, int64_t reduction) {
@@ -275,6 +306,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
       "multi_teacher_forward(Tensor student, Tensor[] teachers, Tensor? target, Tensor? weights, float[] host_weights, "
       "float[] temperatures, int combine, float ce_weight, float label_smoothing, int ignore_index, bool scale_by_t2, "
       "int reduction, bool need_grad, bool stream) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "multi_teacher_forward_stats(Tensor student, Tensor[] teachers, Tensor? target, Tensor? weights, "
+      "float[] host_weights, float[] temperatures, int combine, float ce_weight, float label_smoothing, "
+      "int ignore_index, bool scale_by_t2, int reduction, bool need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("multi_teacher_backward(Tensor grad, Tensor rows, Tensor saved, Tensor aux, int reduction) -> Tensor");
   m.def(
       "multi_teacher_stream_backward(Tensor grad, Tensor student, Tensor[] teachers, Tensor? target, Tensor? weights, "
@@ -285,6 +321,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) {
   m.impl("multi_teacher_forward", TORCH_BOX(&fastkd::multi_teacher::forward));
+  m.impl("multi_teacher_forward_stats", TORCH_BOX(&fastkd::multi_teacher::forward_stats));
   m.impl("multi_teacher_backward", TORCH_BOX(&fastkd::multi_teacher::backward));
   m.impl("multi_teacher_stream_backward", TORCH_BOX(&fastkd::multi_teacher::stream_backward));
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "group_stats/op.h"
 
 namespace fastkd::multi_teacher {
 
@@ -43,6 +44,8 @@ struct Args {
   void* grad = nullptr;      // student's type [R, C], contiguous: see README.md for its scale
   void* saved = nullptr;     // A [R] inverse scale of float16 gradients, or A [R, 3K + 2] states of streamed rows
   void* aux = nullptr;       // A [2]: factor that the stored gradient still lacks, targets out of range
+  void* kl = nullptr;        // A [K, R], each teacher's divergence, or null: no statistics are wanted
+  group_stats::Output stats; // with kl: of the student, then of the teachers, each [K + 1, R]
   double row_factor = 1;     // CPU: what the stored gradient is multiplied by, 1 / max(1, rows that count) for the mean
 };
 
@@ -65,7 +68,7 @@ struct CpuKernels {
 };
 extern const CpuKernels cpu_kernels_level1, cpu_kernels_level3, cpu_kernels_level4;
 
-// CUDA: enqueue on a stream; an error string, or null.
+// CUDA: enqueue on a stream; an error string, or null. Statistics: not of rows that are streamed.
 const char* forward_cuda(const Args&, void* stream);
 const char* backward_cuda(const BackwardArgs&, void* stream);
 const char* stream_backward_cuda(const Args&, const void* grad_loss, void* stream);

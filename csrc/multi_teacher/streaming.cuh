@@ -159,8 +159,7 @@ __device__ __forceinline__ A stream_mixture(const Params<A>& p, int64_t row, A m
     }
 #pragma unroll
     for (int i = 0; i < kStreamItems; ++i) {
-      const A term = mixture[i] * (log_positive(mixture[i]) - ((s[i] - base) * inv_t - log_z));
-      loss.v[0] += mixture[i] == 0 ? A(0) : term;
+      loss.v[0] += mixture_gap(mixture[i], (s[i] - base) * inv_t - log_z);
     }
   }
   return p.scale[0].loss * threads.sum(loss).v[0];

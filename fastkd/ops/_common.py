@@ -14,6 +14,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 MOST_CLASSES = 2**31
 LARGEST = sys.float_info.max
@@ -31,7 +32,7 @@ def wrong_type(op: str, argument: str, expected: str, got: object) -> TypeError:
 
 def may_read_values(tensor: Tensor) -> bool:
     """Whether looking at this tensor's numbers is free of a device wait and of a graph break."""
-    if torch.compiler.is_compiling() or tensor.is_meta or is_transformed():
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor) or is_transformed():
         return False
     return tensor.device.type == "cpu" or CHECK_VALUES_EVERYWHERE
 
@@ -83,7 +84,7 @@ def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> N
         raise wrong_value(op, name, "one of " + ", ".join(repr(c) for c in choices), repr(value))
 
 
-def check_target(op: str, target: object, student: Tensor) -> Tensor:
+def check_target(op: str, target: object, student: Tensor, whose: str = "the student's") -> Tensor:
     """Class indices of the student's leading shape, returned as int64 [R]."""
     if not isinstance(target, Tensor):
         raise wrong_type(op, "target", "an integer tensor of class indices", type(target).__name__)
@@ -92,10 +93,10 @@ def check_target(op: str, target: object, student: Tensor) -> Tensor:
     ):
         raise wrong_type(op, "target", "class indices of an integer dtype (int64)", f"dtype {target.dtype}")
     if target.shape != student.shape[:-1]:
-        expected = f"of shape {list(student.shape[:-1])}, the student's without its last dimension"
+        expected = f"of shape {list(student.shape[:-1])}, {whose} without its last dimension"
         raise wrong_value(op, "target", expected, f"shape {list(target.shape)}")
     if target.device != student.device:
-        raise wrong_value(op, "target", f"on the student's device {student.device}", f"device {target.device}")
+        raise wrong_value(op, "target", f"on {whose} device {student.device}", f"device {target.device}")
     if target.dtype != torch.int64:
         target = target.long()
     return target if target.dim() == 1 else target.reshape(-1)

@@ -20,11 +20,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastkd import _backend
 from fastkd.ops import _common as common
 from fastkd.ops import _networks as networks
-from fastkd.ops.group_stats import GroupStats, reference_stats
+from fastkd.ops import group_stats
+from fastkd.ops.group_stats import GroupStats
 
 OP = "multi_teacher_kd"
 COMBINE = ("losses", "probs", "logits")
@@ -147,21 +149,43 @@ def student_and_teachers_dtype(call: Call) -> torch.dtype:
     return dtype
 
 
-def reference_statistics(call: Call) -> DistillationStats:
-    with torch.no_grad():
-        valid = None if call.target is None else call.target != call.ignore_index
-        kls = []
-        for k, teacher in enumerate(call.teachers):
-            temperature = call.temperatures[k if len(call.temperatures) > 1 else 0]
-            dtype = common.accumulate_dtype(student_and_teachers_dtype(call))
-            kl = _divergence(
-                _log_softmax(teacher.to(dtype), temperature), _log_softmax(call.student.to(dtype), temperature)
-            )
-            kl = kl.clamp(min=0)
-            kls.append(common.reduce_rows(kl if valid is None else kl.masked_fill(~valid, 0), valid, "mean", ()))
-        student = reference_stats([call.student], call.target, call.ignore_index)
-        teachers = reference_stats(call.teachers, call.target, call.ignore_index)
-    return DistillationStats(torch.stack(kls), student, teachers)
+def reference_divergences(call: Call) -> Tensor:
+    """KL(p_k || q) of each teacher and row, [K, R]: 0 for ignored rows, NaN for labels out of range."""
+    dtype, divergences = common.accumulate_dtype(student_and_teachers_dtype(call)), []
+    for k, teacher in enumerate(call.teachers):
+        temperature = call.temperatures[k if len(call.temperatures) > 1 else 0]
+        log_q = _log_softmax(call.student.to(dtype), temperature)
+        divergences.append(_divergence(_log_softmax(teacher.to(dtype), temperature), log_q).clamp(min=0))
+    kl = torch.stack(divergences)
+    if call.target is None:
+        return kl
+    outside = (call.target < 0) | (call.target >= call.student.shape[1])
+    return kl.masked_fill(outside, math.nan).masked_fill(call.target == call.ignore_index, 0)
+
+
+def _statistics(call: Call, kl: Tensor, stats: GroupStats) -> DistillationStats:
+    """From divergences [K, R] and the statistics of student and teachers [K + 1, R]."""
+    counted = torch.ones_like(kl[:1]) if call.target is None else (call.target != call.ignore_index)[None]
+    # Summed with the counts: torch splits a single row among threads, whose number would change the last bits.
+    sums = torch.cat([kl.double(), counted.double()]).sum(-1)
+    mean = (sums[:-1] / sums[-1].clamp(min=1)).to(kl.dtype)
+    return DistillationStats(mean, GroupStats(*[t[:1] for t in stats]), GroupStats(*[t[1:] for t in stats]))
+
+
+@torch.no_grad()
+def _separate_statistics(call: Call) -> DistillationStats:
+    """The statistics by a second read of the logits: where the loss's own pass does not give them."""
+    stats = group_stats.statistics((call.student, *call.teachers), call.target, call.ignore_index)
+    if why_reference(call) is not None:
+        with forward_ad._set_fwd_grad_enabled(False):
+            kl = reference_divergences(call)
+    else:
+        one = call._replace(weights=None, host_weights=(1.0,), combine="losses", ce_weight=0.0, scale_by_t2=False)
+        one = one._replace(reduction="none")
+        several = call.temperatures if len(call.temperatures) > 1 else call.temperatures * len(call.teachers)
+        pairs = zip(call.teachers, several, strict=True)
+        kl = torch.stack([_forward(one._replace(teachers=(z,), temperatures=(t,)), False)[0] for z, t in pairs])
+    return _statistics(call, kl, stats)
 
 
 # --- native: raw operations, fake kernels, autograd ---------------------------------------------------------------
@@ -170,6 +194,7 @@ def reference_statistics(call: Call) -> DistillationStats:
 #   forward(...) -> loss A [] or [R]; rows [R, C]: the row's gradient without reduction and grad_output;
 #                   saved A: [R] the power of two that float16 rows were multiplied by, or [R, 3K + 2] states to stream
 #                   again; aux A [2]: the factor that `rows` still lacks (1 / rows that count), targets out of range
+#   forward_stats(...), without `stream` -> these; kl A [K, R]; the GroupStats of student and teachers, each [K + 1, R]
 #   backward(grad_output, rows, saved, aux, reduction) -> [R, C];   stream_backward(...) -> [R, C]
 # `namespace` is fastkd, or the test build that runs the CUDA kernels on the host.
 
@@ -190,6 +215,13 @@ def register_fakes(namespace: str) -> None:
             student.new_empty((2,), dtype=dtype),
         )
 
+    def forward_stats(student, teachers, *rest):
+        shape, dtype = (len(teachers) + 1, student.shape[0]), common.accumulate_dtype(student.dtype)
+        dtypes = (dtype, torch.bool, torch.int64, dtype, dtype, dtype)
+        stats = [student.new_empty(shape, dtype=d) for d in dtypes]
+        kl = student.new_empty((len(teachers), student.shape[0]), dtype=dtype)
+        return (*forward(student, teachers, *rest, False), kl, *stats)
+
     def backward(grad, rows, saved, aux, reduction):
         return torch.empty_like(rows)
 
@@ -197,6 +229,7 @@ def register_fakes(namespace: str) -> None:
         return student.new_empty(student.shape)
 
     torch.library.register_fake(f"{namespace}::multi_teacher_forward", forward)
+    torch.library.register_fake(f"{namespace}::multi_teacher_forward_stats", forward_stats)
     torch.library.register_fake(f"{namespace}::multi_teacher_backward", backward)
     torch.library.register_fake(f"{namespace}::multi_teacher_stream_backward", stream_backward)
 
@@ -217,32 +250,39 @@ def _streams(call: Call) -> bool:
     return call.student.shape[1] > ON_CHIP_CLASSES.get(call.student.dtype, ON_CHIP_CLASSES_DEFAULT)
 
 
-def _forward(call: Call, need_grad: bool) -> tuple[Tensor, ...]:
-    ops = _backend.native_ops(call.student)
-    out = ops.multi_teacher_forward(
-        call.student, call.teachers, call.target, call.weights, *_options(call), need_grad, _streams(call)
-    )
-    if call.target is not None and common.may_read_values(call.student) and float(out[3][1]) != 0:
+def _forward(call: Call, need_grad: bool, with_stats: bool = False) -> tuple[Tensor, ...]:
+    ops, inputs = _backend.native_ops(call.student), (call.student, call.teachers, call.target, call.weights)
+    if with_stats:
+        out = ops.multi_teacher_forward_stats(*inputs, *_options(call), need_grad)
+    else:
+        out = ops.multi_teacher_forward(*inputs, *_options(call), need_grad, _streams(call))
+    if call.target is not None and common.may_read_values(call.student) and out[3].tolist()[1] != 0:
         raise common.out_of_range(OP, call.target, call.student.shape[1], call.ignore_index)
     return out
 
 
 class _Native(torch.autograd.Function):
-    """The native loss. The backward asked for with create_graph=True goes through the reference formula."""
+    """The native loss, and with_stats its statistics: kl [K, R], those of GroupStats.
+
+    The backward asked for with create_graph=True goes through the reference formula.
+    """
 
     @staticmethod
-    def forward(ctx, student, target, weights, options, *teachers):
+    def forward(ctx, student, target, weights, options, with_stats, *teachers):
         call = Call(student, teachers, target, weights, *options)
-        loss, rows, saved, aux = _forward(call, True)
+        loss, rows, saved, aux, *stats = _forward(call, True, with_stats)
         ctx.options = options
         tensors = (student, rows, saved, aux, target, weights, *teachers)
         # save_for_backward refuses tensors made under torch.inference_mode().
         ctx.kept = None if torch.compiler.is_compiling() or not _any_inference(teachers, weights) else tensors[4:]
         ctx.save_for_backward(*(tensors if ctx.kept is None else tensors[:4]))
-        return loss
+        if not with_stats:
+            return loss
+        ctx.mark_non_differentiable(*stats)
+        return loss, *stats
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, *_):
         student, rows, saved, aux, *rest = ctx.saved_tensors
         target, weights, *teachers = rest if ctx.kept is None else ctx.kept
         call = Call(student, tuple(teachers), target, weights, *ctx.options)
@@ -260,7 +300,7 @@ class _Native(torch.autograd.Function):
             result = ops.multi_teacher_backward(
                 grad.contiguous(), rows, saved, aux, common.REDUCTIONS.index(call.reduction)
             )
-        return result, None, None, None, *([None] * len(teachers))
+        return result, None, None, None, None, *([None] * len(teachers))
 
 
 def _is_ready(call: Call, grad: Tensor) -> bool:
@@ -313,7 +353,8 @@ def multi_teacher_kd(
         label_smoothing: as in torch.nn.functional.cross_entropy, in [0, 1].
         scale_by_t2: multiply each divergence by its temperature squared.
         reduction: "none" (per row, shape [...]), "sum", or "mean" over the rows that count (KL: "batchmean").
-        return_stats: also return DistillationStats of the same logits.
+        return_stats: also return DistillationStats of the same logits, from the same pass (from a second read for rows
+            that a GPU streams, and for more than 16 teachers there).
 
     Returns:
         The loss in float32 (float64 for float64 logits): a scalar, or [...] for "none". No row that counts: 0 with
@@ -328,10 +369,10 @@ def multi_teacher_kd(
         student, teachers, target, weights, temperature, combine, ce_weight, label_smoothing, ignore_index,
         scale_by_t2, reduction,
     )  # fmt: skip
-    loss = _dispatch(call)
+    loss, stats = _with_statistics(call) if return_stats else (_dispatch(call), None)
     if reduction == "none":
         loss = loss.reshape(call.leading)
-    return (loss, reference_statistics(call)) if return_stats else loss
+    return (loss, stats) if return_stats else loss
 
 
 def _dispatch(call: Call) -> Tensor:
@@ -341,7 +382,19 @@ def _dispatch(call: Call) -> Tensor:
         return _in_groups(call)
     if not (torch.is_grad_enabled() and call.student.requires_grad):
         return _forward(call, False)[0]
-    return _Native.apply(call.student, call.target, call.weights, tuple(call[4:]), *call.teachers)
+    return _Native.apply(call.student, call.target, call.weights, tuple(call[4:]), False, *call.teachers)
+
+
+def _with_statistics(call: Call) -> tuple[Tensor, DistillationStats]:
+    """The loss and the statistics of its inputs, from one pass where the row is at hand as a whole."""
+    too_many = len(call.teachers) > LAUNCH_TEACHERS and _backend.device_kind(call.student) != "cpu"
+    if why_reference(call) is not None or too_many or _streams(call):
+        return _dispatch(call), _separate_statistics(call)
+    if torch.is_grad_enabled() and call.student.requires_grad:
+        loss, *out = _Native.apply(call.student, call.target, call.weights, tuple(call[4:]), True, *call.teachers)
+    else:
+        loss, _, _, _, *out = _forward(call, False, True)
+    return loss, _statistics(call, out[0], GroupStats(*out[1:]))
 
 
 def _in_groups(call: Call) -> Tensor:

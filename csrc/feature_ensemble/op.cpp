@@ -1,0 +1,298 @@
+// feature_ensemble: schema, layouts, allocation, tensors to Args. Compiled into the CPU library, the CUDA library and the
+// tests' host build of the CUDA kernels.
+#include "feature_ensemble/op.h"
+
+#include <algorithm>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "core/tensors.h"
+
+#if defined(FASTKD_BACKEND_CPU)
+#include "core/cpu_level.h"
+#include "feature_ensemble/math.h"
+#elif defined(FASTKD_BACKEND_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+namespace fastkd::feature_ensemble {
+namespace {
+
+struct Layout {
+  bool contiguous, channels_last;  // both, one or none
+};
+
+int64_t places_of(const Tensor& t) {
+  int64_t places = 1;
+  for (int64_t d = 2; d < t.dim(); ++d) places *= t.size(d);
+  return places;
+}
+
+// How each sample of t [B, C, ...] lies in memory; the stride between samples is free.
+Layout layout_of(const Tensor& t) {
+  Layout layout{true, true};
+  int64_t dense = 1, dense_last = t.size(1);
+  for (int64_t d = t.dim() - 1; d >= 1; --d) {
+    const int64_t size = t.size(d), stride = t.stride(d);
+    if (size == 1) continue;
+    layout.contiguous &= stride == dense;
+    layout.channels_last &= stride == (d == 1 ? 1 : dense_last);
+    dense *= size;
+    if (d > 1) dense_last *= size;
+  }
+  return layout;
+}
+
+// What Args points into, kept alive for the call.
+struct Inputs {
+  std::vector<Tensor> students, teachers;
+  std::optional<Tensor> weights;
+  std::vector<double> host_weights;
+  std::vector<Pair> pairs;
+  std::vector<bool> channels_last;  // of the students
+  Args args;
+};
+
+struct Options {
+  int64_t p, norm;
+  bool mean_elements;
+  int64_t reduction;
+};
+
+Tensor with_dense_samples(const Tensor& t) {
+  const Layout layout = layout_of(t);
+  return layout.contiguous || layout.channels_last ? t : torch::stable::contiguous(t);
+}
+
+Group group_of(Norm norm, bool channels_last) {
+  if (norm == Norm::sample) return Group::all;
+  return (norm == Norm::channel) == channels_last ? Group::column : Group::row;
+}
+
+void add_pair(Inputs& in, size_t k) {
+  const Tensor& student = in.students[in.args.shared ? 0 : k];
+  const Tensor& teacher = in.teachers[k];
+  bool same = student.dim() == teacher.dim();
+  for (int64_t d = 0; same && d < student.dim(); ++d) same = student.size(d) == teacher.size(d);
+  STD_TORCH_CHECK(same && student.size(0) == in.args.samples, "fastkd: the shapes of a pair of maps differ");
+  const int64_t channels = student.size(1), places = places_of(student);
+  // A map of one place is a row of channels: [1, C], not [C, 1].
+  const bool last = places == 1 || !layout_of(student).contiguous;
+  const Layout its = layout_of(teacher);
+  Pair pair;
+  pair.student = student.data_ptr();
+  pair.teacher = teacher.data_ptr();
+  pair.student_stride = student.stride(0);
+  pair.teacher_stride = teacher.stride(0);
+  pair.outer = last ? places : channels;
+  pair.inner = last ? channels : places;
+  pair.transposed = !(last ? its.channels_last : its.contiguous);
+  pair.group = group_of(in.args.norm, last);
+  pair.groups = pair.group == Group::all ? 1 : pair.group == Group::row ? pair.outer : pair.inner;
+  pair.first_group = in.args.total_groups;
+  in.args.total_groups += in.args.samples * pair.groups;
+  STD_TORCH_CHECK(pair.elements() > 0 && pair.elements() < (int64_t(1) << 31), "fastkd: size of a map");
+  in.pairs.push_back(pair);
+  in.channels_last.push_back(last);
+}
+
+void add_weights(Inputs& in, const std::optional<Tensor>& weights, const std::vector<double>& host) {
+  Args& args = in.args;
+  if (!weights) {
+    STD_TORCH_CHECK(int(host.size()) == args.pairs, "fastkd: one weight per pair");
+    in.host_weights = host;
+    args.host_weight = in.host_weights.data();
+    return;
+  }
+  in.weights = torch::stable::contiguous(*weights);
+  STD_TORCH_CHECK(in.weights->scalar_type() == accumulate_type(args.student_type), "fastkd: dtype of the weights");
+  STD_TORCH_CHECK(in.weights->size(0) == args.pairs, "fastkd: one weight per pair");
+  const bool per_sample = in.weights->dim() == 2;
+  STD_TORCH_CHECK(!per_sample || in.weights->size(1) == args.samples, "fastkd: one weight per sample");
+  args.weight_stride_pair = per_sample ? args.samples : 1;
+  args.weight_stride_sample = per_sample ? 1 : 0;
+  args.weight = in.weights->data_ptr();
+}
+
+void fill_inputs(Inputs& in, const std::vector<Tensor>& students, const std::vector<Tensor>& teachers,
+                 const std::optional<Tensor>& weights, const std::vector<double>& host_weights, const Options& o) {
+  Args& args = in.args;
+  STD_TORCH_CHECK(!teachers.empty() && (students.size() == 1 || students.size() == teachers.size()),
+                  "fastkd: one student's map, or one per teacher");
+  for (const Tensor& t : students) {
+    STD_TORCH_CHECK(t.dim() >= 2 && dtype_of(t) == dtype_of(students[0]), "fastkd: the students' maps differ");
+    in.students.push_back(with_dense_samples(t));
+  }
+  for (const Tensor& t : teachers) {
+    STD_TORCH_CHECK(t.dim() >= 2 && dtype_of(t) == dtype_of(teachers[0]), "fastkd: the teachers' maps differ");
+    in.teachers.push_back(with_dense_samples(t));
+  }
+  args.student_type = dtype_of(students[0]);
+  args.teacher_type = dtype_of(teachers[0]);
+  STD_TORCH_CHECK(args.teacher_type == args.student_type ||
+                      (args.teacher_type == DType::f32 && args.student_type != DType::f64),
+                  "fastkd: teachers must be of the student's dtype or float32");
+  args.samples = students[0].size(0);
+  args.pairs = int(teachers.size());
+  args.shared = students.size() == 1 && teachers.size() > 1;
+  args.norm = Norm(o.norm);
+  for (size_t k = 0; k < teachers.size(); ++k) add_pair(in, k);
+  args.pair = in.pairs.data();
+  add_weights(in, weights, host_weights);
+  args.p = int(o.p);
+  args.mean_elements = o.mean_elements;
+  args.reduction = Reduction(o.reduction);
+  STD_TORCH_CHECK(args.p == 1 || args.p == 2, "fastkd: p is 1 or 2");
+}
+
+// Dense, in the layout that the kernels see: channels_last where the student is.
+Tensor empty_gradient(const Tensor& student, bool channels_last) {
+  const int64_t dims = student.dim();
+  std::vector<int64_t> sizes(dims), strides(dims, 1);
+  for (int64_t d = 0; d < dims; ++d) sizes[d] = student.size(d);
+  int64_t dense = channels_last ? sizes[1] : 1;
+  for (int64_t d = dims - 1; d >= 2; --d) {
+    strides[d] = dense;
+    dense *= sizes[d];
+  }
+  strides[1] = channels_last ? 1 : dense;
+  strides[0] = channels_last ? dense : dense * sizes[1];
+  return empty_strided_like_device(student, sizes.data(), strides.data(), dims, student.scalar_type());
+}
+
+#if defined(FASTKD_BACKEND_CPU)
+
+// Samples of about 2^15 elements a chunk, whatever the number of threads: small maps stay on one thread.
+int64_t grain(const Args& args) {
+  int64_t elements = 0;
+  for (int k = 0; k < args.pairs; ++k) elements += 2 * args.pair[k].elements();
+  return 1 + (int64_t(1) << 15) / (elements / (args.shared ? 1 : args.pairs) + 1);
+}
+
+template <class F>
+void over_tasks(const Args& args, const CpuKernels& kernels, const F& run) {
+  const int64_t tasks = args.samples * (args.shared ? 1 : args.pairs);
+  torch::stable::parallel_for(0, tasks, grain(args), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<char[]> scratch(new char[kernels.scratch_bytes(args)]);
+    run(args, begin, end, scratch.get());
+  });
+}
+
+// In the order of samples and pairs and in double: the same bits for any number of threads.
+template <class A>
+void reduce_samples(const Args& args) {
+  const A* distance = static_cast<const A*>(args.distance);
+  A* loss = static_cast<A*>(args.loss);
+  double total = 0;
+  for (int64_t b = 0; b < args.samples; ++b) {
+    double sum = 0;
+    for (int k = 0; k < args.pairs; ++k) sum += double(weight_of<A>(args, k, b)) * double(distance[k * args.samples + b]);
+    total += sum;
+    if (args.reduction == Reduction::none) loss[b] = A(sum);
+  }
+  if (args.reduction == Reduction::none) return;
+  *loss = A(args.reduction == Reduction::mean ? total / double(std::max<int64_t>(1, args.samples)) : total);
+}
+
+void run_forward(Args& args, const Tensor&) {
+  const CpuKernels& kernels = FASTKD_KERNELS_OF(feature_ensemble);
+  over_tasks(args, kernels, kernels.forward);
+  args.student_type == DType::f64 ? reduce_samples<double>(args) : reduce_samples<float>(args);
+}
+
+void run_backward(const Args& args, const Tensor&) {
+  const CpuKernels& kernels = FASTKD_KERNELS_OF(feature_ensemble);
+  over_tasks(args, kernels, kernels.backward);
+}
+
+#else
+
+void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, "fastkd: feature_ensemble: ", error); }
+
+template <class F>
+void on_stream(const Args& args, const Tensor& like, const F& launch) {
+  STD_TORCH_CHECK(args.pairs <= kMaxLaunchPairs, "fastkd: too many pairs for one launch");
+#if defined(FASTKD_BACKEND_CUDA)
+  torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+  check_launch(launch(args, stream));
+#else
+  (void)like;
+  check_launch(launch(args, nullptr));
+#endif
+}
+
+void run_forward(Args& args, const Tensor& like) {
+  const ScalarType type = accumulate_type(args.student_type);
+  // A group's distances first, their sums per sample after; one and the same where a sample is one group.
+  Tensor groups = empty_like_device(like, {args.norm == Norm::sample ? 0 : args.total_groups}, type);
+  args.sample_distance = args.distance;
+  if (args.norm != Norm::sample) args.distance = groups.data_ptr();
+  on_stream(args, like, forward_cuda);
+}
+
+void run_backward(const Args& args, const Tensor& like) { on_stream(args, like, backward_cuda); }
+
+#endif
+
+std::tuple<Tensor, Tensor> forward(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers,
+                                   const std::optional<Tensor>& weights, const std::vector<double>& host_weights,
+                                   int64_t p, int64_t norm, bool mean_elements, int64_t reduction, bool need_grad) {
+  Inputs in;
+  fill_inputs(in, students, teachers, weights, host_weights, {p, norm, mean_elements, reduction});
+  Args& args = in.args;
+  args.need_grad = need_grad;
+  const Tensor& like = students[0];
+  const ScalarType type = accumulate_type(args.student_type);
+  Tensor loss = args.reduction == Reduction::none ? empty_like_device(like, {args.samples}, type)
+                                                  : empty_like_device(like, {}, type);
+  Tensor state = empty_like_device(like, {need_grad ? kStatePlanes : 0, args.total_groups}, type);
+  Tensor distance = empty_like_device(like, {args.pairs, args.samples}, type);
+  args.loss = loss.data_ptr();
+  args.state = need_grad ? state.data_ptr() : nullptr;
+  args.distance = distance.data_ptr();
+  run_forward(args, like);
+  return {loss, state};
+}
+
+std::vector<Tensor> backward(const Tensor& grad_loss, const std::vector<Tensor>& students,
+                             const std::vector<Tensor>& teachers, const std::optional<Tensor>& weights,
+                             const Tensor& state, const std::vector<double>& host_weights, int64_t p, int64_t norm,
+                             bool mean_elements, int64_t reduction) {
+  Inputs in;
+  fill_inputs(in, students, teachers, weights, host_weights, {p, norm, mean_elements, reduction});
+  Args& args = in.args;
+  const int64_t expected = args.reduction == Reduction::none ? args.samples : 1;
+  STD_TORCH_CHECK(grad_loss.numel() == expected && grad_loss.scalar_type() == state.scalar_type(), "fastkd: grad_output");
+  STD_TORCH_CHECK(state.numel() == kStatePlanes * args.total_groups, "fastkd: the state is another call's");
+  std::vector<Tensor> grads;
+  for (size_t k = 0; k < students.size(); ++k) {
+    grads.push_back(empty_gradient(students[k], in.channels_last[k]));
+    in.pairs[k].grad = grads.back().data_ptr();
+  }
+  args.grad_loss = grad_loss.data_ptr();
+  args.state = state.data_ptr();
+  run_backward(args, students[0]);
+  return grads;
+}
+
+}  // namespace
+}  // namespace fastkd::feature_ensemble
+
+#if !defined(FASTKD_BACKEND_CUDA)  // the CUDA library implements what the CPU library declares
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
+  m.def(
+      "feature_ensemble_forward(Tensor[] students, Tensor[] teachers, Tensor? weights, float[] host_weights, int p, "
+      "int norm, bool mean_elements, int reduction, bool need_grad) -> (Tensor, Tensor)");
+  m.def(
+      "feature_ensemble_backward(Tensor grad, Tensor[] students, Tensor[] teachers, Tensor? weights, Tensor state, "
+      "float[] host_weights, int p, int norm, bool mean_elements, int reduction) -> Tensor[]");
+}
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) {
+  m.impl("feature_ensemble_forward", TORCH_BOX(&fastkd::feature_ensemble::forward));
+  m.impl("feature_ensemble_backward", TORCH_BOX(&fastkd::feature_ensemble::backward));
+}

@@ -1,0 +1,73 @@
+// The arithmetic of one row, shared by CPU and CUDA. Derivation: README.md here.
+#pragma once
+
+#include <math.h>
+
+#include "core/exp_log.h"
+#include "group_stats/op.h"
+
+namespace fastkd::group_stats {
+inline namespace FASTKD_TARGET {
+
+// Not std::log: an inline function of the standard library could leak from one CPU level into another.
+FASTKD_HD float natural_log(float x) { return ::logf(x); }
+FASTKD_HD double natural_log(double x) { return ::log(x); }
+FASTKD_HD float one_minus_exp(float x) { return -::expm1f(x); }
+FASTKD_HD double one_minus_exp(double x) { return -::expm1(x); }
+
+// exp_negative() is never below the smallest normal number for a finite x, so x may not be large in a product with it: a
+// logit of -3e38 (a mask) would add -6 to the sum of e^x x.
+FASTKD_HD float bounded(float x) { return x < -87.f ? -87.f : x; }
+FASTKD_HD double bounded(double x) { return x < -708. ? -708. : x; }
+
+// What a row says: from z = sum e^x, s = sum e^x x, with x = logit - maximum, and the second largest x.
+template <class A>
+struct RowStats {
+  A ce, confidence, entropy, margin;
+  int64_t label_rank;
+  bool correct;
+};
+
+// The label of a row, and its logit: +inf where there is none, which no class exceeds.
+template <class A>
+struct Label {
+  bool given;
+  int64_t index;
+  A logit;
+};
+
+template <class T, class A>
+FASTKD_HD Label<A> label_of(const int64_t* target, int64_t row, int64_t ignore_index, int64_t classes, const T* logits) {
+  const int64_t index = target ? target[row] : -1;
+  if (index < 0 || index >= classes || index == ignore_index) return {false, -1, A(kInf)};
+  return {true, index, A(load_as(logits[index]))};
+}
+
+// greater: classes above the label's logit; earlier_tie: a class before the label has its logit, and so is the argmax.
+template <class A>
+FASTKD_HD RowStats<A> row_stats(A z, A s, A second, A max, const Label<A>& label, int64_t greater, bool earlier_tie,
+                                int64_t classes) {
+  const bool broken = z != z;  // NaN or +inf in the row, or every class masked
+  const A log_z = natural_log(z), not_a_number = A(__builtin_nanf(""));
+  RowStats<A> row;
+  row.ce = label.given ? log_z - (label.logit - max) : not_a_number;
+  row.confidence = 1 / z;
+  row.entropy = log_z - s / z;
+  row.margin = one_minus_exp(second) / z;
+  row.label_rank = !label.given ? -1 : broken ? classes : greater;
+  row.correct = label.given && !broken && greater == 0 && !earlier_tie;
+  return row;
+}
+
+template <class A>
+FASTKD_HD void store(const Output& out, int64_t i, const RowStats<A>& row) {
+  static_cast<A*>(out.ce)[i] = row.ce;
+  static_cast<A*>(out.confidence)[i] = row.confidence;
+  static_cast<A*>(out.entropy)[i] = row.entropy;
+  static_cast<A*>(out.margin)[i] = row.margin;
+  out.label_rank[i] = row.label_rank;
+  out.correct[i] = row.correct;
+}
+
+}  // namespace FASTKD_TARGET
+}  // namespace fastkd::group_stats

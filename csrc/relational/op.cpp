@@ -1,0 +1,179 @@
+// relational: schema, allocation, tensors to arguments. Compiled into the CPU library, the CUDA library and the tests' host
+// build of the CUDA kernels.
+#include "relational/op.h"
+
+#include <tuple>
+
+#include "core/tensors.h"
+
+#if defined(FASTKD_BACKEND_CPU)
+#include "core/cpu_level.h"
+#elif defined(FASTKD_BACKEND_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+namespace fastkd::relational {
+namespace {
+
+double* doubles(const Tensor& t) { return static_cast<double*>(t.data_ptr()); }
+
+#if defined(FASTKD_BACKEND_CPU)
+
+const CpuKernels& kernels() { return FASTKD_KERNELS_OF(relational); }
+int64_t partial_elements(int64_t n) { return kernels().partial_elements(n); }
+
+// About 2^15 elements a task: small batches stay on one thread.
+int64_t grain(int64_t row_elements) { return 1 + (int64_t(1) << 15) / (row_elements + 1); }
+
+// In the order of the rows: the same bits for any number of threads.
+double sum_of(const double* values, int64_t n) {
+  double sum = 0;
+  for (int64_t r = 0; r < n; ++r) sum += values[r];
+  return sum;
+}
+
+template <class F>
+void over_rows(int64_t n, const F& f) {
+  torch::stable::parallel_for(0, n, grain(n), f);
+}
+
+void run_sides(const SidesArgs& args, const Tensor&) {
+  const int64_t n = args.n;
+  over_rows(n, [&](int64_t begin, int64_t end) { kernels().squares(args, begin, end); });
+  const double positive = sum_of(args.row_sums + n, n);
+  args.mean[0] = sum_of(args.row_sums, n) / (positive > 1 ? positive : 1);
+  args.mean[1] = positive;
+  over_rows(n, [&](int64_t begin, int64_t end) { kernels().planes(args, begin, end); });
+}
+
+void run_loss(const LossArgs& args, const Tensor&) {
+  const int64_t n = args.n;
+  const bool angles = args.kind != Kind::distance;
+  if (angles) {
+    const int64_t triplets = n * n * n / 2 / kChunks;
+    torch::stable::parallel_for(0, kChunks, grain(triplets),
+                                [&](int64_t begin, int64_t end) { kernels().angles(args, begin, end); });
+  } else {
+    over_rows(n, [&](int64_t begin, int64_t end) { kernels().distances(args, begin, end); });
+  }
+  if (args.loss) *args.loss = sum_of(args.row_loss, n) * args.factor();
+  if (!args.need_grad) return;
+  const double correction = angles ? 0 : sum_of(args.row_sums, n) / (args.mean[1] > 1 ? args.mean[1] : 1);
+  over_rows(n, [&](int64_t begin, int64_t end) {
+    angles ? kernels().angle_pairs(args, begin, end) : kernels().distance_pairs(args, correction, begin, end);
+  });
+  over_rows(n, [&](int64_t begin, int64_t end) { kernels().diagonal(args, begin, end); });
+}
+
+#else
+
+int64_t partial_elements(int64_t n) { return partial_elements_cuda(n); }
+
+template <class F>
+void on_stream(const Tensor& like, const F& launch) {
+  void* stream = nullptr;
+#if defined(FASTKD_BACKEND_CUDA)
+  torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+#else
+  (void)like;
+#endif
+  const char* error = launch(stream);
+  STD_TORCH_CHECK(error == nullptr, "fastkd: relational: ", error);
+}
+
+void run_sides(const SidesArgs& args, const Tensor& like) {
+  on_stream(like, [&](void* stream) { return sides_cuda(args, stream); });
+}
+
+void run_loss(const LossArgs& args, const Tensor& like) {
+  on_stream(like, [&](void* stream) {
+    return args.kind == Kind::distance ? distances_cuda(args, stream) : angles_cuda(args, stream);
+  });
+}
+
+#endif
+
+void check_matrix(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.scalar_type() == ScalarType::Double, "fastkd: expected a matrix in float64");
+}
+
+std::tuple<Tensor, Tensor> sides(const Tensor& x, const Tensor& gram, int64_t kind, double eps) {
+  check_matrix(x);
+  check_matrix(gram);
+  STD_TORCH_CHECK(gram.size(0) == x.size(0) && gram.size(1) == x.size(0), "fastkd: expected a Gram matrix [N, N]");
+  const Tensor rows = torch::stable::contiguous(x), products = torch::stable::contiguous(gram);
+  SidesArgs args;
+  args.n = x.size(0);
+  args.width = x.size(1);
+  args.kind = Kind(kind);
+  args.eps = eps;
+  const ScalarType type = args.kind == Kind::single ? ScalarType::Float : ScalarType::Double;
+  Tensor planes = empty_like_device(x, {plane_count(args.kind), args.n, padded_size(args.n)}, type);
+  Tensor mean = empty_like_device(x, {2}, ScalarType::Double);
+  Tensor squares = empty_like_device(x, {args.n, args.n}, ScalarType::Double);
+  Tensor row_sums = empty_like_device(x, {2, args.n}, ScalarType::Double);
+  args.x = doubles(rows);
+  args.gram = doubles(products);
+  args.squares = doubles(squares);
+  args.row_sums = doubles(row_sums);
+  args.mean = doubles(mean);
+  args.planes = planes.data_ptr();
+  run_sides(args, x);
+  return {planes, mean};
+}
+
+std::tuple<Tensor, Tensor> loss(const Tensor& student, const Tensor& teacher, const Tensor& mean,
+                                const std::optional<Tensor>& weight, int64_t kind, int64_t reduction, bool need_grad) {
+  LossArgs args;
+  args.n = student.size(1);
+  args.kind = Kind(kind);
+  args.reduction = Reduction(reduction);
+  args.need_grad = need_grad;
+  const ScalarType type = args.kind == Kind::single ? ScalarType::Float : ScalarType::Double;
+  for (const Tensor* t : {&student, &teacher})
+    STD_TORCH_CHECK(t->dim() == 3 && t->size(0) == plane_count(args.kind) && t->size(1) == args.n &&
+                        t->size(2) == padded_size(args.n) && t->scalar_type() == type && t->is_contiguous(),
+                    "fastkd: expected planes of this kind");
+  std::optional<Tensor> factors;
+  if (weight) {
+    factors = torch::stable::contiguous(*weight);
+    STD_TORCH_CHECK(weight->numel() == args.n && weight->scalar_type() == ScalarType::Double, "fastkd: weights [N]");
+  }
+  const bool per_row = args.reduction == Reduction::none, angles = args.kind != Kind::distance;
+  Tensor rows = empty_like_device(student, {args.n}, ScalarType::Double);
+  Tensor result = per_row ? rows : empty_like_device(student, {}, ScalarType::Double);
+  Tensor laplacian = need_grad ? empty_like_device(student, {args.n, args.n}, ScalarType::Double)
+                               : empty_like_device(student, {0, 0}, ScalarType::Double);
+  // CUDA sums the losses of its blocks there, too.
+  Tensor partial = empty_like_device(student, {angles ? partial_elements(args.n) : 0}, type);
+  Tensor row_sums = empty_like_device(student, {angles ? 0 : args.n}, ScalarType::Double);
+  args.student = student.data_ptr();
+  args.teacher = teacher.data_ptr();
+  args.mean = doubles(mean);
+  args.weight = optional_data<double>(factors);
+  args.row_loss = doubles(rows);
+  args.loss = per_row ? nullptr : doubles(result);
+  args.laplacian = doubles(laplacian);
+  args.partial = partial.data_ptr();
+  args.row_sums = doubles(row_sums);
+  run_loss(args, student);
+  return {result, laplacian};
+}
+
+}  // namespace
+}  // namespace fastkd::relational
+
+#if !defined(FASTKD_BACKEND_CUDA)  // the CUDA library implements what the CPU library declares
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
+  m.def("relational_sides(Tensor x, Tensor gram, int kind, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "relational_loss(Tensor student, Tensor teacher, Tensor mean, Tensor? weight, int kind, int reduction, bool need_grad) "
+      "-> (Tensor, Tensor)");
+}
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) {
+  m.impl("relational_sides", TORCH_BOX(&fastkd::relational::sides));
+  m.impl("relational_loss", TORCH_BOX(&fastkd::relational::loss));
+}

@@ -1,0 +1,51 @@
+"""Rows of all processes of a group, differentiable, for losses that compare the rows of a batch with each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkd.ops import _common as common
+
+
+def check_process_group(op: str, process_group: object) -> None:
+    if process_group is None:
+        return
+    if not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
+        got = type(process_group).__name__
+        raise common.wrong_type(op, "process_group", "None or a torch.distributed.ProcessGroup (group.WORLD)", got)
+
+
+def gather_pair(op: str, student: Tensor, teacher: Tensor, group) -> tuple[Tensor, Tensor]:
+    """[n, D], [n, E] of each process -> [N, D], [N, E] in the order of the ranks; n may differ between the processes.
+
+    The backward sums the gradients of all processes' losses, each of which sees all rows. Waits for the device once:
+    the sizes of the others must be known to the host.
+    """
+    mine = torch.tensor([student.shape[0], student.shape[1], teacher.shape[1]], device=student.device)
+    gathered = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(gathered, mine, group=group)
+    sizes = torch.stack(gathered).tolist()
+    for rank, (_, *widths) in enumerate(sizes):
+        for name, width, own in zip(("student", "teacher"), widths, (student, teacher), strict=True):
+            if width != own.shape[1]:
+                expected = f"as wide on every process of the group ({own.shape[1]} here)"
+                raise common.wrong_value(op, name, expected, f"{width} on rank {rank}")
+    rows = [size[0] for size in sizes]
+    return _gather(student, rows, group), _gather(teacher, rows, group)
+
+
+def _gather(x: Tensor, rows: list[int], group) -> Tensor:
+    """Padded to the longest part: collectives need equal shapes. A zero row that was added is cut off again."""
+    from torch.distributed.nn.functional import all_gather
+
+    most = max(rows)
+    if most == 0:
+        return x
+    padded = torch.nn.functional.pad(x, (0, 0, 0, most - x.shape[0])).contiguous()
+    if x.requires_grad and torch.is_grad_enabled():
+        parts = all_gather(padded, group)
+    else:
+        parts = [torch.empty_like(padded) for _ in rows]
+        torch.distributed.all_gather(parts, padded.detach(), group=group)
+    return torch.cat([part[:n] for part, n in zip(parts, rows, strict=True)])

@@ -1,0 +1,307 @@
+"""feature_ensemble: gradients of every kind, compile, export, opcheck, inference mode, and random cases."""
+
+import pytest
+import torch
+from feature_ensemble_helpers import LAYOUTS, PLACES, F, check, loss_and_grads, make
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+import fastkd
+from fastkd import _backend
+from fastkd.ops import feature_ensemble as op
+from fastkd.testing import DTYPES
+
+SHAPES = [(3, 4, 2, 3), (3, 5, 3, 2)]
+SMALL = [(2, 3, 2, 2), (2, 4, 1, 2)]
+OPTIONS = [
+    dict(),
+    dict(p=2, reduction="none"),
+    dict(norm="position", p=2, elements="sum", weights=[0.5, -2.0]),
+    dict(norm="channel", reduction="sum"),
+    dict(weights=torch.rand(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), p=2),
+]
+ids = lambda o: " ".join(o) or "plain"  # noqa: E731
+
+
+def call(options, count=2):
+    return lambda *maps: F.feature_ensemble(maps[:count], maps[count:], **options)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("options", OPTIONS, ids=ids)
+@pytest.mark.parametrize("layouts", [("contiguous",), ("channels_last", "contiguous", "contiguous")])
+def test_gradcheck(layouts, options, place, at):
+    students, teachers = make(SHAPES, torch.float64, layouts=layouts, device=at(place))
+    assert fastkd.explain(F.feature_ensemble, students, teachers, **options).backend == "native"
+    assert gradcheck(lambda *s: F.feature_ensemble(s, teachers, **options), students)
+    one, others = make(SHAPES[:1] * 2, torch.float64, layouts=layouts, device=students[0].device)
+    assert gradcheck(lambda s: F.feature_ensemble(s, others, **options), one[0])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=ids)
+def test_double_backward(options):
+    students, teachers = make(SHAPES, torch.float64)
+    assert gradgradcheck(lambda *s: F.feature_ensemble(s, teachers, **options), students)
+
+
+def test_double_backward_where_one_student_is_frozen():
+    students, teachers = make(SHAPES, torch.float64)
+    frozen = students[0].detach()
+    assert gradgradcheck(lambda s: F.feature_ensemble([frozen, s], teachers, p=2), students[1])
+
+
+@pytest.mark.parametrize("norm", op.NORMS)
+def test_gradients_of_teachers_and_weights(norm):
+    students, teachers = make(SMALL, torch.float64)
+    weights = torch.rand(2, 2, dtype=torch.float64, requires_grad=True)
+    inputs = (*students, *[t.requires_grad_() for t in teachers], weights)
+
+    def loss(a, b, c, d, weights):
+        return F.feature_ensemble([a, b], [c, d], weights=weights, p=2, norm=norm)
+
+    assert gradcheck(loss, inputs) and gradgradcheck(loss, inputs)
+
+
+def test_explain_names_the_reason():
+    students, teachers = make(SHAPES)
+    explain = lambda *a, **k: fastkd.explain(F.feature_ensemble, *a, **k)  # noqa: E731
+    assert explain(students, teachers).backend == "native"
+    assert explain(students[0], [teachers[0]] * 3).backend == "native"
+    reasons = {
+        "a teacher requires grad": explain(students, [teachers[0], teachers[1].clone().requires_grad_()]),
+        "weights require grad": explain(students, teachers, weights=torch.ones(2, requires_grad=True)),
+        "students' dtypes differ": explain([students[0].double(), students[1]], teachers),
+        "teachers' dtypes differ": explain(students, [teachers[0].double(), teachers[1]]),
+        "only the students' dtype or float32": explain(students, [t.double() for t in teachers]),
+    }
+    for reason, explanation in reasons.items():
+        assert explanation.backend == "reference" and reason in explanation.reason
+        assert bool(F.feature_ensemble(students, teachers).isfinite())
+    with fastkd.use_backend("reference"):
+        assert "chosen" in explain(students, teachers).reason
+    assert "feature_ensemble" in fastkd.backend_info()
+
+
+# --- transforms -------------------------------------------------------------------------------------------------------
+
+
+def test_forward_mode_is_not_a_silent_zero():
+    students, teachers = make(SHAPES[:1], torch.float64)
+    tangent = torch.randn_like(students[0])
+
+    def loss(s):
+        return F.feature_ensemble(s, teachers, p=2)
+
+    expected = (torch.autograd.grad(loss(students[0]), students[0])[0] * tangent).sum()
+    torch.testing.assert_close(torch.func.jvp(loss, (students[0].detach(),), (tangent,))[1], expected)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(students[0].detach(), tangent)
+        torch.testing.assert_close(forward_ad.unpack_dual(loss(dual)).tangent, expected)
+
+
+def test_func_grad_and_vmap():
+    students, teachers = make(SHAPES[:1], torch.float64)
+    expected = torch.autograd.grad(F.feature_ensemble(students, teachers), students)[0]
+    found = torch.func.grad(lambda s: F.feature_ensemble(s, teachers))(students[0].detach())
+    torch.testing.assert_close(found, expected)
+    rows = torch.func.vmap(lambda s, t: F.feature_ensemble(s[None], t[None]))(students[0].detach(), teachers[0])
+    torch.testing.assert_close(rows, F.feature_ensemble(students[0].detach(), teachers, reduction="none"))
+
+
+# --- compile, export, opcheck -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS[:4], ids=ids)
+@pytest.mark.parametrize("layouts", [("contiguous",), ("channels_last",)])
+def test_fullgraph_compile(layouts, options):
+    students, teachers = make(SHAPES, layouts=layouts)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.extend(m.print_readable(print_output=False) for m in (graph, *graph.children()) if hasattr(m, "graph"))
+        return graph
+
+    torch.compile(call(options), fullgraph=True, backend=backend)(*students, *teachers)
+    assert any("fastkd.feature_ensemble_forward" in graph for graph in graphs)
+    torch._dynamo.reset()
+    compiled = torch.compile(call(options), fullgraph=True, backend="aot_eager")
+    actual, expected = compiled(*students, *teachers), call(options)(*students, *teachers)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    for found, wanted in zip(*(torch.autograd.grad(x.sum(), students) for x in (actual, expected)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+        assert found.stride() == wanted.stride()
+
+
+def test_compile_with_dynamic_shapes():
+    torch._dynamo.reset()
+    compiled = torch.compile(call(dict(norm="position")), fullgraph=True, dynamic=True, backend="aot_eager")
+    for shapes in ([(3, 4, 2, 3), (3, 5, 3, 2)], [(4, 4, 2, 3), (4, 5, 3, 2)], [(7, 6, 5, 4), (7, 9, 4, 8)]):
+        students, teachers = make(shapes)
+        actual, expected = compiled(*students, *teachers), F.feature_ensemble(students, teachers, norm="position")
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        torch.testing.assert_close(*(torch.autograd.grad(x, students) for x in (actual, expected)), rtol=0, atol=0)
+
+
+def test_export():
+    class Loss(torch.nn.Module):
+        def forward(self, *maps):
+            return F.feature_ensemble(maps[:2], maps[2:])
+
+    students, teachers = make(SHAPES)
+    maps = [z.detach() for z in (*students, *teachers)]
+    program = torch.export.export(Loss(), tuple(maps))
+    torch.testing.assert_close(program.module()(*maps), F.feature_ensemble(students, teachers))
+
+
+CHECKED = [("cpu", "contiguous", norm, dtype) for norm in op.NORMS for dtype in (torch.float32, torch.float16)]
+CHECKED += [("cpu", layout, "position", torch.float32) for layout in LAYOUTS if layout != "contiguous"]
+CHECKED += [("simt", "contiguous", "sample", torch.float32), ("simt", "channels_last", "channel", torch.float16)]
+
+
+@pytest.mark.parametrize("place, layout, norm, dtype", CHECKED)
+def test_opcheck(place, layout, norm, dtype, at):
+    students, teachers = make(SHAPES, dtype, layouts=(layout,), device=at(place))
+    checked = op._check([s.detach() for s in students], teachers, None, 2, norm, "mean", "mean")
+    ops, head, options = _backend.native_ops(students[0]), checked[:3], op._options(checked)
+    for need_grad in (True, False):
+        torch.library.opcheck(ops.feature_ensemble_forward.default, (*head, *options, need_grad))
+    _, state = ops.feature_ensemble_forward(*head, *options, True)
+    torch.library.opcheck(ops.feature_ensemble_backward.default, (torch.ones(()), *head, state, *options))
+
+
+# --- modes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["cpu", "simt"])
+def test_teachers_from_inference_mode(place, at):
+    students, teachers = make(SHAPES, torch.float64, device=at(place))
+    expected = F.feature_ensemble(students, teachers, p=2)
+    grads = torch.autograd.grad(expected, students)
+    with torch.inference_mode():
+        inside = [t * 1 for t in teachers]
+        weights = torch.ones(2, 3, dtype=torch.float64)
+    actual = F.feature_ensemble(students, inside, weights=weights, p=2)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, students, retain_graph=True), grads)
+    torch.testing.assert_close(torch.autograd.grad(actual, students, create_graph=True), grads)
+
+
+def test_no_graph_is_built_where_no_gradient_is_needed():
+    students, teachers = make(SHAPES)
+    with torch.no_grad():
+        assert F.feature_ensemble(students, teachers).grad_fn is None
+    assert F.feature_ensemble([s.detach() for s in students], teachers).grad_fn is None
+    with torch.inference_mode():
+        assert F.feature_ensemble(students, teachers).is_inference()
+
+
+def test_backward_twice_and_accumulation():
+    students, teachers = make(SHAPES, torch.float64)
+    loss = F.feature_ensemble(students, teachers)
+    once = torch.autograd.grad(loss, students, retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close([s.grad for s in students], [2 * g for g in once], rtol=0, atol=0)
+
+
+def test_a_changed_map_is_noticed_by_the_backward():
+    students, teachers = make(SHAPES)
+    loss = F.feature_ensemble(students, teachers)
+    teachers[0].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("norm", op.NORMS)
+def test_saved_memory_is_five_numbers_a_norm_and_inputs_that_exist_anyway(norm):
+    students, teachers = make([(4, 16, 8, 8)] * 2)
+    mine = {t.data_ptr() for t in (*students, *teachers)}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        F.feature_ensemble(students, teachers, norm=norm)
+    extra = sum(t.numel() * t.element_size() for t in kept if t.data_ptr() not in mine)
+    assert extra == 2 * 4 * 5 * 4 * {"sample": 1, "position": 64, "channel": 16}[norm]
+
+
+def test_autocast_computes_in_float32():
+    students, teachers = make(SHAPES)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = F.feature_ensemble(students, teachers)
+        half = F.feature_ensemble([s.bfloat16() for s in students], teachers)
+    assert torch.equal(inside, F.feature_ensemble(students, teachers))
+    assert half.dtype == torch.float32
+
+
+def test_the_module_is_the_function():
+    students, teachers = make(SHAPES)
+    module = fastkd.FeatureEnsemble(p=2, norm="channel", elements="sum", weights=torch.tensor([0.2, 0.3]))
+    options = dict(p=2, norm="channel", elements="sum")
+    expected = F.feature_ensemble(students, teachers, weights=[0.2, 0.3], **options)
+    torch.testing.assert_close(module(students, teachers), expected)
+    assert "weights" in module.state_dict() and "norm='channel'" in repr(module)
+    per_call = module(students, teachers, weights=[1.0, 0.0])
+    torch.testing.assert_close(per_call, F.feature_ensemble(students, teachers, weights=[1.0, 0.0], **options))
+
+
+# --- random cases -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(2, 9), st.integers(1, 9)), min_size=1, max_size=3),
+    layouts=st.lists(st.sampled_from(sorted(LAYOUTS)), min_size=1, max_size=4),
+    dtype=st.sampled_from(DTYPES),
+    exponent=st.integers(-10, 10),
+    weights=st.sampled_from(["none", "pairs", "samples"]),
+    options=st.fixed_dictionaries(
+        dict(
+            p=st.sampled_from([1, 2]),
+            norm=st.sampled_from(["sample", "position"]),
+            elements=st.sampled_from(op.ELEMENTS),
+            reduction=st.sampled_from(op.common.REDUCTIONS),
+        )
+    ),
+)
+def test_random_cases(batch, shapes, layouts, dtype, exponent, weights, options):
+    scale = 2.0 ** (
+        exponent if dtype != torch.float16 else min(exponent, 0)
+    )  # a gradient is 1 / scale: float16 holds it
+    shapes = [(batch, c + 1, h, w) for c, h, w in shapes]
+    students, teachers = make(shapes, dtype, layouts=layouts, scale=scale)
+    if weights == "pairs":
+        options = dict(options, weights=[1.5 - k for k in range(len(shapes))])
+    elif weights == "samples":
+        options = dict(options, weights=torch.rand(len(shapes), batch, dtype=op.common.accumulate_dtype(dtype)))
+    check(students, teachers, **options)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_random_samples_do_not_see_each_other(data):
+    """Each sample's loss and gradient are those of a batch of one, bit by bit."""
+    norm, p = data.draw(st.sampled_from(op.NORMS)), data.draw(st.sampled_from([1, 2]))
+    shape = (3, data.draw(st.integers(1, 20)), data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6)))
+    exponents = data.draw(st.lists(st.sampled_from([-100, -30, 0, 30, 100]), min_size=3, max_size=3))
+    students, teachers = make([shape])
+    with torch.no_grad():
+        students[0].mul_(torch.tensor([2.0**e for e in exponents])[:, None, None, None])
+    options = dict(norm=norm, p=p, reduction="none")
+    loss = F.feature_ensemble(students, teachers, **options)
+    (grad,) = torch.autograd.grad(loss.sum(), students)
+    for b in range(3):
+        alone = students[0][b : b + 1].detach().requires_grad_()
+        one = F.feature_ensemble(alone, teachers[0][b : b + 1], **options)
+        assert torch.equal(one, loss[b : b + 1])
+        assert torch.equal(torch.autograd.grad(one.sum(), alone)[0], grad[b : b + 1])
+
+
+def test_loss_and_gradient_do_not_depend_on_the_size_of_the_maps():
+    students, teachers = make(SHAPES, torch.float64)
+    loss, grads = loss_and_grads(students, teachers)
+    larger = [(s.detach() * 1e9).requires_grad_() for s in students]
+    moved, moved_grads = loss_and_grads(larger, [t * 1e-7 for t in teachers])
+    torch.testing.assert_close(moved, loss)
+    torch.testing.assert_close([g * 1e9 for g in moved_grads], list(grads))

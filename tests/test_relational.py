@@ -1,0 +1,364 @@
+"""rkd_distance and rkd_angle: against float64 and the usual code, in every place their kernels run."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from relational_helpers import FUNCTIONS, PLACES, check, embeddings, loss_and_grad, reference, rounding, usual
+from simt.fixtures import in_every_schedule
+
+import fastkd
+from fastkd.testing import DTYPES, Case, over
+
+F = fastkd.functional
+BOTH = pytest.mark.parametrize("name", FUNCTIONS)
+EVERYWHERE = pytest.mark.parametrize("place", PLACES)
+
+
+def make(n, width=7, teacher_width=9, kind="random", teacher_kind="random", dtype=torch.float32, device="cpu"):
+    student = embeddings(kind, n, width, 0).to(device, dtype)
+    return student, embeddings(teacher_kind, n, teacher_width, 1).to(device, dtype)
+
+
+# --- the table: cases x places x dtypes -------------------------------------------------------------------------------
+
+CASES = [
+    Case(f"{name}, {what}", dict(name=name, **arguments))
+    for name in FUNCTIONS
+    for what, arguments in {
+        "3 rows": dict(n=3),
+        "15 rows": dict(n=15),
+        "16 rows, none": dict(n=16, reduction="none"),
+        "17 rows, sum": dict(n=17, reduction="sum"),
+        "31 rows, few columns": dict(n=31, width=1 if name == "rkd_distance" else 2, teacher_width=1),
+        "32 rows, one width": dict(n=32, width=8, teacher_width=8),
+        "33 rows, none": dict(n=33, reduction="none"),
+        "47 rows, wide": dict(n=47, width=130, teacher_width=33),
+        "clusters": dict(n=24, kind="clusters", teacher_kind="clusters"),
+        "near rows, 1e-3": dict(n=20, kind="near 1e-3"),
+        "near rows, 1e-5": dict(n=20, kind="near 1e-5", teacher_kind="near 1e-3", reduction="none"),
+        "far mean": dict(n=20, kind="far mean", teacher_kind="far mean"),
+    }.items()
+]
+
+
+@over(CASES, PLACES)
+def test_table(case, place, dtype, at):
+    arguments = dict(case.arguments)
+    function, reduction = FUNCTIONS[arguments.pop("name")], arguments.pop("reduction", "mean")
+    student, teacher = make(**arguments, dtype=dtype, device=at(place))
+    check(function, student, teacher, reduction=reduction)
+
+
+@BOTH
+@pytest.mark.parametrize("n", [258, 270])
+def test_more_rows_than_a_tile_is_wide(name, n, at):
+    check(FUNCTIONS[name], *make(n, device=at("cpu")))
+
+
+@BOTH
+def test_several_tiles_of_the_cuda_kernels(name, at):
+    check(FUNCTIONS[name], *make(70, kind="clusters", device=at("simt")))
+
+
+@BOTH
+def test_the_cuda_kernels_with_several_tiles_per_block(name, at):
+    """Against the CPU kernels, which test_more_rows_than_a_tile_is_wide compares with float64 at such sizes."""
+    student, teacher = make(258, device=at("cpu"))
+    loss, grad = loss_and_grad(FUNCTIONS[name], student, teacher)
+    at("simt")
+    actual, actual_grad = loss_and_grad(FUNCTIONS[name], student, teacher)
+    torch.testing.assert_close(actual, loss, rtol=1e-6, atol=0)
+    assert float((actual_grad - grad).norm() / grad.norm()) <= 1e-6
+
+
+@EVERYWHERE
+@BOTH
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_dtypes_that_differ(name, dtypes, place, at):
+    device = at(place)
+    student, teacher = make(12, device=device)
+    check(FUNCTIONS[name], student.to(dtypes[0]), teacher.to(dtypes[1]))
+
+
+@BOTH
+@pytest.mark.parametrize("scale", ["tiny", "huge"])
+def test_the_scale_of_the_embeddings_does_not_matter(name, scale, at):
+    """In float32 the squares of these would underflow or overflow."""
+    at("cpu")
+    student, teacher = make(16, kind=scale, teacher_kind=scale)
+    loss, grad = loss_and_grad(FUNCTIONS[name], student, teacher)
+    exact, exact_grad = reference(FUNCTIONS[name], student.double(), teacher.double())
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=1e-6 * float(exact_grad.abs().max()))
+
+
+# --- the usual code ---------------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_the_reference_is_the_usual_code(name):
+    student, teacher = make(11, dtype=torch.float64)
+    student.requires_grad_()
+    expected = usual(name, student, teacher)
+    with fastkd.use_backend("reference"):
+        actual = FUNCTIONS[name](student, teacher)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in (actual, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
+
+
+@EVERYWHERE
+@BOTH
+@pytest.mark.parametrize("kind", ["random", "clusters", "near 1e-3", "near 1e-5"])
+def test_the_kernels_against_the_usual_code_in_float64(name, kind, place, at):
+    student, teacher = make(21, kind=kind, device=at(place))
+    loss, grad = loss_and_grad(FUNCTIONS[name], student, teacher)
+    exact = student.double().cpu().requires_grad_()
+    expected = usual(name, exact, teacher.double().cpu())
+    (expected_grad,) = torch.autograd.grad(expected * 0.5, exact)  # loss_and_grad's first weight
+    assert abs(float(loss) - expected.item()) <= 1e-6 * expected.item()
+    assert float((grad.cpu() - expected_grad).norm() / expected_grad.norm()) <= 5e-6
+
+
+@BOTH
+def test_a_gram_matrix_in_float32_would_not_do(name, at):
+    """The near rows of this test tell float64 from float32: a Gram matrix in float32 is wrong by more than 1 %."""
+    at("cpu")
+    student, teacher = make(20, width=64, kind="near 1e-3")
+    exact = reference(FUNCTIONS[name], student.double(), teacher.double())[1]
+    wrong = lambda grad: float((grad.double() - exact).norm() / exact.norm())  # noqa: E731
+    assert wrong(loss_and_grad(FUNCTIONS[name], student, teacher)[1]) < 1e-5
+    gram = student @ student.T
+    squares = gram.diag()[:, None] + gram.diag() - 2 * gram
+    true = torch.cdist(student.double(), student.double()).square()
+    assert float(((squares - true).abs() / true).fill_diagonal_(0).max()) > 0.01
+
+
+# --- equal rows, collapsed embeddings, few rows -----------------------------------------------------------------------
+
+
+@EVERYWHERE
+@BOTH
+@pytest.mark.parametrize("kinds", [("equal", "equal"), ("equal", "random"), ("random", "equal")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_equal_rows(name, kinds, dtype, place, at):
+    student, teacher = make(14, kind=kinds[0], teacher_kind=kinds[1], dtype=dtype, device=at(place))
+    check(FUNCTIONS[name], student, teacher, reduction="none")
+    same, grad = loss_and_grad(FUNCTIONS[name], student, student)  # the difference of cosines is at most their rounding
+    assert float(same) <= torch.finfo(same.dtype).eps ** 2 and bool(grad.isfinite().all())
+
+
+@EVERYWHERE
+@BOTH
+@pytest.mark.parametrize("kinds", [("collapsed", "random"), ("random", "collapsed"), ("collapsed", "collapsed")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_collapsed_embeddings(name, kinds, dtype, place, at):
+    student, teacher = make(9, kind=kinds[0], teacher_kind=kinds[1], dtype=dtype, device=at(place))
+    student, teacher = student + 0.1, teacher + 0.1  # a mean that is no sum of powers of two
+    loss, grad = loss_and_grad(FUNCTIONS[name], student, teacher, reduction="none")
+    expected, expected_grad = reference(FUNCTIONS[name], student.double(), teacher.double(), reduction="none")
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-12)
+    if kinds[0] == "collapsed":
+        assert float(grad.abs().max()) == 0 == float(expected_grad.abs().max())
+    else:
+        assert float(grad.abs().max()) > 0
+
+
+@EVERYWHERE
+@BOTH
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_fewer_than_three_rows(n, reduction, name, place, at):
+    """Zero but where one network tells two rows apart and the other does not, up to rounding."""
+    student, teacher = make(n, device=at(place))
+    loss, grad = loss_and_grad(FUNCTIONS[name], student, teacher, reduction=reduction)
+    assert loss.shape == ((n,) if reduction == "none" else ()) and grad.shape == student.shape
+    assert float(loss.abs().sum()) <= 1e-12 and float(grad.abs().sum()) <= 1e-6
+    if n == 2:
+        one = reference(FUNCTIONS[name], student.double(), teacher.double() * 0, reduction=reduction)
+        loss, grad = loss_and_grad(FUNCTIONS[name], student, teacher * 0, reduction=reduction)
+        torch.testing.assert_close(loss.double(), one[0], rtol=1e-6, atol=0)
+        assert float(loss.sum()) > 0 and bool(grad.isfinite().all())
+
+
+@EVERYWHERE
+def test_eps_is_relative_to_the_mean_side(place, at):
+    student, teacher = make(12, kind="near 1e-3", device=at(place))
+    for eps in (0.0, 1e-6, 1e-2, 0.9):
+        exact = reference(F.rkd_angle, student.double(), teacher.double(), eps=eps)
+        for scale in (1.0, 1024.0):
+            loss, grad = loss_and_grad(F.rkd_angle, student * scale, teacher, eps=eps)
+            torch.testing.assert_close(loss.double(), exact[0], rtol=1e-5, atol=0)
+            assert float((grad * scale - exact[1]).norm()) <= 1e-4 * float(exact[1].norm())
+
+
+@EVERYWHERE
+@BOTH
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", [0, 1])
+def test_nan_and_infinity_make_all_of_it_nan(name, value, where, place, at):
+    networks = make(6, device=at(place))
+    networks[where][2, 3] = value
+    for loss, grad in (
+        loss_and_grad(FUNCTIONS[name], *networks, reduction="none"),
+        reference(FUNCTIONS[name], *networks, reduction="none"),
+    ):
+        assert bool(loss.isnan().all()) and bool(grad.isnan().any() or where == 1)
+
+
+# --- reductions, layouts, threads, settings ---------------------------------------------------------------------------
+
+
+@EVERYWHERE
+@BOTH
+def test_reductions_agree(name, place, at):
+    student, teacher = make(19, device=at(place))
+    rows, total, mean = (FUNCTIONS[name](student, teacher, reduction=r) for r in ("none", "sum", "mean"))
+    torch.testing.assert_close(rows.sum(), total)
+    torch.testing.assert_close(rows.mean(), mean)
+
+
+LAYOUTS = {
+    "row stride": lambda z: torch.cat([z, z], -1)[:, : z.shape[1]],
+    "transposed": lambda z: z.T.contiguous().T,
+    "every other row": lambda z: z.repeat_interleave(2, 0)[::2],
+    "offset": lambda z: torch.cat([z[:, :1], z], -1)[:, 1:],
+}
+
+
+@EVERYWHERE
+@BOTH
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(name, layout, place, at):
+    student, teacher = make(13, device=at(place))
+    expected = loss_and_grad(FUNCTIONS[name], student, teacher)
+    view = LAYOUTS[layout]
+    actual = loss_and_grad(FUNCTIONS[name], view(student), view(teacher))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+@EVERYWHERE
+@BOTH
+def test_broadcast_inputs(name, place, at):
+    student, teacher = make(8, device=at(place))
+    check(FUNCTIONS[name], student, teacher[:, :1].expand(8, 5))
+    loss, grad = loss_and_grad(FUNCTIONS[name], student[:1].expand(8, 7), teacher)
+    assert bool(loss.isfinite()) and float(grad.abs().max()) == 0
+
+
+@BOTH
+@pytest.mark.parametrize("n, width", [(5, 7), (70, 33), (260, 64)])
+def test_any_number_of_threads_gives_the_same_bits(name, n, width, at):
+    at("cpu")
+    student, teacher = make(n, width)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(loss_and_grad(FUNCTIONS[name], student, teacher, reduction="none"))
+            results[-1] += loss_and_grad(FUNCTIONS[name], student, teacher)
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_schedule_gives_the_same_bits(name, dtype, simt, at):
+    at("simt")
+    student, teacher = make(40, kind="equal", dtype=dtype)
+    results = in_every_schedule(simt, lambda: loss_and_grad(FUNCTIONS[name], student, teacher, reduction="mean"))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@EVERYWHERE
+@BOTH
+def test_autocast_and_matmul_precision_change_nothing(name, place, at):
+    device = at(place)
+    student, teacher = make(16, kind="near 1e-3", device=device)
+    expected = loss_and_grad(FUNCTIONS[name], student, teacher)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            actual = loss_and_grad(FUNCTIONS[name], student, teacher)
+            with fastkd.use_backend("reference"):
+                slow = FUNCTIONS[name](student, teacher)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    torch.testing.assert_close(slow, expected[0], rtol=1e-5, atol=0)
+
+
+@EVERYWHERE
+@BOTH
+def test_float16_with_a_loss_scale_keeps_small_gradients(name, place, at):
+    student, teacher = make(24, 40, dtype=torch.float16, device=at(place))
+    scale = 65536.0
+    student.requires_grad_()
+    (grad,) = torch.autograd.grad(FUNCTIONS[name](student, teacher) * scale, student)
+    exact = reference(FUNCTIONS[name], student.double(), teacher.double())[1] * 2 * scale
+    assert float((grad.double() - exact).norm() / exact.norm()) <= 2 * torch.finfo(torch.float16).eps
+    assert int((grad == 0).sum()) <= int((exact.half() == 0).sum())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(list(FUNCTIONS)),
+    n=st.integers(0, 40),
+    widths=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    kinds=st.tuples(*[st.sampled_from(["random", "clusters", "near 1e-3", "equal", "far mean"])] * 2),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from([lambda z: z, *LAYOUTS.values()]),
+    reduction=st.sampled_from(["none", "sum", "mean"]),
+)
+def test_any_shape_and_content_is_finite_and_near_float64(name, n, widths, kinds, dtype, layout, reduction):
+    student, teacher = make(n, *widths, *kinds, dtype=dtype)
+    loss, grad = loss_and_grad(FUNCTIONS[name], layout(student), layout(teacher), reduction=reduction)
+    exact, exact_grad = reference(FUNCTIONS[name], student.double(), teacher.double(), reduction=reduction)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=1e-6)
+    assert grad.shape == student.shape and bool(grad.isfinite().all())
+    if n < 2:
+        return
+    # Derivatives of cosines, each up to 1 / side and in N triplets of N^2 (N^3 for the mean), are what is left to round
+    # where they cancel: with two rows, or on a line.
+    sides = torch.pdist(student.double())
+    largest = float((1 / sides[sides > 1e-6 * sides.mean()]).nan_to_num(0).sum()) if bool((sides > 0).any()) else 0.0
+    terms = 8 * rounding(loss.dtype, student, teacher) * largest / (n * n if reduction == "mean" else n)
+    allowed = (4 * torch.finfo(dtype).eps + 1e-5) * float(exact_grad.norm()) + terms
+    assert float((grad.double() - exact_grad).norm()) <= allowed
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+MEMORY = """
+import resource, torch, fastkd
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+F = fastkd.functional
+def step(n, width):
+    student, teacher = torch.randn(n, width, requires_grad=True), torch.randn(n, width)
+    before = peak()
+    F.rkd_angle(student, teacher).backward()
+    F.rkd_distance(student, teacher).backward()
+    assert bool(student.grad.isfinite().all())
+    return before
+step(64, 64)
+before = step(1024, 2048)
+print(peak() - before)
+step(2048, 64)
+print(peak() - before)
+"""
+
+
+def test_memory_grows_with_the_square(at):
+    """The usual code needs 8.6 GB for [1024, 1024, 2048] and 34 GB for [2048, 2048, 2048], several times."""
+    at("cpu")
+    out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout.split()
+    assert float(out[0]) < 200 and float(out[1]) < 500, out

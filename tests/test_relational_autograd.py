@@ -1,0 +1,192 @@
+"""rkd_distance and rkd_angle: gradients of every kind, compile, export, opcheck, modules, wrong calls."""
+
+import math
+
+import pytest
+import torch
+from relational_helpers import FUNCTIONS, PLACES, embeddings
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+import fastkd
+from fastkd import _backend
+from fastkd.ops import relational as op
+
+F = fastkd.functional
+BOTH = pytest.mark.parametrize("name", FUNCTIONS)
+EVERYWHERE = pytest.mark.parametrize("place", PLACES)
+REDUCTIONS = pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+
+
+def make(n=5, width=3, dtype=torch.float64, device="cpu", requires_grad=True):
+    student = embeddings("random", n, width, 0).to(device, dtype).requires_grad_(requires_grad)
+    return student, embeddings("random", n, 4, 1).to(device, dtype)
+
+
+@EVERYWHERE
+@BOTH
+@REDUCTIONS
+def test_gradcheck(name, reduction, place, at):
+    student, teacher = make(device=at(place))
+    function = lambda s: FUNCTIONS[name](s, teacher, reduction=reduction)  # noqa: E731
+    assert fastkd.explain(FUNCTIONS[name], student, teacher).backend == "native"
+    assert gradcheck(function, student)
+
+
+@BOTH
+@REDUCTIONS
+def test_double_backward(name, reduction):
+    student, teacher = make()
+    assert gradgradcheck(lambda s: FUNCTIONS[name](s, teacher, reduction=reduction), student)
+
+
+@BOTH
+def test_gradient_of_the_teacher(name):
+    student, teacher = make()
+    teacher.requires_grad_()
+    assert gradcheck(FUNCTIONS[name], (student, teacher))
+    assert "teacher requires grad" in fastkd.explain(FUNCTIONS[name], student, teacher).reason
+    with torch.no_grad():
+        assert fastkd.explain(FUNCTIONS[name], student, teacher).backend == "native"
+
+
+@BOTH
+def test_gradients_through_equal_rows_twice_are_finite(name):
+    student, teacher = make()
+    with torch.no_grad():
+        student[1] = student[3]
+    (grad,) = torch.autograd.grad(FUNCTIONS[name](student, teacher), student, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), student)
+    assert bool(grad.isfinite().all()) and bool(second.isfinite().all())
+
+
+@BOTH
+def test_forward_mode_and_functional_transforms_take_the_reference(name):
+    student, teacher = make(requires_grad=False)
+    function = lambda s: FUNCTIONS[name](s, teacher)  # noqa: E731
+    expected = torch.autograd.functional.jacobian(function, student)
+    torch.testing.assert_close(torch.func.grad(function)(student), expected)
+    direction = torch.randn_like(student)
+    _, tangent = torch.func.jvp(function, (student,), (direction,))
+    torch.testing.assert_close(tangent, (expected * direction).sum())
+    with forward_ad.dual_level():
+        out = function(forward_ad.make_dual(student, direction))
+        torch.testing.assert_close(forward_ad.unpack_dual(out).tangent, tangent)
+    batched = torch.stack([student, 2 * student])
+    torch.testing.assert_close(torch.vmap(function)(batched), torch.stack([function(s) for s in batched]))
+
+
+@BOTH
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_compile_with_dynamic_shapes(name, reduction):
+    torch._dynamo.reset()
+
+    def step(student, teacher):
+        return FUNCTIONS[name](student * 2, teacher, reduction=reduction)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n in (5, 40, 33):
+        student, teacher = make(n, dtype=torch.float32)
+        results = []
+        for function in (step, compiled):
+            loss = function(student, teacher)
+            results.append((loss, torch.autograd.grad(loss.sum(), student)[0]))
+        torch.testing.assert_close(*results)
+
+
+@BOTH
+def test_export(name):
+    class Model(torch.nn.Module):
+        def forward(self, student, teacher):
+            return FUNCTIONS[name](student, teacher)
+
+    inputs = make(6, dtype=torch.float32, requires_grad=False)
+    rows = torch.export.Dim("rows", min=3, max=4096)
+    program = torch.export.export(Model(), inputs, dynamic_shapes=({0: rows}, {0: rows}))
+    for n in (6, 35):
+        inputs = make(n, dtype=torch.float32, requires_grad=False)
+        torch.testing.assert_close(program.module()(*inputs), FUNCTIONS[name](*inputs))
+
+
+@pytest.mark.parametrize("place", ["cpu", "simt"])
+@pytest.mark.parametrize("kind", [op.KIND_DISTANCE, op.KIND_SINGLE, op.KIND_FULL])
+def test_opcheck(kind, place, at):
+    student, _ = make(33, device=at(place), requires_grad=False)
+    ops, rows = _backend.native_ops(student), op._centred(student)
+    torch.library.opcheck(ops.relational_sides.default, (rows, rows @ rows.T, kind, 1e-6))
+    planes, mean = ops.relational_sides(rows, rows @ rows.T, kind, 1e-6)
+    for weight, reduction, need_grad in ((None, 2, True), (torch.ones(33, dtype=torch.float64), 0, False)):
+        torch.library.opcheck(ops.relational_loss.default, (planes, planes, mean, weight, kind, reduction, need_grad))
+
+
+@BOTH
+def test_inference_mode(name):
+    student, teacher = make()
+    expected = FUNCTIONS[name](student, teacher)
+    (grad,) = torch.autograd.grad(expected, student)
+    with torch.inference_mode():
+        inside = teacher * 1
+        assert FUNCTIONS[name](student, teacher).is_inference()
+    actual = FUNCTIONS[name](student, inside)
+    torch.testing.assert_close(torch.autograd.grad(actual, student, retain_graph=True)[0], grad)
+    torch.testing.assert_close(torch.autograd.grad(actual, student, create_graph=True)[0], grad)
+
+
+@BOTH
+def test_no_graph_is_built_where_no_gradient_is_needed(name):
+    student, teacher = make()
+    with torch.no_grad():
+        assert FUNCTIONS[name](student, teacher).grad_fn is None
+    assert FUNCTIONS[name](student.detach(), teacher).grad_fn is None
+
+
+@BOTH
+def test_backward_twice(name):
+    student, teacher = make()
+    loss = FUNCTIONS[name](student, teacher)
+    loss.backward(retain_graph=True)
+    once = student.grad.clone()
+    (3 * loss).backward()
+    torch.testing.assert_close(student.grad, 4 * once)
+
+
+def test_modules_are_the_functions():
+    student, teacher = make()
+    distance, angle = fastkd.RKDDistance(reduction="sum"), fastkd.RKDAngle(reduction="none", eps=0.1)
+    assert torch.equal(distance(student, teacher), F.rkd_distance(student, teacher, reduction="sum"))
+    assert torch.equal(angle(student, teacher), F.rkd_angle(student, teacher, reduction="none", eps=0.1))
+    assert "eps=0.1" in repr(angle) and "reduction='sum'" in repr(distance)
+
+
+# --- wrong calls ------------------------------------------------------------------------------------------------------
+
+S, T = torch.zeros(4, 6), torch.zeros(4, 5)
+WRONG = [
+    ("student of a wrong type", dict(student=[1.0]), TypeError, "student must be a floating-point tensor.*got list"),
+    ("teacher of a wrong type", dict(teacher=None), TypeError, "teacher must be.*got NoneType"),
+    ("integers", dict(student=S.long()), TypeError, "student must be.*embeddings, got dtype torch.int64"),
+    ("feature maps", dict(teacher=torch.zeros(4, 5, 2)), ValueError, r"teacher .*\[N, D\].*got shape \[4, 5, 2\]"),
+    ("no width", dict(student=torch.zeros(4, 0)), ValueError, r"student .*D >= 1, got shape \[4, 0\]"),
+    ("numbers of rows", dict(teacher=T[:3]), ValueError, r"teacher must be of 4 rows.*got shape \[3, 5\]"),
+    ("devices", dict(teacher=T.to("meta")), ValueError, "teacher must be on the student's device cpu, got device meta"),
+    ("reduction", dict(reduction="batchmean"), ValueError, "reduction must be one of.*got 'batchmean'"),
+    ("process group", dict(process_group="gloo"), TypeError, "process_group must be None or a .*ProcessGroup.*got str"),
+]
+WRONG_EPS = [
+    ("eps < 0", dict(eps=-1.0), ValueError, "eps must be a finite number >= 0, got -1.0"),
+    ("eps NaN", dict(eps=math.nan), ValueError, "eps must be.*got nan"),
+    ("eps tensor", dict(eps=torch.tensor(0.1)), TypeError, "eps must be.*got Tensor"),
+]
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize(
+    "name, arguments, exception, sentence",
+    [(name, *wrong[1:]) for name in FUNCTIONS for wrong in WRONG] + [("rkd_angle", *wrong[1:]) for wrong in WRONG_EPS],
+    ids=[f"{name}, {wrong[0]}" for name in FUNCTIONS for wrong in WRONG] + [wrong[0] for wrong in WRONG_EPS],
+)
+def test_wrong_calls(name, arguments, exception, sentence, backend):
+    arguments = dict(dict(student=S, teacher=T), **arguments)
+    with fastkd.use_backend(backend), pytest.raises(exception, match=sentence) as caught:
+        FUNCTIONS[name](arguments.pop("student"), arguments.pop("teacher"), **arguments)
+    text = str(caught.value)
+    assert text.startswith(f"{name}: ") and "\n" not in text and len(text) < 200
