@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fastkd import functional, losses
 from fastkd._backend import backend_info, explain, use_backend
 from fastkd._version import __version__
-from fastkd.losses import FeatureEnsemble, MultiTeacherKD, RKDAngle, RKDDistance
+from fastkd.losses import FeatureEnsemble, MultiTeacherKD, MutualKD, RKDAngle, RKDDistance
 
 if TYPE_CHECKING:
     from fastkd import data, methods, models, nn, testing, train
@@ -18,6 +18,7 @@ _ON_FIRST_USE = ("data", "methods", "models", "nn", "testing", "train")
 __all__ = [
     "FeatureEnsemble",
     "MultiTeacherKD",
+    "MutualKD",
     "RKDAngle",
     "RKDDistance",
     "__version__",

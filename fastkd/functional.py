@@ -3,6 +3,7 @@
 from fastkd.ops.feature_ensemble import feature_ensemble
 from fastkd.ops.group_stats import GroupStats, group_stats, hard_samples, network_scores, rank_networks
 from fastkd.ops.multi_teacher import multi_teacher_kd
+from fastkd.ops.mutual import mutual_kd
 from fastkd.ops.relational import rkd_angle, rkd_distance
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "group_stats",
     "hard_samples",
     "multi_teacher_kd",
+    "mutual_kd",
     "network_scores",
     "rank_networks",
     "rkd_angle",

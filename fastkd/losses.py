@@ -63,6 +63,59 @@ class MultiTeacherKD(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
 
 
+class MutualKD(nn.Module):
+    """`fastkd.functional.mutual_kd` with its hyper-parameters fixed; see there for what they mean.
+
+    A tensor of weights or a temperature tensor is a buffer: it moves with the module and is in its state dict.
+    Weights that change per call go into the call.
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: Tensor | Sequence[Sequence[float]] | None = None,
+        teacher_weights: Tensor | Sequence[Sequence[float]] | None = None,
+        temperature: float | Tensor = 1.0,
+        ce_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        scale_by_t2: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        _keep(self, "weights", weights)
+        _keep(self, "teacher_weights", teacher_weights)
+        _keep(self, "temperature", temperature)
+        self.ce_weight, self.label_smoothing, self.ignore_index = ce_weight, label_smoothing, ignore_index
+        self.scale_by_t2, self.reduction = scale_by_t2, reduction
+
+    def forward(
+        self,
+        logits: Tensor | Sequence[Tensor],  # M x [..., C]
+        target: Tensor | None = None,  # [...]
+        weights: Tensor | Sequence[Sequence[float]] | None = None,
+        teachers: Tensor | Sequence[Tensor] = (),  # N x [..., C]
+        teacher_weights: Tensor | Sequence[Sequence[float]] | None = None,
+    ) -> Tensor:
+        return functional.mutual_kd(
+            logits,
+            target,
+            weights=self.weights if weights is None else weights,
+            teachers=teachers,
+            teacher_weights=self.teacher_weights if teacher_weights is None else teacher_weights,
+            temperature=self.temperature,
+            ce_weight=self.ce_weight,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            scale_by_t2=self.scale_by_t2,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        shown = ("temperature", "ce_weight", "label_smoothing", "ignore_index", "scale_by_t2", "reduction")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+
+
 class RKDDistance(nn.Module):
     """`fastkd.functional.rkd_distance` with its hyper-parameters fixed; see there for what they mean."""
 

@@ -1,6 +1,6 @@
 // multi_teacher on the CPU: a row at a time through scratch memory that stays in the L1 or L2 cache. Compiled once per
 // instruction set; no headers of the standard library with inline functions here (core/config.h says why).
-#include "core/rows.h"
+#include "core/softmax_rows.h"
 #include "group_stats/row.h"
 #include "multi_teacher/math.h"
 
@@ -37,19 +37,6 @@ void keep_stats(const Row<A>& row, int network, const T* from, const A* logits, 
   const auto label = group_stats::label_of<T, A>(args.target, row.index, args.ignore_index, row.n, from);
   group_stats::store(args.stats, network * args.rows + row.index,
                      group_stats::stats_of_row(logits, max, label, row.n, row.padded));
-}
-
-// x = (logit - max) / T, e = exp(x); the sum of e.
-template <class A>
-A exponentials(const A* logits, A max, A inv_t, int64_t n, A* x, A* e) {
-  A z = 0;
-#pragma omp simd reduction(+ : z)
-  for (int64_t c = 0; c < n; ++c) {
-    x[c] = (logits[c] - max) * inv_t;
-    e[c] = exp_negative(x[c]);
-    z += e[c];
-  }
-  return z;
 }
 
 template <class A>
@@ -189,33 +176,16 @@ A kd_probs(Row<A>& row) {
   return scale.loss * loss;
 }
 
-// to = from^T; the sum. T is a template argument: a switch in the loop would keep it scalar.
-template <int T, class A>
-A powers(const A* from, int64_t n, A* to) {
-  A z = 0;
-#pragma omp simd reduction(+ : z)
-  for (int64_t c = 0; c < n; ++c) {
-    to[c] = integer_power(from[c], T);
-    z += to[c];
-  }
-  return z;
-}
-
 // ce_weight * cross-entropy; its gradient is written to s.grad. student_exp stands at temperature[0].
 template <class A>
 A hard_label(Row<A>& row, int64_t label) {
   const Args& args = row.args;
   const Scratch<A>& s = row.s;
   A *e = s.teacher_exp, z = 0, sum = 0;
-  switch (integer_temperature(args.temperature[0])) {
-    case 1: z = powers<1>(s.student_exp, row.padded, e); break;
-    case 2: z = powers<2>(s.student_exp, row.padded, e); break;
-    case 3: z = powers<3>(s.student_exp, row.padded, e); break;
-    case 4: z = powers<4>(s.student_exp, row.padded, e); break;
-    case 5: z = powers<5>(s.student_exp, row.padded, e); break;
-    case 6: z = powers<6>(s.student_exp, row.padded, e); break;
-    default: z = exponentials(s.student, row.max_student, A(1), row.padded, s.teacher, e);
-  }
+  if (const int t = integer_temperature(args.temperature[0]))
+    z = powers(s.student_exp, row.padded, t, e);
+  else
+    z = exponentials(s.student, row.max_student, A(1), row.padded, s.teacher, e);
   const A smoothing = A(args.label_smoothing), ce_weight = A(args.ce_weight);
   if (smoothing > 0) {
 #pragma omp simd reduction(+ : sum)

@@ -52,16 +52,6 @@ struct Params {
   FASTKD_HD bool teacher_in_vectors(int k) const { return teacher_vectors >> k & 1u; }
 };
 
-// What the label says of a row.
-enum class Label : int { none, class_index, ignored, outside };
-
-FASTKD_HD Label label_kind(const int64_t* target, int64_t row, int64_t ignore_index, int64_t classes) {
-  if (!target) return Label::none;
-  const int64_t label = target[row];
-  if (label == ignore_index) return Label::ignored;
-  return label < 0 || label >= classes ? Label::outside : Label::class_index;
-}
-
 template <class S, class T, class A>
 Params<A> make_params(const Args& args) {
   constexpr int kWidth = kVector<S, T>;

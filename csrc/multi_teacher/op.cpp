@@ -6,13 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "core/tensors.h"
-
-#if defined(FASTKD_BACKEND_CPU)
-#include "core/cpu_level.h"
-#elif defined(FASTKD_BACKEND_CUDA)
-#include <torch/csrc/stable/accelerator.h>
-#endif
+#include "core/run.h"
 
 namespace fastkd::multi_teacher {
 namespace {
@@ -107,39 +101,9 @@ void fill_inputs(Inputs& in, const Tensor& student, const std::vector<Tensor>& t
 
 #if defined(FASTKD_BACKEND_CPU)
 
-// Rows of about 2^15 elements a chunk, whatever the number of threads: small batches stay on one thread.
-int64_t grain(int64_t row_elements) { return 1 + (int64_t(1) << 15) / (row_elements + 1); }
-
-struct Counts {
-  int64_t valid = 0, outside = 0;
-};
-
-Counts count_rows(const Args& args) {
-  if (!args.target) return {args.rows, 0};
-  Counts counts;
-  for (int64_t r = 0; r < args.rows; ++r) {
-    const bool counted = args.target[r] != args.ignore_index;
-    counts.valid += counted;
-    counts.outside += counted && (args.target[r] < 0 || args.target[r] >= args.classes);
-  }
-  return counts;
-}
-
-// In the order of the rows and in double: the same bits for any number of threads.
-template <class A>
-void reduce_rows(const Args& args, double factor, double missing_factor, int64_t outside) {
-  A* aux = static_cast<A*>(args.aux);
-  aux[0] = A(missing_factor);
-  aux[1] = A(outside);
-  if (!args.loss) return;
-  double sum = 0;
-  for (int64_t r = 0; r < args.rows; ++r) sum += double(static_cast<const A*>(args.row_loss)[r]);
-  *static_cast<A*>(args.loss) = A(sum * factor);
-}
-
 void run_forward(Args& args, const Tensor&) {
-  const Counts counts = count_rows(args);
-  const double factor = args.reduction == Reduction::mean ? 1. / double(counts.valid > 1 ? counts.valid : 1) : 1.;
+  const Counts counts = count_rows(args.target, args.rows, args.classes, args.ignore_index);
+  const double factor = counts.factor(args.reduction);
   // The mean's factor goes into the stored gradient, so that a backward with grad_output 1 has nothing left to do; not in
   // float16, where it would underflow.
   args.row_factor = args.student_type == DType::f16 ? 1. : factor;
@@ -148,10 +112,12 @@ void run_forward(Args& args, const Tensor&) {
     const std::unique_ptr<char[]> scratch(new char[kernels.scratch_bytes(args)]);
     kernels.forward(args, begin, end, scratch.get());
   });
+  write_aux(args.student_type, factor / args.row_factor, counts.outside, args.aux);
+  if (!args.loss) return;
   if (args.student_type == DType::f64)
-    reduce_rows<double>(args, factor, factor / args.row_factor, counts.outside);
+    reduce_rows<double>(args.row_loss, 1, args.rows, factor, args.loss);
   else
-    reduce_rows<float>(args, factor, factor / args.row_factor, counts.outside);
+    reduce_rows<float>(args.row_loss, 1, args.rows, factor, args.loss);
 }
 
 void run_backward(const BackwardArgs& args, const Tensor&) {
@@ -166,31 +132,17 @@ void run_stream_backward(const Args&, const Tensor&, const Tensor&) {
 
 #else
 
-void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, "fastkd: multi_teacher: ", error); }
-
-template <class F>
-void on_stream(const Tensor& like, const F& launch) {
-#if defined(FASTKD_BACKEND_CUDA)
-  torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-  check_launch(launch(stream));
-#else
-  check_launch(launch(nullptr));
-#endif
-}
-
 void run_forward(Args& args, const Tensor& like) {
   STD_TORCH_CHECK(args.teachers <= kMaxLaunchTeachers, "fastkd: too many teachers for one launch");
-  on_stream(like, [&](void* stream) { return forward_cuda(args, stream); });
+  on_stream("multi_teacher", like, [&](void* stream) { return forward_cuda(args, stream); });
 }
 
 void run_backward(const BackwardArgs& args, const Tensor& like) {
-  on_stream(like, [&](void* stream) { return backward_cuda(args, stream); });
+  on_stream("multi_teacher", like, [&](void* stream) { return backward_cuda(args, stream); });
 }
 
 void run_stream_backward(const Args& args, const Tensor& grad, const Tensor& like) {
-  on_stream(like, [&](void* stream) { return stream_backward_cuda(args, grad.data_ptr(), stream); });
+  on_stream("multi_teacher", like, [&](void* stream) { return stream_backward_cuda(args, grad.data_ptr(), stream); });
 }
 
 #endif

@@ -3,13 +3,12 @@
 
 #include <cstdint>
 
-#include "core/dtype.h"
+#include "core/reduction.h"
 #include "group_stats/op.h"
 
 namespace fastkd::multi_teacher {
 
 enum class Combine : int { losses, probs, logits };
-enum class Reduction : int { none, sum, mean };
 
 constexpr int kMaxLaunchTeachers = 16;  // of one CUDA launch; the CPU takes any number
 

@@ -54,13 +54,13 @@ def check_logits(op: str, name: str, value: object) -> Tensor:
     return value
 
 
-def check_like(op: str, name: str, value: object, student: Tensor) -> None:
-    """`value` must be logits of the student's shape and device."""
+def check_like(op: str, name: str, value: object, student: Tensor, whose: str = "the student's") -> None:
+    """`value` must be logits of the student's shape and device; messages call them `whose`."""
     check_logits(op, name, value)
     if value.shape != student.shape:
-        raise wrong_value(op, name, f"of the student's shape {list(student.shape)}", f"shape {list(value.shape)}")
+        raise wrong_value(op, name, f"of {whose} shape {list(student.shape)}", f"shape {list(value.shape)}")
     if value.device != student.device:
-        raise wrong_value(op, name, f"on the student's device {student.device}", f"device {value.device}")
+        raise wrong_value(op, name, f"on {whose} device {student.device}", f"device {value.device}")
 
 
 def check_number(

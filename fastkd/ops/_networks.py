@@ -1,7 +1,8 @@
-"""Arguments that the operations over several networks share: teachers, temperatures, weights."""
+"""What the operations over several networks share: checks of teachers, temperatures, weights; the divergence."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from fastkd.ops import _common as common
 POSITIVE = "a finite number > 0, or one per teacher"
 
 
-def check_teachers(op: str, teachers: object, student: Tensor) -> Sequence[Tensor]:
+def check_teachers(op: str, teachers: object, student: Tensor, whose: str = "the student's") -> Sequence[Tensor]:
     """K logits of the student's shape, from a sequence or from one tensor; views, never copies."""
     if isinstance(teachers, Tensor):
         if teachers.dim() == student.dim():
@@ -20,7 +21,7 @@ def check_teachers(op: str, teachers: object, student: Tensor) -> Sequence[Tenso
         elif teachers.dim() == student.dim() + 1:
             teachers = teachers.unbind(0)
         else:
-            expected = f"of the student's shape {list(student.shape)} or with K stacked in front of it"
+            expected = f"of {whose} shape {list(student.shape)} or with K stacked in front of it"
             raise common.wrong_value(op, "teachers", expected, f"shape {list(teachers.shape)}")
     elif not isinstance(teachers, Sequence) or isinstance(teachers, str):
         expected = "a sequence of logits tensors or one stacked tensor"
@@ -36,7 +37,7 @@ def check_teachers(op: str, teachers: object, student: Tensor) -> Sequence[Tenso
             and teacher.device == device
             and teacher.is_floating_point()
         ):
-            common.check_like(op, f"teachers[{k}]", teacher, student)
+            common.check_like(op, f"teachers[{k}]", teacher, student, whose)
     return teachers
 
 
@@ -118,3 +119,26 @@ def _host_weights(op: str, weights: Sequence[float], nonnegative: bool) -> tuple
         if nonnegative and weight < 0:
             raise common.wrong_value(op, "weights", "at least 0 for combine='probs'", list(weights))
     return weights
+
+
+def log_softmax(logits: Tensor, temperature) -> Tensor:
+    """log softmax(logits / T); masked classes (-inf) are kept from a T that learns, or its gradient would be NaN."""
+    if not isinstance(temperature, Tensor):
+        return torch.log_softmax(logits / temperature, -1)
+    masked = logits == -math.inf
+    return torch.log_softmax((logits.masked_fill(masked, 0) / temperature).masked_fill(masked, -math.inf), -1)
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum_c p (log p - log q), [R]: 0 where p is masked, +inf where only q is, also where p underflows."""
+    p, masked = log_p.exp(), log_p == -math.inf
+    terms = p * (log_p - log_q).masked_fill(masked, 0)
+    return terms.masked_fill((p == 0) & ~masked & (log_q == -math.inf), math.inf).sum(-1)
+
+
+def weighted_divergence(log_p: Tensor, log_q: Tensor, weight, scale) -> Tensor:
+    """weight * scale * KL(p || q), [R], for a weight that is a number or [R]."""
+    kl = divergence(log_p, log_q)
+    kl = kl.masked_fill((weight == 0) & kl.isinf(), 0)  # a weight of 0 removes an infinite divergence as well
+    # A KL below zero is rounding. The gradient is kept, which clamp would drop.
+    return (weight * scale) * (kl - kl.detach().clamp(max=0))

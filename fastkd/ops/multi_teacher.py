@@ -70,21 +70,6 @@ class Call(NamedTuple):
 # --- reference ---------------------------------------------------------------------------------------------------
 
 
-def _log_softmax(logits: Tensor, temperature) -> Tensor:
-    """log softmax(logits / T); masked classes (-inf) are kept from a T that learns, or its gradient would be NaN."""
-    if not isinstance(temperature, Tensor):
-        return torch.log_softmax(logits / temperature, -1)
-    masked = logits == -INF
-    return torch.log_softmax((logits.masked_fill(masked, 0) / temperature).masked_fill(masked, -INF), -1)
-
-
-def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """sum_c p (log p - log q), [R]: 0 where p is masked, +inf where only q is, also where p underflows."""
-    p, masked = log_p.exp(), log_p == -INF
-    terms = p * (log_p - log_q).masked_fill(masked, 0)
-    return terms.masked_fill((p == 0) & ~masked & (log_q == -INF), INF).sum(-1)
-
-
 def _mixture(log_ps: Sequence[Tensor], weights: Sequence) -> Tensor:
     """log sum_k w_k p_k, [R, C], without underflow and with finite gradients where the sum is 0."""
     top = torch.stack([lp.detach() for lp in log_ps]).amax(0).clamp(min=torch.finfo(log_ps[0].dtype).min)
@@ -107,16 +92,14 @@ def _reference_kd(student: Tensor, teachers: Sequence[Tensor], weights: Sequence
         total = 0
         for teacher, weight, t, scale in zip(teachers, weights, temperatures, scales, strict=True):
             weight = weight[:, 0] if isinstance(weight, Tensor) else weight
-            kl = _divergence(_log_softmax(teacher, t), _log_softmax(student, t))
-            kl = kl.masked_fill((weight == 0) & kl.isinf(), 0)  # a weight of 0 removes an infinite divergence as well
-            # A KL below zero is rounding. The gradient is kept, which clamp would drop.
-            total = total + (weight * scale) * (kl - kl.detach().clamp(max=0))
+            log_p, log_q = networks.log_softmax(teacher, t), networks.log_softmax(student, t)
+            total = total + networks.weighted_divergence(log_p, log_q, weight, scale)
         return total
     if call.combine == "probs":
-        log_p = _mixture([_log_softmax(t, temperatures[0]) for t in teachers], weights)
+        log_p = _mixture([networks.log_softmax(t, temperatures[0]) for t in teachers], weights)
     else:
-        log_p = _log_softmax(_mean_logits(teachers, weights), temperatures[0])
-    return scales[0] * _divergence(log_p, _log_softmax(student, temperatures[0]))
+        log_p = networks.log_softmax(_mean_logits(teachers, weights), temperatures[0])
+    return scales[0] * networks.divergence(log_p, networks.log_softmax(student, temperatures[0]))
 
 
 def reference(call: Call) -> Tensor:
@@ -154,8 +137,10 @@ def reference_divergences(call: Call) -> Tensor:
     dtype, divergences = common.accumulate_dtype(student_and_teachers_dtype(call)), []
     for k, teacher in enumerate(call.teachers):
         temperature = call.temperatures[k if len(call.temperatures) > 1 else 0]
-        log_q = _log_softmax(call.student.to(dtype), temperature)
-        divergences.append(_divergence(_log_softmax(teacher.to(dtype), temperature), log_q).clamp(min=0))
+        log_q = networks.log_softmax(call.student.to(dtype), temperature)
+        divergences.append(
+            networks.divergence(networks.log_softmax(teacher.to(dtype), temperature), log_q).clamp(min=0)
+        )
     kl = torch.stack(divergences)
     if call.target is None:
         return kl

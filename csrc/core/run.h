@@ -1,0 +1,81 @@
+// How op.cpp runs its kernels: rows over the threads of a CPU, or launches on the current stream of a GPU.
+#pragma once
+
+#include "core/reduction.h"
+#include "core/tensors.h"
+
+#if defined(FASTKD_BACKEND_CPU)
+#include "core/cpu_level.h"
+#elif defined(FASTKD_BACKEND_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+namespace fastkd {
+
+#if defined(FASTKD_BACKEND_CPU)
+
+// Rows of about 2^15 elements a chunk, whatever the number of threads: small batches stay on one thread.
+inline int64_t grain(int64_t row_elements) { return 1 + (int64_t(1) << 15) / (row_elements + 1); }
+
+struct Counts {
+  int64_t valid = 0, outside = 0;
+
+  // What the reduction multiplies the sum of the rows' losses by.
+  double factor(Reduction reduction) const {
+    return reduction == Reduction::mean ? 1. / double(valid > 1 ? valid : 1) : 1.;
+  }
+};
+
+inline Counts count_rows(const int64_t* target, int64_t rows, int64_t classes, int64_t ignore_index) {
+  if (!target) return {rows, 0};
+  Counts counts;
+  for (int64_t r = 0; r < rows; ++r) {
+    const bool counted = target[r] != ignore_index;
+    counts.valid += counted;
+    counts.outside += counted && (target[r] < 0 || target[r] >= classes);
+  }
+  return counts;
+}
+
+// loss[l] = factor * sum of row_loss[l, :], in the order of the rows and in double: the same bits for any number of threads.
+template <class A>
+void reduce_rows(const void* row_loss, int learners, int64_t rows, double factor, void* loss) {
+  const A* row = static_cast<const A*>(row_loss);
+  for (int l = 0; l < learners; ++l) {
+    double sum = 0;
+    for (int64_t r = 0; r < rows; ++r) sum += double(*row++);
+    static_cast<A*>(loss)[l] = A(sum * factor);
+  }
+}
+
+// aux [2], as core/row_kernels.cuh writes it on a GPU.
+inline void write_aux(DType type, double missing_factor, int64_t outside, void* aux) {
+  for (int i = 0; i < 2; ++i) {
+    const double value = i == 0 ? missing_factor : double(outside);
+    if (type == DType::f64)
+      static_cast<double*>(aux)[i] = value;
+    else
+      static_cast<float*>(aux)[i] = float(value);
+  }
+}
+
+#else
+
+// launch(stream) enqueues kernels on the stream of the tensor's device and returns an error, or null.
+template <class F>
+void on_stream(const char* op, const Tensor& like, const F& launch) {
+#if defined(FASTKD_BACKEND_CUDA)
+  torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+  const char* error = launch(stream);
+#else
+  const char* error = launch(nullptr);
+  (void)like;
+#endif
+  STD_TORCH_CHECK(error == nullptr, "fastkd: ", op, ": ", error);
+}
+
+#endif
+
+}  // namespace fastkd

@@ -1,0 +1,103 @@
+// The arithmetic of divergences and cross-entropies of one row, shared by operations, CPU and CUDA. Derivation:
+// csrc/multi_teacher/README.md.
+#pragma once
+
+#include <math.h>
+
+#include "core/exp_log.h"
+
+namespace fastkd {
+inline namespace FASTKD_TARGET {
+
+// Not std::log: an inline function of the standard library could leak from one CPU level into another.
+FASTKD_HD float natural_log(float x) { return ::logf(x); }
+FASTKD_HD double natural_log(double x) { return ::log(x); }
+
+// KL(p || q) from sums relative to each network's own maximum: z_t = sum e_t, a = sum e_t (x_t - x_s), z_s = sum e_s,
+// with x = (logit - maximum) / T and e = exp(x). Below zero is rounding; NaN stays.
+template <class A>
+FASTKD_HD A divergence(A a, A z_t, A z_s) {
+  const A value = a / z_t + natural_log(z_s / z_t);
+  return value < 0 ? A(0) : value;
+}
+
+// e (x_t - x_s), one class's part of a. Where e underflows the class counts 0, however large x_t - x_s is: classes are also
+// masked by the most negative finite number. Infinite where only the student is -inf.
+template <class A>
+FASTKD_HD A weighted_gap(A e, A x_t, A x_s) {
+  const A gap = x_t - x_s;
+  return x_t < kLowestExponent<A> && !(gap == A(__builtin_inff())) ? A(0) : e * gap;
+}
+
+// p (log p - log q), one class's part of the divergence from a mixture p, by the same rules.
+template <class A>
+FASTKD_HD A mixture_gap(A p, A log_q) {
+  const bool infinite = p > 0 && log_q == -A(__builtin_inff());
+  return p < A(0x1p-120) && !infinite ? A(0) : p * (log_positive(p) - log_q);
+}
+
+// Cross-entropy with label smoothing: z = sum exp(s - max), x_target = s_target - max, sum = sum_c (s_c - max).
+template <class A>
+FASTKD_HD A cross_entropy(A z, A x_target, A sum, A smoothing, int64_t classes) {
+  const A log_z = natural_log(z);
+  A value = (1 - smoothing) * (log_z - x_target);
+  if (smoothing > 0) value += smoothing * (log_z - sum / A(classes));
+  return value;
+}
+
+// The factor of KL in the loss, and of (q - p) in the gradient, at one temperature.
+template <class A>
+struct Scale {
+  A loss, grad;
+};
+template <class A>
+FASTKD_HD Scale<A> temperature_scale(double t, bool scale_by_t2) {
+  return scale_by_t2 ? Scale<A>{A(t * t), A(t)} : Scale<A>{A(1), A(1 / t)};
+}
+
+// What exponentials are taken relative to: the maximum, or 0 where that is -inf, so that every difference of bases is finite.
+template <class A>
+FASTKD_HD A base_of(A max) {
+  return max == -A(__builtin_inff()) ? A(0) : max;
+}
+
+// A weight of 0 also removes an infinite divergence.
+template <class A>
+FASTKD_HD A weighted(A weight, A scale, A kl) {
+  return weight == 0 && kl == A(__builtin_inff()) ? A(0) : weight * scale * kl;
+}
+
+template <class A>
+FASTKD_HD A magnitude(A x) {
+  return x < 0 ? -x : x;
+}
+
+// A power of two that brings gradients bounded by `bound` near 2^15: stored in float16 without it, small ones are lost.
+FASTKD_HD float half_scale(float bound) {
+  if (!(bound > 0x1p-14f)) bound = 0x1p-14f;
+  if (!(bound < 0x1p+30f)) bound = 0x1p+30f;
+  const uint32_t exponent = float_to_bits(bound) >> 23;  // bound < 2^(exponent - 126)
+  return bits_to_float((127u + 15u + 126u - exponent) << 23);
+}
+
+// An integer T up to kMostIntegerT gives exp(s - max) as a power of exp((s - max) / T): no second exponential.
+constexpr int kMostIntegerT = 6;
+
+// T where it is such an integer, else 0.
+FASTKD_HD int integer_temperature(double t) { return t >= 1 && t <= kMostIntegerT && t == int(t) ? int(t) : 0; }
+
+template <class A>
+FASTKD_HD A integer_power(A e, int t) {
+  const A e2 = e * e;
+  switch (t) {
+    case 1: return e;
+    case 2: return e2;
+    case 3: return e2 * e;
+    case 4: return e2 * e2;
+    case 5: return e2 * e2 * e;
+    default: return e2 * e2 * e2;
+  }
+}
+
+}  // namespace FASTKD_TARGET
+}  // namespace fastkd

@@ -1,0 +1,80 @@
+// mutual on CUDA: forward, its reductions over rows, backward. No torch header.
+#include "core/row_kernels.cuh"
+#include "mutual/kernel.cuh"
+
+namespace fastkd::mutual {
+inline namespace FASTKD_TARGET {
+namespace {
+
+// The policies, smallest first; a row that is longer, or of more networks than shared memory holds, is streamed.
+using Warp = Policy<32, 4, 4, true>;
+using Small = Policy<128, 1, 8, true>;
+using Medium = Policy<512, 1, 8, true>;
+// In shared memory at most 32 networks' tiles: 64 KiB, which every supported GPU has.
+template <class A>
+using Stream = Policy<sizeof(A) == 8 ? 64 : 128, 1, 2, false>;
+
+constexpr int64_t kStaticBytes = 4 << 10;  // beside the dynamic shared memory: reductions, and what CUDA reserves
+
+int64_t most_shared_bytes() {
+  int device = 0, bytes = 48 << 10;
+  (void)cudaGetDevice(&device);
+  (void)cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes - kStaticBytes;
+}
+
+template <class S, class T, class A, class P>
+void launch(const Args& args, int64_t bytes, cudaStream_t stream) {
+  const Params<A> p = make_params<S, T, P::template kWidth<S, T>, A>(args);
+  if (bytes > (40 << 10))  // beside the static arrays; above 48 KiB a kernel must ask
+    // A refusal also fails the launch, which is where the error is read.
+    (void)cudaFuncSetAttribute(mutual_kernel<S, T, A, P>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  const unsigned blocks = unsigned((p.rows + P::kRows - 1) / P::kRows);
+  SIMT_LAUNCH((mutual_kernel<S, T, A, P>), dim3(blocks), dim3(P::kBlock), int(bytes), stream, p);
+}
+
+// Whether the policy took the call.
+template <class S, class T, class A, class P>
+bool try_launch(const Args& args, int64_t most_bytes, cudaStream_t stream) {
+  const int64_t bytes = P::numbers(args.learners, args.learners + args.teachers) * int64_t(sizeof(A));
+  if (P::kOnChip && (args.stream || args.classes > P::kTile || bytes > most_bytes)) return false;
+  launch<S, T, A, P>(args, bytes, stream);
+  return true;
+}
+
+template <class S, class T, class A>
+void launch_forward(const Args& args, cudaStream_t stream) {
+  const int64_t most = most_shared_bytes();
+  try_launch<S, T, A, Warp>(args, most, stream) || try_launch<S, T, A, Small>(args, most, stream) ||
+      try_launch<S, T, A, Medium>(args, most, stream) || try_launch<S, T, A, Stream<A>>(args, most, stream);
+}
+
+}  // namespace
+}  // namespace FASTKD_TARGET
+
+const char* forward_cuda(const Args& args, void* stream_handle) {
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  if (args.rows > 0)
+    dispatch_pair(args.type, args.teacher_type,
+                  [&]<class S, class T, class A>() { launch_forward<S, T, A>(args, stream); });
+  const auto reduce = [&]<class A>(A) {
+    launch_reduce<A>(args.row_loss, args.learners, args.target, args.rows, args.classes, args.ignore_index,
+                     args.reduction, args.loss, args.aux, stream);
+  };
+  args.type == DType::f64 ? reduce(double()) : reduce(float());
+  return launch_error();
+}
+
+const char* backward_cuda(const BackwardArgs& args, void* stream_handle) {
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  dispatch(args.type, [&]<class S, class A>() {
+    StoredGradients<A> p{args.stored, args.grad, static_cast<const A*>(args.grad_loss), static_cast<const A*>(args.aux),
+                         static_cast<const A*>(args.saved), args.reduction == Reduction::none, args.rows, args.classes,
+                         args.slots, {}};
+    for (int s = 0; s < args.slots; ++s) p.learner[s] = int(args.learner[s]);
+    launch_scale<S, A>(p, stream);
+  });
+  return launch_error();
+}
+
+}  // namespace fastkd::mutual

@@ -1,0 +1,115 @@
+// What the CUDA kernels of mutual receive, by value, and how a row lies in shared memory.
+#pragma once
+
+#include "core/vec.cuh"
+#include "mutual/math.h"
+
+namespace fastkd::mutual {
+inline namespace FASTKD_TARGET {
+
+template <class A>
+struct Params {
+  int64_t rows, classes;
+  int learners, teachers;
+  const void* logits[kMaxLaunchNetworks];
+  int64_t stride[kMaxLaunchNetworks];
+  unsigned vectors;  // a bit per network: its rows allow vector accesses
+  bool grad_vectors;
+  const int64_t* target;
+  int64_t ignore_index;
+
+  const A *peers, *frozen;  // null: host_weight
+  int64_t peer_stride[3], frozen_stride[3];  // learner, network, row
+  A host_weight[kMaxLaunchLearners * kMaxLaunchNetworks];
+  A inv_t, ce_weight, smoothing;
+  Scale<A> scale;
+  int integer_t;  // 0 where the temperature is no small integer
+  bool half;
+  int slot[kMaxLaunchLearners];
+
+  A *row_loss, *saved;
+  void* grad;
+
+  FASTKD_HD int networks() const { return learners + teachers; }
+  FASTKD_HD A weight_of(int m, int n, int64_t row) const {
+    const A* device = n < learners ? peers : frozen;
+    if (!device) return host_weight[m * networks() + n];
+    const int64_t* stride = n < learners ? peer_stride : frozen_stride;
+    return device[m * stride[0] + (n < learners ? n : n - learners) * stride[1] + row * stride[2]];
+  }
+  template <class T>
+  FASTKD_HD const T* logits_row(int n, int64_t row) const {
+    return static_cast<const T*>(logits[n]) + row * stride[n];
+  }
+  template <class S>
+  FASTKD_HD S* grad_row(int m, int64_t row) const {
+    return static_cast<S*>(grad) + (slot[m] * rows + row) * classes;
+  }
+};
+
+// Of one network in one row.
+enum Stat { kMax, kZ, kZOne, kSum, kStats };
+
+// A row's numbers in shared memory: each network's statistics, the pulls between them, the sums `a` of each warp.
+template <class A>
+struct RowMemory {
+  A* start;
+  int learners, networks, warps;
+
+  static FASTKD_HD int64_t numbers(int learners, int networks, int warps) {
+    return kStats * networks + int64_t(2 + warps) * learners * networks;
+  }
+  __device__ A& stat(int n, int which) const { return start[n * kStats + which]; }
+  __device__ A& factor(int m, int n) const { return start[kStats * networks + (m * networks + n) * 2]; }
+  __device__ A& ratio(int m, int n) const { return start[kStats * networks + (m * networks + n) * 2 + 1]; }
+  __device__ A& sum(int warp, int m, int n) const {
+    return start[(kStats + 2 * learners) * networks + (warp * learners + m) * networks + n];
+  }
+};
+
+template <class S, class T, int Width, class A>
+Params<A> make_params(const Args& args) {
+  Params<A> p{};
+  p.rows = args.rows;
+  p.classes = args.classes;
+  p.learners = args.learners;
+  p.teachers = args.teachers;
+  p.grad_vectors = rows_aligned<Width>(args.grad, args.classes, args.classes, sizeof(S));
+  for (int n = 0; n < p.networks(); ++n) {
+    p.logits[n] = args.logits[n];
+    p.stride[n] = args.stride[n];
+    const int bytes = n < args.learners ? sizeof(S) : sizeof(T);
+    p.vectors |= unsigned(rows_aligned<Width>(args.logits[n], args.stride[n], args.classes, bytes)) << n;
+  }
+  const Weights* weights[2] = {&args.peers, &args.frozen};
+  p.peers = static_cast<const A*>(args.peers.data);
+  p.frozen = static_cast<const A*>(args.frozen.data);
+  for (int i = 0; i < 2; ++i) {
+    int64_t* stride = i == 0 ? p.peer_stride : p.frozen_stride;
+    stride[0] = weights[i]->stride_learner;
+    stride[1] = weights[i]->stride_network;
+    stride[2] = weights[i]->stride_row;
+  }
+  for (int m = 0; m < args.learners; ++m) {
+    p.slot[m] = args.slot[m];
+    for (int n = 0; n < p.networks(); ++n) {
+      const Weights& w = n < args.learners ? args.peers : args.frozen;
+      if (w.host) p.host_weight[m * p.networks() + n] = fastkd::mutual::weight_of<A>(w, m, n < args.learners ? n : n - args.learners, 0);
+    }
+  }
+  p.target = args.target;
+  p.ignore_index = args.ignore_index;
+  p.inv_t = A(1 / args.temperature);
+  p.scale = temperature_scale<A>(args.temperature, args.scale_by_t2);
+  p.integer_t = integer_temperature(args.temperature);
+  p.ce_weight = A(args.ce_weight);
+  p.smoothing = A(args.label_smoothing);
+  p.half = args.type == DType::f16;
+  p.row_loss = static_cast<A*>(args.row_loss);
+  p.saved = static_cast<A*>(args.saved);
+  p.grad = args.grad;
+  return p;
+}
+
+}  // namespace FASTKD_TARGET
+}  // namespace fastkd::mutual

@@ -1,0 +1,205 @@
+// mutual: schema, allocation, tensors to Args. Compiled into the CPU library, the CUDA library and the tests' host build
+// of the CUDA kernels.
+#include "mutual/op.h"
+
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "core/run.h"
+
+namespace fastkd::mutual {
+namespace {
+
+// What Args points into, kept alive for the call.
+struct Inputs {
+  std::vector<Tensor> networks;
+  std::optional<Tensor> target, peers, frozen;
+  std::vector<double> host_weights;
+  std::vector<const void*> data;
+  std::vector<int64_t> strides;
+  std::vector<int> slots;
+  Args args;
+};
+
+// All of one dtype, which is returned.
+DType add_networks(Inputs& in, const std::vector<Tensor>& networks) {
+  for (const Tensor& given : networks) {
+    in.networks.push_back(with_contiguous_rows(given));
+    const Tensor& t = in.networks.back();
+    STD_TORCH_CHECK(t.size(0) == in.args.rows && t.size(1) == in.args.classes, "fastkd: a network's shape differs");
+    STD_TORCH_CHECK(dtype_of(t) == dtype_of(networks.front()), "fastkd: the networks' dtypes differ");
+    in.data.push_back(t.data_ptr());
+    in.strides.push_back(t.stride(0));
+  }
+  return dtype_of(networks.front());
+}
+
+// From the device tensor [M, n] or [M, n, R], or where there is none from the columns [first, first + n) of the host's.
+Weights make_weights(const Args& args, std::optional<Tensor>& tensor, const std::vector<double>& host, int first, int n) {
+  Weights w;
+  const int64_t networks = args.learners + args.teachers;
+  if (!tensor) {
+    STD_TORCH_CHECK(int64_t(host.size()) == args.learners * networks, "fastkd: one weight per learner and network");
+    w.host = host.data() + first;
+    w.stride_learner = networks;
+    w.stride_network = 1;
+    return w;
+  }
+  tensor = torch::stable::contiguous(*tensor);
+  STD_TORCH_CHECK(tensor->scalar_type() == accumulate_type(args.type), "fastkd: dtype of the weights");
+  const bool per_row = tensor->dim() == 3;
+  STD_TORCH_CHECK(tensor->dim() >= 2 && tensor->size(0) == args.learners && tensor->size(1) == n,
+                  "fastkd: one weight per learner and network");
+  STD_TORCH_CHECK(!per_row || tensor->size(2) == args.rows, "fastkd: one weight per row");
+  w.data = tensor->data_ptr();
+  w.stride_network = per_row ? args.rows : 1;
+  w.stride_learner = n * w.stride_network;
+  w.stride_row = per_row ? 1 : 0;
+  return w;
+}
+
+#if defined(FASTKD_BACKEND_CPU)
+
+void run_forward(Args& args, const Tensor&) {
+  const Counts counts = count_rows(args.target, args.rows, args.classes, args.ignore_index);
+  const double factor = counts.factor(args.reduction);
+  // As in multi_teacher: a backward with grad_output 1 has nothing left to do; not in float16, where it would underflow.
+  args.row_factor = args.type == DType::f16 ? 1. : factor;
+  const CpuKernels& kernels = FASTKD_KERNELS_OF(mutual);
+  const int64_t networks = args.learners + args.teachers;
+  const int64_t work = networks + args.learners * (networks - 1) / 4;  // a pair costs a fourth of an exponential
+  torch::stable::parallel_for(0, args.rows, grain(args.classes * work), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<char[]> scratch(new char[kernels.scratch_bytes(args)]);
+    kernels.forward(args, begin, end, scratch.get());
+  });
+  write_aux(args.type, factor / args.row_factor, counts.outside, args.aux);
+  if (!args.loss) return;
+  if (args.type == DType::f64)
+    reduce_rows<double>(args.row_loss, args.learners, args.rows, factor, args.loss);
+  else
+    reduce_rows<float>(args.row_loss, args.learners, args.rows, factor, args.loss);
+}
+
+void run_backward(const BackwardArgs& args, const Tensor&) {
+  const CpuKernels& kernels = FASTKD_KERNELS_OF(mutual);
+  torch::stable::parallel_for(0, args.slots * args.rows, grain(args.classes),
+                              [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end); });
+}
+
+#else
+
+void run_forward(Args& args, const Tensor& like) {
+  STD_TORCH_CHECK(args.learners <= kMaxLaunchLearners && args.learners + args.teachers <= kMaxLaunchNetworks,
+                  "fastkd: too many networks for one launch");
+  on_stream("mutual", like, [&](void* stream) { return forward_cuda(args, stream); });
+}
+
+void run_backward(const BackwardArgs& args, const Tensor& like) {
+  on_stream("mutual", like, [&](void* stream) { return backward_cuda(args, stream); });
+}
+
+#endif
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+    const std::vector<Tensor>& logits, const std::vector<Tensor>& teachers, const std::optional<Tensor>& target,
+    const std::optional<Tensor>& weights, const std::optional<Tensor>& teacher_weights,
+    const std::vector<double>& host_weights, double temperature, double ce_weight, double label_smoothing,
+    int64_t ignore_index, bool scale_by_t2, int64_t reduction, const std::vector<int64_t>& learners, bool stream) {
+  STD_TORCH_CHECK(!logits.empty(), "fastkd: no network");
+  const Tensor& like = logits.front();
+  Inputs in;
+  Args& args = in.args;
+  args.rows = like.size(0);
+  args.classes = like.size(1);
+  args.learners = int(logits.size());
+  args.teachers = int(teachers.size());
+  args.type = args.teacher_type = add_networks(in, logits);
+  if (!teachers.empty()) args.teacher_type = add_networks(in, teachers);
+  STD_TORCH_CHECK(args.teacher_type == args.type || (args.teacher_type == DType::f32 && args.type != DType::f64),
+                  "fastkd: teachers must be of the networks' dtype or float32");
+  args.logits = in.data.data();
+  args.stride = in.strides.data();
+  in.host_weights = host_weights;
+  in.peers = weights;
+  in.frozen = teacher_weights;
+  args.peers = make_weights(args, in.peers, in.host_weights, 0, args.learners);
+  if (args.teachers > 0)
+    args.frozen = make_weights(args, in.frozen, in.host_weights, args.learners, args.teachers);
+  if (target) {
+    in.target = torch::stable::contiguous(*target);
+    STD_TORCH_CHECK(target->scalar_type() == ScalarType::Long && target->numel() == args.rows, "fastkd: int64 target [R]");
+  }
+  STD_TORCH_CHECK(ce_weight == 0 || target, "fastkd: ce_weight without a target");
+  args.target = optional_data<int64_t>(in.target);
+  args.temperature = temperature;
+  args.ce_weight = ce_weight;
+  args.label_smoothing = label_smoothing;
+  args.ignore_index = ignore_index;
+  args.scale_by_t2 = scale_by_t2;
+  args.reduction = Reduction(reduction);
+  args.stream = stream;
+  in.slots.assign(logits.size(), -1);
+  for (const int64_t m : learners) {
+    STD_TORCH_CHECK(m >= 0 && m < args.learners && in.slots[m] < 0, "fastkd: a learner out of range or twice");
+    in.slots[m] = args.slots++;
+  }
+  args.slot = in.slots.data();
+
+  const ScalarType type = accumulate_type(args.type);
+  const bool each_row = args.reduction == Reduction::none, scaled = args.type == DType::f16;
+  Tensor rows = empty_like_device(like, {args.learners, args.rows}, type);
+  Tensor loss = each_row ? rows : empty_like_device(like, {args.learners}, type);
+  Tensor grad = empty_like_device(like, {args.slots, args.rows, args.classes}, like.scalar_type());
+  Tensor saved = empty_like_device(like, {scaled ? args.slots : 0, args.rows}, type);
+  Tensor aux = empty_like_device(like, {2}, type);
+  args.row_loss = rows.data_ptr();
+  args.loss = each_row ? nullptr : loss.data_ptr();
+  args.grad = grad.data_ptr();
+  args.saved = saved.data_ptr();
+  args.aux = aux.data_ptr();
+  run_forward(args, like);
+  return {loss, grad, saved, aux};
+}
+
+Tensor backward(const Tensor& grad_loss, const Tensor& stored, const Tensor& saved, const Tensor& aux,
+                const std::vector<int64_t>& learners, int64_t reduction) {
+  BackwardArgs args;
+  args.slots = int(stored.size(0));
+  args.rows = stored.size(1);
+  args.classes = stored.size(2);
+  args.type = dtype_of(stored);
+  args.reduction = Reduction(reduction);
+  args.learner = learners.data();
+  STD_TORCH_CHECK(int(learners.size()) == args.slots && args.slots <= grad_loss.size(0), "fastkd: one gradient per learner");
+  for (const int64_t m : learners) STD_TORCH_CHECK(m >= 0 && m < grad_loss.size(0), "fastkd: a learner out of range");
+  const int64_t each = args.reduction == Reduction::none ? args.rows : 1;
+  STD_TORCH_CHECK(grad_loss.numel() == grad_loss.size(0) * each && grad_loss.scalar_type() == aux.scalar_type(),
+                  "fastkd: grad_output");
+  Tensor grad = empty_like_device(stored, {args.slots, args.rows, args.classes}, stored.scalar_type());
+  args.grad_loss = grad_loss.data_ptr();
+  args.stored = stored.data_ptr();
+  args.saved = saved.size(0) > 0 ? saved.data_ptr() : nullptr;
+  args.aux = aux.data_ptr();
+  args.grad = grad.data_ptr();
+  run_backward(args, stored);
+  return grad;
+}
+
+}  // namespace
+}  // namespace fastkd::mutual
+
+#if !defined(FASTKD_BACKEND_CUDA)  // the CUDA library implements what the CPU library declares
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
+  m.def(
+      "mutual_forward(Tensor[] logits, Tensor[] teachers, Tensor? target, Tensor? weights, Tensor? teacher_weights, "
+      "float[] host_weights, float temperature, float ce_weight, float label_smoothing, int ignore_index, "
+      "bool scale_by_t2, int reduction, int[] learners, bool stream) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("mutual_backward(Tensor grad, Tensor rows, Tensor saved, Tensor aux, int[] learners, int reduction) -> Tensor");
+}
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) {
+  m.impl("mutual_forward", TORCH_BOX(&fastkd::mutual::forward));
+  m.impl("mutual_backward", TORCH_BOX(&fastkd::mutual::backward));
+}

@@ -1,0 +1,72 @@
+// What a backend of mutual receives: sizes, options, pointers. See README.md here for the mathematics.
+#pragma once
+
+#include <cstdint>
+
+#include "core/reduction.h"
+
+namespace fastkd::mutual {
+
+// Of one CUDA launch; the CPU takes any number. Networks: the learners and the frozen teachers.
+constexpr int kMaxLaunchLearners = 16, kMaxLaunchNetworks = 32;
+
+// w[m, n] of learner m and network n, on the host or on the device.
+struct Weights {
+  const double* host = nullptr;  // element m * stride_learner + n * stride_network; null: then
+  const void* data = nullptr;    // A, the same with + r * stride_row
+  int64_t stride_learner = 0, stride_network = 0, stride_row = 0;
+};
+
+// A = double where the logits are float64, else float. Strides are in elements; a row's classes lie next to each other.
+struct Args {
+  int64_t rows = 0, classes = 0;
+  int learners = 0, teachers = 0;
+  DType type{}, teacher_type{};
+
+  const void* const* logits = nullptr;  // (M + N) x [R, C]: the learners, then the frozen teachers
+  const int64_t* stride = nullptr;      // M + N
+  const int64_t* target = nullptr;      // [R] or null
+  Weights peers, frozen;                // [M, M], diagonal never read, and [M, N]
+
+  double temperature = 1, ce_weight = 0, label_smoothing = 0;
+  int64_t ignore_index = -100;
+  bool scale_by_t2 = true;
+  Reduction reduction = Reduction::mean;
+  const int* slot = nullptr;  // M: which of the S gradients is the learner's, or -1
+  int slots = 0;
+  bool stream = false;  // CUDA: as if the row did not fit on chip
+
+  void* row_loss = nullptr;  // A [M, R]
+  void* loss = nullptr;      // A [M], null for Reduction::none
+  void* grad = nullptr;      // [S, R, C], contiguous: see README.md for its scale
+  void* saved = nullptr;     // A [S, R] inverse scale of float16 gradients
+  void* aux = nullptr;       // A [2]: factor that the stored gradients still lack, targets out of range
+  double row_factor = 1;     // CPU: what the stored gradients are multiplied by, 1 / max(1, rows that count) for the mean
+};
+
+struct BackwardArgs {
+  int64_t rows = 0, classes = 0;
+  int slots = 0;
+  const int64_t* learner = nullptr;  // S: whose gradient it is
+  DType type{};
+  Reduction reduction = Reduction::mean;
+  const void* grad_loss = nullptr;  // A [M] or [M, R]
+  const void* stored = nullptr;     // [S, R, C], as forward wrote it
+  const void* saved = nullptr;      // A [S, R] or null
+  const void* aux = nullptr;        // A [2], as forward wrote it
+  void* grad = nullptr;             // [S, R, C]
+};
+
+// cpu.cpp defines one of these per instruction set: rows [begin, end), with scratch of scratch_bytes(args).
+struct CpuKernels {
+  int64_t (*scratch_bytes)(const Args&);
+  void (*forward)(const Args&, int64_t begin, int64_t end, void* scratch);
+  void (*backward)(const BackwardArgs&, int64_t begin, int64_t end);  // of S * R rows
+};
+extern const CpuKernels cpu_kernels_level1, cpu_kernels_level3, cpu_kernels_level4;
+
+// CUDA: enqueue on a stream; an error string, or null.
+const char* forward_cuda(const Args&, void* stream);
+const char* backward_cuda(const BackwardArgs&, void* stream);
+
+}  // namespace fastkd::mutual
