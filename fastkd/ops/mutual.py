@@ -423,7 +423,7 @@ def _check_temperature(temperature: object) -> float | Tensor:
 def _check_weights(
     name: str, weights: object, m: int, n: int, like: Tensor, diagonal: bool
 ) -> tuple[Tensor | None, tuple[float, ...]]:
-    """(a tensor [m, n] or [m, n, R] on the device where the host does not know them, m * n numbers, 0 where unknown)."""
+    """(a tensor [m, n] or [m, n, R] where the host does not know them, or None; m * n numbers, 0 where unknown)."""
     if weights is None:
         if diagonal:
             return None, (1.0 / n,) * (m * n) if n > 0 else ()
