@@ -79,7 +79,7 @@ def check(logits, target=None, teachers=(), weights=None, teacher_weights=None, 
     eps = torch.finfo(loss.dtype).eps
     size_options = {k: v for k, v in options.items() if k in ("ce_weight", "scale_by_t2")}
     for m, z in enumerate(logits):
-        peers = [p for k, p in enumerate(logits) if k != m] + list(teachers)
+        peers = [p.detach() for k, p in enumerate(logits) if k != m] + list(teachers)
         row = as_tensor(row_of_weights(m, len(logits), len(teachers), weights, teacher_weights), z)
         sizes = dict(size_options, temperature=options.get("temperature", 1.0), weights=row)
         largest = float(exact[m].abs().nan_to_num(0, 0, 0).max()) if exact[m].numel() else 0.0
@@ -111,30 +111,31 @@ def typed_again(logits, target, weights, t, ce_weight, smoothing, scale_by_t2):
 CASES = [
     Case("two networks", dict(m=2)),
     Case("one class", dict(classes=1)),
-    Case("two classes, one row", dict(rows=1, classes=2)),
-    Case("31 classes", dict(classes=31)),
-    Case("32 classes", dict(classes=32)),
     Case("33 classes, 7 rows", dict(classes=33, rows=7)),
-    Case("100 classes, labels", dict(m=4, classes=100, labels=True, ce_weight=0.7)),
     Case("130 classes, a block per row", dict(classes=130, labels=True, ce_weight=0.7)),
     Case("1000 classes, labels", dict(m=4, classes=1000, rows=3, labels=True, ce_weight=1.0)),
     Case("smoothing", dict(classes=10, labels=True, ce_weight=0.5, label_smoothing=0.1)),
-    Case("smoothing 1", dict(classes=10, labels=True, ce_weight=0.5, label_smoothing=1.0)),
-    Case("labels mark ignored rows", dict(labels=True, ignored=(0, 3))),
     Case("ignored rows, labels", dict(labels=True, ignored=(0, 3), ce_weight=0.3, reduction="sum")),
     Case("none", dict(labels=True, ignored=(2,), ce_weight=0.3, reduction="none")),
     Case("T = 2.5", dict(temperature=2.5, labels=True, ce_weight=1.0, label_smoothing=0.1)),
     Case("T = 4", dict(temperature=4.0, labels=True, ce_weight=1.0, label_smoothing=0.1)),
-    Case("T = 20, no T^2", dict(temperature=20.0, scale_by_t2=False)),
-    Case("host weights, NaN diagonal", dict(weights="matrix")),
     Case("weights per row, NaN diagonal", dict(weights="rows", labels=True, ce_weight=0.5)),
-    Case("a teacher", dict(m=2, n=1)),
     Case("peers x mean teachers", dict(m=3, n=3, labels=True, ce_weight=0.5, temperature=3.0)),
-    Case("teachers, weights", dict(n=2, weights="matrix", teacher_weights="matrix", classes=37)),
     Case("teachers, weights per row", dict(n=2, weights="rows", teacher_weights="rows", reduction="none")),
     Case("teachers per row, host weights", dict(n=2, weights="matrix", teacher_weights="rows", classes=140)),
-    Case("6 networks", dict(m=6, rows=2, labels=True, ce_weight=0.5)),
-]  # fmt: skip
+]
+MORE_CASES = [  # in float32 alone
+    Case("two classes, one row", dict(rows=1, classes=2)),
+    Case("31 classes", dict(classes=31)),
+    Case("32 classes", dict(classes=32)),
+    Case("100 classes, labels", dict(m=4, classes=100, labels=True, ce_weight=0.7)),
+    Case("smoothing 1", dict(classes=10, labels=True, ce_weight=0.5, label_smoothing=1.0)),
+    Case("labels mark ignored rows", dict(labels=True, ignored=(0, 3))),
+    Case("T = 20, no T^2", dict(temperature=20.0, scale_by_t2=False)),
+    Case("host weights, NaN diagonal", dict(weights="matrix")),
+    Case("a teacher", dict(m=2, n=1)),
+    Case("teachers, weights", dict(n=2, weights="matrix", teacher_weights="matrix", classes=37)),
+]
 
 
 def build(
@@ -166,7 +167,13 @@ def test_table(case, place, dtype, at):
     check(logits, target, **options)
 
 
-@over(CASES, PLACES, [torch.float32])
+@over(MORE_CASES, PLACES, [torch.float32])
+def test_more_of_the_table(case, place, dtype, at):
+    logits, target, options = build(at(place), dtype, **case.arguments)
+    check(logits, target, **options)
+
+
+@over(CASES + MORE_CASES, ["cpu", "simt", "cuda"], [torch.float32])
 def test_is_m_calls_of_multi_teacher_kd(case, place, dtype, at):
     logits, target, options = build(at(place), dtype, **case.arguments)
     actual, expected = F.mutual_kd(logits, target, **options), by_multi_teacher(logits, target, **options)
@@ -210,12 +217,23 @@ def test_reference_is_the_formula_typed_again():
             torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("place", ["cpu", "simt", "simt_stream"])
-@pytest.mark.parametrize("m, n", [(2, 0), (8, 8), (15, 1), (16, 0), (16, 16), (16, 17), (3, 62)])
-def test_numbers_of_networks(m, n, place, at):
+NUMBERS = [("cpu", 16, 16), ("cpu", 2, 40)]
+NUMBERS += [(p, m, n) for p in ("simt", "simt_stream") for m, n in ((2, 0), (8, 8), (15, 1), (16, 0), (2, 62))]
+
+
+@pytest.mark.parametrize("place, m, n", [*NUMBERS, ("simt", 16, 17)])
+def test_numbers_of_networks(place, m, n, at):
     """More than a CUDA launch takes go in groups of teachers."""
     logits, teachers, target = make(m, 2, 20, n, device=at(place))
-    check(logits, target, teachers=teachers, ce_weight=0.5)
+    weights = torch.rand(m, n, 2, device=target.device) if n > 32 else None
+    actual, grads = loss_and_grads(logits, target, teachers=teachers, teacher_weights=weights, ce_weight=0.5)
+    with fastkd.use_backend("reference"):
+        expected, expected_grads = loss_and_grads(
+            logits, target, teachers=teachers, teacher_weights=weights, ce_weight=0.5
+        )
+    torch.testing.assert_close(actual, expected)
+    for a, b in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("place", ["cpu", "simt"])
@@ -474,13 +492,13 @@ def test_same_bits_for_any_number_of_threads(dtype):
 # --- anything ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 @pytest.mark.parametrize("place", ["cpu", "simt", "simt_stream"])
 def test_anything(place, at, data):
     draw = data.draw
     device, dtype = at(place), draw(st.sampled_from(DTYPES))
-    m, n, rows = draw(st.integers(2, 5)), draw(st.integers(0, 3)), draw(st.integers(0, 4))
+    m, n, rows = draw(st.integers(2, 4)), draw(st.integers(0, 2)), draw(st.integers(1, 4))
     classes, scale = draw(st.integers(1, 150)), draw(st.sampled_from([1e-3, 1.0, 10.0, 300.0]))
     logits, teachers, target = make(
         m, rows, classes, n, dtype, scale=scale, seed=draw(st.integers(0, 99)), device=device
