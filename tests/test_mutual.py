@@ -185,13 +185,14 @@ def test_is_m_calls_of_multi_teacher_kd(case, place, dtype, at):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))
 
 
-def test_on_the_cpu_it_is_multi_teacher_kd_bit_by_bit(at):
-    logits, teachers, target = make(4, 33, 100, 2, device=at("cpu"))
+@pytest.mark.parametrize("place", PLACES)
+def test_is_multi_teacher_kd_to_the_last_digits(place, at):
+    logits, teachers, target = make(4, 9, 100, 2, torch.float64, device=at(place))
     for options in (dict(), dict(ce_weight=1.0, label_smoothing=0.1), dict(ce_weight=0.5, temperature=4.0)):
         losses = [f(logits, target, teachers=teachers, **options) for f in (F.mutual_kd, by_multi_teacher)]
-        assert torch.equal(*losses)
-        grads = [torch.autograd.grad(loss.sum(), logits) for loss in losses]
-        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+        torch.testing.assert_close(*losses, rtol=1e-13, atol=1e-13)
+        for a, b in zip(*[torch.autograd.grad(loss.sum(), logits) for loss in losses], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("place", PLACES)
