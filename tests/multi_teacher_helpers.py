@@ -8,6 +8,15 @@ from fastkd.testing import assert_as_accurate, assert_grad_close
 
 F = fastkd.functional
 
+LAYOUTS = {
+    "stacked": lambda z: z,
+    "row stride": lambda z: torch.cat([z, z], -1)[..., : z.shape[-1]],
+    "offset": lambda z: torch.cat([z[..., :1], z], -1)[..., 1:],
+    "transposed": lambda z: z.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "every other class": lambda z: z.repeat_interleave(2, -1)[..., ::2],
+    "every other row": lambda z: z.repeat_interleave(2, -2)[..., ::2, :],
+}
+
 
 def make(rows, classes, k, dtype=torch.float32, teacher_dtype=None, scale=3.0, seed=0, device="cpu"):
     """Student [R, C], teachers K x [R, C], target [R], on the device."""

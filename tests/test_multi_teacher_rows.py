@@ -7,7 +7,7 @@ import torch
 from conftest import PLACES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from multi_teacher_helpers import check, loss_and_grad, make
+from multi_teacher_helpers import LAYOUTS, check, loss_and_grad, make
 
 import fastkd
 from fastkd.ops import multi_teacher as op
@@ -60,16 +60,6 @@ def test_leading_dimensions(place, at):
     assert torch.equal(loss.flatten(), flat) and torch.equal(grad.reshape(6, 33), flat_grad)
     one = F.multi_teacher_kd(student[0], [t[0] for t in teachers], target[0], weights=weights[:, 0], ce_weight=0.5)
     torch.testing.assert_close(one, flat[0])
-
-
-LAYOUTS = {
-    "stacked": lambda z: z,
-    "row stride": lambda z: torch.cat([z, z], -1)[..., : z.shape[-1]],
-    "offset": lambda z: torch.cat([z[..., :1], z], -1)[..., 1:],
-    "transposed": lambda z: z.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "every other class": lambda z: z.repeat_interleave(2, -1)[..., ::2],
-    "every other row": lambda z: z.repeat_interleave(2, -2)[..., ::2, :],
-}
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -8,7 +8,7 @@ import torch.nn.functional as torch_functional
 from conftest import PLACES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_multi_teacher import LAYOUTS, size_of_gradient_terms, size_of_terms
+from multi_teacher_helpers import LAYOUTS, size_of_gradient_terms, size_of_terms
 
 import fastkd
 from fastkd.ops import _common as common
