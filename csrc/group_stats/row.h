@@ -25,14 +25,19 @@ bool has_earlier_tie(const A* logits, const Label<A>& label) {
   return ties > 0;
 }
 
-// logits [padded] with -inf past the end, max of them: core/rows.h, load_row.
+// Sums over classes [begin, end) of a row: z = sum e, s = sum e x, and what the ranks need.
 template <class A>
-RowStats<A> stats_of_row(const A* logits, A max, const Label<A>& label, int64_t classes, int64_t padded) {
+struct Sums {
+  A z, s, below;  // below: the largest x < 0
+  typename Count<A>::type greater, largest;
+};
+
+template <class A>
+Sums<A> sums_of_block(const A* logits, A max, A label_logit, int64_t begin, int64_t end) {
   A z = 0, s = 0, below = -A(kInf);
   typename Count<A>::type greater = 0, largest = 0;
-  const A label_logit = label.logit;
 #pragma omp simd reduction(+ : z, s, greater, largest) reduction(max : below)
-  for (int64_t c = 0; c < padded; ++c) {
+  for (int64_t c = begin; c < end; ++c) {
     const A x = logits[c] - max, e = exp_negative(x);
     z += e;
     s += e * bounded(x);
@@ -41,9 +46,28 @@ RowStats<A> stats_of_row(const A* logits, A max, const Label<A>& label, int64_t 
     const A candidate = x < 0 ? x : -A(kInf);
     below = candidate > below ? candidate : below;
   }
+  return {z, s, below, greater, largest};
+}
+
+// logits [padded] with -inf past the end, max of them: core/rows.h, load_row. In blocks, so that no sum has more than a
+// few dozen terms a SIMD lane: with the four lanes of x86-64's first level a thousand classes would lose a digit.
+template <class A>
+RowStats<A> stats_of_row(const A* logits, A max, const Label<A>& label, int64_t classes, int64_t padded) {
+  constexpr int64_t kBlock = 256;
+  A z = 0, s = 0, below = -A(kInf);
+  int64_t greater = 0, largest = 0;
+  for (int64_t begin = 0; begin < padded; begin += kBlock) {
+    const int64_t end = begin + kBlock < padded ? begin + kBlock : padded;
+    const Sums<A> block = sums_of_block(logits, max, label.logit, begin, end);
+    z += block.z;
+    s += block.s;
+    below = block.below > below ? block.below : below;
+    greater += block.greater;
+    largest += block.largest;
+  }
   const A second = largest > 1 ? A(0) : below;
   const bool tie = label.given && greater == 0 && has_earlier_tie(logits, label);
-  return row_stats(z, s, second, max, label, int64_t(greater), tie, classes);
+  return row_stats(z, s, second, max, label, greater, tie, classes);
 }
 
 }  // namespace FASTKD_TARGET
