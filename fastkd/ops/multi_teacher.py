@@ -256,7 +256,7 @@ class _Native(torch.autograd.Function):
     def forward(ctx, student, target, weights, options, with_stats, *teachers):
         call = Call(student, teachers, target, weights, *options)
         loss, rows, saved, aux, *stats = _forward(call, True, with_stats)
-        ctx.options = options
+        ctx.options, ctx.ready = options, _rows_are_gradient(call)
         tensors = (student, rows, saved, aux, target, weights, *teachers)
         # save_for_backward refuses tensors made under torch.inference_mode().
         ctx.kept = None if torch.compiler.is_compiling() or not _any_inference(teachers, weights) else tensors[4:]
@@ -269,6 +269,9 @@ class _Native(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         student, rows, saved, aux, *rest = ctx.saved_tensors
+        # First the backward of a plain training loop. A fake tensor has no value to look at.
+        if ctx.ready and type(grad) is Tensor and not torch.is_grad_enabled() and grad.item() == 1.0:
+            return rows, None, None, None, None, *([None] * (len(ctx.needs_input_grad) - 5))
         target, weights, *teachers = rest if ctx.kept is None else ctx.kept
         call = Call(student, tuple(teachers), target, weights, *ctx.options)
         if torch.is_grad_enabled():
@@ -278,8 +281,6 @@ class _Native(torch.autograd.Function):
             result = ops.multi_teacher_stream_backward(
                 grad.contiguous(), student, call.teachers, target, weights, saved, aux, *_options(call)
             )
-        elif _is_ready(call, grad):
-            result = rows
         else:
             ops = _backend.native_ops(student)
             result = ops.multi_teacher_backward(
@@ -288,14 +289,14 @@ class _Native(torch.autograd.Function):
         return result, None, None, None, None, *([None] * len(teachers))
 
 
-def _is_ready(call: Call, grad: Tensor) -> bool:
-    """Whether the stored rows are the gradient as they are: on the CPU for a plain `loss.backward()`.
+def _rows_are_gradient(call: Call) -> bool:
+    """Whether the stored rows are the gradient as they are for a grad_output of 1: on the CPU, in `loss.backward()`.
 
     Handing out the saved tensor is safe: autograd copies it where it is still saved (retain_graph=True).
     """
     if torch.compiler.is_compiling() or _backend.device_kind(call.student) != "cpu":
         return False
-    return call.reduction != "none" and call.student.dtype != torch.float16 and float(grad) == 1.0
+    return call.reduction != "none" and call.student.dtype != torch.float16
 
 
 def _any_inference(teachers: Sequence[Tensor], weights: Tensor | None) -> bool:

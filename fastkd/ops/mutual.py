@@ -143,7 +143,7 @@ def _arguments(call: Call, learners: Sequence[int]) -> tuple:
 
 def _forward(call: Call, learners: Sequence[int]) -> tuple[Tensor, ...]:
     out = _backend.native_ops(call.first).mutual_forward(*_arguments(call, learners))
-    if call.target is not None and common.may_read_values(call.first) and float(out[3][1]) != 0:
+    if call.target is not None and common.may_read_values(call.first) and out[3].tolist()[1] != 0:
         raise common.out_of_range(OP, call.target, call.first.shape[1], call.ignore_index)
     return out
 
@@ -181,7 +181,7 @@ class _Native(torch.autograd.Function):
         )  # fmt: skip
         if torch.is_grad_enabled():
             result = _differentiable_backward(call, learners, grad)
-        elif _may_hand_out(call) and all([g == 1.0 for g in grad.tolist()]):
+        elif _may_hand_out(call) and type(grad) is Tensor and all([g == 1.0 for g in grad.tolist()]):
             result = (rows,) if given == 1 else parts
         else:
             ops, reduction = _backend.native_ops(rows), common.REDUCTIONS.index(call.reduction)
