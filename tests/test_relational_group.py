@@ -1,6 +1,7 @@
 """rkd_distance and rkd_angle with process_group: two processes give what one with the whole batch gives."""
 
 import datetime
+import gc
 
 import torch
 from relational_helpers import FUNCTIONS, embeddings
@@ -37,8 +38,9 @@ def worker(rank, store, failures):
     except BaseException as error:
         failures.put(f"rank {rank}: {type(error).__name__}: {error}")
         raise
-    finally:
-        distributed.destroy_process_group()
+    gc.collect()  # DDP's reducer goes before the group that it speaks through
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
 def part_of(parts, rank):

@@ -37,15 +37,38 @@ def gather_pair(op: str, student: Tensor, teacher: Tensor, group) -> tuple[Tenso
 
 def _gather(x: Tensor, rows: list[int], group) -> Tensor:
     """Padded to the longest part: collectives need equal shapes. A zero row that was added is cut off again."""
-    from torch.distributed.nn.functional import all_gather
-
     most = max(rows)
     if most == 0:
         return x
-    padded = torch.nn.functional.pad(x, (0, 0, 0, most - x.shape[0])).contiguous()
-    if x.requires_grad and torch.is_grad_enabled():
-        parts = all_gather(padded, group)
-    else:
-        parts = [torch.empty_like(padded) for _ in rows]
-        torch.distributed.all_gather(parts, padded.detach(), group=group)
+    parts = _AllGather.apply(torch.nn.functional.pad(x, (0, 0, 0, most - x.shape[0])), group)
     return torch.cat([part[:n] for part, n in zip(parts, rows, strict=True)])
+
+
+class _AllGather(torch.autograd.Function):
+    """[n, D] of each process -> [P, n, D]. The two functions are each other's backward, so any number of them works."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size(group))]
+        torch.distributed.all_gather(parts, x.contiguous(), group=group)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _SumMine.apply(grad, ctx.group), None
+
+
+class _SumMine(torch.autograd.Function):
+    """[P, n, D] of each process -> the sum over processes of what belongs to this one, [n, D]."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)  # gloo has no reduce_scatter for every dtype
+        return total[torch.distributed.get_rank(group)].clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _AllGather.apply(grad, ctx.group), None
