@@ -157,42 +157,47 @@ class _Native(torch.autograd.Function):
         logits = tensors[0] if given == 1 else tensors[:given]
         call = Call(logits, tensors[given:], target, weights, teacher_weights, *options)
         loss, rows, saved, aux = _forward(call, learners)
-        ctx.options, ctx.learners, ctx.given = options, learners, given
+        ctx.options, ctx.learners, ctx.given, ctx.tensors = options, learners, given, len(tensors)
+        ctx.ready = _may_hand_out(call)
         # As tensors of their own, so that autograd sees that they are still saved when they are handed out.
-        parts = rows.unbind(0) if given > 1 and _may_hand_out(call) else (None,) * len(learners)
-        keep = (rows, saved, aux, *parts, target, weights, teacher_weights, *tensors)
+        parts = (rows,) if given == 1 else rows.unbind(0) if ctx.ready else ()
+        keep = (*parts, rows, saved, aux, target, weights, teacher_weights, *tensors)
         # save_for_backward refuses tensors made under torch.inference_mode().
         compiling = torch.compiler.is_compiling()
-        ctx.kept = {i: t for i, t in enumerate(keep) if not compiling and t is not None and t.is_inference()}
+        ctx.kept = {} if compiling else {i: t for i, t in enumerate(keep) if t is not None and t.is_inference()}
         ctx.save_for_backward(*([None if i in ctx.kept else t for i, t in enumerate(keep)] if ctx.kept else keep))
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        saved_tensors = list(ctx.saved_tensors)
-        for i, tensor in ctx.kept.items():
-            saved_tensors[i] = tensor
-        (rows, saved, aux), rest = saved_tensors[:3], saved_tensors[3:]
-        learners, given = ctx.learners, ctx.given
-        parts, (target, weights, teacher_weights, *tensors) = rest[: len(learners)], rest[len(learners) :]
+        saved_tensors, learners, given = ctx.saved_tensors, ctx.learners, ctx.given
+        count = 1 if given == 1 else len(learners) if ctx.ready else 0
+        parts = saved_tensors[:count]
+        # First the backward of a plain training loop. A fake tensor has no values to look at.
+        plain = ctx.ready and type(grad) is Tensor and not torch.is_grad_enabled()
+        if plain and all([g == 1.0 for g in grad.tolist()]):
+            return _Native._of_inputs(ctx, parts)
+        saved_tensors = [ctx.kept.get(i, tensor) for i, tensor in enumerate(saved_tensors)]
+        rows, saved, aux, target, weights, teacher_weights, *tensors = saved_tensors[count:]
         call = Call(
             tensors[0] if given == 1 else tuple(tensors[:given]), tuple(tensors[given:]), target, weights,
             teacher_weights, *ctx.options,
         )  # fmt: skip
         if torch.is_grad_enabled():
             result = _differentiable_backward(call, learners, grad)
-        elif _may_hand_out(call) and type(grad) is Tensor and all([g == 1.0 for g in grad.tolist()]):
-            result = (rows,) if given == 1 else parts
         else:
             ops, reduction = _backend.native_ops(rows), common.REDUCTIONS.index(call.reduction)
             grads = ops.mutual_backward(grad.contiguous(), rows, saved, aux, learners, reduction)
             result = (grads,) if given == 1 else grads.unbind(0)
-        of_networks = list(result)
-        if given > 1:
-            of_networks = [None] * given
-            for m, g in zip(learners, result, strict=True):
-                of_networks[m] = g
-        return None, None, None, None, None, None, *of_networks, *([None] * len(call.teachers))
+        return _Native._of_inputs(ctx, result)
+
+    @staticmethod
+    def _of_inputs(ctx, result: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """The gradients of all inputs, from those of the networks that learn."""
+        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for place, gradient in zip((0,) if ctx.given == 1 else ctx.learners, result, strict=True):
+            gradients[len(gradients) - ctx.tensors + place] = gradient
+        return tuple(gradients)
 
 
 def _differentiable_backward(call: Call, learners: Sequence[int], grad: Tensor) -> tuple[Tensor, ...]:
