@@ -166,8 +166,8 @@ def test_opcheck(place, layout, norm, dtype, at):
     checked = op._check([s.detach() for s in students], teachers, None, 2, norm, "mean", "mean")
     ops, head, options = _backend.native_ops(students[0]), checked[:3], op._options(checked)
     for need_grad in (True, False):
-        torch.library.opcheck(ops.feature_ensemble_forward.default, (*head, *options, need_grad))
-    _, state = ops.feature_ensemble_forward(*head, *options, True)
+        torch.library.opcheck(ops.feature_ensemble_forward.default, (*head, *options, need_grad, False))
+    _, state, _ = ops.feature_ensemble_forward(*head, *options, True, False)
     torch.library.opcheck(ops.feature_ensemble_backward.default, (torch.ones(()), *head, state, *options))
 
 
@@ -215,14 +215,16 @@ def test_a_changed_map_is_noticed_by_the_backward():
 
 
 @pytest.mark.parametrize("norm", op.NORMS)
-def test_saved_memory_is_five_numbers_a_norm_and_inputs_that_exist_anyway(norm):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_saved_memory_is_five_numbers_a_norm_and_the_gradient_where_it_is_ready(norm, reduction):
     students, teachers = make([(4, 16, 8, 8)] * 2)
     mine = {t.data_ptr() for t in (*students, *teachers)}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        F.feature_ensemble(students, teachers, norm=norm)
+        F.feature_ensemble(students, teachers, norm=norm, reduction=reduction)
     extra = sum(t.numel() * t.element_size() for t in kept if t.data_ptr() not in mine)
-    assert extra == 2 * 4 * 5 * 4 * {"sample": 1, "position": 64, "channel": 16}[norm]
+    state = 2 * 4 * 5 * 4 * {"sample": 1, "position": 64, "channel": 16}[norm]
+    assert extra == state + (4 * sum(s.numel() for s in students) if reduction == "mean" else 0)
 
 
 def test_autocast_computes_in_float32():

@@ -32,27 +32,6 @@ const T* sample_of(const void* map, int64_t stride, int64_t b) {
   return static_cast<const T*>(map) + b * stride;
 }
 
-template <int P, class S, class T, class A>
-void forward_typed(const Args& args, int64_t begin, int64_t end, const Scratch<A>& s) {
-  const int students = args.shared ? 1 : args.pairs;
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t b = task / students;
-    const int first = int(task % students), last = args.shared ? args.pairs : first + 1;
-    for (int k = first; k < last; ++k) {
-      const Pair& pair = args.pair[k];
-      const S* student = sample_of<S>(pair.student, pair.student_stride, b);
-      const T* teacher = sample_of<T>(pair.teacher, pair.teacher_stride, b);
-      A& distance = static_cast<A*>(args.distance)[k * args.samples + b];
-      if (pair.transposed) {
-        transpose(teacher, pair.outer, pair.inner, s.teacher);
-        distance = sample_distance<P, S, A, A>(args, pair, b, student, s.teacher, s);
-      } else {
-        distance = sample_distance<P, S, T, A>(args, pair, b, student, teacher, s);
-      }
-    }
-  }
-}
-
 // The gradient of elements that share their group, to `term`.
 template <int P, class S, class T, class A>
 void row_gradient(const Factors<A> f, A inner, A upstream, const S* a, const T* b, int64_t n, A* term) {
@@ -112,9 +91,11 @@ void sample_gradient(const Args& args, int first, int last, int64_t b, const Scr
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < row; c += kPiece) {
       const int64_t n = least(kPiece, row - c);
+      A* sum = s.sum;
+      if constexpr (sizeof(S) == sizeof(A)) sum = grad + r * row + c;
       for (int k = first; k < last; ++k) {
         const Pair& pair = args.pair[k];
-        A* term = k == first ? s.sum : s.term;
+        A* term = k == first ? sum : s.term;
         const A upstream = upstream_of<A>(args, k, b);
         if (pair.transposed)
           piece_gradient<P>(args, pair, b, r, c, n, upstream, student,
@@ -123,10 +104,32 @@ void sample_gradient(const Args& args, int first, int last, int64_t b, const Scr
           piece_gradient<P>(args, pair, b, r, c, n, upstream, student,
                             sample_of<T>(pair.teacher, pair.teacher_stride, b), term);
         if (k > first)
-          for (int64_t i = 0; i < n; ++i) s.sum[i] += s.term[i];
+          for (int64_t i = 0; i < n; ++i) sum[i] += s.term[i];
       }
-      store_row(s.sum, n, A(1), grad + r * row + c);
+      if constexpr (sizeof(S) != sizeof(A)) store_row(sum, n, A(1), grad + r * row + c);
     }
+  }
+}
+
+template <int P, class S, class T, class A>
+void forward_typed(const Args& args, int64_t begin, int64_t end, const Scratch<A>& s) {
+  const int students = args.shared ? 1 : args.pairs;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t b = task / students;
+    const int first = int(task % students), last = args.shared ? args.pairs : first + 1;
+    for (int k = first; k < last; ++k) {
+      const Pair& pair = args.pair[k];
+      const S* student = sample_of<S>(pair.student, pair.student_stride, b);
+      const T* teacher = sample_of<T>(pair.teacher, pair.teacher_stride, b);
+      A& distance = static_cast<A*>(args.distance)[k * args.samples + b];
+      if (pair.transposed) {
+        transpose(teacher, pair.outer, pair.inner, s.teacher);
+        distance = sample_distance<P, S, A, A>(args, pair, b, student, s.teacher, s);
+      } else {
+        distance = sample_distance<P, S, T, A>(args, pair, b, student, teacher, s);
+      }
+    }
+    if (args.pair[first].grad) sample_gradient<P, S, T, A>(args, first, last, b, s);  // its maps are still in the cache
   }
 }
 

@@ -163,6 +163,8 @@ Tensor empty_gradient(const Tensor& student, bool channels_last) {
 
 #if defined(FASTKD_BACKEND_CPU)
 
+constexpr bool kStoresGradient = true;
+
 // Samples of about 2^15 elements a chunk, whatever the number of threads: small maps stay on one thread.
 int64_t grain(const Args& args) {
   int64_t elements = 0;
@@ -208,6 +210,8 @@ void run_backward(const Args& args, const Tensor&) {
 
 #else
 
+constexpr bool kStoresGradient = false;  // a block does not keep a sample between the norms and the gradient
+
 void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, "fastkd: feature_ensemble: ", error); }
 
 template <class F>
@@ -237,9 +241,21 @@ void run_backward(const Args& args, const Tensor& like) { on_stream(args, like, 
 
 #endif
 
-std::tuple<Tensor, Tensor> forward(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers,
-                                   const std::optional<Tensor>& weights, const std::vector<double>& host_weights,
-                                   int64_t p, int64_t norm, bool mean_elements, int64_t reduction, bool need_grad) {
+// A gradient per student's map, where the kernels will write it.
+std::vector<Tensor> add_gradients(Inputs& in, const std::vector<Tensor>& students) {
+  std::vector<Tensor> grads;
+  for (size_t k = 0; k < students.size(); ++k) {
+    grads.push_back(empty_gradient(students[k], in.channels_last[k]));
+    in.pairs[k].grad = grads.back().data_ptr();
+  }
+  return grads;
+}
+
+// store: also the gradients for a grad_loss of 1.
+std::tuple<Tensor, Tensor, std::vector<Tensor>> forward(
+    const std::vector<Tensor>& students, const std::vector<Tensor>& teachers, const std::optional<Tensor>& weights,
+    const std::vector<double>& host_weights, int64_t p, int64_t norm, bool mean_elements, int64_t reduction,
+    bool need_grad, bool store) {
   Inputs in;
   fill_inputs(in, students, teachers, weights, host_weights, {p, norm, mean_elements, reduction});
   Args& args = in.args;
@@ -253,8 +269,17 @@ std::tuple<Tensor, Tensor> forward(const std::vector<Tensor>& students, const st
   args.loss = loss.data_ptr();
   args.state = need_grad ? state.data_ptr() : nullptr;
   args.distance = distance.data_ptr();
+  std::vector<Tensor> grads;
+  constexpr float one_float = 1;
+  constexpr double one_double = 1;
+  if (store) {
+    STD_TORCH_CHECK(kStoresGradient && need_grad && args.reduction != Reduction::none,
+                    "fastkd: gradients are stored on the CPU, of a loss that is one number");
+    args.grad_loss = args.student_type == DType::f64 ? static_cast<const void*>(&one_double) : &one_float;
+    grads = add_gradients(in, students);
+  }
   run_forward(args, like);
-  return {loss, state};
+  return {loss, state, grads};
 }
 
 std::vector<Tensor> backward(const Tensor& grad_loss, const std::vector<Tensor>& students,
@@ -267,11 +292,7 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const std::vector<Tensor>&
   const int64_t expected = args.reduction == Reduction::none ? args.samples : 1;
   STD_TORCH_CHECK(grad_loss.numel() == expected && grad_loss.scalar_type() == state.scalar_type(), "fastkd: grad_output");
   STD_TORCH_CHECK(state.numel() == kStatePlanes * args.total_groups, "fastkd: the state is another call's");
-  std::vector<Tensor> grads;
-  for (size_t k = 0; k < students.size(); ++k) {
-    grads.push_back(empty_gradient(students[k], in.channels_last[k]));
-    in.pairs[k].grad = grads.back().data_ptr();
-  }
+  std::vector<Tensor> grads = add_gradients(in, students);
   args.grad_loss = grad_loss.data_ptr();
   args.state = state.data_ptr();
   run_backward(args, students[0]);
@@ -285,7 +306,7 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const std::vector<Tensor>&
 STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
   m.def(
       "feature_ensemble_forward(Tensor[] students, Tensor[] teachers, Tensor? weights, float[] host_weights, int p, "
-      "int norm, bool mean_elements, int reduction, bool need_grad) -> (Tensor, Tensor)");
+      "int norm, bool mean_elements, int reduction, bool need_grad, bool store) -> (Tensor, Tensor, Tensor[])");
   m.def(
       "feature_ensemble_backward(Tensor grad, Tensor[] students, Tensor[] teachers, Tensor? weights, Tensor state, "
       "float[] host_weights, int p, int norm, bool mean_elements, int reduction) -> Tensor[]");

@@ -21,7 +21,7 @@ constexpr int kStatePlanes = 5;
 
 struct Pair {
   const void *student = nullptr, *teacher = nullptr;
-  void* grad = nullptr;                             // backward only; of a shared student in the first pair alone
+  void* grad = nullptr;                             // or null in the forward; of a shared student in the first pair alone
   int64_t student_stride = 0, teacher_stride = 0;   // between samples, in elements; the gradient's is outer * inner
   int64_t outer = 0, inner = 0;
   Group group = Group::all;
@@ -53,7 +53,7 @@ struct Args {
   void* sample_distance = nullptr;  // A [K, B]
   void* loss = nullptr;             // A [B] or []
   void* state = nullptr;            // A [kStatePlanes, groups], null where no gradient is needed
-  const void* grad_loss = nullptr;  // backward only: A [B] or []
+  const void* grad_loss = nullptr;  // A [B] or [], where a gradient is written
 };
 
 // cpu.cpp defines one of these per instruction set. Tasks [begin, end) of samples * (shared ? 1 : pairs), in scratch of

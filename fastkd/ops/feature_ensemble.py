@@ -76,19 +76,21 @@ def reference(call: Call) -> Tensor:
 # --- native: raw operations, fake kernels, autograd ---------------------------------------------------------------
 
 # csrc/feature_ensemble/op.cpp registers, with A = float64 for float64 maps, else float32:
-#   forward(students, teachers, weights, host_weights, p, norm, mean_elements, reduction, need_grad)
-#       -> loss A [] or [B]; state A [5, norms], or [0, norms] without a gradient
+#   forward(students, teachers, weights, host_weights, p, norm, mean_elements, reduction, need_grad, store)
+#       -> loss A [] or [B]; state A [5, norms], or [0, norms] without a gradient; with `store` (CPU, a loss that is one
+#          number) the gradients for grad_output = 1, else none
 #   backward(grad_output, students, teachers, weights, state, ...) -> a gradient per student's map, dense, in its layout
 # `namespace` is fastkd, or the test build that runs the CUDA kernels on the host.
 
 
 def register_fakes(namespace: str) -> None:
-    def forward(students, teachers, weights, host_weights, p, norm, mean_elements, reduction, need_grad):
+    def forward(students, teachers, weights, host_weights, p, norm, mean_elements, reduction, need_grad, store):
         student, dtype = students[0], common.accumulate_dtype(students[0].dtype)
         norms = sum(teacher.shape[0] * _norms_of_a_sample(teacher, NORMS[norm]) for teacher in teachers)
         return (
             student.new_empty((student.shape[0],) if reduction == 0 else (), dtype=dtype),
             student.new_empty((STATE_PLANES if need_grad else 0, norms), dtype=dtype),
+            [_dense_like(student) for student in students] if store else [],
         )
 
     def backward(grad, students, *rest):
@@ -137,9 +139,24 @@ def _options(call: Call) -> tuple:
     )  # fmt: skip
 
 
-def _forward(call: Call, need_grad: bool) -> tuple[Tensor, Tensor]:
+def _forward(call: Call, need_grad: bool, store: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
     ops = _backend.native_ops(call.students[0])
-    return ops.feature_ensemble_forward(call.students, call.teachers, call.weights, *_options(call), need_grad)
+    return ops.feature_ensemble_forward(call.students, call.teachers, call.weights, *_options(call), need_grad, store)
+
+
+def _stores(call: Call) -> bool:
+    """Whether the forward writes the gradients, while the maps are in the cache: on the CPU, of a loss that is one number.
+
+    Half precision would round them before grad_output comes to it.
+    """
+    if torch.compiler.is_compiling() or _backend.device_kind(call.students[0]) != "cpu":
+        return False
+    return call.reduction != "none" and call.students[0].dtype in (torch.float32, torch.float64)
+
+
+def _times(gradients: Sequence[Tensor], grad: Tensor) -> Sequence[Tensor]:
+    """Handing out the saved tensors is safe: autograd copies them where they are still saved (retain_graph=True)."""
+    return gradients if grad.item() == 1.0 else [gradient * grad for gradient in gradients]
 
 
 class _Native(torch.autograd.Function):
@@ -148,18 +165,21 @@ class _Native(torch.autograd.Function):
     @staticmethod
     def forward(ctx, count, weights, options, *maps):
         call = Call(maps[:count], maps[count:], weights, *options)
-        loss, state = _forward(call, True)
-        ctx.options, ctx.count = options, count
+        loss, state, gradients = _forward(call, True, _stores(call))
+        ctx.options, ctx.count, ctx.stored = options, count, len(gradients)
         inputs = (weights, *maps)
         # save_for_backward refuses tensors made under torch.inference_mode().
         inference = not torch.compiler.is_compiling() and any([t is not None and t.is_inference() for t in inputs])
         ctx.kept = inputs if inference else None
-        ctx.save_for_backward(state, *(() if inference else inputs))
+        ctx.save_for_backward(*gradients, state, *(() if inference else inputs))
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        state, *saved = ctx.saved_tensors
+        gradients, (state, *saved) = ctx.saved_tensors[: ctx.stored], ctx.saved_tensors[ctx.stored :]
+        # First the backward of a plain training loop. A fake tensor has no value to look at.
+        if gradients and type(grad) is Tensor and not torch.is_grad_enabled():
+            return None, None, None, *_times(gradients, grad), *([None] * (len(ctx.needs_input_grad) - 3 - ctx.count))
         weights, *maps = saved if ctx.kept is None else ctx.kept
         students = tuple(maps[: ctx.count])
         call = Call(students, tuple(maps[ctx.count :]), weights, *ctx.options)
