@@ -391,7 +391,8 @@ def test_networks_that_do_not_fit_are_found_at_the_first_batch(networks, selves,
 
 
 def test_without_relations_no_embedding_is_needed():
-    assert run(CTSLMKT([mlp(1), mlp(2)], former(), mutual_relation=False), *batch()).isfinite()
+    for options in ({"mutual_relation": False}, {"beta": 0}):
+        assert run(CTSLMKT([mlp(1), mlp(2)], former(), **options), *batch()).isfinite()
 
 
 def test_a_method_can_be_copied():

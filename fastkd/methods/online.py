@@ -32,12 +32,12 @@ class DML(CTSLMKT):
 
         sum_k [ CE(z_k) + mean_k' KD_T(z_k, sg z_k') ]
 
-    The paper updates its peers one after another, each against the others' newest predictions (P); here all take one
+    The paper updates its peers one after another, each against the others' newest predictions (S); here all take one
     step from the predictions of the same moment (C).
 
     Args:
         peers: M >= 2 networks with the same classes; logits [B, C] or an object with `.logits`.
-        temperature: T > 0; 1 (P).
+        temperature: T > 0; 1 (P: the equations have none).
         deploy: which peer `deployable()` gives.
         views: True: the inputs are a tuple of M views of the batch, one per peer (C).
 
@@ -119,7 +119,7 @@ class KDCL(Peers):
         logits = [logits_of(peer(view)) for peer, view in zip(self.running(), views, strict=True)]  # each [..., C]
         self.check_classes("peers", logits, logits[0].shape)
         common.check_target(self._name(), target, logits[0], "the peers' logits'")
-        ensemble = self.ensemble_of([z.detach() for z in logits], target)
+        ensemble = self.ensemble_of(logits, target)  # without a graph
         alone = [[0.0] * len(logits)] * len(logits)  # no peer learns from another one
         losses = functional.mutual_kd(
             logits,
