@@ -2,6 +2,9 @@
 
 from fastkd.methods.base import Batch, Method, Phase
 from fastkd.methods.baselines import AVER, CE, KD, TAKD
+from fastkd.methods.ctsl_mkt import CTSLMKT
 from fastkd.methods.dgkd import DGKD
+from fastkd.methods.online import DML, KDCL
+from fastkd.methods.rkd import RKD
 
-__all__ = ["AVER", "CE", "DGKD", "KD", "TAKD", "Batch", "Method", "Phase"]
+__all__ = ["AVER", "CE", "CTSLMKT", "DGKD", "DML", "KD", "KDCL", "RKD", "TAKD", "Batch", "Method", "Phase"]
