@@ -145,7 +145,7 @@ def _forward(call: Call, need_grad: bool, store: bool = False) -> tuple[Tensor, 
 
 
 def _stores(call: Call) -> bool:
-    """Whether the forward writes the gradients, while the maps are in the cache: on the CPU, of a loss that is one number.
+    """Whether the forward writes the gradients while the maps are in cache: on the CPU, of a loss that is one number.
 
     Half precision would round them before grad_output comes to it.
     """
