@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastkd import functional
 from fastkd.methods._batch import Batch
 from fastkd.methods._checks import check_apart, check_integer, check_network, check_networks, is_sequence
+from fastkd.methods._features import giving_outputs
 from fastkd.ops import _common as common
 
 __all__ = ["Batch", "Method", "Phase", "cross_entropy"]
@@ -97,7 +98,13 @@ class Method(nn.Module):
 
     Errors: TypeError for what is no network; ValueError for an empty sequence, for the same network twice, for a
     learner that shares a parameter with another network, and for a learner without a parameter that requires grad.
+
+    Attributes:
+        gives_outputs: for subclasses that need features or maps (`fastkd.methods._features.outputs_of`): True lets
+            `map_learners` wrap, of each learner with `forward_features`, a module whose call returns `Outputs`.
     """
+
+    gives_outputs = False
 
     def __init__(
         self,
@@ -164,9 +171,10 @@ class Method(nn.Module):
     def map_learners(self, wrap: Callable[[nn.Module], Callable]) -> Method:
         """Run each learning network through wrap(network): DistributedDataParallel, torch.compile. Returns the method.
 
-        A second call wraps the first one's result. State dicts and `deployable()` bear the networks themselves.
+        A second call wraps the first one's result. State dicts and `deployable()` bear the networks themselves. A
+        method that needs features hands `wrap` a module that holds the network and returns its `Outputs`.
         """
-        wrapped = {name: wrap(self.learner(name)) for name in self._learner_names}
+        wrapped = {name: wrap(self._to_wrap(name)) for name in self._learner_names}
         for name, network in wrapped.items():
             if not callable(network):
                 expected = f"a function that returns a callable network for {name}"
@@ -179,11 +187,11 @@ class Method(nn.Module):
         return self._wrapped[name] if name in self._wrapped else self.get_submodule(name)
 
     @torch.no_grad()
-    def teach(self, network: nn.Module, inputs: Any) -> Any:
-        """The output of a frozen network for `inputs`: in eval mode and without a graph."""
+    def teach(self, network: nn.Module, inputs: Any, run: Callable[[nn.Module, Any], Any] | None = None) -> Any:
+        """The output of a frozen network for `inputs`, or `run(network, inputs)`: in eval mode and without a graph."""
         if network.training:  # an evaluation elsewhere may have put it back to train mode: its statistics would move
             network.eval()
-        return network(inputs)
+        return network(inputs) if run is None else run(network, inputs)
 
     def train(self, mode: bool = True) -> Method:
         """As in nn.Module; frozen networks stay in eval mode."""
@@ -202,6 +210,10 @@ class Method(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self._random = state["random"].cpu()  # torch.load's map_location may have moved it
         self.iterations, self.epoch, self.epochs = state["iterations"], state["epoch"], state["epochs"]
+
+    def _to_wrap(self, name: str) -> Any:
+        network = self.learner(name)
+        return giving_outputs(network) if self.gives_outputs and name not in self._wrapped else network
 
     def _run(self, batch: Batch) -> Iterator[Phase]:
         # Choices come from a copy of the random state, kept only when the iteration is over.

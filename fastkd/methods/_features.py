@@ -1,0 +1,75 @@
+"""What a network gives beside its logits: the pooled embedding and the feature maps, for methods that teach by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastkd.models import Outputs, logits_of
+from fastkd.ops import _common as common
+
+_NEEDS = {"features": "its pooled embedding", "maps": "its feature maps"}
+
+
+def outputs_of(
+    network: Callable[[Any], Any], inputs: Any, method_name: str, argument: str, need: str = "features"
+) -> Outputs:
+    """The outputs of a network for `inputs`, with what the method needs of them.
+
+    Runs `network.forward_features(inputs)` where the network has it, else `network(inputs)`. A network that
+    `map_learners` wrapped is called, so that the wrapper sees it (DistributedDataParallel synchronises gradients in
+    its own call): `Method.gives_outputs` lets the wrapped module return `Outputs` there.
+
+    Args:
+        network: a learner as `Method.learner` gives it, or a frozen network.
+        inputs: as the network takes them.
+        method_name, argument: who asks and which network this is, for the errors.
+        need: "features": [B, D] | "maps": one [B, c, h, w] or more. What is not needed may be None.
+
+    Errors: one sentence that names fastkd.models.with_features. TypeError where the network returns no `Outputs` (or
+    other object with `.logits` and what is needed), ValueError where what is needed is None or of another shape.
+    """
+    output = network.forward_features(inputs) if hasattr(network, "forward_features") else network(inputs)
+    expected = f"a network that gives {_NEEDS[need]} (fastkd.models.with_features makes one of any network)"
+    if isinstance(output, Tensor) or not isinstance(getattr(output, "logits", None), Tensor):
+        raise common.wrong_type(method_name, argument, expected, f"{type(output).__name__} instead of Outputs")
+    outputs = Outputs(logits_of(output), getattr(output, "features", None), getattr(output, "maps", None))
+    if getattr(outputs, need) is None:
+        raise common.wrong_value(method_name, argument, expected, f"Outputs whose {need} are None")
+    if need == "features":
+        _check_shape(method_name, argument, outputs.features, "[B, D]", 2)
+    else:
+        if len(outputs.maps) == 0:
+            raise common.wrong_value(method_name, argument, expected, "Outputs without a map")
+        for feature_map in outputs.maps:
+            _check_shape(method_name, argument, feature_map, "[B, c, h, w]", 4)
+    return outputs
+
+
+class GivesOutputs(nn.Module):
+    """A network whose call is `forward_features`: what `map_learners` wraps of a network that has it.
+
+    Wrappers only see calls; a method of what they wrap, called from outside, passes them by.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self.training = network.training
+
+    def forward(self, inputs: Any) -> Outputs:
+        return self.network.forward_features(inputs)
+
+
+def giving_outputs(network: nn.Module) -> nn.Module:
+    """A module whose call returns `Outputs` where the network has `forward_features`; else the network itself."""
+    return GivesOutputs(network) if hasattr(network, "forward_features") else network
+
+
+def _check_shape(method_name: str, argument: str, value: object, shape: str, dims: int) -> None:
+    if not isinstance(value, Tensor) or value.dim() != dims:
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        kind = "features" if dims == 2 else "maps"
+        raise common.wrong_value(method_name, argument, f"a network whose {kind} have shape {shape}", got)
