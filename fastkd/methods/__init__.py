@@ -2,6 +2,8 @@
 
 from fastkd.methods.base import Batch, Method, Phase
 from fastkd.methods.baselines import AVER, CE, KD, TAKD
+from fastkd.methods.born_again import BAN
 from fastkd.methods.dgkd import DGKD
+from fastkd.methods.feed import FEED, FT
 
-__all__ = ["AVER", "CE", "DGKD", "KD", "TAKD", "Batch", "Method", "Phase"]
+__all__ = ["AVER", "BAN", "CE", "DGKD", "FEED", "FT", "KD", "TAKD", "Batch", "Method", "Phase"]
