@@ -3,7 +3,26 @@
 from fastkd.methods.base import Batch, Method, Phase
 from fastkd.methods.baselines import AVER, CE, KD, TAKD
 from fastkd.methods.born_again import BAN
+from fastkd.methods.ctsl_mkt import CTSLMKT
 from fastkd.methods.dgkd import DGKD
 from fastkd.methods.feed import FEED, FT
+from fastkd.methods.online import DML, KDCL
+from fastkd.methods.rkd import RKD
 
-__all__ = ["AVER", "BAN", "CE", "DGKD", "FEED", "FT", "KD", "TAKD", "Batch", "Method", "Phase"]
+__all__ = [
+    "AVER",
+    "BAN",
+    "CE",
+    "CTSLMKT",
+    "DGKD",
+    "DML",
+    "FEED",
+    "FT",
+    "KD",
+    "KDCL",
+    "RKD",
+    "TAKD",
+    "Batch",
+    "Method",
+    "Phase",
+]

@@ -44,11 +44,11 @@ def check_integer(method: str, argument: str, value: object, low: int | None = N
     return value
 
 
-def check_temperature(method: str, value: object) -> float:
+def check_temperature(method: str, value: object, argument: str = "temperature") -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise common.wrong_type(method, "temperature", "a finite number > 0", type(value).__name__)
+        raise common.wrong_type(method, argument, "a finite number > 0", type(value).__name__)
     if not (math.isfinite(value) and value > 0):
-        raise common.wrong_value(method, "temperature", "a finite number > 0", value)
+        raise common.wrong_value(method, argument, "a finite number > 0", value)
     return float(value)
 
 

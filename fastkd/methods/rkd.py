@@ -1,0 +1,98 @@
+"""RKD: Relational Knowledge Distillation (arXiv 1904.05068, CVPR 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import functional
+from fastkd.methods._checks import check_network
+from fastkd.methods._features import outputs_of
+from fastkd.methods._relations import rows_that_count, select
+from fastkd.methods.base import Batch, Method, Phase, cross_entropy
+from fastkd.models import logits_of
+from fastkd.ops import _common as common
+
+
+class RKD(Method):
+    """A student that keeps the distances and the angles between the embeddings that its teacher gives to a batch.
+
+        ce_weight * CE + distance * rkd_distance(f, f_teacher) + angle * rkd_angle(f, f_teacher)
+
+    f [B, D] are pooled embeddings. Distances are divided by the mean of the positive ones of their network, angles are
+    cosines in all triplets, both are compared by the Huber loss (P, equations 4 to 7; `fastkd.functional.rkd_distance`,
+    `rkd_angle`). Each default is marked (P) published, (S) from other people's code, (C) our choice.
+
+    Args:
+        student: the network to train; it gives logits and its pooled embedding (fastkd.models.with_features).
+        teacher: the network to learn from, frozen in place; it gives its pooled embedding. Its width and its classes
+            may differ from the student's.
+        distance: weight of the distances, >= 0. 25 (S: what distillation benchmarks take for RKD-DA).
+        angle: weight of the angles, >= 0. 50 (S).
+        ce_weight: weight of the cross-entropy, >= 0. 1 (S). With 0 no labels are needed.
+        process_group: a torch.distributed group; relations are then of the batch of all its processes, as in
+            `fastkd.functional.rkd_distance`. None: of each process's own.
+
+    With chunks > 1 relations are those within each chunk, weighted by its rows: not the relations of the whole batch,
+    which has pairs and triplets across chunks. Rows of -100 are in no relation: for that, relations read on the host,
+    once per chunk and before the networks run, which rows count. Nothing else waits for the device.
+
+    Errors: ValueError or TypeError in one sentence, before training; at the first batch for a network without an
+    embedding.
+    """
+
+    gives_outputs = True
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        distance: float = 25.0,
+        angle: float = 50.0,
+        ce_weight: float = 1.0,
+        process_group=None,
+    ):
+        name = self._name()
+        check_network(name, "student", student)
+        check_network(name, "teacher", teacher)
+        numbers = {"distance": distance, "angle": angle, "ce_weight": ce_weight}
+        numbers = {key: common.check_number(name, key, value, "a number >= 0", 0) for key, value in numbers.items()}
+        if not any(numbers.values()):
+            raise common.wrong_value(name, "ce_weight", "> 0 where distance and angle are 0", ce_weight)
+        super().__init__(learners={"student": student}, frozen={"teacher": teacher})
+        for key, value in numbers.items():
+            setattr(self, key, value)
+        self.process_group = process_group
+        self.gives_outputs = self.distance + self.angle > 0
+
+    def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        yield Phase([self.learner("student")], self._terms, batch)
+
+    def deployable(self) -> nn.Module:
+        """The student."""
+        return self.student
+
+    def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        student, terms = self.learner("student"), {}
+        if self.gives_outputs:
+            rows = rows_that_count(target)
+            run = partial(outputs_of, method_name=self._name(), argument="teacher")
+            taught = select(self.teach(self.teacher, inputs, run).features, rows)  # [N, E]
+            outputs = outputs_of(student, inputs, self._name(), "student")
+            logits, features = outputs.logits, select(outputs.features, rows)  # [B, C], [N, D]
+        else:
+            logits = logits_of(student(inputs))
+        if self.ce_weight > 0:
+            terms["ce"] = self.ce_weight * cross_entropy(logits, target)
+        for name, relation, weight in (
+            ("distance", functional.rkd_distance, self.distance),
+            ("angle", functional.rkd_angle, self.angle),
+        ):
+            if weight > 0:
+                terms[name] = weight * relation(features, taught, process_group=self.process_group)
+        return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
