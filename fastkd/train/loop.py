@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,9 @@ class Fit:
         epochs: passes over the training images.
         seed: of the order of the images and of PyTorch's generator.
         name: who trains, for messages: "teacher resnet14".
-        facts: what is written into each checkpoint beside the state: plain values without paths or times.
+        facts: what is written into each checkpoint beside the state: plain values without paths or times. "learners"
+            are the names of the networks that learn, the wanted one first.
+        others: name -> the networks that learn together with the wanted one.
     """
 
     method: Method
@@ -145,6 +147,7 @@ class Fit:
     seed: int
     name: str
     facts: dict[str, Any]
+    others: dict[str, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self):
         self.device = pick_device(self.settings.device)
@@ -255,7 +258,7 @@ class Fit:
         counts = getattr(self.method, "promotions", None)
         if counts is None:
             return {}
-        return {f"promotions_{n}": c for n, c in zip(self.facts["learners"], counts.tolist(), strict=False)}
+        return {f"promotions_{name}": n for name, n in zip(self.facts["learners"], counts.tolist(), strict=False)}
 
     def _end_epoch(self, epoch: int, row: Row) -> None:
         self.schedule.step()

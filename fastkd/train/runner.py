@@ -12,7 +12,7 @@ import functools
 import hashlib
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +100,16 @@ def stage_key(config: TrainConfig, stage: Stage, stages: dict[str, Stage]) -> st
 
 @dataclass
 class Result:
-    """A finished stage: its trained network, its metrics, and how long the training took in this process."""
+    """A finished stage: the network that it is for, its metrics, and where they are kept.
+
+    `others`: the networks that learned together with it, by the learners' names, where they were trained just now.
+    """
 
     stage: Stage
     network: nn.Module
     rows: list[Row]
     folder: Path | None
-    method: methods.Method | None = None
+    others: dict[str, nn.Module] = field(default_factory=dict)
 
 
 class Runner:
@@ -134,7 +137,9 @@ class Runner:
 
         Fresh networks are the same for every method of this seed. A network that goes on learning is a copy.
         """
-        learners = [self._learner(learner, trained) for learner in stage.learners]
+        return self._build(stage, self._learners(stage, trained), trained)
+
+    def _build(self, stage: Stage, learners: list[nn.Module], trained: Mapping[str, nn.Module]) -> methods.Method:
         torch.manual_seed(self._seed(f"{stage.name} {stage.method}"))  # of what the method makes beside the networks
         options = dict(stage.options)
         if "seed" in arguments(stage.method):
@@ -145,8 +150,9 @@ class Runner:
         facts = {"stage": stage.name, "network": stage.network, "method": stage.method, "seed": self.config.seed}
         facts |= {"num_classes": self.data.num_classes, "image_size": self.data.image_size}
         facts |= {"channels": self.data.channels, "learners": [learner.name for learner in stage.learners]}
+        learners = self._learners(stage, trained)
         return Fit(
-            self.build(stage, trained),
+            self._build(stage, learners, trained),
             self.data.with_views(stage.views) if stage.views > 1 else self.data,
             self.config,
             folder,
@@ -154,7 +160,11 @@ class Runner:
             self._seed(stage.learners[0].name),
             f"{stage.name} {stage.network}" if stage.name != "student" else f"{stage.method}: student {stage.network}",
             facts,
+            {learner.name: network for learner, network in list(zip(stage.learners, learners, strict=True))[1:]},
         )
+
+    def _learners(self, stage: Stage, trained: Mapping[str, nn.Module]) -> list[nn.Module]:
+        return [self._learner(learner, trained) for learner in stage.learners]
 
     def _learner(self, learner: Learner, trained: Mapping[str, nn.Module]) -> nn.Module:
         if learner.start:
@@ -173,7 +183,7 @@ class Runner:
         fit.run()
         if self.config.cache and stage.method == "ce" and fit.on_schedule():
             self._share(stage, folder)
-        return Result(stage, fit.method.deployable(), fit.rows, folder, fit.method)
+        return Result(stage, fit.method.deployable(), fit.rows, folder, fit.others)
 
     def _cached(self, stage: Stage) -> Path:
         """The folder of a stage in the cache, made if it is not there."""

@@ -94,10 +94,12 @@ def _larger_peers(config: TrainConfig) -> tuple[Learner, ...]:
 
 
 def alone(config: TrainConfig) -> list[Stage]:
+    """The student."""
     return [_student(config)]
 
 
 def taught(config: TrainConfig) -> list[Stage]:
+    """Teacher, student."""
     return [_teacher(config), _student(config, ("teacher",))]
 
 
@@ -109,7 +111,7 @@ _OPTIONS = {
 
 
 def _guided_assistants(config: TrainConfig, method: str, last_only: bool) -> list[Stage]:
-    """Teacher, assistants by decreasing size, student; each guided by all that are larger, or by the next larger."""
+    """Teacher, assistants by decreasing size, student."""
     stages = [_teacher(config)]
     options = {name: value for name, value in config.options.items() if name in _OPTIONS[method]}
 
@@ -122,36 +124,42 @@ def _guided_assistants(config: TrainConfig, method: str, last_only: bool) -> lis
 
 
 def dense(config: TrainConfig) -> list[Stage]:
+    """DGKD's: each network is guided by all that are larger."""
     return _guided_assistants(config, "dgkd", last_only=False)
 
 
 def chain(config: TrainConfig) -> list[Stage]:
+    """TAKD's: each network is guided by the next larger one."""
     return _guided_assistants(config, "takd", last_only=True)
 
 
 def group(config: TrainConfig) -> list[Stage]:
+    """ORC's: student and assistants, and as the last learner the teacher, which goes on from its own stage."""
     pivot = Learner("teacher", config.teacher, start="teacher")
     return [_teacher(config), _student(config, more=(*_larger_peers(config), pivot))]
 
 
-def peers(config: TrainConfig) -> list[Stage]:
+def peers(config: TrainConfig, guides: tuple[str, ...] = ()) -> list[Stage]:
+    """Student and assistants together."""
     assistants = _larger_peers(config)
     views = 1 + len(assistants) if config.options.get("views") is True else 1
-    return [_student(config, more=assistants, views=views)]
+    return [_student(config, guides, more=assistants, views=views)]
 
 
 def peers_and_selves(config: TrainConfig) -> list[Stage]:
-    """Each peer alone first. The student's self-teacher is the student of the method ce, the others' likewise."""
+    """Each peer alone before. The first self-teacher is the student of the method ce."""
     assistants = _larger_peers(config)
-    if config.options.get("self_learning") is False:
-        return [_student(config, more=assistants)]
-    alone = [Stage("self1", (Learner("student", config.student),), "ce", config.own_epochs)]
+    wanted = config.options.get("self_learning", True)
+    if not (any(wanted) if isinstance(wanted, (list, tuple)) else wanted):
+        return peers(config)
+    selves = [Stage("self1", (Learner("student", config.student),), "ce", config.own_epochs)]
     for number, learner in enumerate(assistants, 2):
-        alone.append(Stage(f"self{number}", (learner,), "ce", config.guide_epochs))
-    return [*alone, _student(config, tuple(stage.name for stage in alone), more=assistants)]
+        selves.append(Stage(f"self{number}", (learner,), "ce", config.guide_epochs))
+    return [*selves, *peers(config, tuple(stage.name for stage in selves))]
 
 
 def branches(config: TrainConfig) -> list[Stage]:
+    """Peers of the student's architecture on one stem, each with its own view of the images."""
     if config.branches < 2:
         raise UserError(f"{config.method} needs peers on one stem: give --branches 2 or more, got {config.branches}")
     learner = Learner("student", config.student, branches=config.branches)
@@ -166,11 +174,13 @@ def _copy(config: TrainConfig, name: str, number: int, method: str = "ce", guide
 
 
 def copies(config: TrainConfig) -> list[Stage]:
+    """Teachers of the student's architecture, then the student."""
     teachers = [_copy(config, f"teacher{number}", number) for number in range(1, config.num_teachers + 1)]
     return [*teachers, _student(config, tuple(stage.name for stage in teachers))]
 
 
 def generations(config: TrainConfig) -> list[Stage]:
+    """A chain of the student's architecture, each network guided by the one before."""
     if config.generations < 2:
         raise UserError(
             f"{config.method} is a chain of networks: give --generations 2 or more, got {config.generations}"
