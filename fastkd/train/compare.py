@@ -64,6 +64,8 @@ def time_steps(runner: Runner, results: dict[str, Result], rounds: int = ROUNDS)
     trained = {name: results[name].network for name in stage.needs}
     times: dict[str, list[float]] = {"native": [], "reference": []}
     fits = {backend: runner.fit(stage, trained, None) for backend in times}
+    for fit in fits.values():
+        fit.initialise()
     inputs, target = to_device(next(iter(fits["native"].train_batches)), fits["native"].device)
     for number in range(WARM_UP + rounds):
         for backend in sorted(times, reverse=bool(number % 2)):

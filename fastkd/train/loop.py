@@ -183,13 +183,13 @@ class Fit:
         """
         if self.epoch == 0 and self._unfinished is None:
             checkpoint.seed_all(self.seed)
-            self._initialise()
+            self.initialise()
         with catch_interrupt() as interrupted:
             for epoch in range(self.epoch, self.epochs):
                 self._run_epoch(epoch, interrupted)
         return self.rows
 
-    def _initialise(self) -> None:
+    def initialise(self) -> None:
         """Before the first epoch: what a method does with a few batches before it trains (DKEL)."""
         if hasattr(self.method, "initialise"):
             self.train_batches.sampler.set_epoch(0)

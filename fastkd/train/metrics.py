@@ -71,9 +71,8 @@ class Meter:
         loss = phase.loss.detach()
         self._losses.append((self.batches + 1, loss))
         self._accumulate("loss", loss * rows)
-        prefix = f"{phase.name}_" if getattr(phase, "name", "") else ""
         for name, part in phase.parts.items():
-            self._accumulate(prefix + name, part * rows)
+            self._accumulate(name if name.startswith(phase.name) else f"{phase.name}_{name}", part * rows)
 
     def end_batch(self, target: Tensor) -> None:
         """Counts the batch; raises Divergence if a look is due and a loss was not finite."""
