@@ -79,7 +79,7 @@ def check_peers(method: str, peers: object) -> list[nn.Module]:
 
 
 def per_peer(method: str, argument: str, value: object, count: int, check) -> list:
-    """One value for all of `count` peers, or a sequence with one for each; check(argument, value) refuses wrong ones."""
+    """A value for each of `count` peers, from one value or a sequence; check(argument, value) refuses wrong ones."""
     if isinstance(value, (tuple, list)):
         if len(value) != count:
             raise common.wrong_value(method, argument, f"one value, or {count}, one per peer", f"{len(value)} values")

@@ -34,8 +34,8 @@ class CTSLMKT(Peers):
     The loss is sum_k L_k. With z_k, f_k logits [B, C] and pooled embedding [B, D_k] of peer k, k' its M - 1 partners,
     zbar_k its frozen self-teacher, sg the stop of the gradient, and KD_T(z, t) = T^2 * mean_b KL(p_T(t) || p_T(z)):
 
-        L_k = alpha * CE(z_k) + gamma * KD_t(z_k, zbar_k)
-              + beta * mean_k' [ rkd_distance(f_k, sg f_k') + beta1 * rkd_angle(f_k, sg f_k') + beta2 * KD_1(z_k, sg z_k') ]
+        L_k = alpha * CE(z_k) + beta * mean_k' L_kk' + gamma * KD_t(z_k, zbar_k)
+        L_kk' = rkd_distance(f_k, sg f_k') + beta1 * rkd_angle(f_k, sg f_k') + beta2 * KD_1(z_k, sg z_k')
 
     Each default is marked (P) published, (S) from a summary of the paper, (C) our choice; the loss is (S), relations on
     the penultimate pooled embedding, the mean over the partners and the stop of their gradients are (C).
@@ -187,9 +187,7 @@ class CTSLMKT(Peers):
 
     def _check_that_all_learn(self) -> None:
         response, relation = self.beta * self.beta2 > 0, self.beta > 0
-        for k, (a, b, c) in enumerate(
-            zip(self.mutual_response, self.mutual_relation, self.self_learning, strict=True)
-        ):
+        for k, (a, b, c) in enumerate(zip(self.mutual_response, self.mutual_relation, self.self_learning, strict=True)):
             if not (self.alpha > 0 or (a and response) or (b and relation) or (c and self.gamma > 0)):
                 expected = f"> 0 where nothing else teaches peers[{k}]"
                 raise common.wrong_value(self._name(), "alpha", expected, self.alpha)

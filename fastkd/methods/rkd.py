@@ -33,7 +33,8 @@ class RKD(Method):
             may differ from the student's.
         distance: weight of the distances, >= 0. 25 (S: what distillation benchmarks take for RKD-DA).
         angle: weight of the angles, >= 0. 50 (S).
-        ce_weight: weight of the cross-entropy, >= 0. 1 (S). With 0 no labels are needed.
+        ce_weight: weight of the cross-entropy, >= 0. 1 (S). With 0 no labels are needed, and the student's classifier
+            has no gradient, of which DistributedDataParallel must know (find_unused_parameters=True).
         process_group: a torch.distributed group; relations are then of the batch of all its processes, as in
             `fastkd.functional.rkd_distance`. None: of each process's own.
 
