@@ -255,9 +255,11 @@ def _last_map(network: nn.Module, inputs: Any, *, method_name: str, argument: st
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Random numbers of this seed, on the host; afterwards the global generator is as it was."""
+    """Modules made inside have weights of this seed, on the host; the global generator is left as it was."""
+    # Not the stream of `seed` itself: a student made after torch.manual_seed(seed) has its weights from there.
+    own = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed), device="cpu"))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(own)
         yield
 
 
