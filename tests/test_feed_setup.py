@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as torch_functional
 from feed_helpers import Net, batch, bn_net, images, step
 from methods_helpers import CLASSES, mlp, same, snapshot
 from torch import nn
@@ -27,15 +28,27 @@ def test_making_the_method_changes_no_network(wrap):
     assert all(p.grad is None for p in method.parameters())
 
 
+class Dropping(nn.Module):
+    """Its dropout is a function, which a traced graph has with the mode of the tracing."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Linear(108, CLASSES)
+
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        return self.fc(torch_functional.dropout(x, 0.5, self.training).flatten(1))
+
+
 def test_a_traced_network_trains_its_training_graph():
-    """with_features has a graph per mode: after the look in eval mode, statistics must move again."""
-    network = nn.Sequential(
-        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.9), nn.Flatten(), nn.Linear(108, CLASSES)
-    )
-    method = FEED(with_features(network, ["1"]), [bn_net(2)], example=images()[0])
-    before, x = network[1].running_mean.clone(), images()[0]
-    assert not torch.equal(method.learner("student")(x).logits, method.learner("student")(x).logits)
-    assert not torch.equal(network[1].running_mean, before)
+    """with_features has a graph per mode: after the look in eval mode it must be the one of train mode again."""
+    network, x = Dropping(), images()[0]
+    method = FEED(with_features(network, ["bn"]), [bn_net(2)], example=x)
+    before, student = network.bn.running_mean.clone(), method.learner("student")
+    assert not torch.equal(student(x).logits, student(x).logits)
+    assert not torch.equal(network.bn.running_mean, before)
+    method.eval()
+    assert torch.equal(student(x).logits, student(x).logits)
 
 
 def test_transforms_follow_the_seed_and_the_student():
