@@ -109,9 +109,9 @@ class FEED(Method):
         check_integer(name, "seed", seed)
         width, widths = self._channels(student, teachers, channels, example)
         normalised = nn.BatchNorm2d if batch_norm else None
-        with _seeded(seed):
+        with seeded(seed):
             transforms = FeatureTransforms(width, widths, norm=normalised, layers=layers, negative_slope=negative_slope)
-        learners = {"student": student, "transforms": _beside(student, transforms)}
+        learners = {"student": student, "transforms": beside(student, transforms)}
         super().__init__(learners=learners, frozen={"teachers": teachers}, seed=seed)
         self.mode, self.beta, self.reduction, self.p, self.norm = mode, float(beta), reduction, p, norm
 
@@ -125,7 +125,7 @@ class FEED(Method):
     def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
         self._check_target(target)
         teachers = [
-            self.teach(teacher, inputs, partial(_last_map, method_name=self._name(), argument=f"teachers[{n}]"))
+            self.teach(teacher, inputs, partial(last_map, method_name=self._name(), argument=f"teachers[{n}]"))
             for n, teacher in enumerate(self.teachers)
         ]  # n x [B, c_n, H_n, W_n]
         outputs = outputs_of(self.learner("student"), inputs, self._name(), "student", "maps")
@@ -249,19 +249,21 @@ def _pooled(map: Tensor, size: list[int]) -> Tensor:
     return torch_functional.adaptive_avg_pool2d(map, size)
 
 
-def _last_map(network: nn.Module, inputs: Any, *, method_name: str, argument: str) -> Tensor:
+def last_map(network: nn.Module, inputs: Any, *, method_name: str, argument: str) -> Tensor:
     return outputs_of(network, inputs, method_name, argument, "maps").maps[-1]
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Random numbers of this seed, on the host; afterwards the global generator is as it was."""
+def seeded(seed: int) -> Iterator[None]:
+    """Modules made inside have weights of this seed, on the host; the global generator is left as it was."""
+    # Not the stream of `seed` itself: a student made after torch.manual_seed(seed) has its weights from there.
+    own = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed), device="cpu"))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(own)
         yield
 
 
-def _beside(network: nn.Module, module: nn.Module) -> nn.Module:
+def beside(network: nn.Module, module: nn.Module) -> nn.Module:
     """The module on the network's device and in its dtype."""
     first = next((p for p in network.parameters() if p.is_floating_point()), None)
     return module if first is None else module.to(first.device, first.dtype)
