@@ -3,5 +3,6 @@
 from fastkd.methods.base import Batch, Method, Phase
 from fastkd.methods.baselines import AVER, CE, KD, TAKD
 from fastkd.methods.dgkd import DGKD
+from fastkd.methods.dkel import DKEL, PCL
 
-__all__ = ["AVER", "CE", "DGKD", "KD", "TAKD", "Batch", "Method", "Phase"]
+__all__ = ["AVER", "CE", "DGKD", "DKEL", "KD", "PCL", "TAKD", "Batch", "Method", "Phase"]
