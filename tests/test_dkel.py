@@ -16,6 +16,7 @@ from torch import nn
 
 from fastkd import data
 from fastkd.methods import DKEL, PCL
+from fastkd.methods.dkel import _teaching
 from fastkd.models import Branched, Network, Outputs, branched
 
 CLASSES, T = 7, 3.0
@@ -446,6 +447,16 @@ def test_low_precision_autocast_is_close(epoch):
         assert nn.functional.cosine_similarity(grad.flatten(), expected.flatten(), dim=0) > 0.97
     train(methods[1], views, y, 1)
     assert all(p.dtype == torch.float32 for p in methods[1].teacher.parameters())
+
+
+def test_the_mean_of_the_teachers_is_not_rounded():
+    teachers = [torch.randn(4, CLASSES, generator=torch.Generator().manual_seed(k)).bfloat16() for k in range(3)]
+    columns, weights = _teaching(teachers, 0.5, 0.25)
+    assert {column.dtype for column in columns} == {torch.float32} and len(columns) == 6
+    assert torch.equal(columns[3], (teachers[1].float() + teachers[2].float()) / 2)
+    assert weights[0] == [0, 0.1875, 0.1875, 0.125, 0, 0]
+    assert _teaching(teachers, 0.5, 0.0)[0] == teachers  # in their own dtype, three columns to read
+    assert len(_teaching(teachers, 0.5, 1.0)[0]) == 3 and _teaching(teachers, 0.0, 0.5)[0] == []
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

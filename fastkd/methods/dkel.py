@@ -50,6 +50,7 @@ class DKEL(Method):
     No gradient goes into a target. The teacher runs in train mode and without a graph: its batch statistics are those
     of its own forward passes. After each step its parameters become a * teacher + (1 - a) * student; where the loop
     took no step (`phase.skipped`) they stay. Inputs are m views of the images, a tuple or list of m tensors.
+    Nothing here waits for a GPU. With several processes each rank's teacher keeps batch statistics of its own part.
 
     `variant="intended"` is the method as described: the teacher starts from random weights of its own, takes a few
     cross-entropy steps (`initialise`), and a is `momentum` from the first step on. `variant="released"` does what the
@@ -59,7 +60,8 @@ class DKEL(Method):
     which overwrites the teacher.
 
     An average with a = 0.999 follows about 1000 steps behind: in a short run, of few steps an epoch, the teacher
-    stays near its start and so does the deployed network. Take a smaller `momentum` there, 0.9 for 100 steps.
+    stays near its start, and so does the deployed network. Take a smaller `momentum` there, 0.9 for 100 steps. (An
+    average that warms up, PCL's and "released", does not start so far behind.)
 
     Each default is marked (P) published in paper or code, (C) our choice.
 
@@ -151,7 +153,10 @@ class DKEL(Method):
             self.steps += 1
 
     def deployable(self) -> nn.Module:
-        """The teacher's first peer (P, PCL): an ordinary network, image -> logits, in the teacher's own storages."""
+        """The teacher's first peer (P, PCL): an ordinary network, image -> logits, in the teacher's own storages.
+
+        Its parameters do not require grad.
+        """
         return self.teacher.peer(0)
 
     def initialise(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]], lr: float) -> None:
