@@ -3,5 +3,6 @@
 from fastkd.methods.base import Batch, Method, Phase
 from fastkd.methods.baselines import AVER, CE, KD, TAKD
 from fastkd.methods.dgkd import DGKD
+from fastkd.methods.orc import ORC
 
-__all__ = ["AVER", "CE", "DGKD", "KD", "TAKD", "Batch", "Method", "Phase"]
+__all__ = ["AVER", "CE", "DGKD", "KD", "ORC", "TAKD", "Batch", "Method", "Phase"]
