@@ -13,6 +13,7 @@ from methods_helpers import CLASSES, batch, bn_net, images, mlp, plain_ce, plain
 from torch import nn
 
 from fastkd.methods import CE, ORC
+from fastkd.methods._observe import data_parallel
 from fastkd.models import Outputs
 
 T, BETA = 3.0, 0.3
@@ -164,43 +165,28 @@ def test_roles_change():
 
 @pytest.mark.parametrize("options", [{}, {"promote": 2}, {"intensive": "group", "promote": 2}], ids=str)
 def test_a_phase_moves_only_its_own_networks(options):
+    """Neither weights nor buffers of the others, from before its forward passes to after the step."""
     method = ORC(bn_net(1), [bn_net(2), bn_net(3), bn_net(4), bn_net(5)], **options)
     method.train()
     optimizer = optimizer_of(method, 0.1)
     train(method, *images(), steps=2, optimizer=optimizer)  # momentum is there
-    sizes = []
+    states, sizes = [snapshot(n) for n in networks_of(method)], []
     for phase in method.phases(*images(seed=1)):
-        states = [snapshot(n) for n in networks_of(method)]
         optimizer.zero_grad(set_to_none=True)
         phase.loss.backward()
         optimizer.step()
         for network, before in zip(networks_of(method), states, strict=True):
             after = snapshot(network)
             if any(network is n for n in phase.networks):
-                grown = before["1.num_batches_tracked"] + (network[1].training and 1)
-                # The network ran before the phase was handed out: its statistics moved before the snapshot.
-                assert after["1.num_batches_tracked"] in (grown, grown - 1)
-                assert not any(torch.equal(after[k], before[k]) for k in before if k.endswith(("weight", "bias")))
+                assert not any(torch.equal(after[key], before[key]) for key in before)
+                assert after["1.num_batches_tracked"] == before["1.num_batches_tracked"] + 1
                 assert all(p.grad is not None for p in network.parameters())
             else:
                 assert same(after, before) and all(p.grad is None for p in network.parameters())
+        states = [snapshot(n) for n in networks_of(method)]
         sizes.append(len(phase.networks))
     k = method.promote
     assert sizes == [1 + k * (method.intensive == "group"), k, 4 - k]
-
-
-def test_each_network_trains_on_the_batch_as_often_as_it_is_taught():
-    """Buffers too: batch statistics of a network move once for each phase that trains it, and at no other time."""
-    for intensive, promoted_runs in (("pivot", 1), ("group", 2)):
-        method = ORC(bn_net(1), [bn_net(2), bn_net(3), bn_net(4)], intensive=intensive)
-        method.train()
-        for _ in range(3):
-            counts = [int(n[1].num_batches_tracked) for n in networks_of(method)]
-            before = method.promotions.clone()
-            train(method, *images(), steps=1)
-            runs = [int(n[1].num_batches_tracked) - c for n, c in zip(networks_of(method), counts, strict=True)]
-            promoted = (method.promotions - before).tolist()
-            assert runs == [1] + [promoted_runs if p else 1 for p in promoted]
 
 
 def test_the_evaluation_leaves_no_trace():
@@ -317,14 +303,14 @@ def test_beta_of_the_mix_up():
     x, y = batch(rows=2)
     for alpha in (0.3, 1.0, 4.0):
         method, shares = Mixed(mlp(1), [mlp(2), mlp(3)], alpha=alpha, seed=1), []
-        for _ in range(300):
+        for _ in range(200):
             list(method.phases(x, y))
             shares.append(method.share)
         shares = torch.tensor(shares, dtype=torch.float64)
         assert shares.min() >= 0 and shares.max() <= 1
         variance = 1 / (4 * (2 * alpha + 1))
-        assert abs(shares.mean() - 0.5) < 4.5 * (variance / 300) ** 0.5
-        assert abs(shares.var() / variance - 1) < 0.35
+        assert abs(shares.mean() - 0.5) < 4.5 * (variance / 200) ** 0.5
+        assert abs(shares.var() / variance - 1) < 0.4
 
 
 def test_the_mix_up_follows_the_seed():
@@ -580,6 +566,32 @@ def test_compiled_networks_give_the_same(backend):
     assert all(m.training for m in compiled.modules())
 
 
+@pytest.mark.parametrize("order", ["compiled inside", "compiled outside"])
+def test_compiled_and_data_parallel(order, tmp_path):
+    def wrap(network):
+        parallel = nn.parallel.DistributedDataParallel
+        if order == "compiled inside":
+            return parallel(torch.compile(network, backend="eager"))
+        return torch.compile(parallel(network), backend="eager")
+
+    torch.compiler.reset()
+    plain, wrapped = orc(bn_mlp, students=2), orc(bn_mlp, students=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped.map_learners(wrap)  # one process: no process group is needed
+        assert all(
+            type(data_parallel(wrapped.learner(name))) is nn.parallel.DistributedDataParallel
+            for name in ("pivot", "students.0", "students.1")
+        )
+        for method in (plain, wrapped):
+            train(method.train(), *batch(), steps=1)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(
+        torch.allclose(p, q, rtol=0, atol=1e-10) for p, q in zip(plain.parameters(), wrapped.parameters(), strict=True)
+    )
+
+
 class WithOutputs(nn.Module):
     def __init__(self, network):
         super().__init__()
@@ -717,14 +729,12 @@ def leave_buffers_alone(rank):
 
 
 def refuse_local_rankings():
-    parallel = nn.parallel.DistributedDataParallel
-    for wrap in (parallel, lambda network: torch.compile(parallel(network), backend="eager")):
-        try:
-            orc().map_learners(wrap)
-        except ValueError as error:
-            assert str(error).startswith("ORC: process_group must be given where networks"), error
-        else:
-            raise AssertionError("DistributedDataParallel without a process group was taken")
+    try:
+        orc().map_learners(nn.parallel.DistributedDataParallel)
+    except ValueError as error:
+        assert str(error).startswith("ORC: process_group must be given where networks"), error
+    else:
+        raise AssertionError("DistributedDataParallel without a process group was taken")
 
 
 def test_two_processes(tmp_path):
