@@ -161,7 +161,7 @@ RECIPES = {
 
 # Arguments that the plan gives, or that have no meaning on a command line.
 _FROM_PLAN = {"student", "students", "teacher", "teachers", "guides", "pivot", "peers", "self_teachers", "classifier"}
-_FROM_PLAN |= {"deploy", "process_group"}
+_FROM_PLAN |= {"deploy", "process_group", "channels", "example"}
 
 
 def recipe(name: str) -> Recipe:
