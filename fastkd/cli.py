@@ -16,9 +16,9 @@ from fastkd._version import __version__
 USAGE = """\
 usage: fastkd COMMAND [options]
 
-Knowledge distillation with several teachers.
+Knowledge distillation with several networks.
 
-  fastkd train     train one student by one method, and the guides that the method needs
+  fastkd train     train one student by one method, and the other networks that the method needs
   fastkd compare   several methods and seeds: a table, a picture, a report
   fastkd info      versions, devices, and which backend each operation uses and why
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 import torch
 import torch.nn.functional as torch_functional
@@ -16,9 +17,9 @@ MOST_GROUPED = 16  # channels per teacher up to which form="auto" groups
 class FeatureTransforms(nn.Module):
     """K non-linear transforms of one feature map, one per teacher: [B, c_S, H, W] -> K x [B, c_k, H, W].
 
-    Each is three 3x3 convolutions, c_S -> c_k -> c_k -> c_k, with LeakyReLU(0.1) after every one: the transforms NTL_n
-    of Park and Kwak, "Feature-level Ensemble Knowledge Distillation" (FEED, arXiv 1909.10754). Their outputs go into
-    `fastkd.functional.feature_ensemble` with the teachers' last feature maps.
+    Each is `layers` = three 3x3 convolutions, c_S -> c_k -> c_k -> c_k, with LeakyReLU(0.1) after every one: the
+    transforms NTL_n of Park and Kwak, "Feature-level Ensemble Knowledge Distillation" (FEED, arXiv 1909.10754). Their
+    outputs go into `fastkd.functional.feature_ensemble` with the teachers' last feature maps.
 
     Two forms compute the same numbers from the same parameters, so that a checkpoint of one loads into the other:
 
@@ -31,9 +32,11 @@ class FeatureTransforms(nn.Module):
         norm: a function of the channels that makes a normalisation layer, put before each LeakyReLU
             (`torch.nn.BatchNorm2d`, say); none by default. The convolutions have a bias only without it.
         form: "loop", "grouped", or "auto", which takes `chosen_form`.
+        layers: number of convolutions, at least 1.
+        negative_slope: of the LeakyReLU, in [0, 1]: 1 makes the transforms linear.
 
-    Raises ValueError where the channels are not positive, where there is no teacher, or where form="grouped" meets
-    several widths.
+    Raises ValueError where the channels or layers are not positive, where there is no teacher, for another slope, or
+    where form="grouped" meets several widths.
     """
 
     def __init__(
@@ -43,12 +46,16 @@ class FeatureTransforms(nn.Module):
         *,
         norm: Callable[[int], nn.Module] | None = None,
         form: str = "auto",
+        layers: int = 3,
+        negative_slope: float = SLOPE,
     ) -> None:
         super().__init__()
-        widths = _check(in_channels, out_channels, form)
+        widths = _check(in_channels, out_channels, form, layers, negative_slope)
         self.in_channels, self.out_channels, self.form = in_channels, widths, form
-        self.normalised = norm is not None
-        self.transforms = nn.ModuleList(_transform(in_channels, width, norm) for width in widths)
+        self.normalised, self.layers, self.negative_slope = norm is not None, layers, negative_slope
+        self.transforms = nn.ModuleList(
+            _transform(in_channels, width, norm, layers, negative_slope) for width in widths
+        )
 
     def forward(self, map: Tensor) -> list[Tensor]:
         form = chosen_form(map, self.out_channels, self.normalised) if self.form == "auto" else self.form
@@ -65,14 +72,15 @@ class FeatureTransforms(nn.Module):
                 bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
                 all = torch_functional.conv2d(all, weight, bias, padding=1, groups=groups)
             elif isinstance(layers[0], nn.LeakyReLU):
-                all = torch_functional.leaky_relu(all, SLOPE)
+                all = torch_functional.leaky_relu(all, self.negative_slope)
             else:  # a normalisation of each transform's own channels
                 parts = all.chunk(count, 1)
                 all = torch.cat([layer(part) for layer, part in zip(layers, parts, strict=True)], 1)
         return list(all.chunk(count, 1))
 
     def extra_repr(self) -> str:
-        return f"in_channels={self.in_channels}, out_channels={list(self.out_channels)}, form={self.form!r}"
+        names = ("in_channels", "out_channels", "form", "layers", "negative_slope")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def chosen_form(map: Tensor, out_channels: Sequence[int], normalised: bool = False) -> str:
@@ -89,23 +97,34 @@ def chosen_form(map: Tensor, out_channels: Sequence[int], normalised: bool = Fal
     return "grouped" if narrow and not normalised and map.device.type == "cpu" else "loop"
 
 
-def _transform(in_channels: int, out_channels: int, norm: Callable[[int], nn.Module] | None) -> nn.Sequential:
+def _transform(
+    in_channels: int,
+    out_channels: int,
+    norm: Callable[[int], nn.Module] | None,
+    count: int,
+    negative_slope: float,
+) -> nn.Sequential:
     layers = []
-    for k in range(3):
+    for k in range(count):
         channels = in_channels if k == 0 else out_channels
         layers.append(nn.Conv2d(channels, out_channels, 3, padding=1, bias=norm is None))
         if norm is not None:
             layers.append(norm(out_channels))
-        layers.append(nn.LeakyReLU(SLOPE))
+        layers.append(nn.LeakyReLU(negative_slope))
     return nn.Sequential(*layers)
 
 
-def _check(in_channels: object, out_channels: object, form: object) -> tuple[int, ...]:
+def _check(
+    in_channels: object, out_channels: object, form: object, layers: object, negative_slope: object
+) -> tuple[int, ...]:
     if not isinstance(out_channels, Sequence) or len(out_channels) == 0:
         raise ValueError(f"FeatureTransforms: out_channels must be a channel count per teacher, got {out_channels!r}")
-    for name, value in (("in_channels", in_channels), *(("out_channels", c) for c in out_channels)):
+    counts = (("in_channels", in_channels), *(("out_channels", c) for c in out_channels), ("layers", layers))
+    for name, value in counts:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"FeatureTransforms: {name} must be whole numbers of at least 1, got {value!r}")
+    if isinstance(negative_slope, bool) or not isinstance(negative_slope, Real) or not 0 <= negative_slope <= 1:
+        raise ValueError(f"FeatureTransforms: negative_slope must be a number in [0, 1], got {negative_slope!r}")
     if form not in FORMS:
         raise ValueError(f"FeatureTransforms: form must be one of {', '.join(map(repr, FORMS))}, got {form!r}")
     if form == "grouped" and len(set(out_channels)) > 1:

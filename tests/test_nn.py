@@ -27,6 +27,22 @@ def test_three_convolutions_with_leaky_relu_typed_again():
     assert [tuple(o.shape) for o in module(map)] == [(2, 6, 7, 6), (2, 4, 7, 6)]
 
 
+@pytest.mark.parametrize("form", ["loop", "grouped"])
+def test_layers_and_slope_are_what_was_asked_for(form):
+    torch.manual_seed(0)
+    module = FeatureTransforms(5, (4, 4), layers=2, negative_slope=0.3, form=form).double()
+    map = torch.randn(2, 5, 4, 4, dtype=torch.float64)
+    assert module.state_dict().keys() == {
+        f"transforms.{k}.{layer}.{name}" for k in range(2) for layer in (0, 2) for name in ("weight", "bias")
+    }
+    for transform, output in zip(module.transforms, module(map), strict=True):
+        x = map
+        for layer in (0, 2):
+            x = torch_functional.conv2d(x, transform[layer].weight, transform[layer].bias, padding=1)
+            x = torch.where(x > 0, x, 0.3 * x)
+        torch.testing.assert_close(output, x)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("norm", NORMS)
@@ -100,6 +116,19 @@ def test_wrong_calls(arguments, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         FeatureTransforms(*arguments[:2], form=arguments[2] if len(arguments) > 2 else "auto")
     assert str(caught.value).startswith("FeatureTransforms: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"layers": 0}, "layers must be whole numbers of at least 1, got 0"),
+        ({"negative_slope": -0.1}, r"negative_slope must be a number in \[0, 1\], got -0.1"),
+        ({"negative_slope": float("nan")}, r"negative_slope must be a number in \[0, 1\], got nan"),
+    ],
+)
+def test_wrong_options(options, sentence):
+    with pytest.raises(ValueError, match=f"^FeatureTransforms: {sentence}$"):
+        FeatureTransforms(5, [6], **options)
 
 
 def test_exported_on_first_use():

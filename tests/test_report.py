@@ -5,10 +5,7 @@ import re
 
 import pytest
 import torch
-from train_helpers import (
-    TINY,
-    one_thread,  # noqa: F401
-)
+from train_helpers import TINY, one_thread, untrained  # noqa: F401
 
 import fastkd
 from fastkd.train import Runner, TrainConfig, commands, report
@@ -74,7 +71,7 @@ def fake_comparison(tmp_path, accuracies: dict[str, list[float]]) -> comparing.C
     for method, values in accuracies.items():
         runner = Runner(config.run(method, 0, {}))
         stage = runner.stages["student"]
-        network = runner.build(runner.stages["student"], _guides(runner, stage)).deployable()
+        network = runner.build(stage, untrained(runner, stage)).deployable()
         comparison.runners[method] = runner
         comparison.seconds[method] = {"native": 0.001, "reference": 0.002}
         comparison.results[method] = {
@@ -82,12 +79,6 @@ def fake_comparison(tmp_path, accuracies: dict[str, list[float]]) -> comparing.C
             for seed, value in zip(seeds, values, strict=True)
         }
     return comparison
-
-
-def _guides(runner, stage):
-    from fastkd.train.runner import make_network
-
-    return [make_network(runner.stages[name].network, runner.data) for name in stage.guides]
 
 
 def test_summary_statistics(tmp_path):
@@ -138,7 +129,7 @@ def test_files_of_a_comparison(tmp_path):
 def test_steps_are_timed_with_both_backends_and_change_no_guide(tmp_path, monkeypatch):
     config = TrainConfig(method="kd", epochs=1, out=str(tmp_path), **TINY)
     runner = Runner(config)
-    teacher = _guides(runner, runner.stages["student"])[0]
+    teacher = untrained(runner, runner.stages["student"])["teacher"]
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     used = []
     original = fastkd.use_backend

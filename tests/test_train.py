@@ -30,7 +30,7 @@ from fastkd.train.runner import make_network, parse_network
 
 def small_fit(tmp_path, **options) -> Fit:
     runner = Runner(config(tmp_path, **options))
-    return runner.fit(runner.stages["student"], [], tmp_path / "run")
+    return runner.fit(runner.stages["student"], {}, tmp_path / "run")
 
 
 def test_epoch_is_the_plain_loop(tmp_path):
@@ -40,9 +40,8 @@ def test_epoch_is_the_plain_loop(tmp_path):
     fit.train_batches.sampler.set_epoch(0)
     other.train_batches.sampler.set_epoch(0)
     meter = Meter(fit.device, 1)
-    watching = meter.watch(fit.method.deployable())
-    train_epoch(fit.method, fit.train_batches, fit.optimizer, meter)
-    watching.remove()
+    with meter.watch(fit.method.deployable()):
+        train_epoch(fit.method, fit.train_batches, fit.optimizer, meter)
     loss, correct, network = 0.0, 0, network.train()
     for inputs, target in other.train_batches:
         logits = network(inputs)
@@ -106,14 +105,36 @@ def test_last_batch_of_one_image_is_left_out(tmp_path):
 def test_meter_reads_accuracy_only_of_training_outputs():
     network = nn.Linear(4, 3)
     meter = Meter(torch.device("cpu"), 1)
-    watching = meter.watch(network)
     inputs = torch.randn(8, 4)
-    target = network(inputs).argmax(1)  # the network is in train mode: all right
-    network.eval()(inputs + 100)  # must not count
-    meter.end_batch(target)
-    watching.remove()
+    with meter.watch(network):
+        target = network(inputs).argmax(1)  # the network is in train mode: all right
+        network.eval()(inputs + 100)  # must not count
+        meter.end_batch(target)
+    network.train()(inputs - 100)  # is not watched any more
+    assert meter._output is None
     assert meter.means()["accuracy"] == 1.0
     assert math.isnan(Meter(torch.device("cpu"), 1).means()["accuracy"])
+
+
+def test_meter_sees_networks_that_are_asked_for_features():
+    network = models.create("plain2", 10, image_size=8, channels=1, width=0.0625)
+    meter = Meter(torch.device("cpu"), 1)
+    with meter.watch(network):
+        logits = network.forward_features(torch.randn(8, 1, 8, 8)).logits
+        meter.end_batch(logits.argmax(1))
+    assert meter.means()["accuracy"] == 1.0
+    assert "forward_features" not in vars(network)
+
+
+def test_meter_gives_parts_the_name_of_their_phase():
+    meter = Meter(torch.device("cpu"), 1)
+    for name in ("private", "group"):
+        parts = {"ce": torch.tensor(2.0), f"{name}_kd": torch.tensor(1.0)}
+        meter.add(type("P", (), {"loss": torch.tensor(3.0), "parts": parts, "name": name})(), 4)
+    meter.end_batch(torch.zeros(4, dtype=torch.long))
+    means = meter.means()
+    assert [means[name] for name in ("private_ce", "private_kd", "group_ce", "group_kd")] == [2, 1, 2, 1]
+    assert means["loss"] == 6
 
 
 class Diverging(methods.CE):
@@ -129,7 +150,7 @@ class Diverging(methods.CE):
 @pytest.mark.parametrize("log_every", [1, 50])
 def test_divergence_names_network_epoch_and_batch(tmp_path, log_every):
     runner = Runner(config(tmp_path, batch_size=16, log_every=log_every))
-    fit = runner.fit(runner.stages["student"], [], tmp_path / "run")
+    fit = runner.fit(runner.stages["student"], {}, tmp_path / "run")
     fit.method = Diverging(fit.method.student)
     fit.optimizer = make_optimizer(fit.method, fit.settings)
     with pytest.raises(
@@ -144,7 +165,7 @@ def test_late_look_still_names_the_batch():
     meter = Meter(torch.device("cpu"), 1)
     meter.look_every = 10
     for value in (1.0, math.nan, 1.0):
-        phase = type("P", (), {"loss": torch.tensor(value), "parts": {}})()
+        phase = type("P", (), {"loss": torch.tensor(value), "parts": {}, "name": ""})()
         meter.add(phase, 4)
         meter.end_batch(torch.zeros(4, dtype=torch.long))
     with pytest.raises(Divergence, match="batch 2: the loss is nan"):

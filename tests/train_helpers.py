@@ -8,12 +8,14 @@ import torch
 from fastkd.train import Runner, TrainConfig, checkpoint
 from fastkd.train.loop import cpu_threads
 from fastkd.train.metrics import read_csv
+from fastkd.train.runner import make_network
 
 TINY = dict(
     train_size=60,
     teacher="plain2:width=0.25",
     assistants=["plain2:width=0.125"],
     student="plain2:width=0.0625",
+    num_teachers=2,
     quiet=True,
     device="cpu",
 )
@@ -32,6 +34,11 @@ def config(tmp_path, **options) -> TrainConfig:
 
 def run(options: TrainConfig):
     return Runner(options, say=lambda text: None).run()
+
+
+def untrained(runner: Runner, stage) -> dict[str, torch.nn.Module]:
+    """Fresh networks in the place of those that a stage needs."""
+    return {name: make_network(runner.stages[name].network, runner.data) for name in stage.needs}
 
 
 def assert_same(one, other, where="state"):

@@ -1,5 +1,6 @@
 """`load`: a data set by name, split, augmented and normalised."""
 
+import dataclasses
 import difflib
 import inspect
 import re
@@ -38,6 +39,11 @@ class Data:
     image_size: int
     channels: int
     classes: tuple[str, ...]
+
+    def with_views(self, views: int) -> "Data":
+        """The same data with so many independent augmentations of each training image, in the same memory."""
+        _check_number("Data.with_views", "views", views)
+        return dataclasses.replace(self, train=self.train.with_views(views))
 
 
 def names() -> list[str]:
@@ -100,16 +106,19 @@ def load(
 def _check(seed: int, train_size: int | None, validation: float | int, image_size: int | None, views: int) -> None:
     check_seed("load", seed)
     for argument, value in (("train_size", train_size), ("image_size", image_size), ("views", views)):
-        if value is None and argument != "views":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"load: {argument} must be an integer of at least 1, got {value!r}")
+        if value is not None or argument == "views":
+            _check_number("load", argument, value)
     good = isinstance(validation, int | float) and not isinstance(validation, bool) and validation >= 0
     if not good or (isinstance(validation, float) and validation >= 1):
         raise ValueError(
             f"load: validation must be a fraction (float from 0 to below 1) or a number of images (int), "
             f"got {validation!r}"
         )
+
+
+def _check_number(operation: str, argument: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{operation}: {argument} must be an integer of at least 1, got {value!r}")
 
 
 def _source(name: str, root: Path, download: bool, image_size: int | None, options: dict) -> Source:
@@ -138,8 +147,7 @@ def _check_options(name: str, known: tuple[str, ...], options: dict) -> None:
         if option not in known:
             has = f"it has {', '.join(known)}" if known else "it has none of its own"
             raise TypeError(f"load: {name} has no option {option!r}; {has}")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"load: {option} must be an integer of at least 1, got {value!r}")
+        _check_number("load", option, value)
 
 
 def _split(source: Source, train_size: int | None, validation: float | int, seed: int) -> tuple[Part, Part | None]:

@@ -1,5 +1,6 @@
 """Images in memory or in files, and the dataset that augments and normalises them."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -126,6 +127,13 @@ class ImageSet(Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def with_views(self, views: int) -> "ImageSet":
+        """The same images, with another number of views; the first ones stay as they are."""
+        other = copy.copy(self)
+        other.views = views
+        other.set_epoch(self.epoch)
+        return other
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -2,9 +2,32 @@
 
 from fastkd.methods.base import Batch, Method, Phase
 from fastkd.methods.baselines import AVER, CE, KD, TAKD
+from fastkd.methods.born_again import BAN
 from fastkd.methods.ctsl_mkt import CTSLMKT
 from fastkd.methods.dgkd import DGKD
+from fastkd.methods.dkel import DKEL, PCL
+from fastkd.methods.feed import FEED, FT
 from fastkd.methods.online import DML, KDCL
+from fastkd.methods.orc import ORC
 from fastkd.methods.rkd import RKD
 
-__all__ = ["AVER", "CE", "CTSLMKT", "DGKD", "DML", "KD", "KDCL", "RKD", "TAKD", "Batch", "Method", "Phase"]
+__all__ = [
+    "AVER",
+    "BAN",
+    "CE",
+    "CTSLMKT",
+    "DGKD",
+    "DKEL",
+    "DML",
+    "FEED",
+    "FT",
+    "KD",
+    "KDCL",
+    "ORC",
+    "PCL",
+    "RKD",
+    "TAKD",
+    "Batch",
+    "Method",
+    "Phase",
+]

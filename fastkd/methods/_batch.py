@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -57,6 +57,16 @@ class Batch:
         count, total = share
         dtype = torch.promote_types(loss.dtype, torch.float32)
         return (loss.to(dtype) * count / total).to(loss.dtype)
+
+
+def map_tree(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The same nested tuples, lists and dicts, with function(leaf) for each leaf."""
+    if isinstance(tree, Mapping):
+        return {key: map_tree(function, branch) for key, branch in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        branches = [map_tree(function, branch) for branch in tree]
+        return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)  # a NamedTuple, or not
+    return function(tree)
 
 
 def _tensors(tree: Any) -> Iterator[Any]:

@@ -48,6 +48,7 @@ class Phase:
 
     Attributes:
         networks: the networks that this phase trains, as `map_learners` wrapped them.
+        name: what a method of several phases calls this one ("private"); "" where there is one.
         chunks: how many losses `losses` yields.
         losses: an iterator of `chunks` scalars; the sum of their gradients is the gradient of the whole batch's loss.
         parts: name -> detached 0-d tensor, the terms of the loss as they enter the sum; with several chunks, summed
@@ -56,8 +57,11 @@ class Phase:
             it goes on to the next phase, and what follows a step (a moving average of the weights) is left out.
     """
 
-    def __init__(self, networks: Iterable[nn.Module], loss_of: Callable[[Any, Any], Terms], batch: Batch):
+    def __init__(
+        self, networks: Iterable[nn.Module], loss_of: Callable[[Any, Any], Terms], batch: Batch, name: str = ""
+    ):
         self.networks = tuple(networks)
+        self.name = name
         self.chunks = batch.chunks
         self.parts: dict[str, Tensor] = {}
         self.skipped = False

@@ -1,7 +1,18 @@
 """Networks: small ones, torchvision's with a first layer for small images, and the features of any network."""
 
 from .base import Network, Outputs, logits_of, parameters_count
+from .branched import Branched, branched
 from .features import with_features
 from .registry import create, names
 
-__all__ = ["Network", "Outputs", "create", "logits_of", "names", "parameters_count", "with_features"]
+__all__ = [
+    "Branched",
+    "Network",
+    "Outputs",
+    "branched",
+    "create",
+    "logits_of",
+    "names",
+    "parameters_count",
+    "with_features",
+]

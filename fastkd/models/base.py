@@ -56,10 +56,14 @@ class Network(nn.Module):
     forward(x)               image -> logits [B, num_classes]
 
     Several peers on a shared stem (ONE, PCL, DKEL) are one network's `forward_stem` and several
-    networks' `forward_branch`. `features_width` is D, the width of `Outputs.features`.
+    networks' `forward_branch`: `branched` makes them. `stem_layers()` names the modules that `forward_stem`
+    runs. `features_width` is D, the width of `Outputs.features`.
     """
 
     features_width: int
+
+    def stem_layers(self) -> tuple[str, ...]:
+        raise NotImplementedError
 
     def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
         raise NotImplementedError

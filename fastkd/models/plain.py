@@ -65,6 +65,9 @@ class PlainCNN(Network):
             self.features_width = self.hidden.out_features
         self.fc = nn.Linear(self.features_width, num_classes)
 
+    def stem_layers(self) -> tuple[str, ...]:
+        return tuple(f"stages.{i}" for i in range(len(self.stages) - 1))
+
     def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
         _check_size(x, self.image_size)
         maps = []

@@ -129,6 +129,9 @@ class CifarResNet(Network):
         self.fc = nn.Linear(inputs, num_classes)
         init_kaiming(self)
 
+    def stem_layers(self) -> tuple[str, ...]:
+        return "conv1", "bn1", "layer1", "layer2"
+
     def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
         first = self.layer1(F.relu(self.bn1(self.conv1(x))))  # [B, 16, H, W]
         return first, self.layer2(first)  # [B, 32, H/2, W/2]

@@ -52,6 +52,9 @@ class VGG(Network):
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
 
+    def stem_layers(self) -> tuple[str, ...]:
+        return tuple(f"stages.{i}" for i in range(len(self.stages) - 1))
+
     def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
         maps = []
         for stage in self.stages[:-1]:

@@ -63,6 +63,9 @@ class WideResNet(Network):
         init_kaiming(self)
         nn.init.zeros_(self.fc.bias)
 
+    def stem_layers(self) -> tuple[str, ...]:
+        return "conv1", "layer1", "layer2"
+
     def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
         first = self.layer1(self.conv1(x))  # [B, 16k, H, W]
         return first, self.layer2(first)  # [B, 32k, H/2, W/2]

@@ -4,13 +4,16 @@ from fastkd.train.config import CompareConfig, TrainConfig, UserError
 from fastkd.train.loop import Fit, Interrupted, evaluate, train_epoch
 from fastkd.train.plans import RECIPES, plan
 from fastkd.train.runner import Runner
+from fastkd.train.stages import Learner, Stage
 
 __all__ = [
     "RECIPES",
     "CompareConfig",
     "Fit",
     "Interrupted",
+    "Learner",
     "Runner",
+    "Stage",
     "TrainConfig",
     "UserError",
     "evaluate",

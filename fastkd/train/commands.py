@@ -10,7 +10,7 @@ from fastkd.train import compare as comparing
 from fastkd.train.config import CompareConfig, TrainConfig, UserError, differences, read_yaml, to_yaml
 from fastkd.train.locks import lock
 from fastkd.train.loop import cpu_threads, pick_device
-from fastkd.train.plans import recipe
+from fastkd.train.plans import RECIPES, plan, recipe
 from fastkd.train.report import percent, write_train_report
 from fastkd.train.runner import Result, Runner
 
@@ -48,7 +48,7 @@ def _keep_config(out: Path, config: TrainConfig | CompareConfig) -> None:
 
 
 def train(config: TrainConfig, command: str, say=print) -> dict[str, Result]:
-    """Train one student, and the guides that it needs; leaves checkpoints, metrics, curves and a report in OUT."""
+    """Train one student, and what it needs before; leaves checkpoints, metrics, curves and a report in OUT."""
     recipe(config.method)
     out = _open(config)
     with lock(out), cpu_threads(config.threads):
@@ -67,15 +67,19 @@ def _note_epochs(config: TrainConfig, out: Path, say) -> None:
     before = read_yaml(out / CONFIG).get("epochs", config.epochs) if (out / CONFIG).exists() else config.epochs
     if before == config.epochs or not checkpoint.epochs(out / "checkpoints"):
         return
-    if config.schedule != "constant" or recipe(config.method).guides != "none":
+    guides = [f"{stage.name} keeps its {stage.epochs} epochs" for stage in plan(config)[:-1]]
+    if config.schedule != "constant" or guides:
+        what = [*guides, f"the schedule ({config.schedule}) changes"]
         say(
-            f"note: planned were {before} epochs, now {config.epochs}: guides keep their {config.guide_epochs} epochs "
-            f"and the schedule ({config.schedule}) changes, so the result is not that of a run planned like this"
+            f"note: planned were {before} epochs, now {config.epochs}: {', '.join(what)}, so the result is not that of a "
+            "run planned like this"
         )
 
 
 def compare(config: CompareConfig, command: str, say=print) -> comparing.Comparison:
     """Run all methods and seeds, print the table, and leave the report, the picture and the metrics in OUT."""
+    if config.methods == ["all"]:
+        config = dataclasses.replace(config, methods=list(RECIPES))
     for method in config.methods:
         recipe(method)
     out = _open(config)

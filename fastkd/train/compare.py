@@ -15,9 +15,9 @@ from fastkd.train import checkpoint, environment
 from fastkd.train.config import CompareConfig, TrainConfig
 from fastkd.train.loop import Fit, pick_device, to_device
 from fastkd.train.metrics import write_csv
-from fastkd.train.plans import accepted, check_options, recipe
+from fastkd.train.plans import accepted, check_options, plan
 from fastkd.train.report import LAST_EPOCH, data_text, final, method_text, optimization_text, pyplot, save_figure, table
-from fastkd.train.runner import Result, Runner, stage_epochs
+from fastkd.train.runner import Result, Runner
 
 ROUNDS = 50  # of timed steps with each backend
 WARM_UP = 3
@@ -37,30 +37,35 @@ class Comparison:
 
 
 def run(config: CompareConfig, say) -> Comparison:
-    """Run what is not there yet; guides that several methods share are trained once a seed."""
+    """Run what is not there yet; what several methods share is trained once a seed."""
     check_options(config.methods, config.options)
-    comparison = Comparison(config)
+    comparison = Comparison(config, {method: {} for method in config.methods})
     runs = {(m, s): config.run(m, s, accepted(m, config.options)) for s in config.seeds for m in config.methods}
+    for one in runs.values():
+        plan(one)  # what cannot be planned shows before anything is trained
     for seed in config.seeds:
-        for method in config.methods:
+        for method in sorted(config.methods, key=lambda name: name != "ce"):  # other methods may use what ce trains
             runner = Runner(runs[method, seed], say)
             say(f"seed {seed}, {method}")
             comparison.runners.setdefault(method, runner)
-            comparison.results.setdefault(method, {})[seed] = runner.run()
-    for method, runner in comparison.runners.items():
-        comparison.seconds[method] = time_steps(runner, comparison.results[method][config.seeds[0]])
+            comparison.results[method][seed] = runner.run()
+    for method in config.methods:
+        results = comparison.results[method][config.seeds[0]]
+        comparison.seconds[method] = time_steps(comparison.runners[method], results)
     return comparison
 
 
 def time_steps(runner: Runner, results: dict[str, Result], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median seconds of a student's training step with each backend.
+    """Median seconds of a training step of the student's stage with each backend.
 
     The steps alternate between the backends, so that a change in the machine's load meets both alike.
     """
     stage = runner.stages["student"]
-    guides = [results[name].network for name in stage.guides]
+    trained = {name: results[name].network for name in stage.needs}
     times: dict[str, list[float]] = {"native": [], "reference": []}
-    fits = {backend: runner.fit(stage, guides, None) for backend in times}
+    fits = {backend: runner.fit(stage, trained, None) for backend in times}
+    for fit in fits.values():
+        fit.initialise()
     inputs, target = to_device(next(iter(fits["native"].train_batches)), fits["native"].device)
     for number in range(WARM_UP + rounds):
         for backend in sorted(times, reverse=bool(number % 2)):
@@ -187,23 +192,24 @@ def text(comparison: Comparison, command: str) -> str:
         f"Student {config.student} ({count} parameters), seeds {seeds}; mean +- standard deviation over the seeds."
     ]
     lines += ["", summary_table(comparison), "", "![accuracy of each method](comparison.png)", *_reading(), ""]
-    if any(recipe(m).guides != "none" for m in config.methods):
-        lines += ["## Guides", "", guides_table(comparison), ""]
+    if any(len(runner.stages) > 1 for runner in comparison.runners.values()):
+        lines += ["## Networks trained before", "", guides_table(comparison), ""]
     lines += ["## Methods", ""]
     lines += [f"- **{m}**: {method_text(m, accepted(m, config.options))}" for m in config.methods]
     lines += ["", "## Data", "", data_text(config, runner.data), ""]
     if config.train_size:
         lines += ["Each seed draws its own training images; the test images are the same for all.", ""]
-    lines += ["## Optimisation", "", optimization_text(config) + f" {_epochs_text(one, runner)}", ""]
+    lines += ["## Optimisation", "", optimization_text(config) + f" {_epochs_text(one)}", ""]
     lines += ["## How to repeat it", "", "```", command, "```", ""]
     device = pick_device(config.device)
     lines += [f"{environment.describe(device)}; {backend_text(device)}.", ""]
     return "\n".join(lines)
 
 
-def _epochs_text(one: TrainConfig, runner: Runner) -> str:
-    student = stage_epochs(one, runner.stages["student"])
-    return f"The student trains for {student} epochs with every method, teacher and assistants for {one.guide_epochs}."
+def _epochs_text(one: TrainConfig) -> str:
+    text = f"The student, and what learns together with it, trains for {one.epochs} epochs with every method; "
+    text += f"teacher and assistants that are trained before for {one.guide_epochs}, other networks of the student's "
+    return text + f"architecture (self1, teachers of feed-parallel, generations) for {one.own_epochs}."
 
 
 def _reading() -> list[str]:

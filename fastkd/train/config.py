@@ -52,12 +52,18 @@ class NetworkOptions:
         teacher: the largest network
         assistants: networks between teacher and student, by decreasing size: A,B,... ([] for none)
         student: the network that is wanted
+        num_teachers: feed-parallel: how many teachers of the student's architecture; default 5 (digits: 3)
+        generations: ban, feed-sequential: networks of the chain, the student among them
+        branches: dkel, pcl: peers on one stem
         checkpoint: checkpoint.NAME=FILE takes the weights of teacher, assistant1, ... from FILE, trains none
     """
 
     teacher: str = "resnet14"
     assistants: list[str] = field(default_factory=lambda: ["resnet8", "plain4:width=0.25"])
     student: str = "plain3:width=0.125"
+    num_teachers: int | None = None
+    generations: int = 3
+    branches: int = 3
     checkpoint: dict[str, str] = field(default_factory=dict)
 
 
@@ -67,7 +73,8 @@ class OptimizationOptions:
 
     Args:
         epochs: passes over the training images
-        guide_epochs: passes for the teacher and the assistants; 0 means as many as epochs
+        guide_epochs: passes for teacher and assistants where they are trained first; 0 means as many as epochs
+        own_epochs: the same for networks of the student's architecture (self1, FEED's teachers, generations)
         batch_size: images a step
         optimizer: sgd (momentum) or adamw
         lr: learning rate
@@ -82,6 +89,7 @@ class OptimizationOptions:
 
     epochs: int = 30
     guide_epochs: int = 0
+    own_epochs: int = 0
     batch_size: int = 32
     optimizer: Literal["sgd", "adamw"] = "adamw"
     lr: float = 0.01
@@ -105,7 +113,7 @@ class LoopOptions:
         keep: how many of the last checkpoints are kept; 0 keeps all
         log_every: steps between two looks at the loss on a GPU (on a CPU each step is looked at)
         quiet: print results only
-        cache: folder of teachers and assistants, to be shared between runs; default OUT/cache
+        cache: folder of the networks that are trained before the student, to be shared between runs; default OUT/cache
     """
 
     device: str = "auto"
@@ -136,28 +144,32 @@ class MethodOptions:
     resume: bool = False
 
 
+COMPARED = ("ce", "kd", "dgkd", "orc", "ctsl-mkt", "dkel", "feed-parallel")
+
+
 @dataclass
 class CompareOptions:
     """Comparison.
 
     Args:
-        methods: which methods: A,B,...
+        methods: which methods: A,B,...; all for all of them
         seeds: one run of each method for each seed: 0,1,...
         options: options.NAME=VALUE sets an argument of every method that has it
         out: folder of the comparison
         resume: go on from OUT, or start where nothing is there; without it an OUT that holds a run is refused
     """
 
-    methods: list[str] = field(default_factory=lambda: ["ce", "kd", "aver", "takd", "dgkd"])
+    methods: list[str] = field(default_factory=lambda: [*COMPARED])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     options: dict[str, Any] = field(default_factory=dict)
     out: str = "runs/compare"
     resume: bool = False
 
 
-_LEAST = {"epochs": 1, "guide_epochs": 0, "batch_size": 1, "warmup_epochs": 0, "eval_every": 1, "keep": 0}
+_LEAST = {"epochs": 1, "guide_epochs": 0, "own_epochs": 0, "batch_size": 1, "warmup_epochs": 0, "eval_every": 1}
+_LEAST |= {"num_teachers": 1, "generations": 1, "branches": 1, "keep": 0}
 _LEAST |= {"log_every": 1, "workers": 0, "train_size": 1, "image_size": 1, "seed": 0, "threads": 1}
-_OPTIONAL = ("train_size", "image_size", "threads", "seed")  # a comparison has no seed of its own
+_OPTIONAL = ("train_size", "image_size", "threads", "num_teachers", "seed")  # a comparison has no seed of its own
 _FINITE = ("lr", "momentum", "weight_decay", "gamma")  # >= 0
 
 
@@ -192,8 +204,11 @@ class Settings(DataOptions, NetworkOptions, OptimizationOptions, LoopOptions):
         _check_numbers(self)
         if self.threads is None and self.data == "digits":
             self.threads = 1
+        if self.num_teachers is None:
+            self.num_teachers = 3 if self.data == "digits" else 5
         # Settled here and kept in config.yaml: a run that is resumed for more epochs keeps the guides it has.
         self.guide_epochs = self.guide_epochs or self.epochs
+        self.own_epochs = self.own_epochs or self.epochs
 
 
 @dataclass

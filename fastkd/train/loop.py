@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,12 @@ def cpu_threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def batches_on(batches, device: torch.device) -> Iterator[tuple[Any, torch.Tensor]]:
+    """The (inputs, target) of a loader, on the device."""
+    for inputs, target in batches:
+        yield to_device(inputs, device), to_device(target, device)
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """A tensor, or a list of them (several views of the images)."""
     if isinstance(batch, (list, tuple)):
@@ -90,8 +96,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def train_epoch(method, batches, optimizer, meter: Meter, on_batch: Callable[[], None] = lambda: None) -> None:
     """One pass over `batches` of (inputs, target)."""
     method.train()
-    for inputs, target in batches:
-        inputs, target = to_device(inputs, meter.device), to_device(target, meter.device)
+    for inputs, target in batches_on(batches, meter.device):
         for phase in method.phases(inputs, target):
             optimizer.zero_grad(set_to_none=True)
             phase.loss.backward()
@@ -108,8 +113,7 @@ def evaluate(network: nn.Module, batches, device: torch.device) -> tuple[float, 
     network.eval()
     loss = correct = torch.zeros((), dtype=torch.float64, device=device)
     images = 0
-    for inputs, target in batches:
-        inputs, target = to_device(inputs, device), to_device(target, device)
+    for inputs, target in batches_on(batches, device):
         logits = logits_of(network(inputs)).float()  # [B, C]
         loss = loss + nn.functional.cross_entropy(logits, target, reduction="sum")
         correct = correct + (logits.argmax(1) == target).sum()
@@ -130,7 +134,9 @@ class Fit:
         epochs: passes over the training images.
         seed: of the order of the images and of PyTorch's generator.
         name: who trains, for messages: "teacher resnet14".
-        facts: what is written into each checkpoint beside the state: plain values without paths or times.
+        facts: what is written into each checkpoint beside the state: plain values without paths or times. "learners"
+            are the names of the networks that learn, the wanted one first.
+        others: name -> the networks that learn together with the wanted one.
     """
 
     method: Method
@@ -141,6 +147,7 @@ class Fit:
     seed: int
     name: str
     facts: dict[str, Any]
+    others: dict[str, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self):
         self.device = pick_device(self.settings.device)
@@ -176,10 +183,17 @@ class Fit:
         """
         if self.epoch == 0 and self._unfinished is None:
             checkpoint.seed_all(self.seed)
+            self.initialise()
         with catch_interrupt() as interrupted:
             for epoch in range(self.epoch, self.epochs):
                 self._run_epoch(epoch, interrupted)
         return self.rows
+
+    def initialise(self) -> None:
+        """Before the first epoch: what a method does with a few batches before it trains (DKEL)."""
+        if hasattr(self.method, "initialise"):
+            self.train_batches.sampler.set_epoch(0)
+            self.method.initialise(batches_on(self.train_batches, self.device), self.settings.lr)
 
     def _run_epoch(self, epoch: int, interrupted: Callable[[], bool]) -> None:
         self.method.start_epoch(epoch, self.epochs)
@@ -197,17 +211,15 @@ class Fit:
                     self._save(meter)
                     raise Interrupted
 
-            watching = meter.watch(self.method.deployable())
             try:
-                train_epoch(self.method, batches, self.optimizer, meter, on_batch)
+                with meter.watch(self.method.deployable()):
+                    train_epoch(self.method, batches, self.optimizer, meter, on_batch)
                 meter.look()
             except Divergence as error:
                 raise Divergence(
                     f"{self.name} trained by {type(self.method).__name__}: epoch {epoch + 1}, {error}: "
                     "try a smaller --lr or --warmup-epochs"
                 ) from error
-            finally:
-                watching.remove()
             row = self._row(epoch, meter, meter.images - resumed, time.perf_counter() - started)
             progress.finish(row)
         self._end_epoch(epoch, row)
@@ -228,8 +240,9 @@ class Fit:
 
     def _row(self, epoch: int, meter: Meter, images: int, train_seconds: float) -> Row:
         started = time.perf_counter()
-        row = {"epoch": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
+        row = {"epoch": epoch + 1, "lr": self.settings.lr * self.schedule.lr_lambdas[0](epoch)}
         row |= {f"train_{name}": value for name, value in meter.means().items()}
+        row |= self._promotions()
         due = (epoch + 1) % self.settings.eval_every == 0 or epoch + 1 == self.epochs
         for name, batches in self.held_out.items():
             loss, accuracy = math.nan, math.nan
@@ -239,6 +252,13 @@ class Fit:
         row["images_per_s"] = images / max(train_seconds, 1e-9)
         row["seconds"] = train_seconds + time.perf_counter() - started
         return row
+
+    def _promotions(self) -> Row:
+        """ORC: how often each network of the group was a temporary teacher since the start."""
+        counts = getattr(self.method, "promotions", None)
+        if counts is None:
+            return {}
+        return {f"promotions_{name}": n for name, n in zip(self.facts["learners"], counts.tolist(), strict=False)}
 
     def _end_epoch(self, epoch: int, row: Row) -> None:
         self.schedule.step()
@@ -298,6 +318,12 @@ class Fit:
         self.epoch, self.step = state["epoch"], state["step"]
         self.rows = [row for row in read_csv(self.folder / "metrics.csv") if row["epoch"] <= self.epoch]
         checkpoint.set_random_state(state["random"])
+
+    def on_schedule(self) -> bool:
+        """Whether each epoch had the rate of this schedule: not where the number of epochs was raised in between."""
+        factor = self.schedule.lr_lambdas[0]
+        rates = [self.settings.lr * factor(int(row["epoch"]) - 1) for row in self.rows]
+        return all(math.isclose(row["lr"], rate, rel_tol=1e-8) for row, rate in zip(self.rows, rates, strict=True))
 
     def _rates(self, epoch: int) -> list[float]:
         rates = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,8 @@ class Meter:
     """Means over the images of an epoch of the loss, its parts and the accuracy, without waiting for a GPU.
 
     `watch(network)` takes the accuracy from the outputs that the network gives while it trains, so that it costs no
-    forward pass of its own. Where it gives none, the accuracy is NaN.
+    forward pass of its own. Where it gives none, the accuracy is NaN. The parts of a phase that has a name bear it:
+    "private_ce".
     """
 
     def __init__(self, device: torch.device, look_every: int):
@@ -41,9 +45,26 @@ class Meter:
         self._losses: list[tuple[int, Tensor]] = []  # (batch, loss) that no one looked at yet
         self._output: Any = None
 
-    def watch(self, network: nn.Module):
-        """Returns a handle; `remove()` ends it."""
-        return network.register_forward_hook(self._keep_output)
+    @contextmanager
+    def watch(self, network: nn.Module) -> Iterator[None]:
+        """Within the block, the outputs of `network` are seen, also of `forward_features` called by itself."""
+        hook = network.register_forward_hook(lambda network, inputs, output: self._keep_output(network, output))
+        method = getattr(network, "forward_features", None)
+        if method is not None:
+
+            @functools.wraps(method)
+            def watched(*args, **kwargs):
+                output = method(*args, **kwargs)
+                self._keep_output(network, output)
+                return output
+
+            network.forward_features = watched  # methods that need features call it past the hooks of the network
+        try:
+            yield
+        finally:
+            hook.remove()
+            if method is not None:
+                del network.forward_features
 
     def add(self, phase: Phase, rows: int) -> None:
         """One update of the current batch, of `rows` images."""
@@ -51,7 +72,7 @@ class Meter:
         self._losses.append((self.batches + 1, loss))
         self._accumulate("loss", loss * rows)
         for name, part in phase.parts.items():
-            self._accumulate(name, part * rows)
+            self._accumulate(name if name.startswith(phase.name) else f"{phase.name}_{name}", part * rows)
 
     def end_batch(self, target: Tensor) -> None:
         """Counts the batch; raises Divergence if a look is due and a loss was not finite."""
@@ -89,7 +110,7 @@ class Meter:
         self.batches, self.images, self.judged = state["batches"], state["images"], state["judged"]
         self.sums = {name: total.to(self.device) for name, total in state["sums"].items()}
 
-    def _keep_output(self, network: nn.Module, inputs: Any, output: Any) -> None:
+    def _keep_output(self, network: nn.Module, output: Any) -> None:
         if network.training:
             self._output = output
 

@@ -1,12 +1,8 @@
-"""Which networks a method needs, in which order they are trained, and by what.
-
-A plan is a list of stages; each stage trains one network, and later stages are guided by earlier ones.
-"""
+"""The methods of the command line: what builds each, the plan of its stages, and its arguments."""
 
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,38 +11,11 @@ from typing import Any
 from torch import nn
 
 from fastkd import methods
+from fastkd.train import stages
 from fastkd.train.config import TrainConfig, UserError
+from fastkd.train.stages import Stage
 
-
-@dataclass(frozen=True)
-class Stage:
-    """One network and how it is trained: `method` guided by the networks of earlier stages, in this order."""
-
-    name: str  # teacher, assistant1, ..., student
-    network: str
-    method: str
-    guides: tuple[str, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-def _ce(student, guides, options):
-    return methods.CE(student, **options)
-
-
-def _kd(student, guides, options):
-    return methods.KD(student, guides[0], **options)
-
-
-def _aver(student, guides, options):
-    return methods.AVER(student, guides, **options)
-
-
-def _takd(student, guides, options):
-    return methods.TAKD(student, guides, **options)
-
-
-def _dgkd(student, guides, options):
-    return methods.DGKD(student, guides, **options)
+Networks = list[nn.Module]
 
 
 @dataclass(frozen=True)
@@ -55,53 +24,144 @@ class Recipe:
 
     Attributes:
         method: the class, for its arguments.
-        build: (student, guides, arguments) -> the method.
-        guides: the student's: none | teacher | all (teacher and assistants) | last (the smallest assistant).
-        assistants: the method that trains the assistants, one after another from the largest; their guides are chosen
-            as the student's. Empty for no assistants.
-        about: the guides, in a sentence for --help and report.md.
+        build: (learners, guides, arguments) -> the method; learners and guides in the order of the stage.
+        stages: config -> the stages that the student's needs, and the student's.
+        about: which networks there are and who teaches whom, for --help and report.md.
+        fixed: arguments of the class that this recipe sets itself.
     """
 
     method: type[methods.Method]
-    build: Callable[[nn.Module, list[nn.Module], dict[str, Any]], methods.Method]
-    guides: str
-    assistants: str
+    build: Callable[[Networks, Networks, dict[str, Any]], methods.Method]
+    stages: Callable[[TrainConfig], list[Stage]]
     about: str
+    fixed: dict[str, Any] = field(default_factory=dict)
 
+
+def _alone(method, **fixed):
+    return lambda learners, guides, options: method(learners[0], **options, **fixed)
+
+
+def _with_teacher(method, **fixed):
+    return lambda learners, guides, options: method(learners[0], guides[0], **options, **fixed)
+
+
+def _with_guides(method, **fixed):
+    return lambda learners, guides, options: method(learners[0], guides, **options, **fixed)
+
+
+def _peers(method):
+    return lambda learners, guides, options: method(learners, **options)
+
+
+def _pivot_and_group(method):
+    return lambda learners, guides, options: method(learners[-1], learners[:-1], **options)
+
+
+def _peers_and_guides(method):
+    return lambda learners, guides, options: method(learners, guides, **options)
+
+
+_TEACHER = "The teacher, trained by cross-entropy, guides the student"
+_GENERATIONS = (
+    "A chain of fresh networks of the student's architecture (--generations, the student is the last): the first "
+    "trained by cross-entropy, each next one guided by the "
+)
 
 RECIPES = {
-    "ce": Recipe(methods.CE, _ce, "none", "", "The student alone, by cross-entropy with the labels."),
-    "kd": Recipe(
-        methods.KD, _kd, "teacher", "", "The teacher, trained by cross-entropy, guides the student; no assistants."
-    ),
+    "ce": Recipe(methods.CE, _alone(methods.CE), stages.alone, "The student alone, by cross-entropy with the labels."),
+    "kd": Recipe(methods.KD, _with_teacher(methods.KD), stages.taught, f"{_TEACHER}; no assistants."),
     "aver": Recipe(
         methods.AVER,
-        _aver,
-        "all",
-        "dgkd",
+        _with_guides(methods.AVER),
+        stages.dense,
         "The teacher and all assistants guide the student, weight 1/K each. The assistants are those of dgkd, each "
         "guided by all larger networks (our choice).",
     ),
     "takd": Recipe(
         methods.TAKD,
-        _takd,
-        "last",
-        "takd",
+        _with_guides(methods.TAKD),
+        stages.chain,
         "A chain: the teacher, by cross-entropy, guides the largest assistant, each assistant the next smaller one, "
         "and the last one the student.",
     ),
+    "dml": Recipe(
+        methods.DML,
+        _peers(methods.DML),
+        stages.peers,
+        "Student and assistants, all fresh, learn together, each from the others' probabilities.",
+    ),
+    "kdcl": Recipe(
+        methods.KDCL,
+        _peers(methods.KDCL),
+        stages.peers,
+        "Student and assistants, all fresh, learn together, each from an ensemble of all.",
+    ),
+    "rkd": Recipe(
+        methods.RKD,
+        _with_teacher(methods.RKD),
+        stages.taught,
+        f"{_TEACHER} by the distances and angles between the embeddings of a batch; no assistants.",
+    ),
+    "ft": Recipe(
+        methods.FT, _with_teacher(methods.FT), stages.taught, f"{_TEACHER} by its last feature map; no assistants."
+    ),
+    "pcl": Recipe(
+        methods.PCL,
+        _alone(methods.PCL),
+        stages.branches,
+        "Peers of the student's architecture on one stem (--branches), each with its own augmentation of the images, "
+        "learn together from their ensemble and from their mean teachers. The first mean teacher is the network that "
+        "is kept.",
+    ),
+    "ban": Recipe(methods.BAN, _with_teacher(methods.BAN), stages.generations, _GENERATIONS + "one before it."),
     "dgkd": Recipe(
         methods.DGKD,
-        _dgkd,
-        "all",
-        "dgkd",
+        _with_guides(methods.DGKD),
+        stages.dense,
         "The teacher, by cross-entropy, and all larger assistants guide each assistant, and all of them the student. "
         "Guides are dropped (options.drop) for the student only.",
     ),
+    "orc": Recipe(
+        methods.ORC,
+        _pivot_and_group(methods.ORC),
+        stages.group,
+        "Student and assistants, all fresh, learn together as a group; at every step the best of them teach the "
+        "others. The teacher, trained by cross-entropy before, is their pivot and goes on learning.",
+    ),
+    "ctsl-mkt": Recipe(
+        methods.CTSLMKT,
+        _peers_and_guides(methods.CTSLMKT),
+        stages.peers_and_selves,
+        "Student and assistants, all fresh, learn together from each other's probabilities and relations, and each "
+        "from its self-teacher (self1, self2, ...): the same network trained alone by cross-entropy before, and frozen.",
+    ),
+    "dkel": Recipe(
+        methods.DKEL,
+        _alone(methods.DKEL),
+        stages.branches,
+        "As pcl, with mean teachers that start apart from the student and whose ensemble fades out. The first mean "
+        "teacher is the network that is kept.",
+    ),
+    "feed-parallel": Recipe(
+        methods.FEED,
+        _with_guides(methods.FEED, mode="parallel"),
+        stages.copies,
+        "Several teachers of the student's architecture (--num-teachers), each trained alone from its own seed, guide "
+        "the student by their last feature maps, each through its own transform.",
+        {"mode": "parallel"},
+    ),
+    "feed-sequential": Recipe(
+        methods.FEED,
+        _with_guides(methods.FEED, mode="sequential"),
+        stages.generations,
+        _GENERATIONS + "last feature map of the one before it.",
+        {"mode": "sequential"},
+    ),
 }
 
-_FROM_PLAN = {"self", "student", "teacher", "teachers", "guides"}
-_STUDENT_ONLY = ("drop", "survival", "drop_num", "ce_weight")
+# Arguments that the plan gives, or that have no meaning on a command line.
+_FROM_PLAN = {"student", "students", "teacher", "teachers", "guides", "pivot", "peers", "self_teachers", "classifier"}
+_FROM_PLAN |= {"deploy", "process_group", "channels", "example"}
 
 
 def recipe(name: str) -> Recipe:
@@ -118,8 +178,9 @@ def recipe(name: str) -> Recipe:
 
 def arguments(name: str) -> dict[str, Any]:
     """The arguments of a method that `options` may set, with their defaults."""
-    parameters = inspect.signature(recipe(name).method.__init__).parameters
-    return {p.name: p.default for p in parameters.values() if p.name not in _FROM_PLAN}
+    how = recipe(name)
+    hidden = _FROM_PLAN | set(how.fixed)
+    return {name: default for name, default in stages.parameters(how.method).items() if name not in hidden}
 
 
 def accepted(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -141,31 +202,21 @@ def check_options(names: list[str], options: dict[str, Any]) -> None:
 
 
 def plan(config: TrainConfig) -> list[Stage]:
-    """The stages of a run; the last one is the student's."""
+    """The stages of a run, each after those that it needs; the last one is the student's."""
     how = recipe(config.method)
     check_options([config.method], config.options)
-    stages = []
-    if how.guides != "none":
-        stages.append(Stage("teacher", config.teacher, "ce"))
-    if how.assistants:
-        shared = {k: v for k, v in accepted(how.assistants, config.options).items() if k not in _STUDENT_ONLY}
-        for number, network in enumerate(config.assistants, 1):
-            guides = _guides(stages, how.guides)
-            stages.append(Stage(f"assistant{number}", network, how.assistants, guides, shared))
-    _check_checkpoints(config, stages)
-    guides = _guides(stages, how.guides)
-    return [*stages, Stage("student", config.student, config.method, guides, config.options)]
+    found = how.stages(config)
+    _check_checkpoints(config, found)
+    return found
 
 
-def _guides(stages: list[Stage], which: str) -> tuple[str, ...]:
-    """The networks so far that guide the next one."""
-    return tuple(stage.name for stage in stages[-1 if which == "last" else 0 :])
-
-
-def _check_checkpoints(config: TrainConfig, stages: list[Stage]) -> None:
-    known = ["teacher", *(f"assistant{i}" for i in range(1, len(config.assistants) + 1))]
+def _check_checkpoints(config: TrainConfig, found: list[Stage]) -> None:
+    guides = [stage.name for stage in found[:-1]]
+    # A config serves several methods: those that have no assistants let their checkpoints pass.
+    usual = ["teacher", *(f"assistant{number}" for number in range(1, len(config.assistants) + 1))]
+    known = list(dict.fromkeys([*guides, *usual]))
     for name, path in config.checkpoint.items():
         if name not in known:
             raise UserError(f"--checkpoint.{name}: there is no such guide: known are {', '.join(known)}")
-        if any(stage.name == name for stage in stages) and not Path(path).is_file():
+        if name in guides and not Path(path).is_file():
             raise UserError(f"--checkpoint.{name}: there is no file {path}: give an existing checkpoint")

@@ -49,9 +49,8 @@ class Progress:
         self.last = now
         means = meter.means()
         speed = (meter.images - self.images_before) / max(now - self.started, 1e-9)
-        self.bar.set_postfix_str(
-            f"loss {means['loss']:.3f}, accuracy {100 * means['accuracy']:.1f} %, {speed:.0f} images/s", refresh=False
-        )
+        accuracy = f"accuracy {100 * means['accuracy']:.1f} %, " if means["accuracy"] >= 0 else ""
+        self.bar.set_postfix_str(f"loss {means['loss']:.3f}, {accuracy}{speed:.0f} images/s", refresh=False)
         self.bar.refresh()
 
     def finish(self, row: Row) -> None:
@@ -60,10 +59,10 @@ class Progress:
         if self.quiet or (now - Progress.printed < LINES and not self.is_last):
             return
         Progress.printed = now
-        text = f"{self.title}  loss {row['train_loss']:.3f}  accuracy {100 * row['train_accuracy']:.1f} %"
-        for name in ("validation", "test"):
-            if row.get(f"{name}_accuracy", float("nan")) >= 0:  # false for NaN: not evaluated in this epoch
-                text += f"  {name} {100 * row[f'{name}_accuracy']:.1f} %"
+        text = f"{self.title}  loss {row['train_loss']:.3f}"
+        for name, label in (("train", "accuracy"), ("validation", "validation"), ("test", "test")):
+            if row.get(f"{name}_accuracy", float("nan")) >= 0:  # false for NaN: not measured in this epoch
+                text += f"  {label} {100 * row[f'{name}_accuracy']:.1f} %"
         text += f"  {row['images_per_s']:.0f} images/s"
         if self.bar is not None:
             self.bar.clear()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 from fastkd import models
 from fastkd._extras import require
+from fastkd.data import loader
 from fastkd.train import checkpoint, environment
 from fastkd.train.config import Settings, TrainConfig
-from fastkd.train.loop import pick_device
+from fastkd.train.loop import evaluate, pick_device
 from fastkd.train.metrics import Row
 from fastkd.train.plans import arguments, recipe
-from fastkd.train.runner import Result, stage_epochs
+from fastkd.train.runner import Result
 
 LAST_EPOCH = (
     "Accuracies are those after the last epoch. No epoch, network or setting was chosen by the test images within this "
@@ -34,9 +36,11 @@ def save_figure(figure, path: Path) -> None:
 
 
 def draw_curves(rows: list[Row], path: Path, title: str, guides: dict[str, float] | None = None) -> None:
-    """Loss and accuracy over the epochs. guides: label -> final test accuracy in 0..1, drawn as horizontal lines."""
+    """Loss, accuracy and the loss's terms over the epochs. guides: label -> final test accuracy in 0..1, drawn as horizontal lines."""
     plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    found = terms(rows)
+    panels = 3 if found else 2
+    figure, (left, right, *third) = plt.subplots(1, panels, figsize=(5 * panels, 4), layout="constrained")
     figure.suptitle(title)
     marker = "o" if len(rows) < 3 else None  # one epoch is no line
     for name, color in (("train", "C0"), ("validation", "C2"), ("test", "C1")):
@@ -50,18 +54,29 @@ def draw_curves(rows: list[Row], path: Path, title: str, guides: dict[str, float
         style = ("--", ":", "-.")[number % 3]
         right.axhline(100 * accuracy, color="0.45", linewidth=1, linestyle=style, label=f"{label}, test, last epoch")
     left.set_ylabel("loss per image")
-    left.set_yscale("log")  # the method's loss and the cross-entropy may be far apart
-    left.yaxis.set_major_locator(require("matplotlib.ticker", "Drawing curves").LogLocator(subs=(1, 2, 5)))
-    left.yaxis.set_major_formatter("{x:g}")
-    left.yaxis.set_minor_formatter("")
+    _log_scale(left)
     right.set_ylabel("accuracy [%]")
-    for axis in (left, right):
+    for axis in third:
+        for number, (name, values) in enumerate(found.items()):
+            style = dict(color=f"C{number % 10}", label=name, marker=marker, markersize=4)
+            axis.plot([row["epoch"] for row in rows], values, linestyle=("-", "--")[number // 10 % 2], **style)
+        axis.set_ylabel("terms of the method's loss, per image")
+        _log_scale(axis)
+    for axis in (left, right, *third):
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     save_figure(figure, path)
     plt.close(figure)
+
+
+def _log_scale(axis) -> None:
+    """The method's loss, its terms and the cross-entropy may be far apart."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(require("matplotlib.ticker", "Drawing curves").LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
 
 
 def _label(name: str, kind: str) -> str:
@@ -90,18 +105,51 @@ def final(result: Result, name: str = "test_accuracy") -> float:
     return result.rows[-1].get(name, math.nan) if result.rows else math.nan
 
 
-def networks_table(config: TrainConfig, results: dict[str, Result]) -> str:
+def networks_table(config: TrainConfig, results: dict[str, Result], data) -> str:
     rows = []
     for result in results.values():
         stage = result.stage
         given = stage.name in config.checkpoint
         how = f"taken from {config.checkpoint[stage.name]}" if given else stage.method
-        epochs = "-" if given else str(stage_epochs(config, stage))
+        epochs = "-" if given else str(stage.epochs)
         count = f"{models.parameters_count(result.network):,}"
         rows.append([stage.name, stage.network, count, how, ", ".join(stage.guides) or "-", epochs])
         rows[-1].append(percent(final(result)))
-    header = ["stage", "network", "parameters", "trained by", "guided by", "epochs", "test accuracy [%]"]
+        for learner in stage.learners[1:]:
+            network = result.others[learner.name]
+            name = f"{learner.name}, going on" if learner.start else learner.name
+            how = f"{stage.method}, with the {stage.name}"
+            rows.append([name, learner.network, f"{models.parameters_count(network):,}", how, "-", epochs])
+            batches = loader(data.test, 256, shuffle=False)
+            rows[-1].append(percent(evaluate(network, batches, pick_device(config.device))[1]))
+    header = ["network", "architecture", "parameters", "trained by", "guided by", "epochs", "test accuracy [%]"]
     return table(header, rows)
+
+
+def terms(rows: list[Row]) -> dict[str, list[float]]:
+    """The terms of the loss, epoch by epoch, where there are several; those of peers are added up.
+
+    {"ce": [...], "kd": [...]} from columns such as train_ce, train_kd, train_peers.0.ce.
+    """
+    found: dict[str, list[float]] = {}
+    columns = [name for row in rows for name in row if name.startswith("train_")]
+    for column in dict.fromkeys(columns):
+        name = re.sub(r"\bpeers\.\d+\.", "", column.removeprefix("train_"))
+        if name not in ("loss", "accuracy"):
+            values = [row.get(column, math.nan) for row in rows]
+            found[name] = [a + b for a, b in zip(found.get(name, [0.0] * len(rows)), values, strict=True)]
+    return found if len(found) > 1 else {}
+
+
+def _terms_text(rows: list[Row]) -> list[str]:
+    found = terms(rows)
+    cells = [[name, f"{values[0]:.4g}", f"{values[-1]:.4g}"] for name, values in found.items()]
+    lines = ["## Terms of the loss", "", table(["term", "first epoch", "last epoch"], cells), ""] if found else []
+    counts = {k.removeprefix("promotions_"): v for k, v in rows[-1].items() if k.startswith("promotions_")}
+    if counts:
+        shown = ", ".join(f"{name} {int(count)}" for name, count in counts.items())
+        lines += [f"Steps in which a network was a temporary teacher: {shown}.", ""]
+    return lines
 
 
 def data_text(config: Settings, data) -> str:
@@ -143,8 +191,9 @@ def train_report(config: TrainConfig, results: dict[str, Result], data, command:
         lines[-1] += f" (validation: {percent(last['validation_accuracy'])} %)"
     lines[-1] += "."
     lines += ["", "![loss and accuracy over the epochs](curves.png)", ""]
-    lines += ["## Networks", "", networks_table(config, results), ""]
+    lines += ["## Networks", "", networks_table(config, results, data), ""]
     lines += ["## Method", "", method_text(config.method, config.options), ""]
+    lines += _terms_text(student.rows)
     lines += ["## Data", "", data_text(config, data), ""]
     lines += ["## Optimisation", "", optimization_text(config), ""]
     lines += _how_to_repeat(command, config)

@@ -1,17 +1,18 @@
-"""Carries out a plan: builds networks and data, trains the guides once, and then the student.
+"""Carries out a plan: builds networks and data, trains what the student needs once, and then the student.
 
-Guides are trained by the same loop as the student and kept in a cache, under a name that changes with everything that
-determines their weights.
+Earlier stages are trained by the same loop as the student's and kept in a cache, under a name that changes with
+everything that determines their weights.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from fastkd.train.config import TrainConfig, UserError, fingerprint
 from fastkd.train.locks import lock
 from fastkd.train.loop import Fit, pick_device
 from fastkd.train.metrics import Row
-from fastkd.train.plans import Stage, arguments, plan, recipe
+from fastkd.train.plans import arguments, plan, recipe
+from fastkd.train.stages import Learner, Stage
 
 _TRAINING = ("batch_size", "optimizer", "lr", "momentum", "nesterov", "weight_decay", "schedule", "milestones")
 _TRAINING += ("gamma", "warmup_epochs")
@@ -53,9 +55,13 @@ def _value(text: str) -> Any:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def make_network(spec: str, data: datasets.Data) -> nn.Module:
+def make_network(spec: str, data: datasets.Data, branches: int = 0) -> nn.Module:
+    """A fresh network for these images; with `branches` so many peers on one stem."""
     name, options = parse_network(spec)
-    return models.create(name, data.num_classes, image_size=data.image_size, channels=data.channels, **options)
+    sizes = {"image_size": data.image_size, "channels": data.channels}
+    if branches:
+        return models.branched(name, data.num_classes, branches=branches, **sizes, **options)
+    return models.create(name, data.num_classes, **sizes, **options)
 
 
 @functools.lru_cache(maxsize=1)
@@ -76,12 +82,8 @@ def load_data(config: TrainConfig) -> datasets.Data:
     return _load(config.data, tuple(items.items()))
 
 
-def stage_epochs(config: TrainConfig, stage: Stage) -> int:
-    return config.epochs if stage.name == "student" else config.guide_epochs
-
-
 def stage_key(config: TrainConfig, stage: Stage, stages: dict[str, Stage]) -> str:
-    """Changes with all that determines the weights of this stage's network, its guides' keys among it."""
+    """Changes with all that determines the weights of this stage's network, the keys of what it needs among it."""
     if stage.name in config.checkpoint:
         content = Path(config.checkpoint[stage.name]).read_bytes()
         return fingerprint({"network": stage.network, "file": hashlib.sha256(content).hexdigest()})
@@ -89,22 +91,25 @@ def stage_key(config: TrainConfig, stage: Stage, stages: dict[str, Stage]) -> st
     facts = {name: values[name] for name in (*_DATA, *_TRAINING, "seed")}
     if config.data.startswith("imagefolder:"):
         facts["data"] = str(Path(config.data.partition(":")[2]).resolve())
-    facts |= {"name": stage.name, "network": stage.network, "method": stage.method, "options": stage.options}
-    facts |= {"epochs": stage_epochs(config, stage)}
+    facts |= {name: getattr(stage, name) for name in ("method", "options", "epochs", "views")}
+    facts |= {"learners": [dataclasses.asdict(learner) for learner in stage.learners]}
     # Arguments that are not given have the defaults of this version of the method.
     facts |= {"defaults": {k: repr(v) for k, v in arguments(stage.method).items()}}
-    return fingerprint(facts | {"guides": [stage_key(config, stages[name], stages) for name in stage.guides]})
+    return fingerprint(facts | {"needs": [stage_key(config, stages[name], stages) for name in stage.needs]})
 
 
 @dataclass
 class Result:
-    """A finished stage: its trained network, its metrics, and how long the training took in this process."""
+    """A finished stage: the network that it is for, its metrics, and where they are kept.
+
+    `others`: the networks that learned together with it, by the learners' names, where they were trained just now.
+    """
 
     stage: Stage
     network: nn.Module
     rows: list[Row]
     folder: Path | None
-    method: methods.Method | None = None
+    others: dict[str, nn.Module] = field(default_factory=dict)
 
 
 class Runner:
@@ -116,61 +121,97 @@ class Runner:
         pick_device(config.device)
         self.data = load_data(config)
         for stage in self.stages.values():  # a wrong name or option shows before anything is trained
-            self.build(stage, [make_network(self.stages[g].network, self.data) for g in stage.guides])
+            self.build(stage, {name: make_network(self.stages[name].network, self.data) for name in stage.needs})
 
     def run(self) -> dict[str, Result]:
         """Train what is not there yet; the results by the stages' names."""
         results: dict[str, Result] = {}
         for stage in self.stages.values():
-            guides = [results[name].network for name in stage.guides]
-            train = self._student if stage.name == "student" else self._guide
-            results[stage.name] = train(stage, guides)
+            trained = {name: results[name].network for name in stage.needs}
+            train = self._student if stage.name == "student" else self._earlier
+            results[stage.name] = train(stage, trained)
         return results
 
-    def build(self, stage: Stage, guides: list[nn.Module]) -> methods.Method:
-        """The method of a stage with a freshly initialised network: the same one for every method of this seed."""
-        torch.manual_seed(self._seed(stage))
-        network = make_network(stage.network, self.data)
+    def build(self, stage: Stage, trained: Mapping[str, nn.Module]) -> methods.Method:
+        """The method of a stage; `trained` holds the networks of the stages that it needs.
+
+        Fresh networks are the same for every method of this seed. A network that goes on learning is a copy.
+        """
+        return self._build(stage, self._learners(stage, trained), trained)
+
+    def _build(self, stage: Stage, learners: list[nn.Module], trained: Mapping[str, nn.Module]) -> methods.Method:
+        torch.manual_seed(self._seed(f"{stage.name} {stage.method}"))  # of what the method makes beside the networks
         options = dict(stage.options)
         if "seed" in arguments(stage.method):
             options.setdefault("seed", self.config.seed)
-        return recipe(stage.method).build(network, guides, options)
+        return recipe(stage.method).build(learners, [trained[name] for name in stage.guides], options)
 
-    def fit(self, stage: Stage, guides: list[nn.Module], folder: Path | None) -> Fit:
+    def fit(self, stage: Stage, trained: Mapping[str, nn.Module], folder: Path | None) -> Fit:
         facts = {"stage": stage.name, "network": stage.network, "method": stage.method, "seed": self.config.seed}
         facts |= {"num_classes": self.data.num_classes, "image_size": self.data.image_size}
-        facts |= {"channels": self.data.channels}
+        facts |= {"channels": self.data.channels, "learners": [learner.name for learner in stage.learners]}
+        learners = self._learners(stage, trained)
         return Fit(
-            self.build(stage, guides),
-            self.data,
+            self._build(stage, learners, trained),
+            self.data.with_views(stage.views) if stage.views > 1 else self.data,
             self.config,
             folder,
-            stage_epochs(self.config, stage),
-            self._seed(stage),
+            stage.epochs,
+            self._seed(stage.learners[0].name),
             f"{stage.name} {stage.network}" if stage.name != "student" else f"{stage.method}: student {stage.network}",
             facts,
+            {learner.name: network for learner, network in list(zip(stage.learners, learners, strict=True))[1:]},
         )
 
-    def _seed(self, stage: Stage) -> int:
-        return zlib.crc32(f"{self.config.seed} {stage.name}".encode())
+    def _learners(self, stage: Stage, trained: Mapping[str, nn.Module]) -> list[nn.Module]:
+        return [self._learner(learner, trained) for learner in stage.learners]
 
-    def _student(self, stage: Stage, guides: list[nn.Module]) -> Result:
+    def _learner(self, learner: Learner, trained: Mapping[str, nn.Module]) -> nn.Module:
+        if learner.start:
+            return copy.deepcopy(trained[learner.start]).requires_grad_(True)  # it may be frozen as a guide elsewhere
+        torch.manual_seed(self._seed(learner.name))
+        return make_network(learner.network, self.data, learner.branches)
+
+    def _seed(self, name: str) -> int:
+        return zlib.crc32(f"{self.config.seed} {name}".encode())
+
+    def _student(self, stage: Stage, trained: Mapping[str, nn.Module]) -> Result:
         folder = Path(self.config.out)
-        fit = self.fit(stage, guides, folder)
+        fit = self.fit(stage, trained, folder)
         if self.config.resume:
             fit.resume()
         fit.run()
-        return Result(stage, fit.method.deployable(), fit.rows, folder, fit.method)
+        if self.config.cache and stage.method == "ce" and fit.on_schedule():
+            self._share(stage, folder)
+        return Result(stage, fit.method.deployable(), fit.rows, folder, fit.others)
 
-    def _guide(self, stage: Stage, guides: list[nn.Module]) -> Result:
+    def _cached(self, stage: Stage) -> Path:
+        """The folder of a stage in the cache, made if it is not there."""
+        cache = Path(self.config.cache or Path(self.config.out) / "cache")
+        folder = cache / f"{stage.learners[0].name}-{stage_key(self.config, stage, self.stages)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _wait(self, folder: Path) -> Callable[[], None]:
+        return lambda: self.say(f"waiting for another run that trains {folder} ...")
+
+    def _share(self, stage: Stage, source: Path) -> None:
+        """Put a student that was trained alone where other methods look for it: it is their student's self-teacher."""
+        folder = self._cached(stage)
+        with lock(folder, wait=self._wait(folder)):
+            target = checkpoint.path_of(folder / "checkpoints", stage.epochs)
+            if not target.exists():
+                checkpoint.write_atomic(folder / "metrics.csv", (source / "metrics.csv").read_bytes())
+                last = checkpoint.path_of(source / "checkpoints", stage.epochs)
+                checkpoint.write_atomic(target, last.read_bytes())
+
+    def _earlier(self, stage: Stage, trained: Mapping[str, nn.Module]) -> Result:
         if stage.name in self.config.checkpoint:
             return self._given(stage, self.config.checkpoint[stage.name])
-        cache = Path(self.config.cache or Path(self.config.out) / "cache")
-        folder = cache / f"{stage.name}-{stage_key(self.config, stage, self.stages)}"
-        folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder, wait=lambda: self.say(f"waiting for another run that trains {folder} ...")):
+        folder = self._cached(stage)
+        with lock(folder, wait=self._wait(folder)):
             settings = dataclasses.replace(self.config, keep=1)
-            fit = self.fit(stage, guides, folder)
+            fit = self.fit(stage, trained, folder)
             fit.settings = settings
             fit.resume()
             if fit.epoch == fit.epochs and not self.config.quiet:

@@ -1,0 +1,61 @@
+"""A teacher that is the moving average of a student: where its weights start, and how they follow."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from fastkd.models import Branched
+from fastkd.ops import _common as common
+
+
+@contextlib.contextmanager
+def weights_from(seed: int) -> Iterator[None]:
+    """Modules made inside take their weights from a stream of their own; the global generator goes on as before.
+
+    Not from `seed` itself: the student may have been made after torch.manual_seed(seed), and the teacher would be it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    own = int(torch.randint(2**62, (), generator=generator, device="cpu"))
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(own)
+        yield
+
+
+def fresh_like(method: str, student: Branched) -> Branched:
+    """Random weights in the student's shapes, on its device and in its dtype."""
+    try:
+        teacher = student.fresh()
+    except ValueError:
+        expected = "given where the student was not made by fastkd.models.branched, which could make another one"
+        raise common.wrong_value(method, "teacher", expected, None) from None
+    like = next(student.parameters())
+    return teacher.to(like.device, like.dtype)
+
+
+def shapes(network: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(name, parameter.shape) for name, parameter in network.named_parameters()]
+
+
+def check_precision(method: str, teacher: nn.Module) -> None:
+    dtype = next(teacher.parameters()).dtype
+    if dtype.itemsize < 4:
+        expected = "of float32 or float64 parameters, since lower ones round an average away (use torch.autocast)"
+        raise common.wrong_type(method, "student", expected, dtype)
+
+
+def average(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher = momentum * teacher + (1 - momentum) * student, the parameters; buffers stay the teacher's own."""
+    get_ema_multi_avg_fn(momentum)(list(teacher.parameters()), list(student.parameters()), None)
+
+
+def average_gradients(network: nn.Module) -> None:
+    """Over the processes of a distributed run, where there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for parameter in network.parameters():
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= torch.distributed.get_world_size()

@@ -1,0 +1,343 @@
+"""DKEL: Decoupled Knowledge with Ensemble Learning for Online Distillation (arXiv 2312.11218), and PCL, its base.
+
+m peers grow on one stem, each sees its own augmentation of the image, and three sources teach them: the labels, an
+ensemble classifier on the features of all peers, and a mean teacher: the same networks with averaged weights. PCL
+(Wu and Gong, "Peer Collaborative Learning for Online Knowledge Distillation", AAAI 2021) starts the teacher as a copy
+of the student; DKEL decouples it by weights and first steps of its own, and lets its peers teach as an ensemble early.
+
+    student = fastkd.models.branched("resnet32", 100)
+    method = DKEL(student)
+    method.initialise(loader, lr)                  # before the first epoch
+    for views, target in loader:                   # m views of each image: fastkd.data.load(..., views=3)
+        for phase in method.phases(views, target): ...
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import functional
+from fastkd.methods._checks import check_apart, check_integer, check_network, check_temperature
+from fastkd.methods._mean_teacher import average, average_gradients, check_precision, fresh_like, shapes, weights_from
+from fastkd.methods.base import Batch, Method, Phase
+from fastkd.models import Branched
+from fastkd.ops import _common as common
+
+NEGLIGIBLE = 0.01  # a weight of the teachers' ensemble that counts as 0 (P, code)
+INIT_LR_FACTOR, INIT_WEIGHT_DECAY = 0.01, 5e-4  # of the teacher's first steps (P, code)
+
+
+class DKEL(Method):
+    """Peers on a shared stem, taught by their ensemble and by a decoupled mean teacher.
+
+    With z_j the logits [B, C] of peer j on view j, t_k those of the teacher's peer k on view k, z_e those of the
+    ensemble classifier on the peers' concatenated features, KD as in fastkd.methods.dgkd with `temperature`:
+
+        L = CE(z_e) + sum_j [ CE(z_j) + w * KD(z_j, z_e) + w * PM_j ]
+        PM_j = lam * KD(z_j, mean of t_k over k != j) + (1 - lam) * mean over k != j of KD(z_j, t_k)
+        w(epoch) = c * exp(-5 * (1 - epoch / R)^2) up to epoch R = ramp * epochs / of, then c
+        lam(epoch) = exp(-decay * epoch), and 0 once it is at most 0.01
+
+    No gradient goes into a target. The teacher runs in train mode and without a graph: its batch statistics are those
+    of its own forward passes. After each step its parameters become a * teacher + (1 - a) * student; where the loop
+    took no step (`phase.skipped`) they stay. Inputs are m views of the images, a tuple or list of m tensors.
+    Nothing here waits for a GPU. With several processes each rank's teacher keeps batch statistics of its own part.
+
+    `variant="intended"` is the method as described: the teacher starts from random weights of its own, takes a few
+    cross-entropy steps (`initialise`), and a is `momentum` from the first step on. `variant="released"` does what the
+    authors' code does: the teacher starts as a copy of the student and takes those steps; the ramp-up divides the epoch
+    by c instead of R, over `ramp` epochs of any run: w is e^-5 * c in epoch 0 and nothing (below 1e-170) until epoch
+    `ramp`; so lam, which has gone by then, has no effect; and a = min(1 - 1 / (g + 1), momentum) is 0 in step g = 0,
+    which overwrites the teacher.
+
+    An average with a = 0.999 follows about 1000 steps behind: in a short run, of few steps an epoch, the teacher
+    stays near its start, and so does the deployed network. Take a smaller `momentum` there, 0.9 for 100 steps. (An
+    average that warms up, PCL's and "released", does not start so far behind.)
+
+    Each default is marked (P) published in paper or code, (C) our choice.
+
+    Args:
+        student: a fastkd.models.Branched of m peers; 3 (P). Its parameters must be float32 or float64.
+        teacher: a Branched of the same shapes, trained in place by averaging. None: as `variant` says, random weights
+            (where the student was made by fastkd.models.branched) or a copy.
+        classifier: the ensemble classifier, a network [B, m * D] -> [B, C]; it learns with the student and is not
+            deployed. None: one linear layer (P).
+        temperature: T > 0; 3 (P).
+        ce_weight: weight of all cross-entropies, >= 0; 1 (P).
+        c: weight of the distillation after the ramp-up, >= 0; 0.1 (P, code).
+        ramp: epochs of the ramp-up, >= 0, in a run of `of` epochs; 80 (P).
+        of: 300 (P, the CIFAR schedule); a shorter run ramps up in the same fraction of its epochs (C). None: `ramp` is
+            in epochs of any run. "released" does not look at it.
+        decay: rate of lam per epoch, >= 0, not scaled; 0.5 (P, code). None: no teachers' ensemble, lam = 0.
+        init: the teacher takes init + 1 steps in `initialise`; 1 (P, code). None: no initialisation: the teacher is
+            PCL's, a copy of the student with the a of "released".
+        variant: "intended" (C) | "released".
+        momentum: a, in [0, 1]; 0.999 (P).
+        seed: of the random weights of teacher and classifier. Take the same on every rank.
+
+    Errors: ValueError or TypeError in one sentence, before training for all of the above; at the first batch for
+    inputs that are not m views and for a missing target. RuntimeWarning at the first batch without `initialise`.
+    """
+
+    def __init__(
+        self,
+        student: Branched,
+        *,
+        teacher: Branched | None = None,
+        classifier: nn.Module | None = None,
+        temperature: float = 3.0,
+        ce_weight: float = 1.0,
+        c: float = 0.1,
+        ramp: float = 80,
+        of: float | None = 300,
+        decay: float | None = 0.5,
+        init: int | None = 1,
+        variant: str = "intended",
+        momentum: float = 0.999,
+        seed: int = 0,
+    ):
+        name = self._name()
+        self._check_branched("student", student)
+        check_integer(name, "seed", seed)
+        common.check_choice(name, "variant", variant, ("intended", "released"))
+        temperature = check_temperature(name, temperature)
+        ce_weight = common.check_number(name, "ce_weight", ce_weight, "a finite number >= 0", 0)
+        c = common.check_number(name, "c", c, "a finite number >= 0", 0)
+        ramp = common.check_number(name, "ramp", ramp, "a finite number >= 0", 0)
+        of = None if of is None else common.check_number(name, "of", of, "a number >= 1, or None", 1)
+        decay = None if decay is None else common.check_number(name, "decay", decay, "a number >= 0, or None", 0)
+        init = None if init is None else check_integer(name, "init", init, 0)
+        momentum = common.check_number(name, "momentum", momentum, "a number in [0, 1]", 0, 1)
+        with weights_from(seed):  # the classifier first: the same one whatever the teacher
+            classifier = _classifier_of(name, student) if classifier is None else classifier
+            if teacher is None:
+                copied = variant == "released" or init is None
+                teacher = copy.deepcopy(student) if copied else fresh_like(name, student)
+        check_network(name, "classifier", classifier)
+        self._check_branched("teacher", teacher)
+        if shapes(teacher) != shapes(student):
+            raise common.wrong_value(name, "teacher", "a network of the student's shapes", "one of other shapes")
+        learners = {"student": student, "classifier": classifier}
+        check_apart(name, learners, {"teacher": teacher})
+        super().__init__(learners=learners, seed=seed)
+        self.teacher = teacher.requires_grad_(False)
+        self.temperature, self.ce_weight, self.momentum, self.variant = temperature, ce_weight, momentum, variant
+        self.c, self.ramp, self.of, self.decay, self.init = c, ramp, of, decay, init
+        self.steps, self.initialised = 0, False  # steps of the average
+
+    def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        self._check_views("inputs", batch.inputs)
+        check_precision(self._name(), self.teacher)
+        if self.init is not None and not self.initialised and self.steps == 0:
+            warnings.warn(
+                f"{self._name()}: initialise(batches, lr) was not called before training: the teacher goes without its "
+                "first steps (init=None says so on purpose)",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        weight, ensemble = self.distillation_weight(self.epoch, self.epochs), self.ensemble_weight(self.epoch)
+        networks = [self.learner("student"), self.learner("classifier")]
+        phase = Phase(networks, partial(self._terms, weight, ensemble), batch)
+        yield phase
+        if not phase.skipped:
+            average(self.teacher, self.student, self.momentum_at(self.steps))
+            self.steps += 1
+
+    def deployable(self) -> nn.Module:
+        """The teacher's first peer (P, PCL): an ordinary network, image -> logits, in the teacher's own storages.
+
+        Its parameters do not require grad.
+        """
+        return self.teacher.peer(0)
+
+    def initialise(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]], lr: float) -> None:
+        """The teacher's first steps: SGD on the mean of its peers' cross-entropies, for init + 1 of `batches`.
+
+        To be called before the first epoch, with the training set's (views, target) and the base learning rate: steps
+        of lr / 100, weight decay 5e-4, no momentum (P, code). It takes no batch and returns at once where it has run
+        before (saved in the state dict), and with init=None. With several processes every rank calls it: gradients are
+        averaged over the default group.
+        """
+        if self.init is None or self.initialised:
+            return
+        lr = common.check_number(self._name(), "lr", lr, "a finite number >= 0", 0)
+        device, training, done = next(self.teacher.parameters()).device, self.teacher.training, 0
+        self.teacher.requires_grad_(True).train()
+        optimizer = torch.optim.SGD(self.teacher.parameters(), lr * INIT_LR_FACTOR, weight_decay=INIT_WEIGHT_DECAY)
+        try:
+            for views, target in islice(batches, self.init + 1):
+                self._check_views("batches", views)
+                outputs = self.teacher([view.to(device, non_blocking=True) for view in views])
+                losses = self._cross_entropies([o.logits for o in outputs], target.to(device, non_blocking=True), 1.0)
+                optimizer.zero_grad(set_to_none=True)
+                losses.mean().backward()
+                average_gradients(self.teacher)
+                optimizer.step()
+                done += 1
+        finally:
+            self.teacher.requires_grad_(False).train(training)
+            self.teacher.zero_grad(set_to_none=True)
+        if done == 0:
+            raise common.wrong_value(self._name(), "batches", "an iterable of at least one (views, target)", "none")
+        self.initialised = True
+
+    def distillation_weight(self, epoch: int, epochs: int) -> float:
+        """w in epoch 0, 1, ... of a run of `epochs`."""
+        length, scale = self.ramp, self.ramp
+        if self.variant == "released":
+            scale = self.c
+        elif self.of is not None:
+            length = scale = self.ramp * epochs / self.of
+        if epoch > length or scale == 0:
+            return self.c
+        left = 1 - epoch / scale
+        return self.c * math.exp(-5 * left * left)
+
+    def ensemble_weight(self, epoch: int) -> float:
+        """lam in epoch 0, 1, ..."""
+        weight = 0.0 if self.decay is None else math.exp(-self.decay * epoch)
+        return weight if weight > NEGLIGIBLE else 0.0
+
+    def momentum_at(self, step: int) -> float:
+        """a, the teacher's share in itself after step 0, 1, ... that was taken."""
+        if self.variant == "released" or self.init is None:
+            return min(1 - 1 / (step + 1), self.momentum)
+        return self.momentum
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return super().get_extra_state() | {"steps": self.steps, "initialised": self.initialised}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        self.steps, self.initialised = state["steps"], state["initialised"]
+
+    def _terms(self, weight: float, ensemble: float, views: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        if target is None:
+            raise common.wrong_value(self._name(), "target", "class indices [B]", None)
+        # Also where nothing is distilled: its batch statistics follow.
+        with torch.no_grad():
+            teachers = [o.logits for o in self.teacher(views)]  # m x [B, C]
+        outputs = self.learner("student")(views)
+        peers = [o.logits for o in outputs]  # m x [B, C]
+        joint = self.learner("classifier")(torch.cat([o.features for o in outputs], 1))  # [B, C]
+        if joint.shape != peers[0].shape:
+            expected = f"a network whose logits have the peers' shape {list(peers[0].shape)}"
+            raise common.wrong_value(self._name(), "classifier", expected, f"logits of shape {list(joint.shape)}")
+        m = len(peers)
+        columns, column_weights = _teaching(teachers, weight, ensemble)
+        # All of L in one pass: m + 1 learners, of which the last, z_e, learns from the labels and teaches the others.
+        losses = functional.mutual_kd(
+            [*peers, joint],
+            target,
+            weights=[*([0.0] * m + [weight] for _ in range(m)), [0.0] * (m + 1)],
+            teachers=columns,
+            teacher_weights=[*column_weights, [0.0] * len(columns)] if columns else None,
+            temperature=self.temperature,
+            ce_weight=self.ce_weight,
+        )  # [m + 1]
+        loss, kept = losses.sum(), losses.detach()
+        ce = kept[:m].sum()
+        if weight != 0:
+            ce = self._cross_entropies([z.detach() for z in peers], target, self.ce_weight).sum()
+        return loss, {"ce": ce, "ensemble_ce": kept[m], "kd": kept[:m].sum() - ce}
+
+    @staticmethod
+    def _cross_entropies(logits: list[Tensor], target: Tensor, weight: float) -> Tensor:
+        """[m], in one pass over m logits [B, C]."""
+        return functional.mutual_kd(logits, target, weights=[[0.0] * len(logits)] * len(logits), ce_weight=weight)
+
+    def _check_branched(self, argument: str, value: object) -> None:
+        if not isinstance(value, Branched):
+            expected = "peers on a shared stem, a fastkd.models.Branched (fastkd.models.branched makes one)"
+            raise common.wrong_type(self._name(), argument, expected, type(value).__name__)
+
+    def _check_views(self, argument: str, views: object) -> None:
+        m = len(self.teacher.peers)
+        expected = f"{m} views of the images, a tuple or list of {m} tensors (fastkd.data.load(..., views={m}))"
+        if not isinstance(views, (tuple, list)) or not all(isinstance(view, Tensor) for view in views):
+            got = "one tensor" if isinstance(views, Tensor) else type(views).__name__
+            raise common.wrong_type(self._name(), argument, expected, got)
+        if len(views) != m:
+            raise common.wrong_value(self._name(), argument, expected, f"{len(views)} views")
+
+
+class PCL(DKEL):
+    """Peer Collaborative Learning (AAAI 2021): DKEL without initialisation and decaying ensemble, and with c = 1.
+
+        L = CE(z_e) + sum_j [ CE(z_j) + w * KD(z_j, z_e) + w * mean over k != j of KD(z_j, t_k) ]
+
+    The teacher starts as a copy of the student and averages with a = min(1 - 1 / (g + 1), momentum) after step g, so
+    that it is the student after the first one (P). `initialise` does nothing.
+
+    Args:
+        student, teacher, classifier, temperature, ce_weight, ramp, of, momentum, seed: as in `DKEL`; T = 3, ramp = 80
+            epochs of 300, momentum = 0.999 (P); the scaling to other lengths of a run is ours (C).
+        c: weight of the distillation after the ramp-up; 1 (P).
+        variant: "intended" | "released": the ramp-up of the reproduction that the authors of DKEL released.
+    """
+
+    def __init__(
+        self,
+        student: Branched,
+        *,
+        teacher: Branched | None = None,
+        classifier: nn.Module | None = None,
+        temperature: float = 3.0,
+        ce_weight: float = 1.0,
+        c: float = 1.0,
+        ramp: float = 80,
+        of: float | None = 300,
+        variant: str = "intended",
+        momentum: float = 0.999,
+        seed: int = 0,
+    ):
+        super().__init__(
+            student,
+            teacher=teacher,
+            classifier=classifier,
+            temperature=temperature,
+            ce_weight=ce_weight,
+            c=c,
+            ramp=ramp,
+            of=of,
+            decay=None,
+            init=None,
+            variant=variant,
+            momentum=momentum,
+            seed=seed,
+        )
+
+
+def _teaching(teachers: list[Tensor], weight: float, ensemble: float) -> tuple[list[Tensor], list[list[float]]]:
+    """What the mean teacher gives to mutual_kd: columns N x [B, C] and weights [m, N]; N = 0, m or 2m."""
+    m, columns, rows = len(teachers), [], [[] for _ in teachers]
+    one_by_one, together = weight * (1 - ensemble), weight * ensemble
+    if together != 0:  # both kinds of columns in one dtype, and a mean that is not rounded to half precision
+        teachers = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in teachers]
+    if one_by_one != 0:
+        columns += teachers
+        for j, row in enumerate(rows):
+            row += [0.0 if k == j else one_by_one / (m - 1) for k in range(m)]
+    if together != 0:
+        columns += [sum(t for k, t in enumerate(teachers) if k != j) / (m - 1) for j in range(m)]
+        for j, row in enumerate(rows):
+            row += [together if k == j else 0.0 for k in range(m)]
+    return columns, rows
+
+
+def _classifier_of(name: str, student: Branched) -> nn.Module:
+    peer, like = student.peer(0), next(student.parameters())
+    head = getattr(peer, "fc", None)
+    if not isinstance(head, nn.Linear):
+        expected = "given where the peers have no linear layer `fc` that tells the number of classes"
+        raise common.wrong_value(name, "classifier", expected, None)
+    return nn.Linear(len(student.peers) * peer.features_width, head.out_features).to(like.device, like.dtype)

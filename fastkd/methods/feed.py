@@ -1,0 +1,269 @@
+"""FEED: Feature-level Ensemble for Knowledge Distillation (arXiv 1909.10754, ECAI 2020), parallel and sequential.
+
+Parallel: several frozen teachers, each imitated by the student's last feature map through a transform of its own:
+
+    train(FEED(student, [teacher_1, ..., teacher_n]))
+
+Sequential: a chain of networks of one type, each fresh, each taught by the one before it:
+
+    chain = [train(CE(network()))]
+    for _ in range(k):
+        chain.append(train(FEED(network(), chain[-1:], mode="sequential")))
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as torch_functional
+from torch import Tensor, nn
+
+from fastkd import functional
+from fastkd.methods._batch import IGNORE_INDEX
+from fastkd.methods._checks import check_integer, check_network, check_networks, is_sequence
+from fastkd.methods._features import outputs_of
+from fastkd.methods._map_channels import map_channels
+from fastkd.methods.base import Batch, Method, Phase, cross_entropy
+from fastkd.nn import FeatureTransforms
+from fastkd.ops import _common as common
+from fastkd.ops.feature_ensemble import NORMS
+
+Channels = tuple[int, Sequence[int]]
+
+
+class FEED(Method):
+    """A student whose last feature map, through a transform per teacher, learns the teachers' last feature maps.
+
+    With x_n [B, c_n, H, W] the last map of teacher n as it is (P), x_S the student's, and NTL_n non-linear transforms,
+    which are trained with the student and left out of `deployable()` (P):
+
+        CE + beta * sum_n || x_n / ||x_n||_2 - NTL_n(x_S) / ||NTL_n(x_S)||_2 ||_1
+
+    for each sample, then the mean over the samples. NTL_n takes c_S to c_n channels and keeps the size; where x_n and
+    NTL_n(x_S) differ in height or width, the larger one is average-pooled (C). Each default is marked (P) published in
+    the paper, (S) from a summary of it, (C) our choice, most of them after the code of Factor Transfer.
+
+    Args:
+        student: the network to train. It gives logits [B, C] and feature maps: a network of `fastkd.models.create`,
+            any other through `fastkd.models.with_features`, or one that returns `fastkd.models.Outputs`.
+        teachers: networks that give feature maps; frozen in place. Their logits are not used.
+        mode: "parallel", or "sequential": the same loss with exactly one teacher, the previous network of the chain
+            (P). Its student is a fresh network of the same type.
+        beta: weight of the teachers' terms, >= 0; 500 (C).
+        reduction: of a term's elements: "mean" (C), or "sum", the norm as it is printed. The loss is the same where
+            the beta of "sum" is that of "mean" divided by c_n*H*W; 500 is far too much for "sum".
+        p: 1 (P), or 2 for squared differences.
+        norm: what is divided by its L2 norm: the "sample", over c_n*H*W (C), each "position" or each "channel".
+        layers: 3x3 convolutions of a transform; 3 (S).
+        negative_slope: of the LeakyReLU after each of them, in [0, 1]; 0.1 (C).
+        batch_norm: put a BatchNorm2d before each LeakyReLU; False (C). It sees one chunk at a time.
+        seed: of the transforms' initialisation, which is PyTorch's for convolutions (C) and leaves the global
+            generator alone.
+        channels: (c_S, [c_1, c_2, ...]). None: they are read off one forward pass of every network, here, in eval mode
+            and without a graph, for `example`.
+        example: inputs as the networks take them, on their device. None: a black image that fits the network's first
+            convolution, of the network's `image_size` or of 32x32 pixels. Channels do not depend on the size; give one
+            where a network runs for another size only.
+
+    Rows whose target is -100 count in no term. Every term is a mean over samples, so that chunks are exact.
+
+    Errors: ValueError or TypeError in one sentence, before training for all of the above and for a network without
+    feature maps; at the first batch where `channels` were given and are not the maps'.
+    """
+
+    gives_outputs = True
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teachers: Sequence[nn.Module],
+        *,
+        mode: str = "parallel",
+        beta: float = 500.0,
+        reduction: str = "mean",
+        p: int = 1,
+        norm: str = "sample",
+        layers: int = 3,
+        negative_slope: float = 0.1,
+        batch_norm: bool = False,
+        seed: int = 0,
+        channels: Channels | None = None,
+        example: Any = None,
+    ):
+        name = self._name()
+        check_network(name, "student", student)
+        teachers = check_networks(name, "teachers", teachers)
+        common.check_choice(name, "mode", mode, ("parallel", "sequential"))
+        if mode == "sequential" and len(teachers) != 1:
+            expected = "exactly one network, the previous one of the chain, where mode is 'sequential'"
+            raise common.wrong_value(name, "teachers", expected, len(teachers))
+        self._check_options(beta, reduction, p, norm)
+        check_integer(name, "layers", layers, 1)
+        common.check_number(name, "negative_slope", negative_slope, "a number in [0, 1]", 0, 1)
+        if not isinstance(batch_norm, bool):
+            raise common.wrong_type(name, "batch_norm", "True or False", type(batch_norm).__name__)
+        check_integer(name, "seed", seed)
+        width, widths = self._channels(student, teachers, channels, example)
+        normalised = nn.BatchNorm2d if batch_norm else None
+        with seeded(seed):
+            transforms = FeatureTransforms(width, widths, norm=normalised, layers=layers, negative_slope=negative_slope)
+        learners = {"student": student, "transforms": beside(student, transforms)}
+        super().__init__(learners=learners, frozen={"teachers": teachers}, seed=seed)
+        self.mode, self.beta, self.reduction, self.p, self.norm = mode, float(beta), reduction, p, norm
+
+    def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        yield Phase([self.learner("student"), self.learner("transforms")], self._terms, batch)
+
+    def deployable(self) -> nn.Module:
+        """The student, without the transforms."""
+        return self.student
+
+    def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        self._check_target(target)
+        teachers = [
+            self.teach(teacher, inputs, partial(last_map, method_name=self._name(), argument=f"teachers[{n}]"))
+            for n, teacher in enumerate(self.teachers)
+        ]  # n x [B, c_n, H_n, W_n]
+        outputs = outputs_of(self.learner("student"), inputs, self._name(), "student", "maps")
+        self._check_maps(outputs.maps[-1], teachers)
+        students = self.learner("transforms")(outputs.maps[-1])  # n x [B, c_n, H_S, W_S]
+        ce = cross_entropy(outputs.logits, target)
+        features = self.beta * self._distance(students, teachers, target)
+        return ce + features, {"ce": ce.detach(), "features": features.detach()}
+
+    def _distance(self, students: Sequence[Tensor], teachers: Sequence[Tensor], target: Tensor) -> Tensor:
+        """The sum over the teachers, the mean over the rows that count; a scalar."""
+        pairs = [of_one_size(*pair) for pair in zip(students, teachers, strict=True)]
+        rows = functional.feature_ensemble(
+            [student for student, _ in pairs],
+            [teacher for _, teacher in pairs],
+            p=self.p,
+            norm=self.norm,
+            elements=self.reduction,
+            reduction="none",
+        )  # [B]
+        counts = target != IGNORE_INDEX
+        return rows.masked_fill(~counts, 0).sum() / counts.sum().clamp(min=1)
+
+    def _channels(self, student, teachers, channels, example) -> tuple[int, list[int]]:
+        name = self._name()
+        if channels is None:
+            networks = {"student": student} | {f"teachers[{n}]": teacher for n, teacher in enumerate(teachers)}
+            width, *widths = [map_channels(network, example, name, key) for key, network in networks.items()]
+            return width, widths
+        expected = f"(channels of the student's map, [channels of the teachers' {len(teachers)} maps])"
+        if not is_sequence(channels) or len(channels) != 2 or not is_sequence(channels[1]):
+            raise common.wrong_type(name, "channels", expected, repr(channels))
+        if len(channels[1]) != len(teachers):
+            raise common.wrong_value(name, "channels", expected, repr(channels))
+        width = check_integer(name, "channels[0]", channels[0], 1)
+        return width, [check_integer(name, f"channels[1][{n}]", c, 1) for n, c in enumerate(channels[1])]
+
+    def _check_options(self, beta: float, reduction: str, p: int, norm: str) -> None:
+        name = self._name()
+        common.check_number(name, "beta", beta, "a number >= 0", 0)
+        common.check_choice(name, "reduction", reduction, ("mean", "sum"))
+        if isinstance(p, bool) or p not in (1, 2):
+            raise common.wrong_value(name, "p", "1 or 2", repr(p))
+        common.check_choice(name, "norm", norm, NORMS)
+
+    def _check_target(self, target: Any) -> None:
+        expected = "class indices of shape [B]"
+        if not isinstance(target, Tensor):
+            raise common.wrong_type(self._name(), "target", expected, type(target).__name__)
+        if target.dim() != 1:
+            raise common.wrong_value(self._name(), "target", expected, f"shape {list(target.shape)}")
+
+    def _check_maps(self, student: Tensor, teachers: Sequence[Tensor]) -> None:
+        """The maps have the channels that the transforms were made for."""
+        made_for = (self.transforms.in_channels, list(self.transforms.out_channels))
+        found = (student.shape[1], [teacher.shape[1] for teacher in teachers])
+        if made_for != found:
+            raise common.wrong_value(self._name(), "channels", f"those of the last feature maps, {found}", made_for)
+
+
+class FT(FEED):
+    """FEED with one teacher, close to Factor Transfer (arXiv 1802.04977).
+
+        CE + beta * || x_T / ||x_T||_2 - NTL(x_S) / ||NTL(x_S)||_2 ||_1
+
+    Factor Transfer compares the student's translated map with a factor that an auto-encoder, trained before on the
+    teacher's maps, makes of them; here, as in FEED, it is compared with the teacher's map itself.
+
+    Args:
+        student: the network to train; gives feature maps, as in FEED.
+        teacher: the network to learn from; gives feature maps; frozen in place.
+        beta, reduction, p, norm, layers, negative_slope, batch_norm, seed, channels, example: as in FEED.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        beta: float = 500.0,
+        reduction: str = "mean",
+        p: int = 1,
+        norm: str = "sample",
+        layers: int = 3,
+        negative_slope: float = 0.1,
+        batch_norm: bool = False,
+        seed: int = 0,
+        channels: Channels | None = None,
+        example: Any = None,
+    ):
+        check_network(self._name(), "teacher", teacher)
+        super().__init__(
+            student,
+            [teacher],
+            beta=beta,
+            reduction=reduction,
+            p=p,
+            norm=norm,
+            layers=layers,
+            negative_slope=negative_slope,
+            batch_norm=batch_norm,
+            seed=seed,
+            channels=channels,
+            example=example,
+        )
+
+
+def of_one_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps [B, c, h, w] and [B, c, H, W]: in height and in width, the larger one average-pooled to the smaller size."""
+    size = [min(pair) for pair in zip(student.shape[-2:], teacher.shape[-2:], strict=True)]
+    return _pooled(student, size), _pooled(teacher, size)
+
+
+def _pooled(map: Tensor, size: list[int]) -> Tensor:
+    old = list(map.shape[-2:])
+    if old == size:
+        return map
+    if all(pixels % fewer == 0 for pixels, fewer in zip(old, size, strict=True)):
+        # The same numbers as adaptive pooling, whose gradient is not deterministic on a GPU.
+        return torch_functional.avg_pool2d(map, [pixels // fewer for pixels, fewer in zip(old, size, strict=True)])
+    return torch_functional.adaptive_avg_pool2d(map, size)
+
+
+def last_map(network: nn.Module, inputs: Any, *, method_name: str, argument: str) -> Tensor:
+    return outputs_of(network, inputs, method_name, argument, "maps").maps[-1]
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Modules made inside have weights of this seed, on the host; the global generator is left as it was."""
+    # Not the stream of `seed` itself: a student made after torch.manual_seed(seed) has its weights from there.
+    own = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed), device="cpu"))
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(own)
+        yield
+
+
+def beside(network: nn.Module, module: nn.Module) -> nn.Module:
+    """The module on the network's device and in its dtype."""
+    first = next((p for p in network.parameters() if p.is_floating_point()), None)
+    return module if first is None else module.to(first.device, first.dtype)

@@ -1,0 +1,286 @@
+"""ORC: Network Group-based Knowledge Distillation using Online Role Change (arXiv 2206.01186, ICCV 2023).
+
+A teacher group holds the pivot teacher PT, trained before and still learning; a student group holds the target student
+S_1 and larger immature networks S_2 .. S_K. In every iteration the k best of the student group change their role: they
+are temporary teachers TT for this iteration, and members of the student group again after it. Step by step, for a
+batch of B samples x_t with labels y_t:
+
+    0. evaluation           ce[i, b] = CE(S_i(x_t), y_t) of every network and sample, without an update; who is promoted
+    1. intensive teaching   PT learns from what the student group gets wrong, the feedback samples x_F, mixed with x_t
+    2. private teaching     each TT learns from PT
+    3. group teaching       everybody else in the student group learns from PT and from every TT
+
+The authors published no code. What the sources leave open is an option below, or marked as our choice.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import functional
+from fastkd.functional import GroupStats
+from fastkd.methods._batch import IGNORE_INDEX, map_tree
+from fastkd.methods._checks import check_integer, check_network, check_networks, check_temperature
+from fastkd.methods._observe import data_parallel, observe, read_later
+from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
+from fastkd.models import logits_of
+from fastkd.ops import _common as common
+from fastkd.ops._gather import check_process_group
+from fastkd.ops.group_stats import BY
+
+
+class ORC(Method):
+    """A pivot teacher and a student group of K networks; the k best of the group teach the others, anew in every batch.
+
+    With sg = detached and KD_T(z, t) = T^2 * mean_b sum_c p_T(t) * (log p_T(t) - log p_T(z)), three updates:
+
+        intensive   x~ = l * x_t + (1 - l) * x_F,  l ~ Beta(a, a)
+                    L_PT   = l * CE(PT(x~), y_t) + (1 - l) * CE(PT(x~), y_F)
+        private     L_TT_j = (1 - b) * CE + b * KD_T(TT_j, sg PT)                                   j = 1 .. k
+        group       L_S_i  = (1 - b) * CE + b * (KD_T(S_i, sg PT) + sum_j KD_T(S_i, sg TT_j))       the K - k others
+
+    Teachers' outputs are computed after their own update, in eval mode. The temporary teachers are those of lowest
+    mean CE on the batch (C). Feedback samples (C, after a line (S) that a softmax sets the proportions): with r the
+    softmax of the K mean CEs, S_i contributes the round(r_i * B) samples that it gets most wrong, its highest CEs; in
+    all B, so that x_F pairs one to one with x_t. A sample that is hard for two networks is taken twice. l is one
+    number an iteration (C).
+
+    The group is evaluated in eval mode; each module's mode is restored and no buffer changes. While batch normalisation
+    has poor running statistics, in the first iterations, promotions are arbitrary. A row with target -100 counts in no
+    ranking and no loss and is no feedback. Floating-point tensors of the inputs are mixed, others (masks, indices) stay
+    those of x_t.
+
+    On a GPU the host reads one thing an iteration, the indices of the promoted networks. The copy is started after the
+    evaluation and read after intensive teaching was enqueued, so that the GPU does not run dry. With
+    intensive="group" it is read before it.
+
+    Each default is marked (P) published, (S) from a summary of the paper, (C) our choice.
+
+    Args:
+        pivot: the pivot teacher, trained before; it learns on. Logits [B, C] or an object with `.logits`.
+        students: K >= 2 networks with the pivot's classes; students[0] is the target student, the one to ship.
+        temperature: T > 0. 4 (C).
+        beta: b, weight of the teachers, in [0, 1]. 0.5 (C).
+        alpha: a > 0 of the mix-up. 1 (C).
+        promote: k in [1, K - 1]. 1 (S: better than 2).
+        rank_by: "ce" | "accuracy" | "top5", who is best on the batch. "ce" (C).
+        intensive: who is trained by intensive teaching. "pivot" (S) | "group": the whole teacher group, as the abstract
+            has it (P): the pivot and the temporary teachers, each by the same loss.
+        errors_only: only misclassified samples are feedback; a network without one leaves its share to the others, and
+            where no network has one, the highest CEs are taken. False (C).
+        pivot_lr: the pivot's learning rate as a multiple of the others', >= 0. 0.1 (C).
+        seed: of l.
+        process_group: a torch.distributed group under data parallelism: who is promoted and the proportions r are then
+            those of all ranks' batches, and every rank promotes the same networks. Feedback is each rank's own
+            samples. Every rank of it must take every iteration. Needed with DistributedDataParallel.
+
+    Attributes:
+        promotions: int64 [K], how often each network was promoted; in the state dict.
+
+    Phases: "intensive", "private", "group", by `phase.name`. Under gradient accumulation ranking, feedback and mix-up
+    are those of the whole batch.
+
+    Errors: ValueError or TypeError in one sentence, before training for all of the above; at the first batch for
+    missing labels, inputs without a floating-point tensor, and networks whose logits differ in shape.
+    """
+
+    def __init__(
+        self,
+        pivot: nn.Module,
+        students: Sequence[nn.Module],
+        *,
+        temperature: float = 4.0,
+        beta: float = 0.5,
+        alpha: float = 1.0,
+        promote: int = 1,
+        rank_by: str = "ce",
+        intensive: str = "pivot",
+        errors_only: bool = False,
+        pivot_lr: float = 0.1,
+        seed: int = 0,
+        process_group=None,
+    ):
+        name = self._name()
+        check_network(name, "pivot", pivot)
+        students = check_networks(name, "students", students)
+        if len(students) < 2:
+            raise common.wrong_value(name, "students", "a sequence of at least two networks", "one")
+        check_integer(name, "promote", promote, 1, len(students) - 1)
+        common.check_choice(name, "rank_by", rank_by, BY)
+        common.check_choice(name, "intensive", intensive, ("pivot", "group"))
+        if not isinstance(errors_only, bool):
+            raise common.wrong_type(name, "errors_only", "True or False", type(errors_only).__name__)
+        check_process_group(name, process_group)
+        temperature = check_temperature(name, temperature)
+        beta = common.check_number(name, "beta", beta, "a number in [0, 1]", 0, 1)
+        alpha = common.check_number(name, "alpha", alpha, "a finite number > 0", sys.float_info.min)
+        pivot_lr = common.check_number(name, "pivot_lr", pivot_lr, "a finite number >= 0", 0)
+        super().__init__(learners={"pivot": pivot, "students": students}, seed=seed)
+        self.temperature, self.beta, self.alpha, self.promote = temperature, beta, alpha, promote
+        self.rank_by, self.intensive, self.errors_only = rank_by, intensive, errors_only
+        self.pivot_lr, self.process_group = pivot_lr, process_group
+        self.register_buffer("promotions", torch.zeros(len(students), dtype=torch.int64))
+
+    def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        # 0. Evaluation: who is promoted, and what the student group gets wrong.
+        stats, classes = self._evaluate(batch)
+        order = functional.rank_networks(stats, self.rank_by, self.process_group)  # [K], best first
+        read_promoted = read_later(order[: self.promote])
+        feedback = self._feedback(stats)  # [B]
+        share = random.Random(_seed(generator)).betavariate(self.alpha, self.alpha)  # l
+
+        # 1. Intensive teaching: the pivot, or the teacher group, by the batch mixed with feedback.
+        group = ["pivot"] if self.intensive == "pivot" else ["pivot", *_names(read_promoted())]
+        terms = partial(self._intensive_terms, group, classes, share)
+        yield self._phase("intensive", group, terms, self._mix(batch, feedback, share))
+
+        # 2. Private teaching: each temporary teacher, by the pivot.
+        promoted = read_promoted()
+        temporary = _names(promoted)
+        teachers = [self._observe("pivot", batch)]  # each [B, C]
+        terms = partial(self._taught_terms, "private", temporary)
+        yield self._phase("private", temporary, terms, _beside(batch, teachers))
+
+        # 3. Group teaching: everybody else, by the pivot and every temporary teacher.
+        others = _names(i for i in range(len(self.students)) if i not in promoted)
+        teachers += [self._observe(name, batch) for name in temporary]
+        terms = partial(self._taught_terms, "group", others)
+        yield self._phase("group", others, terms, _beside(batch, teachers))
+
+        # Demotion: roles were local to this call.
+        for i in promoted:
+            self.promotions[i] += 1
+
+    def deployable(self) -> nn.Module:
+        """The target student, students[0]."""
+        return self.students[0]
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """The student group at `lr`, then the pivot at `pivot_lr * lr`."""
+        rates = {"students": lr, "pivot": self.pivot_lr * lr}
+        return [
+            {"params": [p for p in self.get_submodule(name).parameters() if p.requires_grad], "lr": rate}
+            for name, rate in rates.items()
+        ]
+
+    def map_learners(self, wrap: Callable[[nn.Module], Callable]) -> Method:
+        super().map_learners(wrap)
+        for name, network in self._wrapped.items():
+            parallel = data_parallel(network)
+            if parallel is None or self.process_group is not None:
+                continue
+            if torch.distributed.get_world_size(parallel.process_group) > 1:
+                expected = (
+                    f"given where networks ({name}) are in DistributedDataParallel, to promote the same everywhere"
+                )
+                raise common.wrong_value(self._name(), "process_group", expected, None)
+        return self
+
+    def _phase(self, name: str, networks: Sequence[str], terms: Callable[[Any, Any], Terms], batch: Batch) -> Phase:
+        return Phase([self.learner(network) for network in networks], terms, batch, name)
+
+    def _evaluate(self, batch: Batch) -> tuple[GroupStats, int]:
+        """Statistics [K, B] of the student group on the batch, and the number of classes."""
+        if not isinstance(batch.target, Tensor):
+            raise common.wrong_type(self._name(), "target", "class indices [B]", type(batch.target).__name__)
+        names, parts, classes = _names(range(len(self.students))), [], None
+        for inputs, target, _ in batch:
+            logits = [self._observed(name, inputs) for name in names]  # K x [B, C]
+            classes = logits[0].shape[-1]
+            for name, z in zip(names, logits, strict=True):
+                self._check_logits(name, z, [len(target), classes])
+            parts.append(functional.group_stats(logits, target))
+        return GroupStats(*(torch.cat(column, 1) for column in zip(*parts, strict=True))), classes
+
+    def _feedback(self, stats: GroupStats) -> Tensor:
+        """int64 [B]: the samples that the student group gets most wrong, in the proportions r of its networks."""
+        scores = functional.network_scores(stats, "ce", self.process_group)  # [K], mean CE
+        if self.errors_only:
+            wrong = stats.errors() & ~stats.ce.isnan()  # [K, B]
+            some = wrong.any()
+            scores = scores.masked_fill(~wrong.any(1) & some, -torch.inf)
+            stats = stats._replace(ce=stats.ce.masked_fill(~wrong & some, torch.nan))  # NaN is left out
+        # A network that gave NaN has no share. Where all did, or no row has a label, the shares are equal.
+        lowest = torch.finfo(scores.dtype).min
+        r = scores.nan_to_num(nan=lowest, neginf=lowest).softmax(0)
+        return functional.hard_samples(stats, r, stats.ce.shape[1])
+
+    def _mix(self, batch: Batch, feedback: Tensor, share: float) -> Batch:
+        """x~ = l * x_t + (1 - l) * x_F with both targets (y_t, y_F), to be cut as the batch is."""
+        target, mixed = batch.target.long(), []
+
+        def mix(x: Any) -> Any:
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                return x
+            if x.dim() == 0 or len(x) != len(target):
+                expected = f"tensors of {len(target)} rows as target"
+                raise common.wrong_value(self._name(), "inputs", expected, f"shape {list(x.shape)}")
+            mixed.append(x)
+            return torch.lerp(x.index_select(0, feedback), x, share)
+
+        inputs = map_tree(mix, batch.inputs)
+        if not mixed:
+            expected = "a floating-point tensor [B, ...] to mix, or a tuple, list or dict with one"
+            got = f"dtype {batch.inputs.dtype}" if isinstance(batch.inputs, Tensor) else type(batch.inputs).__name__
+            raise common.wrong_type(self._name(), "inputs", expected, got)
+        other = target.index_select(0, feedback).masked_fill(target == IGNORE_INDEX, IGNORE_INDEX)
+        return Batch(inputs, (target, other), batch.chunks, name=self._name())
+
+    def _intensive_terms(self, names: Sequence[str], classes: int, share: float, inputs: Any, targets: Any) -> Terms:
+        own, feedback = targets  # y_t, y_F
+        loss = 0
+        for name in names:
+            logits = logits_of(self.learner(name)(inputs))  # [B, C]
+            self._check_logits(name, logits, [len(own), classes])
+            loss = loss + share * cross_entropy(logits, own) + (1 - share) * cross_entropy(logits, feedback)
+        return loss, {"intensive": loss.detach()}
+
+    def _taught_terms(self, phase: str, names: Sequence[str], inputs: Any, target: Tensor) -> Terms:
+        inputs, teachers = inputs
+        loss = kd = 0
+        for name in names:
+            one, stats = functional.multi_teacher_kd(
+                logits_of(self.learner(name)(inputs)),
+                teachers,
+                target,
+                weights=[self.beta] * len(teachers),
+                temperature=self.temperature,
+                ce_weight=1 - self.beta,
+                return_stats=True,
+            )
+            loss = loss + one
+            kd = kd + self.beta * self.temperature**2 * stats.kl.sum()
+        return loss, {f"{phase}_ce": loss.detach() - kd, f"{phase}_kd": kd}
+
+    def _observe(self, name: str, batch: Batch) -> Tensor:
+        """Logits [B, C] of a network for the batch, part by part."""
+        return torch.cat([self._observed(name, inputs) for inputs, *_ in batch])
+
+    def _observed(self, name: str, inputs: Any) -> Tensor:
+        return logits_of(observe(self.get_submodule(name), self.learner(name), inputs))
+
+    def _check_logits(self, name: str, logits: Tensor, shape: list[int]) -> None:
+        if list(logits.shape) != shape:
+            argument = name.replace("students.", "students[") + "]" * ("." in name)
+            expected = f"a network whose logits have shape {shape}, [B, C] with the classes of students[0]"
+            raise common.wrong_value(self._name(), argument, expected, f"logits of shape {list(logits.shape)}")
+
+
+def _names(indices: Iterable[int]) -> list[str]:
+    return [f"students.{i}" for i in indices]
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**63 - 1, (), generator=generator, device="cpu"))
+
+
+def _beside(batch: Batch, teachers: Sequence[Tensor]) -> Batch:
+    """The batch with the teachers' logits beside its inputs, to be cut alike."""
+    return Batch((batch.inputs, tuple(teachers)), batch.target, batch.chunks)
