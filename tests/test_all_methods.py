@@ -15,7 +15,7 @@ from fastkd.methods import Method
 from fastkd.models import create, logits_of
 
 # The methods that the library has: a missing one fails, it is not skipped.
-NAMES = ("AVER", "BAN", "CE", "DGKD", "FEED", "FT", "KD", "TAKD")
+NAMES = ("AVER", "BAN", "CE", "CTSLMKT", "DGKD", "DKEL", "DML", "FEED", "FT", "KD", "KDCL", "ORC", "PCL", "RKD", "TAKD")
 CLASSES = 10
 
 
