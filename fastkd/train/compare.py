@@ -195,7 +195,7 @@ def text(comparison: Comparison, command: str) -> str:
     if any(len(runner.stages) > 1 for runner in comparison.runners.values()):
         lines += ["## Networks trained before", "", guides_table(comparison), ""]
     lines += ["## Methods", ""]
-    lines += [f"- **{m}**: {method_text(m, accepted(m, config.options))}" for m in config.methods]
+    lines += [f"- **{m}**: {method_text(m, config.data, accepted(m, config.options))}" for m in config.methods]
     lines += ["", "## Data", "", data_text(config, runner.data), ""]
     if config.train_size:
         lines += ["Each seed draws its own training images; the test images are the same for all.", ""]

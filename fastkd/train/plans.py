@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ class Recipe:
         stages: config -> the stages that the student's needs, and the student's.
         about: which networks there are and who teaches whom, for --help and report.md.
         fixed: arguments of the class that this recipe sets itself.
+        digits: defaults of its arguments for digits, whose runs are short and whose maps are small (our choice, made
+            on validation images).
     """
 
     method: type[methods.Method]
@@ -35,6 +38,7 @@ class Recipe:
     stages: Callable[[TrainConfig], list[Stage]]
     about: str
     fixed: dict[str, Any] = field(default_factory=dict)
+    digits: dict[str, Any] = field(default_factory=dict)
 
 
 def _alone(method, **fixed):
@@ -171,8 +175,9 @@ def recipe(name: str) -> Recipe:
     known = ", ".join(RECIPES)
     if not name:
         raise UserError(f"--method is missing: give one of {known}")
-    close = difflib.get_close_matches(name.lower(), RECIPES, n=1)
-    guess = f"did you mean {close[0]}? " if close else ""
+    close = [known for known in RECIPES if known.startswith(name.lower())]
+    close = close or difflib.get_close_matches(name.lower(), RECIPES, n=1)
+    guess = f"did you mean {' or '.join(close)}? " if close else ""
     raise UserError(f"there is no method {name!r}: {guess}known are {known}")
 
 
@@ -181,6 +186,11 @@ def arguments(name: str) -> dict[str, Any]:
     how = recipe(name)
     hidden = _FROM_PLAN | set(how.fixed)
     return {name: default for name, default in stages.parameters(how.method).items() if name not in hidden}
+
+
+def in_force(name: str, data: str, options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, and before them what the method takes for this data instead of its own defaults."""
+    return (recipe(name).digits if data == "digits" else {}) | options
 
 
 def accepted(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -205,7 +215,7 @@ def plan(config: TrainConfig) -> list[Stage]:
     """The stages of a run, each after those that it needs; the last one is the student's."""
     how = recipe(config.method)
     check_options([config.method], config.options)
-    found = how.stages(config)
+    found = how.stages(dataclasses.replace(config, options=in_force(config.method, config.data, config.options)))
     _check_checkpoints(config, found)
     return found
 
