@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkd.cli import main
 from fastkd import data as datasets
 from fastkd import models
+from fastkd.cli import main
 from fastkd.train import RECIPES, Runner, TrainConfig, runner
 from fastkd.train.config import read_yaml
 from fastkd.train.metrics import read_csv

@@ -71,7 +71,10 @@ def test_plans_of_branches():
 
 def test_plans_of_the_students_own_architecture():
     teachers = [("teacher1", "S", "ce"), ("teacher2", "S", "ce")]
-    assert shape("feed-parallel", num_teachers=2) == [*teachers, ("student", "S", "feed-parallel", *"teacher1 teacher2".split())]
+    assert shape("feed-parallel", num_teachers=2) == [
+        *teachers,
+        ("student", "S", "feed-parallel", *"teacher1 teacher2".split()),
+    ]
     for method in ("ban", "feed-sequential"):
         assert shape(method, generations=4, options={"lam": 0.5} if method == "ban" else {"beta": 5.0}) == [
             ("generation1", "S", "ce"),

@@ -116,6 +116,7 @@ RECIPES = {
         "Peers of the student's architecture on one stem (--branches), each with its own augmentation of the images, "
         "learn together from their ensemble and from their mean teachers. The first mean teacher is the network that "
         "is kept.",
+        digits={"momentum": 0.97},
     ),
     "ban": Recipe(methods.BAN, _with_teacher(methods.BAN), stages.generations, _GENERATIONS + "one before it."),
     "dgkd": Recipe(
@@ -137,7 +138,7 @@ RECIPES = {
         _peers_and_guides(methods.CTSLMKT),
         stages.peers_and_selves,
         "Student and assistants, all fresh, learn together from each other's probabilities and relations, and each "
-        "from its self-teacher (self1, self2, ...): the same network trained alone by cross-entropy before, and frozen.",
+        "from its frozen self-teacher (self1, self2, ...): the same network trained alone by cross-entropy before.",
     ),
     "dkel": Recipe(
         methods.DKEL,
@@ -145,6 +146,7 @@ RECIPES = {
         stages.branches,
         "As pcl, with mean teachers that start apart from the student and whose ensemble fades out. The first mean "
         "teacher is the network that is kept.",
+        digits={"momentum": 0.97},
     ),
     "feed-parallel": Recipe(
         methods.FEED,
@@ -152,14 +154,16 @@ RECIPES = {
         stages.copies,
         "Several teachers of the student's architecture (--num-teachers), each trained alone from its own seed, guide "
         "the student by their last feature maps, each through its own transform.",
-        {"mode": "parallel"},
+        fixed={"mode": "parallel"},
+        digits={"beta": 5.0},
     ),
     "feed-sequential": Recipe(
         methods.FEED,
         _with_guides(methods.FEED, mode="sequential"),
         stages.generations,
         _GENERATIONS + "last feature map of the one before it.",
-        {"mode": "sequential"},
+        fixed={"mode": "sequential"},
+        digits={"beta": 5.0},
     ),
 }
 

@@ -36,7 +36,10 @@ def save_figure(figure, path: Path) -> None:
 
 
 def draw_curves(rows: list[Row], path: Path, title: str, guides: dict[str, float] | None = None) -> None:
-    """Loss, accuracy and the loss's terms over the epochs. guides: label -> final test accuracy in 0..1, drawn as horizontal lines."""
+    """Loss, accuracy and the loss's terms over the epochs.
+
+    guides: label -> final test accuracy in 0..1, drawn as horizontal lines.
+    """
     plt = pyplot()
     found = terms(rows)
     panels = 3 if found else 2
@@ -171,7 +174,7 @@ def optimization_text(config: Settings) -> str:
     name = config.optimizer + (momentum if config.optimizer == "sgd" else "")
     return (
         f"{name}, learning rate {config.lr:g}, weight decay {config.weight_decay:g}, batches of {config.batch_size}, "
-        f"schedule {schedule}{warmup}. The same for every network."
+        f"schedule {schedule}{warmup}. The same for every network, but for ORC's pivot (options.pivot_lr)."
     )
 
 
