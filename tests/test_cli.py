@@ -12,7 +12,7 @@ import torch
 from fastkd import data as datasets
 from fastkd import models
 from fastkd.cli import main
-from fastkd.train import RECIPES, Runner, TrainConfig, runner
+from fastkd.train import RECIPES, Runner, TrainConfig, UserError, compare, runner
 from fastkd.train.config import read_yaml
 from fastkd.train.metrics import read_csv
 
@@ -280,3 +280,28 @@ def test_import_is_light_and_the_module_runs():
     process = subprocess.run([sys.executable, "-m", "fastkd", "train", "--epochs", "x"], capture_output=True, text=True)
     assert process.returncode == 2
     assert process.stderr == "fastkd: --epochs must be an integer, got 'x'\n"
+
+
+def test_compare_all_takes_every_method(tmp_path, monkeypatch, capfd):
+    asked = []
+
+    def stop(config, say):
+        asked.append(config.methods)
+        raise UserError("stop")
+
+    monkeypatch.setattr(compare, "run", stop)
+    for methods in ("all", "ce,orc"):
+        assert main(["compare", "--methods", methods, "--out", str(tmp_path / methods)]) == 2
+    assert main(["compare", "--out", str(tmp_path / "default")]) == 2
+    assert asked == [list(RECIPES), ["ce", "orc"], ["ce", "kd", *PAPERS]]
+
+
+def test_compare_trains_ce_first_and_keeps_the_order(tmp_path, capsys):
+    call = ["compare", "--methods", "ctsl-mkt,ce", "--seeds", "0", "--epochs", "1", "--out", str(tmp_path / "c")]
+    assert main([*call, *words(SMALL)]) == 0
+    said = capsys.readouterr().out
+    assert said.index("| ctsl-mkt ") < said.index("| ce ")
+    assert len(list((tmp_path / "c" / "cache").glob("student-*"))) == 1
+    kept = next((tmp_path / "c" / "cache").glob("student-*")) / "checkpoints" / "epoch-0001.pt"
+    own = tmp_path / "c" / "runs" / "ce-seed0" / "checkpoints" / "epoch-0001.pt"
+    assert kept.read_bytes() == own.read_bytes()
