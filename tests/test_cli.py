@@ -1,5 +1,6 @@
 """The command line: every method runs, every mistake is one line and status 2, options and configs."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,14 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastkd import data as datasets
+from fastkd import models
 from fastkd.cli import main
-from fastkd.train import RECIPES
+from fastkd.train import RECIPES, Runner, TrainConfig, UserError, compare, runner
 from fastkd.train.config import read_yaml
 from fastkd.train.metrics import read_csv
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SMALL = "--train-size 60 --teacher plain2:width=0.25 --assistants plain2:width=0.125 --student plain2:width=0.0625"
 SMALL += " --device cpu --quiet"
+
+
+PAPERS = ["dgkd", "orc", "ctsl-mkt", "dkel", "feed-parallel"]
 
 
 def words(text: str) -> list[str]:
@@ -86,6 +92,17 @@ MISTAKES = {
     "--method kd --seed -1": "--seed must be an integer of at least 0",
     "--method kd --train-size 99999": "99999",
     "surprise --method kd": "surprise",
+    "--method orc --assistants []": "orc trains the student together with the assistants and needs one at least",
+    "--method orc --options.promote 3": "promote must be",
+    "--method orc --teacher resnet14 --options.process_group 3": "orc has no option 'process_group'",
+    "--method ctsl-mkt --checkpoint.self7 /no/such.pt": "there is no such guide: known are self1, self2, self3",
+    "--method dkel --branches 1": "dkel needs peers on one stem: give --branches 2 or more, got 1",
+    "--method dkel --student resnet18": "resnet18",
+    "--method feed-parallel --num-teachers 0": "--num-teachers must be an integer of at least 1, got 0",
+    "--method feed-sequential --options.mode parallel": "feed-sequential has no option 'mode'",
+    "--method ban --generations 1": "ban is a chain of networks: give --generations 2 or more, got 1",
+    "--method ctslmkt": "did you mean ctsl-mkt?",
+    "--method feed": "did you mean feed-parallel or feed-sequential?",
 }
 
 
@@ -161,25 +178,35 @@ def test_command_line_goes_over_config_over_defaults(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
-def test_configs_are_good(path, capsys):
-    """Each parses, prints itself, and names networks, methods and options that are there."""
-    from fastkd import models
-    from fastkd.train import TrainConfig, plan
-    from fastkd.train.plans import recipe
-    from fastkd.train.runner import parse_network
+def test_configs_are_good(path, capsys, monkeypatch):
+    """Each parses, prints itself, and names networks, methods and options that are there: all stages are built."""
+    values = read_yaml(path)
+    named = [values["method"]] if "method" in values else PAPERS
+    for method in named:
+        assert main(["train", "--config", str(path), "--method", method, "--print-config"]) == 0
+        assert "epochs: " in capsys.readouterr().out
+        config = TrainConfig(**values | {"method": method, "out": "x"})
+        sizes = {"digits": (10, 8, 1), "cifar10": (10, 32, 3), "cifar100": (100, 32, 3), "tiny-imagenet": (200, 64, 3)}
+        classes, size, channels = sizes.get(config.data, (1000, 224, 3))
+        few = dict(num_classes=classes, channels=channels, train_images=classes, test_images=classes)
+        data = datasets.load("fake", image_size=8, **few)
+        data = dataclasses.replace(data, image_size=size)
+        monkeypatch.setattr(runner, "load_data", lambda config: data)  # noqa: B023
+        made = Runner(config)  # builds each stage
+        assert list(made.stages)[-1] == "student"
+        if method == "dgkd":
+            networks = [runner.make_network(stage.network, data) for stage in made.stages.values()]
+            built = [models.parameters_count(network) for network in networks]
+            assert built == sorted(built, reverse=True)
 
-    assert main(["train", "--config", str(path), "--method", "dgkd", "--print-config"]) == 0
-    assert "epochs: " in capsys.readouterr().out
-    config = TrainConfig(**{"method": "dgkd"} | read_yaml(path))
-    classes, size = {"digits": (10, 8), "cifar10": (10, 32), "cifar100": (100, 32)}[config.data]
-    built = []
-    for stage in plan(config):
-        name, options = parse_network(stage.network)
-        network = models.create(name, classes, image_size=size, channels=1 if size == 8 else 3, **options)
-        built.append(models.parameters_count(network))
-        guides = [torch.nn.Linear(1, classes) for _ in stage.guides]
-        recipe(stage.method).build(network, guides, stage.options)
-    assert built == sorted(built, reverse=True)
+
+def test_every_paper_has_its_recipe():
+    found = {read_yaml(path).get("method") for path in CONFIGS.glob("*.yaml")}
+    assert {*PAPERS, "feed-sequential"} <= found
+    for name, epochs, milestones in (("cifar10", 300, [150, 225]), ("tiny-imagenet", 100, [30, 60])):
+        values = read_yaml(CONFIGS / f"dkel_{name}.yaml")
+        assert (values["epochs"], values["milestones"], values["nesterov"]) == (epochs, milestones, True)
+        assert (values["weight_decay"], values["batch_size"], values["branches"]) == (5e-4, 128, 3)
 
 
 def test_papers_recipe_of_dgkd():
@@ -253,3 +280,28 @@ def test_import_is_light_and_the_module_runs():
     process = subprocess.run([sys.executable, "-m", "fastkd", "train", "--epochs", "x"], capture_output=True, text=True)
     assert process.returncode == 2
     assert process.stderr == "fastkd: --epochs must be an integer, got 'x'\n"
+
+
+def test_compare_all_takes_every_method(tmp_path, monkeypatch, capfd):
+    asked = []
+
+    def stop(config, say):
+        asked.append(config.methods)
+        raise UserError("stop")
+
+    monkeypatch.setattr(compare, "run", stop)
+    for methods in ("all", "ce,orc"):
+        assert main(["compare", "--methods", methods, "--out", str(tmp_path / methods)]) == 2
+    assert main(["compare", "--out", str(tmp_path / "default")]) == 2
+    assert asked == [list(RECIPES), ["ce", "orc"], ["ce", "kd", *PAPERS]]
+
+
+def test_compare_trains_ce_first_and_keeps_the_order(tmp_path, capsys):
+    call = ["compare", "--methods", "ctsl-mkt,ce", "--seeds", "0", "--epochs", "1", "--out", str(tmp_path / "c")]
+    assert main([*call, *words(SMALL)]) == 0
+    said = capsys.readouterr().out
+    assert said.index("| ctsl-mkt ") < said.index("| ce ")
+    assert len(list((tmp_path / "c" / "cache").glob("student-*"))) == 1
+    kept = next((tmp_path / "c" / "cache").glob("student-*")) / "checkpoints" / "epoch-0001.pt"
+    own = tmp_path / "c" / "runs" / "ce-seed0" / "checkpoints" / "epoch-0001.pt"
+    assert kept.read_bytes() == own.read_bytes()

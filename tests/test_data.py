@@ -217,3 +217,14 @@ def test_wrong_loaders(digits, options, words):
     with pytest.raises(ValueError) as caught:
         data.loader(digits, shuffle=True, **options)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_with_views_is_the_data_loaded_with_views():
+    one, three = data.load("digits", train_size=50, seed=3), data.load("digits", train_size=50, seed=3, views=3)
+    other = one.with_views(3)
+    for a, b in zip(other.train[7][0], three.train[7][0], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(one.train[7][0], three.train[7][0][0])  # the first view stays, and the data too
+    assert other.train.store is one.train.store and other.test is one.test
+    with pytest.raises(ValueError, match="views must be an integer of at least 1, got 0"):
+        one.with_views(0)

@@ -8,7 +8,8 @@ import torch
 from train_helpers import TINY, one_thread, untrained  # noqa: F401
 
 import fastkd
-from fastkd.train import Runner, TrainConfig, commands, report
+from fastkd import data as datasets
+from fastkd.train import Runner, TrainConfig, commands, evaluate, report
 from fastkd.train import compare as comparing
 from fastkd.train.config import CompareConfig
 from fastkd.train.runner import Result
@@ -139,3 +140,23 @@ def test_steps_are_timed_with_both_backends_and_change_no_guide(tmp_path, monkey
     assert used.count("native") == used.count("reference") == 4 + comparing.WARM_UP
     assert used[:4] != sorted(used[:4]) and {used[0], used[1]} == {"native", "reference"}  # in turns
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_terms_of_the_loss_add_up_over_peers():
+    row = {"train_loss": 9.0, "train_accuracy": 0.5, "train_peers.0.ce": 1.0, "train_peers.1.ce": 2.0, "test_loss": 1.0}
+    assert report.terms([row]) == {}  # one term is the loss
+    assert report.terms([row | {"train_peers.0.kd": 4.0}]) == {"ce": [3.0], "kd": [4.0]}
+
+
+def test_report_of_a_group_shows_all_its_networks(tmp_path):
+    out = tmp_path / "run"
+    results = commands.train(TrainConfig(method="orc", epochs=2, out=str(out), **TINY), "x", say=lambda text: None)
+    text = (out / "report.md").read_text()
+    for name in ("teacher ", "student ", "assistant1 ", "teacher, going on "):
+        assert f"| {name}" in text
+    row = next(line for line in text.splitlines() if line.startswith("| teacher, going on"))
+    loader = datasets.loader(Runner(TrainConfig(method="ce", out=str(out), **TINY)).data.test, 64, shuffle=False)
+    _, accuracy = evaluate(results["student"].others["teacher"], loader, torch.device("cpu"))
+    assert row.split("|")[-2].strip() == f"{100 * accuracy:.2f}"
+    assert "| group_kd " in text and "Steps in which a network was a temporary teacher: student " in text
+    assert image_size(out / "curves.png")[0] > 2000  # a third panel: the terms

@@ -294,3 +294,41 @@ def test_device():
         pick_device("gpuu")
     with pytest.raises(UserError, match="is not there"):
         pick_device("cuda:99")
+
+
+# Several networks, several views.
+
+
+def test_metrics_of_a_group_count_its_promotions(tmp_path):
+    results = run(config(tmp_path, method="orc", epochs=2, batch_size=20, options={"promote": 1}))
+    rows = read_csv(tmp_path / "run" / "metrics.csv")
+    for name in ("intensive", "private_ce", "private_kd", "group_ce", "group_kd"):
+        assert all(math.isfinite(row[f"train_{name}"]) for row in rows), name
+    assert [row["promotions_student"] + row["promotions_assistant1"] for row in rows] == [3, 6]  # since the start
+    assert all(row["lr"] == 0.01 for row in rows)  # the students', not the pivot's
+    assert list(results["student"].others) == ["assistant1", "teacher"]
+
+
+@pytest.mark.parametrize("method, views", [("dkel", 3), ("pcl", 3), ("kdcl", 2)])
+def test_views_are_for_training_only(tmp_path, method, views):
+    options = {"views": True} if method == "kdcl" else {}
+    runner = Runner(config(tmp_path, method=method, options=options))
+    fit = runner.fit(runner.stages["student"], {}, None)
+    inputs, _ = next(iter(fit.train_batches))
+    assert len(inputs) == views and not torch.equal(inputs[0], inputs[1])
+    assert isinstance(next(iter(fit.held_out["test"]))[0], torch.Tensor)
+    assert isinstance(runner.data.train[0][0], torch.Tensor)  # other stages have one view
+
+
+def test_a_method_is_initialised_once_before_the_first_epoch(tmp_path, monkeypatch):
+    calls = []
+
+    def initialise(self, batches, lr):
+        (inputs, target), *_ = batches
+        calls.append((self.iterations, len(inputs), len(target), lr))
+
+    monkeypatch.setattr(methods.CE, "initialise", initialise, raising=False)
+    run(config(tmp_path, epochs=2, batch_size=15))
+    assert calls == [(0, 15, 15, 0.01)]
+    run(config(tmp_path, epochs=3, batch_size=15, resume=True))
+    assert len(calls) == 1

@@ -71,8 +71,8 @@ def _note_epochs(config: TrainConfig, out: Path, say) -> None:
     if config.schedule != "constant" or guides:
         what = [*guides, f"the schedule ({config.schedule}) changes"]
         say(
-            f"note: planned were {before} epochs, now {config.epochs}: {', '.join(what)}, so the result is not that of a "
-            "run planned like this"
+            f"note: planned were {before} epochs, now {config.epochs}: {', '.join(what)}, "
+            "so the result is not that of a run planned like this"
         )
 
 

@@ -153,7 +153,9 @@ def draw_bars(comparison: Comparison, path: Path) -> None:
     plt = pyplot()
     methods = list(comparison.results)
     values = [[100 * v for v in comparison.accuracies(method)] for method in methods]
-    figure, axis = plt.subplots(figsize=(1.5 + 1.1 * len(methods), 4.2), layout="constrained")
+    many = len(methods) > 8
+    figure, axis = plt.subplots(figsize=(1.5 + (0.7 if many else 1.1) * len(methods), 4.2), layout="constrained")
+    axis.tick_params(axis="x", rotation=30 if many else 0)
     means = [statistics.fmean(v) for v in values]
     deviations = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
     axis.bar(methods, means, width=0.6, color="C0", alpha=0.55, zorder=2)
@@ -169,7 +171,8 @@ def draw_bars(comparison: Comparison, path: Path) -> None:
     floor = max(0.0, low - 0.25 * (high - low) - 1) if low > 5 else 0.0
     axis.set_ylim(floor, min(100.0, high + 0.1 * (high - low) + 1))
     axis.set_ylabel("test accuracy of the student [%]" + ("\n(the axis does not start at 0)" if floor else ""))
-    axis.set_title(f"{comparison.config.student} on {comparison.config.data}, last epoch, {len(values[0])} seeds")
+    count = f"{len(values[0])} seed{'s' * (len(values[0]) > 1)}"
+    axis.set_title(f"{comparison.config.student} on {comparison.config.data}, last epoch, {count}")
     axis.grid(axis="y", alpha=0.3, zorder=0)
     figure.legend(fontsize="small", loc="outside lower center", ncols=2)
     save_figure(figure, path)
@@ -195,7 +198,7 @@ def text(comparison: Comparison, command: str) -> str:
     if any(len(runner.stages) > 1 for runner in comparison.runners.values()):
         lines += ["## Networks trained before", "", guides_table(comparison), ""]
     lines += ["## Methods", ""]
-    lines += [f"- **{m}**: {method_text(m, accepted(m, config.options))}" for m in config.methods]
+    lines += [f"- **{m}**: {method_text(m, config.data, accepted(m, config.options))}" for m in config.methods]
     lines += ["", "## Data", "", data_text(config, runner.data), ""]
     if config.train_size:
         lines += ["Each seed draws its own training images; the test images are the same for all.", ""]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,40 +18,12 @@ from fastkd.methods import Method
 from fastkd.models import logits_of
 from fastkd.train import checkpoint
 from fastkd.train.config import Settings, UserError
+from fastkd.train.interrupts import Interrupted, catch_interrupt, leave_interrupts
 from fastkd.train.metrics import Divergence, Meter, Row, read_csv, write_csv
 from fastkd.train.optim import make_optimizer, make_schedule
 from fastkd.train.progress import Progress
 
 FORMAT = 1
-
-
-class Interrupted(Exception):
-    """Ctrl-C: what was computed is saved."""
-
-
-@contextmanager
-def catch_interrupt() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether Ctrl-C came; a second Ctrl-C interrupts at once."""
-    caught = []
-
-    def note(number, frame):
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(caught)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _leave_interrupts(worker: int) -> None:
-    """Ctrl-C in a terminal reaches the loader's processes too; the main one decides what to do."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def pick_device(name: str) -> torch.device:
@@ -164,7 +134,7 @@ class Fit:
         self.train_batches = loader(
             self.data.train, batch_size, shuffle=True, seed=self.seed, workers=workers, drop_last=alone
         )
-        self.train_batches.worker_init_fn = _leave_interrupts
+        self.train_batches.worker_init_fn = leave_interrupts
         held_out = {"validation": self.data.validation, "test": self.data.test}
         self.held_out = {
             name: loader(part, max(batch_size, 256), shuffle=False, workers=workers)

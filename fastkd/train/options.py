@@ -184,7 +184,8 @@ def _help(parser, command: str, fields: dict[str, Any]) -> str:
     for name, recipe in RECIPES.items():
         values = ", ".join(f"{key}={value!r}" for key, value in arguments(name).items())
         lines += [f"  {name:<7}{recipe.about}" if len(name) < 7 else f"  {name}  {recipe.about}"]
-        lines += [f"         {values or 'no options'}"]
+        for_digits = ", ".join(f"{key}={value!r}" for key, value in recipe.digits.items())
+        lines += [f"         {values or 'no options'}{f' (digits: {for_digits})' if for_digits else ''}"]
     lines += ["", f"Networks: {', '.join(models.names())}"]
     wrapped = [textwrap.fill(line, 100, subsequent_indent=" " * 9) if len(line) > 100 else line for line in lines]
     return "\n".join([f"usage: {EXAMPLES[command]}", text.rstrip(), *wrapped]) + "\n"

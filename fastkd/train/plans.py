@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ class Recipe:
         stages: config -> the stages that the student's needs, and the student's.
         about: which networks there are and who teaches whom, for --help and report.md.
         fixed: arguments of the class that this recipe sets itself.
+        digits: defaults of its arguments for digits, whose runs are short and whose maps are small (our choice, made
+            on validation images).
     """
 
     method: type[methods.Method]
@@ -35,6 +38,7 @@ class Recipe:
     stages: Callable[[TrainConfig], list[Stage]]
     about: str
     fixed: dict[str, Any] = field(default_factory=dict)
+    digits: dict[str, Any] = field(default_factory=dict)
 
 
 def _alone(method, **fixed):
@@ -112,6 +116,7 @@ RECIPES = {
         "Peers of the student's architecture on one stem (--branches), each with its own augmentation of the images, "
         "learn together from their ensemble and from their mean teachers. The first mean teacher is the network that "
         "is kept.",
+        digits={"momentum": 0.97},
     ),
     "ban": Recipe(methods.BAN, _with_teacher(methods.BAN), stages.generations, _GENERATIONS + "one before it."),
     "dgkd": Recipe(
@@ -133,7 +138,7 @@ RECIPES = {
         _peers_and_guides(methods.CTSLMKT),
         stages.peers_and_selves,
         "Student and assistants, all fresh, learn together from each other's probabilities and relations, and each "
-        "from its self-teacher (self1, self2, ...): the same network trained alone by cross-entropy before, and frozen.",
+        "from its frozen self-teacher (self1, self2, ...): the same network trained alone by cross-entropy before.",
     ),
     "dkel": Recipe(
         methods.DKEL,
@@ -141,6 +146,7 @@ RECIPES = {
         stages.branches,
         "As pcl, with mean teachers that start apart from the student and whose ensemble fades out. The first mean "
         "teacher is the network that is kept.",
+        digits={"momentum": 0.97},
     ),
     "feed-parallel": Recipe(
         methods.FEED,
@@ -148,14 +154,16 @@ RECIPES = {
         stages.copies,
         "Several teachers of the student's architecture (--num-teachers), each trained alone from its own seed, guide "
         "the student by their last feature maps, each through its own transform.",
-        {"mode": "parallel"},
+        fixed={"mode": "parallel"},
+        digits={"beta": 5.0},
     ),
     "feed-sequential": Recipe(
         methods.FEED,
         _with_guides(methods.FEED, mode="sequential"),
         stages.generations,
         _GENERATIONS + "last feature map of the one before it.",
-        {"mode": "sequential"},
+        fixed={"mode": "sequential"},
+        digits={"beta": 5.0},
     ),
 }
 
@@ -171,8 +179,9 @@ def recipe(name: str) -> Recipe:
     known = ", ".join(RECIPES)
     if not name:
         raise UserError(f"--method is missing: give one of {known}")
-    close = difflib.get_close_matches(name.lower(), RECIPES, n=1)
-    guess = f"did you mean {close[0]}? " if close else ""
+    close = [known for known in RECIPES if known.startswith(name.lower())]
+    close = close or difflib.get_close_matches(name.lower(), RECIPES, n=1)
+    guess = f"did you mean {' or '.join(close)}? " if close else ""
     raise UserError(f"there is no method {name!r}: {guess}known are {known}")
 
 
@@ -181,6 +190,11 @@ def arguments(name: str) -> dict[str, Any]:
     how = recipe(name)
     hidden = _FROM_PLAN | set(how.fixed)
     return {name: default for name, default in stages.parameters(how.method).items() if name not in hidden}
+
+
+def in_force(name: str, data: str, options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, and before them what the method takes for this data instead of its own defaults."""
+    return (recipe(name).digits if data == "digits" else {}) | options
 
 
 def accepted(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -205,7 +219,7 @@ def plan(config: TrainConfig) -> list[Stage]:
     """The stages of a run, each after those that it needs; the last one is the student's."""
     how = recipe(config.method)
     check_options([config.method], config.options)
-    found = how.stages(config)
+    found = how.stages(dataclasses.replace(config, options=in_force(config.method, config.data, config.options)))
     _check_checkpoints(config, found)
     return found
 

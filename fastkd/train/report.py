@@ -13,7 +13,7 @@ from fastkd.train import checkpoint, environment
 from fastkd.train.config import Settings, TrainConfig
 from fastkd.train.loop import evaluate, pick_device
 from fastkd.train.metrics import Row
-from fastkd.train.plans import arguments, recipe
+from fastkd.train.plans import arguments, in_force, recipe
 from fastkd.train.runner import Result
 
 LAST_EPOCH = (
@@ -36,7 +36,10 @@ def save_figure(figure, path: Path) -> None:
 
 
 def draw_curves(rows: list[Row], path: Path, title: str, guides: dict[str, float] | None = None) -> None:
-    """Loss, accuracy and the loss's terms over the epochs. guides: label -> final test accuracy in 0..1, drawn as horizontal lines."""
+    """Loss, accuracy and the loss's terms over the epochs.
+
+    guides: label -> final test accuracy in 0..1, drawn as horizontal lines.
+    """
     plt = pyplot()
     found = terms(rows)
     panels = 3 if found else 2
@@ -171,13 +174,13 @@ def optimization_text(config: Settings) -> str:
     name = config.optimizer + (momentum if config.optimizer == "sgd" else "")
     return (
         f"{name}, learning rate {config.lr:g}, weight decay {config.weight_decay:g}, batches of {config.batch_size}, "
-        f"schedule {schedule}{warmup}. The same for every network."
+        f"schedule {schedule}{warmup}. The same for every network, but for ORC's pivot (options.pivot_lr)."
     )
 
 
-def method_text(name: str, options: dict) -> str:
-    """How the guides come about, and the method's arguments in force."""
-    values = arguments(name) | options
+def method_text(name: str, data: str, options: dict) -> str:
+    """Which networks there are, and the method's arguments in force."""
+    values = arguments(name) | in_force(name, data, options)
     shown = ", ".join(f"{key}={value!r}" for key, value in values.items()) or "none"
     return f"{recipe(name).about} Arguments: {shown}."
 
@@ -192,7 +195,7 @@ def train_report(config: TrainConfig, results: dict[str, Result], data, command:
     lines[-1] += "."
     lines += ["", "![loss and accuracy over the epochs](curves.png)", ""]
     lines += ["## Networks", "", networks_table(config, results, data), ""]
-    lines += ["## Method", "", method_text(config.method, config.options), ""]
+    lines += ["## Method", "", method_text(config.method, config.data, config.options), ""]
     lines += _terms_text(student.rows)
     lines += ["## Data", "", data_text(config, data), ""]
     lines += ["## Optimisation", "", optimization_text(config), ""]

@@ -62,8 +62,6 @@ class Stage:
         return (*self.guides, *(learner.start for learner in self.learners if learner.start))
 
 
-
-
 def parameters(method: type[methods.Method]) -> dict[str, Any]:
     """The arguments of a method's class and their defaults, the networks among them."""
     found = inspect.signature(method.__init__).parameters.values()
