@@ -15,11 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.registry import TRAINING, Case, Inputs
+from benchmarks.inputs import TRAINING, Inputs
+from benchmarks.registry import Case, Result
 
 FUSED, FLOOR = "fused", "floor"
 COLD, WARM = "cold", "warm"
 WARM_CALLS = 5
+SLOW = 0.05  # seconds a call, from which on its own data leaves the caches: it is measured cold only
 
 
 class Quantiles(NamedTuple):
@@ -36,9 +38,9 @@ def quantiles(values: list[float]) -> Quantiles:
 
 
 class Step:
-    """One call of a loss, with its backward pass where the case asks for it."""
+    """One call of an operation, with its loss's backward pass where the case asks for it."""
 
-    def __init__(self, function: Callable[..., Tensor], inputs: Inputs, passes: str) -> None:
+    def __init__(self, function: Callable[..., Result], inputs: Inputs, passes: str) -> None:
         self.function, self.inputs, self.trains = function, inputs, passes == TRAINING
         for tensor in inputs.learning:  # not torch.no_grad(): entering it takes 2 us in each call
             tensor.requires_grad_(self.trains)
@@ -47,7 +49,7 @@ class Step:
         for tensor in self.inputs.learning:
             tensor.grad = None
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Result:
         if not self.trains:
             return self.function(*self.inputs.arguments)
         self.clear()
@@ -75,8 +77,24 @@ def candidates(case: Case, device: str, seed: int = 0) -> dict[str, Step]:
     torch.compiler.reset()
     operation = case.operation
     inputs = operation.make_inputs(case.shape, case.dtype, device, seed)
-    functions = {FUSED: operation.fused} | {name: make() for name, make in operation.baselines.items()}
+    functions = {FUSED: operation.fused} | {name: make() for name, make in case.baselines(device).items()}
     return {name: Step(function, inputs, case.passes) for name, function in functions.items()}
+
+
+def runnable(steps: dict[str, Step]) -> dict[str, Step]:
+    """Those that fit in the GPU's memory; the fused operation must."""
+    fitting = {}
+    for name, step in steps.items():
+        try:
+            step()
+        except torch.OutOfMemoryError:
+            if name == FUSED:
+                raise
+            step.clear()
+            torch.cuda.empty_cache()
+        else:
+            fitting[name] = step
+    return fitting
 
 
 def timed(call: Callable, device: str, calls: int = 1) -> float:
