@@ -97,14 +97,14 @@ def alone(benchmark, steps, request):
     device = request.config.getoption("bench_device")
 
     def run(case, candidate):
-        fitting = measure.runnable({name: steps(case)[name] for name in dict.fromkeys([measure.FUSED, candidate])})
-        if candidate not in fitting:
+        step = steps(case)[candidate]
+        if candidate not in measure.results({candidate: step}):
             pytest.skip(f"{candidate} does not fit in the GPU's memory")
         benchmark.group = str(case)
         on_gpu = torch.device(device).type == "cuda"
 
         def call():
-            fitting[candidate]()
+            step()
             if on_gpu:
                 torch.cuda.synchronize(device)
 
@@ -119,10 +119,10 @@ def compare(steps, request):
     config = request.config
     if not timing(config):
         pytest.skip("timed only with --benchmark-enable")
-    seconds = 0.5 if config.getoption("quick") else 2.0
+    rounds = {"seconds": 0.5, "least": 5} if config.getoption("quick") else {"seconds": 2.0}
 
     def run(case):
-        found = report.comparisons(case, steps(case), config.getoption("bench_device"), seconds)
+        found = report.comparisons(case, steps(case), config.getoption("bench_device"), **rounds)
         config.stash[COMPARISONS].extend(found)
 
     return run

@@ -81,20 +81,18 @@ def candidates(case: Case, device: str, seed: int = 0) -> dict[str, Step]:
     return {name: Step(function, inputs, case.passes) for name, function in functions.items()}
 
 
-def runnable(steps: dict[str, Step]) -> dict[str, Step]:
-    """Those that fit in the GPU's memory; the fused operation must."""
-    fitting = {}
+def results(steps: dict[str, Step]) -> dict[str, Result]:
+    """What each returns, but for those that do not fit in the GPU's memory; the fused operation must."""
+    found = {}
     for name, step in steps.items():
         try:
-            step()
+            found[name] = step()
         except torch.OutOfMemoryError:
             if name == FUSED:
                 raise
             step.clear()
             torch.cuda.empty_cache()
-        else:
-            fitting[name] = step
-    return fitting
+    return found
 
 
 def timed(call: Callable, device: str, calls: int = 1) -> float:
@@ -130,8 +128,11 @@ def interleave(
     The order turns by one each round: what a candidate leaves behind does not always meet the same one.
     """
     for call in calls.values():
+        warm = time.perf_counter()
         for _ in range(3):
             call()
+            if time.perf_counter() - warm > SLOW:
+                break
     times, order = {name: [] for name in calls}, list(calls)
     end, collecting = time.perf_counter() + seconds, gc.isenabled()
     gc.disable()
@@ -156,12 +157,11 @@ def paired(numerator: list[float], denominator: list[float]) -> Quantiles:
 
 
 def extra_bytes(step: Step, device: str) -> int:
-    """Peak of the tensor memory allocated during a step, above what stood before it; the gradient counts.
+    """Peak of the tensor memory allocated during a step that ran before, above what stood; the gradient counts.
 
     On the CPU: every allocation and release of PyTorch's CPU allocator, recorded by torch.profiler. A kernel's own
     scratch memory outside of that allocator is not in it. On CUDA: the caching allocator's peak.
     """
-    step()
     step.clear()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

@@ -50,27 +50,29 @@ LAYOUT = {
 }
 
 
-def comparisons(case: Case, steps: dict[str, measure.Step], device: str, seconds: float) -> list[dict]:
+def comparisons(case: Case, steps: dict[str, measure.Step], device: str, seconds: float, least: int = 7) -> list[dict]:
     """One case measured with cold and with warm caches: times of all candidates and the floor, ratios, memory.
 
-    Where a call takes as long as measure.SLOW, only with cold caches.
+    At least `least` rounds. Where a call takes as long as measure.SLOW, only with cold caches.
     """
     reason = _backend.why_not_native(torch.empty(0, device=device))
     if reason is not None:
         raise RuntimeError(f"{case.operation.name}: no native kernels to measure: {reason}")
-    steps = measure.runnable(steps)
-    _same_results(steps, case.dtype)
+    results = measure.results(steps)
+    require_same(results, case.dtype)
+    steps = {name: steps[name] for name in results}
     memory = {name: measure.extra_bytes(step, device) for name, step in steps.items()}
     calls = steps | {measure.FLOOR: measure.Copy(case.bytes_floor, device)}
-    found = [_compared(case, calls, device, measure.COLD, seconds, memory)]
+    rounds = {"seconds": seconds, "least": least}
+    found = [_compared(case, calls, device, measure.COLD, rounds, memory)]
     if max(q["p50"] for q in found[0]["microseconds"].values()) < measure.SLOW * 1e6:
-        found.append(_compared(case, calls, device, measure.WARM, seconds, memory))
+        found.append(_compared(case, calls, device, measure.WARM, rounds, memory))
     return found
 
 
-def _compared(case: Case, calls: dict, device: str, caches: str, seconds: float, memory: dict[str, int]) -> dict:
+def _compared(case: Case, calls: dict, device: str, caches: str, rounds: dict, memory: dict[str, int]) -> dict:
     others = measure.Others()
-    times = measure.interleave(calls, device=device, caches=caches, seconds=seconds)
+    times = measure.interleave(calls, device=device, caches=caches, **rounds)
     others_cores = others.cores()
     baselines = [name for name in calls if name not in (measure.FUSED, measure.FLOOR)]
     ratios = {name: measure.paired(times[name], times[measure.FUSED]) for name in baselines}
@@ -90,12 +92,11 @@ def _compared(case: Case, calls: dict, device: str, caches: str, seconds: float,
     }
 
 
-def _same_results(steps: dict[str, measure.Step], dtype: torch.dtype) -> None:
+def require_same(results: dict[str, Result], dtype: torch.dtype) -> None:
     """Each number within the square root of the dtype's eps of the largest; integers exactly."""
-    results = {name: _tensors(step()) for name, step in steps.items()}
     tolerance = torch.finfo(dtype).eps ** 0.5
-    for name, tensors in results.items():
-        for tensor, fused in zip(tensors, results[measure.FUSED], strict=True):
+    for name, result in results.items():
+        for tensor, fused in zip(_tensors(result), _tensors(results[measure.FUSED]), strict=True):
             if fused.is_floating_point():
                 same = (tensor.double() - fused.double()).abs().max() <= tolerance * fused.double().abs().max()
             else:

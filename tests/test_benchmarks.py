@@ -131,7 +131,7 @@ def test_the_floor_is_the_tensors_read_and_written(name, dtype):
 @pytest.mark.parametrize(("caches", "calls"), [(measure.COLD, 1), (measure.WARM, measure.WARM_CALLS)])
 def test_interleave_takes_turns_and_counts_calls(caches, calls, monkeypatch):
     clock, said = [0.0], []
-    cost = {"a": 1.0, "b": 3.0}
+    cost = {"a": 2**-10, "b": 3 * 2**-10}
 
     def call(name):
         said.append(name)
@@ -140,12 +140,16 @@ def test_interleave_takes_turns_and_counts_calls(caches, calls, monkeypatch):
     monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
     candidates = {name: lambda name=name: call(name) for name in cost}
     times = measure.interleave(candidates, caches=caches, seconds=0, least=4, most=10)
-    assert times == {"a": [1.0] * 4, "b": [3.0] * 4}
+    assert times == {name: [seconds] * 4 for name, seconds in cost.items()}
     each = calls + (caches == measure.WARM)
     turns = said[6:]  # after the warm-up of three calls each
     assert turns == (["a"] * each + ["b"] * each + ["b"] * each + ["a"] * each) * 2
     times = measure.interleave(candidates, caches=caches, seconds=1e9, least=1, most=3)
     assert len(times["a"]) == 3
+    said.clear()
+    cost["b"] = 1.0  # a slow one is warm after one call
+    measure.interleave(candidates, caches=caches, seconds=0, least=1, most=1)
+    assert said == ["a"] * 3 + ["b"] + ["a"] * each + ["b"] * each
 
 
 def test_quantiles_and_paired_ratios():
@@ -269,10 +273,11 @@ def test_a_candidate_without_memory_is_left_out_but_not_the_fused_one():
         raise torch.OutOfMemoryError("full")
 
     inputs = registry.Inputs((), ())
-    fits, full = (measure.Step(function, inputs, FORWARD) for function in (lambda: torch.zeros(()), full))
-    assert set(measure.runnable({measure.FUSED: fits, "eager": full, "compile": fits})) == {measure.FUSED, "compile"}
+    fits, full = (measure.Step(function, inputs, FORWARD) for function in (lambda: 3, full))
+    steps = {measure.FUSED: fits, "eager": full, "compile": fits}
+    assert measure.results(steps) == {measure.FUSED: 3, "compile": 3}
     with pytest.raises(torch.OutOfMemoryError):
-        measure.runnable({measure.FUSED: full, "eager": fits})
+        measure.results({measure.FUSED: full, "eager": fits})
 
 
 def test_slow_calls_are_measured_cold_only(monkeypatch):
