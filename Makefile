@@ -11,7 +11,7 @@ BUILT := build/.native-built
 NATIVE := $(shell find csrc tools -type f -not -name '*.pyc' 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-slow bench lint clean FORCE
+.PHONY: help venv build demo test test-asan test-slow bench lint clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,9 @@ demo: $(BUILT) ## distil the handwritten digits with five methods, three seeds e
 
 test: $(BUILT) ## all tests that are not marked slow (under 10 minutes)
 	$(PY) -m pytest -m "not slow"
+
+test-asan: $(INSTALLED) ## the operations' CPU tests under the address and undefined-behaviour sanitizers (4 minutes; g++)
+	$(PY) tests/asan.py
 
 test-slow: $(BUILT) ## the slow tests: the wheel under other versions of torch (needs 15 GB of disk), installations
 	$(PY) -m pytest -m slow

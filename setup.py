@@ -1,7 +1,8 @@
 """Drives CMakeLists.txt, which says how the native libraries are built; pyproject.toml says everything else.
 
 FASTKD_WITH_CUDA=auto|1|0, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CUDACXX and CUDA_HOME are honoured. Without a C++
-compiler the package is installed in plain Python; FASTKD_REQUIRE_NATIVE=1 makes that an error.
+compiler the package is installed in plain Python; FASTKD_REQUIRE_NATIVE=1 makes that an error. FASTKD_SANITIZE=1
+builds the CPU library for `make test-asan`, which alone can load it.
 """
 
 from __future__ import annotations
@@ -70,6 +71,10 @@ class BuildNative(build_ext):
             "FASTKD_TORCH_LIB": str(torch / "lib"),
             "FASTKD_WITH_CUDA": "OFF",
         }
+        if toolchain.flag("FASTKD_SANITIZE"):
+            if self._package() == ROOT / "fastkd":
+                raise SetupError("FASTKD_SANITIZE=1: name a folder of its own with --build-lib, got the package's")
+            return options | {"FASTKD_SANITIZE": "ON"}
         if toolchain.with_cuda() == "0":
             return options
         nvcc = toolchain.nvcc()

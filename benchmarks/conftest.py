@@ -1,6 +1,7 @@
 """Options and fixtures of the benchmarks, and the report at the end. Timed with --benchmark-enable (`make bench`)."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from benchmarks import guard, measure, registry, report  # noqa: E402
 
 COMPARISONS = pytest.StashKey[list]()
 TESTED = pytest.StashKey[dict]()
+CANDIDATES = pytest.StashKey[tuple]()
 
 
 def pytest_addoption(parser):
@@ -31,36 +33,73 @@ def timing(config) -> bool:
 
 
 def pytest_generate_tests(metafunc):
+    """Every case of the module's OPERATIONS; with a candidate, each that can run the case."""
     if "case" not in metafunc.fixturenames:
         return
-    config, operation = metafunc.config, metafunc.module.OPERATION
+    config = metafunc.config
     try:
         dtypes = [getattr(torch, name) for name in config.getoption("dtypes").split(",")]
     except AttributeError as error:
         raise pytest.UsageError(f"--dtypes: {error}") from None
-    metafunc.parametrize("case", registry.cases(operation, dtypes, config.getoption("quick")), ids=str)
-    if "candidate" in metafunc.fixturenames:
-        metafunc.parametrize("candidate", [measure.FUSED, *operation.baselines])
+    quick, device = config.getoption("quick"), config.getoption("bench_device")
+    cases = [case for operation in metafunc.module.OPERATIONS for case in registry.cases(operation, dtypes, quick)]
+    if "candidate" not in metafunc.fixturenames:
+        return metafunc.parametrize("case", cases, ids=str)
+    pairs = [(case, name) for case in cases for name in (measure.FUSED, *case.baselines(device))]
+    metafunc.parametrize(("case", "candidate"), pairs, ids=str)
 
 
+@pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("quick"):
+        items[:] = [item for item in items if "candidate" not in item.fixturenames]
     if not timing(config) or config.getoption("collectonly"):
         return
-    operations = [getattr(item.module, "OPERATION", None) for item in items]
-    for operation in {o.name: o for o in operations if o is not None}.values():
+    cases = {id(item): item.callspec.params["case"] for item in items if hasattr(item, "callspec")}
+    order = {case: place for place, case in reversed(list(enumerate(map(str, cases.values()))))}
+    items.sort(key=lambda item: order[str(cases[id(item)])] if id(item) in cases else -1)  # compiled once per case
+    operations = {case.operation.name: case.operation for case in cases.values()}
+    config.stash[TESTED].update(tested(list(operations.values()), config))
+
+
+def tested(operations, config) -> dict[str, str]:
+    """What pytest said of each operation's tests. --quick: of those in the place that is measured."""
+    keyword = torch.device(config.getoption("bench_device")).type if config.getoption("quick") else ""
+    names = {operation.tests: operation.name for operation in operations}
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {
+            tests: pool.submit(guard.require_passing, name, tests, keyword=keyword) for tests, name in names.items()
+        }
         try:
-            config.stash[TESTED][operation.name] = guard.require_passing(operation.name, operation.tests)
+            said = {tests: job.result() for tests, job in jobs.items()}
         except guard.Refused as refusal:
+            pool.shutdown(cancel_futures=True)
             raise pytest.UsageError(str(refusal)) from None
+    return {operation.name: said[operation.tests] for operation in operations}
 
 
 @pytest.fixture
-def alone(benchmark, request):
+def steps(request):
+    """A case's candidates; the tests of one case follow each other and share them."""
+    config = request.config
+
+    def make(case):
+        if config.stash.get(CANDIDATES, ("",))[0] != str(case):
+            config.stash[CANDIDATES] = str(case), measure.candidates(case, config.getoption("bench_device"))
+        return config.stash[CANDIDATES][1]
+
+    return make
+
+
+@pytest.fixture
+def alone(benchmark, steps, request):
     """Times one candidate by pytest-benchmark, by itself."""
     device = request.config.getoption("bench_device")
 
     def run(case, candidate):
-        step = measure.candidates(case, device)[candidate]
+        step = steps(case)[candidate]
+        if candidate not in measure.results({candidate: step}):
+            pytest.skip(f"{candidate} does not fit in the GPU's memory")
         benchmark.group = str(case)
         on_gpu = torch.device(device).type == "cuda"
 
@@ -69,22 +108,22 @@ def alone(benchmark, request):
             if on_gpu:
                 torch.cuda.synchronize(device)
 
-        call()
         benchmark(call)
 
     return run
 
 
 @pytest.fixture
-def compare(request):
+def compare(steps, request):
     """Times a case's candidates and its floor in turns; the report's numbers."""
     config = request.config
     if not timing(config):
         pytest.skip("timed only with --benchmark-enable")
-    seconds = 1.0 if config.getoption("quick") else 4.0
+    rounds = {"seconds": 0.5, "least": 5} if config.getoption("quick") else {"seconds": 2.0}
 
     def run(case):
-        config.stash[COMPARISONS].extend(report.comparisons(case, config.getoption("bench_device"), seconds))
+        found = report.comparisons(case, steps(case), config.getoption("bench_device"), **rounds)
+        config.stash[COMPARISONS].extend(found)
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,17 +14,18 @@ class Refused(Exception):
     """One sentence: why nothing is reported."""
 
 
-def require_passing(name: str, tests: str, root: Path | None = None) -> str:
-    """Runs the test files `root / tests` (a pattern) in their own process; returns pytest's last line.
+def require_passing(name: str, tests: str, root: Path | None = None, keyword: str = "") -> str:
+    """Runs the test files `root / tests` (a pattern) in their own process of one thread; returns pytest's last line.
 
-    Raises Refused where a test fails, or where none ran.
+    `keyword`: only the tests whose names match it, as in pytest. Raises Refused where a test fails, or where none ran.
     """
     root = root or ROOT
     files = sorted(str(path.relative_to(root)) for path in root.glob(tests))
     if not files:
         raise Refused(f"{name}: no speed-up is reported, because it has no tests ({tests} matches no file).")
-    command = ["-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *files]
-    run = subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True)
+    command = ["-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "-k", keyword, *files]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, *command], cwd=root, env=environment, capture_output=True, text=True)
     lines = [line for line in run.stdout.splitlines() if line.strip()] or ["pytest said nothing"]
     last = lines[-1].strip("= ")
     if run.returncode != 0:

@@ -15,11 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.registry import TRAINING, Case, Inputs
+from benchmarks.inputs import TRAINING, Inputs
+from benchmarks.registry import Case, Result
 
 FUSED, FLOOR = "fused", "floor"
 COLD, WARM = "cold", "warm"
 WARM_CALLS = 5
+SLOW = 0.05  # seconds a call, from which on its own data leaves the caches: it is measured cold only
 
 
 class Quantiles(NamedTuple):
@@ -36,9 +38,9 @@ def quantiles(values: list[float]) -> Quantiles:
 
 
 class Step:
-    """One call of a loss, with its backward pass where the case asks for it."""
+    """One call of an operation, with its loss's backward pass where the case asks for it."""
 
-    def __init__(self, function: Callable[..., Tensor], inputs: Inputs, passes: str) -> None:
+    def __init__(self, function: Callable[..., Result], inputs: Inputs, passes: str) -> None:
         self.function, self.inputs, self.trains = function, inputs, passes == TRAINING
         for tensor in inputs.learning:  # not torch.no_grad(): entering it takes 2 us in each call
             tensor.requires_grad_(self.trains)
@@ -47,7 +49,7 @@ class Step:
         for tensor in self.inputs.learning:
             tensor.grad = None
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Result:
         if not self.trains:
             return self.function(*self.inputs.arguments)
         self.clear()
@@ -75,8 +77,22 @@ def candidates(case: Case, device: str, seed: int = 0) -> dict[str, Step]:
     torch.compiler.reset()
     operation = case.operation
     inputs = operation.make_inputs(case.shape, case.dtype, device, seed)
-    functions = {FUSED: operation.fused} | {name: make() for name, make in operation.baselines.items()}
+    functions = {FUSED: operation.fused} | {name: make() for name, make in case.baselines(device).items()}
     return {name: Step(function, inputs, case.passes) for name, function in functions.items()}
+
+
+def results(steps: dict[str, Step]) -> dict[str, Result]:
+    """What each returns, but for those that do not fit in the GPU's memory; the fused operation must."""
+    found = {}
+    for name, step in steps.items():
+        try:
+            found[name] = step()
+        except torch.OutOfMemoryError:
+            if name == FUSED:
+                raise
+            step.clear()
+            torch.cuda.empty_cache()
+    return found
 
 
 def timed(call: Callable, device: str, calls: int = 1) -> float:
@@ -112,8 +128,11 @@ def interleave(
     The order turns by one each round: what a candidate leaves behind does not always meet the same one.
     """
     for call in calls.values():
+        warm = time.perf_counter()
         for _ in range(3):
             call()
+            if time.perf_counter() - warm > SLOW:
+                break
     times, order = {name: [] for name in calls}, list(calls)
     end, collecting = time.perf_counter() + seconds, gc.isenabled()
     gc.disable()
@@ -138,12 +157,11 @@ def paired(numerator: list[float], denominator: list[float]) -> Quantiles:
 
 
 def extra_bytes(step: Step, device: str) -> int:
-    """Peak of the tensor memory allocated during a step, above what stood before it; the gradient counts.
+    """Peak of the tensor memory allocated during a step that ran before, above what stood; the gradient counts.
 
     On the CPU: every allocation and release of PyTorch's CPU allocator, recorded by torch.profiler. A kernel's own
     scratch memory outside of that allocator is not in it. On CUDA: the caching allocator's peak.
     """
-    step()
     step.clear()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

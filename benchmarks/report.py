@@ -14,7 +14,7 @@ import torch
 
 import fastkd
 from benchmarks import measure
-from benchmarks.registry import Case
+from benchmarks.registry import Case, Result
 from fastkd import _backend, _library
 
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -50,23 +50,32 @@ LAYOUT = {
 }
 
 
-def comparisons(case: Case, device: str, seconds: float) -> list[dict]:
-    """One case measured with cold and with warm caches: times of all candidates and the floor, ratios, memory."""
-    steps = measure.candidates(case, device)
-    reason = _backend.why_not_native(steps[measure.FUSED].inputs.learning[0])
+def comparisons(case: Case, steps: dict[str, measure.Step], device: str, seconds: float, least: int = 7) -> list[dict]:
+    """One case measured with cold and with warm caches: times of all candidates and the floor, ratios, memory.
+
+    At least `least` rounds. Where a call takes as long as measure.SLOW, only with cold caches.
+    """
+    reason = _backend.why_not_native(torch.empty(0, device=device))
     if reason is not None:
         raise RuntimeError(f"{case.operation.name}: no native kernels to measure: {reason}")
-    _same_loss(steps, case.dtype)
+    results = measure.results(steps)
+    require_same(results, case.dtype)
+    steps = {name: steps[name] for name in results}
     memory = {name: measure.extra_bytes(step, device) for name, step in steps.items()}
     calls = steps | {measure.FLOOR: measure.Copy(case.bytes_floor, device)}
-    return [_compared(case, calls, device, caches, seconds, memory) for caches in (measure.COLD, measure.WARM)]
+    rounds = {"seconds": seconds, "least": least}
+    found = [_compared(case, calls, device, measure.COLD, rounds, memory)]
+    if max(q["p50"] for q in found[0]["microseconds"].values()) < measure.SLOW * 1e6:
+        found.append(_compared(case, calls, device, measure.WARM, rounds, memory))
+    return found
 
 
-def _compared(case: Case, calls: dict, device: str, caches: str, seconds: float, memory: dict[str, int]) -> dict:
+def _compared(case: Case, calls: dict, device: str, caches: str, rounds: dict, memory: dict[str, int]) -> dict:
     others = measure.Others()
-    times = measure.interleave(calls, device=device, caches=caches, seconds=seconds)
+    times = measure.interleave(calls, device=device, caches=caches, **rounds)
     others_cores = others.cores()
-    ratios = {name: measure.paired(times[name], times[measure.FUSED]) for name in case.operation.baselines}
+    baselines = [name for name in calls if name not in (measure.FUSED, measure.FLOOR)]
+    ratios = {name: measure.paired(times[name], times[measure.FUSED]) for name in baselines}
     ratios[measure.FLOOR] = measure.paired(times[measure.FUSED], times[measure.FLOOR])
     return {
         "operation": case.operation.name,
@@ -83,12 +92,21 @@ def _compared(case: Case, calls: dict, device: str, caches: str, seconds: float,
     }
 
 
-def _same_loss(steps: dict[str, measure.Step], dtype: torch.dtype) -> None:
-    losses = {name: float(step().detach()) for name, step in steps.items()}
+def require_same(results: dict[str, Result], dtype: torch.dtype) -> None:
+    """Each number within the square root of the dtype's eps of the largest; integers exactly."""
     tolerance = torch.finfo(dtype).eps ** 0.5
-    for name, loss in losses.items():
-        if not abs(loss - losses[measure.FUSED]) <= tolerance * abs(loss):
-            raise AssertionError(f"{name} computes another loss: {losses}")
+    for name, result in results.items():
+        for tensor, fused in zip(_tensors(result), _tensors(results[measure.FUSED]), strict=True):
+            if fused.is_floating_point():
+                same = (tensor.double() - fused.double()).abs().max() <= tolerance * fused.double().abs().max()
+            else:
+                same = torch.equal(tensor, fused)
+            if not same:
+                raise AssertionError(f"{name} computes something else: {tensor}, fused {fused}")
+
+
+def _tensors(result: Result) -> list[torch.Tensor]:
+    return [t.detach() for t in ((result,) if isinstance(result, torch.Tensor) else result)]
 
 
 def _rounded(values: list[float]) -> dict:
@@ -188,35 +206,43 @@ def table(result: dict, folder: Path = FOLDER) -> str:
     comparisons = result["comparisons"]
     for operation in dict.fromkeys(c["operation"] for c in comparisons):
         own = [c for c in comparisons if c["operation"] == operation]
-        lines += ["", f"{operation}: tests {result['tests'].get(operation, 'not run')}", *_rows(own)]
+        lines += ["", f"{operation}: tests {result['tests'].get(operation, 'not run')}", "", *_rows(own)]
     lines += [
         "",
         "Medians over rounds in which every candidate had its turn (p20-p80): one call (cold caches), or the mean of "
-        f"{measure.WARM_CALLS} calls (warm).",
+        f"{measure.WARM_CALLS} calls (warm). Calls of {measure.SLOW * 1e3:.0f} ms and more are measured cold only.",
         "xFLOOR: fused against a copy of as many bytes as the operation must move. MB: peak of PyTorch's allocations.",
+        *["-: does not run at this shape."] * any(_missing(comparisons)),
         *_disturbed(comparisons, device["cores"]),
         _gpu(result, folder),
     ]
     return "\n".join(lines)
 
 
+def _missing(comparisons: list[dict]) -> list[bool]:
+    most = {c["operation"]: len(c["ratios"]) for c in sorted(comparisons, key=lambda c: len(c["ratios"]))}
+    return [len(c["ratios"]) < most[c["operation"]] for c in comparisons]
+
+
 def _rows(comparisons: list[dict]) -> list[str]:
-    baselines = [name for name in comparisons[0]["ratios"] if name != measure.FLOOR]
+    """One operation's comparisons as a Markdown table."""
+    baselines = list(dict.fromkeys(name for c in comparisons for name in c["ratios"] if name != measure.FLOOR))
     names = [measure.FUSED, *baselines]
     header = ["shape", "dtype", "pass", "caches", "fused us", *[f"faster than {b}" for b in baselines], "xFLOOR"]
     body = [header + [f"MB {name}" for name in names]]
     for c in comparisons:
         shape = " ".join(f"{key}={size}" for key, size in c["shape"].items())
-        ratios = [_ratio(c["ratios"][name]) for name in [*baselines, measure.FLOOR]]
-        memory = [f"{c['extra_bytes'][name] / 1e6:.2f}" for name in names]
+        ratios = [_ratio(c["ratios"].get(name)) for name in [*baselines, measure.FLOOR]]
+        memory = [f"{c['extra_bytes'][name] / 1e6:.2f}" if name in c["extra_bytes"] else "-" for name in names]
         fused = f"{c['microseconds'][measure.FUSED]['p50']:.0f}"
         body.append([shape, c["dtype"], c["passes"], c["caches"], fused, *ratios, *memory])
     widths = [max(len(row[i]) for row in body) for i in range(len(body[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in body]
+    body.insert(1, ["-" * width for width in widths])
+    return ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in body]
 
 
-def _ratio(q: dict) -> str:
-    return f"{q['p50']:.1f}x ({q['p20']:.1f}-{q['p80']:.1f})"
+def _ratio(q: dict | None) -> str:
+    return "-" if q is None else f"{q['p50']:.1f}x ({q['p20']:.1f}-{q['p80']:.1f})"
 
 
 def _disturbed(comparisons: list[dict], cores: int) -> list[str]:

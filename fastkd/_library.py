@@ -1,15 +1,18 @@
-"""Finds and loads the native libraries beside this file. Importing never fails without them: it warns once."""
+"""Finds and loads the native libraries beside this file, or in FASTKD_LIBRARY_DIR. Importing never fails without them:
+it warns once.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(os.environ.get("FASTKD_LIBRARY_DIR") or Path(__file__).parent).resolve()
 
 
 @dataclass(frozen=True)

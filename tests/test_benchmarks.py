@@ -8,67 +8,130 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastkd
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import guard, measure, registry, report  # noqa: E402
+from benchmarks.inputs import Embeddings, Maps, Networks  # noqa: E402
 from benchmarks.registry import FORWARD, OPERATIONS, TRAINING, Case, Logits  # noqa: E402
 
-MULTI_TEACHER = OPERATIONS["multi_teacher"]
 SMALL = Logits(6, 37, 3)
+# Shapes that compute quickly, of every operation.
+SMALL_SHAPES = {
+    "multi_teacher": [SMALL, Logits(1, 1, 1), Logits(5, 130, 2)],
+    "mutual": [Networks(6, 37, 4), Networks(1, 2, 2), Networks(5, 130, 3)],
+    "group_stats": [Networks(6, 37, 4), Networks(1, 2, 2), Networks(5, 130, 3)],
+    "feature_ensemble": [Maps(3, 5, 4, 4, 5), Maps(1, 1, 1, 2, 1), Maps(4, 9, 7, 3, 2)],
+    "rkd_distance": [Embeddings(7, 5), Embeddings(2, 3), Embeddings(33, 16)],
+    "rkd_angle": [Embeddings(7, 5), Embeddings(3, 3), Embeddings(33, 16)],
+}
+SMALL_CASES = [(OPERATIONS[name], shape) for name, shapes in SMALL_SHAPES.items() for shape in shapes]
 
 
-def loss_and_gradients(function, operation, shape):
+def results_and_gradients(function, operation, shape):
     inputs = operation.make_inputs(shape, torch.float64, "cpu", seed=1)
-    loss = function(*inputs.arguments)
-    return loss, torch.autograd.grad(loss, inputs.learning)
+    result = function(*inputs.arguments)
+    if not inputs.learning:
+        return list(result), []
+    return [result], torch.autograd.grad(result, inputs.learning)
 
 
-@pytest.mark.parametrize("shape", [SMALL, Logits(1, 1, 1), Logits(5, 130, 2)], ids=str)
-@pytest.mark.parametrize("baseline", [name for name in MULTI_TEACHER.baselines if name != "compile"])
-def test_fused_and_baselines_compute_the_same(baseline, shape):
-    loss, gradients = loss_and_gradients(MULTI_TEACHER.fused, MULTI_TEACHER, shape)
-    other, others = loss_and_gradients(MULTI_TEACHER.baselines[baseline](), MULTI_TEACHER, shape)
-    torch.testing.assert_close(loss, other, rtol=1e-12, atol=1e-12)
-    for gradient, expected in zip(gradients, others, strict=True):
-        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-14)
+def assert_same(operation, shape, name):
+    results, gradients = results_and_gradients(operation.fused, operation, shape)
+    others, expected_gradients = results_and_gradients(operation.baselines[name](), operation, shape)
+    for result, expected in zip(results, others, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=max(1e-14, 1e-13 * scale))
+
+
+def test_every_operation_of_the_library_is_benchmarked():
+    from fastkd import _backend
+
+    measured = {"multi_teacher": "multi_teacher_kd", "mutual": "mutual_kd"}
+    assert {measured.get(name, name) for name in OPERATIONS} == {name for name, _ in _backend._operations.values()}
+    assert set(SMALL_SHAPES) == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize(("operation", "shape"), SMALL_CASES, ids=lambda v: getattr(v, "name", None) or str(v))
+def test_fused_and_baselines_compute_the_same(operation, shape, backend):
+    with fastkd.use_backend(backend):
+        for name in operation.baselines:
+            if name != "compile":
+                assert_same(operation, shape, name)
 
 
 @pytest.mark.slow
-def test_compiled_baseline_computes_the_same():
-    loss, _ = loss_and_gradients(MULTI_TEACHER.fused, MULTI_TEACHER, SMALL)
-    other, _ = loss_and_gradients(MULTI_TEACHER.baselines["compile"](), MULTI_TEACHER, SMALL)
-    torch.testing.assert_close(loss, other, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_compiled_baselines_compute_the_same(name):
+    assert_same(OPERATIONS[name], SMALL_SHAPES[name][0], "compile")
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_has_tests_and_takes_its_shapes(name):
     operation = OPERATIONS[name]
     assert operation.name == name and list(ROOT.glob(operation.tests))
+    assert set(operation.large) | set(operation.alone_on_cpu) <= set(operation.shapes)
     inputs = operation.make_inputs(operation.shapes[0], operation.dtypes[0], "cpu", seed=0)
-    assert inputs.learning and all(t.requires_grad for t in inputs.learning)
+    assert bool(inputs.learning) == (TRAINING in operation.passes) and all(t.requires_grad for t in inputs.learning)
     again = operation.make_inputs(operation.shapes[0], operation.dtypes[0], "cpu", seed=0)
-    assert torch.equal(inputs.learning[0], again.learning[0])
-    quick = registry.cases(operation, operation.dtypes, quick=True)
-    assert 0 < len(quick) < len(registry.cases(operation, operation.dtypes))
+    assert torch.equal(first_tensor(inputs.arguments), first_tensor(again.arguments))
+    quick, full = (registry.cases(operation, operation.dtypes, quick=quick) for quick in (True, False))
+    assert quick and set(map(str, quick)) <= set(map(str, full))
+    assert {case.passes for case in quick} == {operation.passes[-1]}
+    assert not {case.shape for case in quick} & set(operation.large)
+
+
+def first_tensor(arguments):
+    return arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[0][0]
+
+
+def test_shapes_without_baselines_on_a_cpu():
+    angle = OPERATIONS["rkd_angle"]
+    case = Case(angle, angle.alone_on_cpu[0], torch.float32, TRAINING)
+    assert case.baselines("cpu") == {} and set(case.baselines("cuda")) == {"eager", "compile"}
+    assert set(Case(angle, angle.shapes[0], torch.float32, TRAINING).baselines("cpu")) == {"eager", "compile"}
+
+
+def floor(name, shape, dtype=torch.float32, passes=TRAINING):
+    return Case(OPERATIONS[name], shape, dtype, passes).bytes_floor
 
 
 def test_bytes_of_the_floor():
     # float32 [128, 100]: student and 4 teachers read, 128 int64 targets read, with training one gradient written
     tensor, targets = 128 * 100 * 4, 128 * 8
     shape = Logits(128, 100, 4)
-    assert Case(MULTI_TEACHER, shape, torch.float32, FORWARD).bytes_floor == 5 * tensor + targets
-    assert Case(MULTI_TEACHER, shape, torch.float32, TRAINING).bytes_floor == 6 * tensor + targets
-    assert Case(MULTI_TEACHER, shape, torch.bfloat16, TRAINING).bytes_floor == 3 * tensor + targets
+    assert floor("multi_teacher", shape, passes=FORWARD) == 5 * tensor + targets
+    assert floor("multi_teacher", shape) == 6 * tensor + targets
+    assert floor("multi_teacher", shape, torch.bfloat16) == 3 * tensor + targets
     copy = measure.Copy(6 * tensor + targets, "cpu")
     assert copy.source.nbytes + copy.destination.nbytes == 6 * tensor + targets
     assert copy().sum() == copy.source.numel()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_floor_is_the_tensors_read_and_written(name, dtype):
+    """Of the inputs as they are made, of the gradients, and of results that are more than a number."""
+    operation, shape = OPERATIONS[name], SMALL_SHAPES[name][0]
+    if dtype not in operation.dtypes:
+        pytest.skip(f"{name} is not measured in {dtype}")
+    inputs = operation.make_inputs(shape, dtype, "cpu", seed=0)
+    nested = [a if isinstance(a, (list, tuple)) else [a] for a in inputs.arguments]
+    read = sum(t.nbytes for tensors in nested for t in tensors if isinstance(t, torch.Tensor))
+    result = operation.fused(*inputs.arguments)
+    written = sum(t.nbytes for t in (inputs.learning or result))
+    assert floor(name, shape, dtype, operation.passes[-1]) == read + written
+
+
 @pytest.mark.parametrize(("caches", "calls"), [(measure.COLD, 1), (measure.WARM, measure.WARM_CALLS)])
 def test_interleave_takes_turns_and_counts_calls(caches, calls, monkeypatch):
     clock, said = [0.0], []
-    cost = {"a": 1.0, "b": 3.0}
+    cost = {"a": 2**-10, "b": 3 * 2**-10}
 
     def call(name):
         said.append(name)
@@ -77,12 +140,16 @@ def test_interleave_takes_turns_and_counts_calls(caches, calls, monkeypatch):
     monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
     candidates = {name: lambda name=name: call(name) for name in cost}
     times = measure.interleave(candidates, caches=caches, seconds=0, least=4, most=10)
-    assert times == {"a": [1.0] * 4, "b": [3.0] * 4}
+    assert times == {name: [seconds] * 4 for name, seconds in cost.items()}
     each = calls + (caches == measure.WARM)
     turns = said[6:]  # after the warm-up of three calls each
     assert turns == (["a"] * each + ["b"] * each + ["b"] * each + ["a"] * each) * 2
     times = measure.interleave(candidates, caches=caches, seconds=1e9, least=1, most=3)
     assert len(times["a"]) == 3
+    said.clear()
+    cost["b"] = 1.0  # a slow one is warm after one call
+    measure.interleave(candidates, caches=caches, seconds=0, least=1, most=1)
+    assert said == ["a"] * 3 + ["b"] + ["a"] * each + ["b"] * each
 
 
 def test_quantiles_and_paired_ratios():
@@ -137,10 +204,19 @@ guard.ROOT = Path(__file__).parents[1]
 BENCHMARK = """
 from dataclasses import replace
 from benchmarks.registry import OPERATIONS, Logits
-REAL = OPERATIONS["multi_teacher"]
-OPERATION = replace(
-    REAL, shapes=(Logits(2, 5, 1),), tests="tests/test_fake*.py", baselines={"eager": REAL.baselines["eager"]}
-)
+from benchmarks.inputs import Embeddings, Networks
+
+def small(name, shape, **changes):
+    real = OPERATIONS[name]
+    eager = {"eager": real.baselines["eager"]}
+    return replace(real, shapes=(shape,), tests="tests/test_fake*.py", baselines=eager, **changes)
+
+ANGLE = Embeddings(5, 3)
+OPERATIONS = [
+    small("multi_teacher", Logits(2, 5, 1)),
+    small("group_stats", Networks(2, 5, 2)),
+    small("rkd_angle", ANGLE, large=(), alone_on_cpu=(ANGLE,)),
+]
 
 def test_alone(case, candidate, alone):
     alone(case, candidate)
@@ -150,14 +226,14 @@ def test_interleaved(case, compare):
 """
 
 
-def run_benchmarks(folder, body):
-    """A project of one small benchmark whose operation is tested by `body`: its output, the files that it wrote."""
+def run_benchmarks(folder, body, *options):
+    """A project of small benchmarks whose operations are tested by `body`: its output, the files that it wrote."""
     fake_tests(folder, body)
     (folder / "benches").mkdir()
     (folder / "benches" / "conftest.py").write_text(CONFTEST.format(root=str(ROOT)))
     (folder / "benches" / "test_small.py").write_text(BENCHMARK)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-enable", "benches"]
-    command += ["--bench-device=cpu", "--results=results", "--benchmark-max-time=0.01", "--rootdir=."]
+    command += ["--bench-device=cpu", "--results=results", "--benchmark-max-time=0.01", "--rootdir=.", *options]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     return run.returncode, run.stdout + run.stderr, list(folder.glob("results/*.json"))
 
@@ -170,16 +246,61 @@ def test_a_run_stops_with_one_sentence_where_the_tests_fail(tmp_path):
     assert "faster" not in output
 
 
+def test_only_what_is_measured_must_pass(tmp_path):
+    """-k chooses the cases; --quick asks the tests of the place that is measured."""
+    body = "import pytest\n\n@pytest.mark.parametrize('place', ['simt', 'cpu'])\n"
+    body += "def test_it(place):\n    assert place == '{}'\n"
+    (tmp_path / "right").mkdir()
+    code, output, written = run_benchmarks(tmp_path / "right", body.format("cpu"), "--quick", "-k", "group_stats")
+    assert code == 0 and not written and "group_stats: tests 1 passed, 1 deselected" in output, output
+    assert "multi_teacher" not in output and "test_alone" not in output
+    (tmp_path / "wrong").mkdir()
+    code, output, _ = run_benchmarks(tmp_path / "wrong", body.format("simt"), "--quick", "-k", "group_stats")
+    assert code != 0 and "group_stats: no speed-up is reported while its tests fail" in output, output
+
+
+def test_what_computes_something_else_is_not_measured():
+    case = Case(OPERATIONS["group_stats"], Networks(6, 37, 4), torch.float32, FORWARD)
+    steps = measure.candidates(case, "cpu")
+    del steps["compile"]
+    steps["eager"].function = lambda *arguments: [t + 1 for t in case.operation.fused(*arguments)]
+    with pytest.raises(AssertionError, match="eager computes something else"):
+        report.comparisons(case, steps, "cpu", seconds=0)
+
+
+def test_a_candidate_without_memory_is_left_out_but_not_the_fused_one():
+    def full():
+        raise torch.OutOfMemoryError("full")
+
+    inputs = registry.Inputs((), ())
+    fits, full = (measure.Step(function, inputs, FORWARD) for function in (lambda: 3, full))
+    steps = {measure.FUSED: fits, "eager": full, "compile": fits}
+    assert measure.results(steps) == {measure.FUSED: 3, "compile": 3}
+    with pytest.raises(torch.OutOfMemoryError):
+        measure.results({measure.FUSED: full, "eager": fits})
+
+
+def test_slow_calls_are_measured_cold_only(monkeypatch):
+    monkeypatch.setattr(measure, "SLOW", 0.0)
+    case = Case(OPERATIONS["rkd_distance"], Embeddings(5, 3), torch.float32, TRAINING)
+    steps = {measure.FUSED: measure.candidates(case, "cpu")[measure.FUSED]}
+    assert [c["caches"] for c in report.comparisons(case, steps, "cpu", seconds=0)] == [measure.COLD]
+
+
 def test_a_run_writes_its_file_and_prints_the_table(tmp_path):
     code, output, written = run_benchmarks(tmp_path, "def test_right():\n    pass\n")
     assert code == 0 and len(written) == 1, output
     result = json.loads(written[0].read_text())
     report.validate(result)
-    assert result["tests"]["multi_teacher"].startswith("1 passed")
-    measured = {(c["passes"], c["caches"]) for c in result["comparisons"]}
-    assert measured == {(p, c) for p in registry.PASSES for c in (measure.COLD, measure.WARM)}
+    assert set(result["tests"]) == {"multi_teacher", "group_stats", "rkd_angle"}
+    assert all(said.startswith("1 passed") for said in result["tests"].values())
+    measured = [(c["operation"], c["passes"], c["caches"]) for c in result["comparisons"]]
+    passes = {"multi_teacher": registry.PASSES, "group_stats": [FORWARD], "rkd_angle": [TRAINING]}
+    assert measured == [(o, p, c) for o in passes for p in passes[o] for c in (measure.COLD, measure.WARM)]
     for c in result["comparisons"]:
-        assert c["microseconds"]["fused"]["p50"] > 0 and set(c["ratios"]) == {"eager", "floor"}
+        others = set() if c["operation"] == "rkd_angle" else {"eager"}
+        assert c["microseconds"]["fused"]["p50"] > 0 and set(c["ratios"]) == others | {"floor"}
+        assert set(c["extra_bytes"]) == others | {"fused"}
     assert "faster than eager" in output and "test_alone" in output
 
 
@@ -201,8 +322,24 @@ def test_a_written_file_is_complete_and_the_table_says_what_was_not_measured(tmp
     assert result["gpu"] == "not measured" and result["device"]["cores"] >= 1 and result["device"]["name"]
     table = report.table(result, tmp_path)
     assert "GPU: not measured" in table and "2.0x (1.0-3.0)" in table and "tests 3 passed" in table
-    assert "Other processes" not in table
+    assert "Other processes" not in table and "does not run" not in table
     assert "Other processes took up to 1.5" in report.table(result | {"comparisons": [comparison(others_cores=1.5)]})
+
+
+def test_the_table_has_one_part_per_operation_and_says_what_did_not_run(tmp_path):
+    alone = comparison(operation="rkd_angle", shape={"rows": 9, "width": 3})
+    alone |= {"ratios": {"floor": alone["ratios"]["floor"]}, "extra_bytes": {"fused": 4}}
+    both = [comparison(operation="rkd_angle", shape={"rows": 5, "width": 3}), alone]
+    tests = {"multi_teacher": "3 passed", "rkd_angle": "4 passed"}
+    table = report.table(report.result([comparison(), *both], "cpu", tests), tmp_path).splitlines()
+    assert [line for line in table if ": tests" in line] == [
+        "multi_teacher: tests 3 passed",
+        "rkd_angle: tests 4 passed",
+    ]
+    (row,) = [line for line in table if "rows=9" in line]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["rows=9 width=3", "float32", TRAINING, "cold", "2", "-", "2.0x (1.0-3.0)", "0.00", "-"]
+    assert "-: does not run at this shape." in table
 
 
 def test_the_table_names_a_gpu_that_was_measured(tmp_path):
