@@ -245,12 +245,15 @@ def hard_samples(stats: GroupStats, proportions: Tensor | Sequence[float], n: in
 
 def _largest_remainder(proportions: Tensor, n: int) -> Tensor:
     """int64 [M] that sums to n, nearest to n * proportions / sum(proportions)."""
-    weight = proportions.nan_to_num(nan=0, posinf=0).clamp(min=0)
+    weight = proportions.double().nan_to_num(nan=0, posinf=0).clamp(min=0)
     top = weight.amax()
-    weight = (weight / top).where(top > 0, 1)  # the sum of large ones would be infinite
-    quota = weight / weight.sum() * n
-    counts = quota.floor()
-    place = (counts - quota).sort(stable=True).indices.argsort()  # 0 = largest remainder
+    # By a power of two, which rounds nothing: the sum of large ones would be infinite.
+    weight = torch.ldexp(weight, -torch.frexp(top).exponent.clamp(-1000, 1000)).where(top > 0, 1)
+    total = weight.sum()
+    # fmod is exact where a quotient would be rounded, so that equal remainders are a tie.
+    remainder = torch.fmod(weight * n, total)
+    counts = ((weight * n - remainder) / total).round()
+    place = (-remainder).sort(stable=True).indices.argsort()  # 0 = largest remainder
     return (counts + (place < n - counts.sum())).long()
 
 
