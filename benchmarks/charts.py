@@ -78,7 +78,7 @@ def sweep(result: dict, series: dict, path: Path) -> Path:
             _log_axis(axes.xaxis, sizes)
             _log_axis(axes.yaxis)
         handles, labels = time.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         figure.suptitle(f"{series['operation']}: {series['title']}", x=0.01, ha="left", fontweight="bold")
         figure.supxlabel(
             f"{series['passes']}, {points[0]['dtype']}, {points[0]['caches']} caches, medians, band p20-p80. "
@@ -126,7 +126,7 @@ def overview(result: dict, path: Path) -> Path:
             axes.margins(x=0.18)
             axes.tick_params(axis="y", length=0)
             _log_axis(axes.xaxis)
-        figure.legend(*speed.get_legend_handles_labels(), loc="outside upper right", ncols=3)
+        figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=6)
         figure.suptitle("fastkd: fused operations", x=0.01, ha="left", fontweight="bold")
         figure.supxlabel(
             "Medians of paired ratios, caches warm where measured. No bar: does not run or needs none. " + _footer(result),
@@ -148,7 +148,7 @@ def steps(result: dict, path: Path) -> Path:
     with plt.rc_context(STYLE | {"axes.grid.axis": "x"}):
         most = max(sum(e["group"] == group for e in entries) for group in groups)
         figure, plots = plt.subplots(
-            1, len(groups), figsize=(6.2 * len(groups), 1.9 + 0.75 * most), layout="constrained", squeeze=False
+            1, len(groups), figsize=(max(9, 6.2 * len(groups)), 1.9 + 0.75 * most), layout="constrained", squeeze=False
         )
         for axes, group in zip(plots[0], groups, strict=True):
             own = [entry for entry in entries if entry["group"] == group]
@@ -176,10 +176,10 @@ def steps(result: dict, path: Path) -> Path:
             for alpha in (1, 0.3)
         ]
         labels = ["losses, plain PyTorch", "the rest of its step", "losses, fused", "the rest of its step"]
-        figure.legend(handles, labels, loc="outside upper right", ncols=4)
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
         figure.suptitle("A training step, networks included", x=0.01, ha="left", fontweight="bold")
         figure.supxlabel(
-            "Medians of steps in turns; under the method, how many times faster its step is. " + _footer(result),
+            "Medians of steps in turns; under the method, how many times faster its step is.\n" + _footer(result),
             fontsize=7.5, color="#555555", x=0.01, ha="left",
         )  # fmt: skip
         return _save(figure, path)

@@ -1,6 +1,7 @@
 """Options and fixtures of the benchmarks, and the report at the end. Timed with --benchmark-enable (`make bench`)."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import charts, guard, measure, registry, report  # noqa: E402
 
 COMPARISONS = pytest.StashKey[list]()
+DEADLINE = pytest.StashKey[float]()
 TESTED = pytest.StashKey[dict]()
 CANDIDATES = pytest.StashKey[tuple]()
 
@@ -19,6 +21,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("fastkd")
     group.addoption("--quick", action="store_true", help="small shapes, few rounds, and no file is written")
     group.addoption("--brief", action="store_true", help="all shapes, few rounds, only in turns; the file is written")
+    group.addoption("--deadline", type=float, default=float("inf"), help="seconds for the comparisons, none begun later")
     group.addoption("--bench-device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     group.addoption("--dtypes", default="float32", help="comma-separated: float32,bfloat16,float64")
     group.addoption("--results", default=str(report.FOLDER), help="folder for <machine>.json")
@@ -118,6 +121,9 @@ def compare(steps, request):
         rounds = {"seconds": 0.25, "least": 5}
 
     def run(case):
+        end = config.stash.setdefault(DEADLINE, time.monotonic() + config.getoption("deadline"))
+        if time.monotonic() > end:
+            pytest.skip(f"left out: {config.getoption('deadline'):.0f} seconds have passed")
         found = report.comparisons(case, steps(case), config.getoption("bench_device"), **rounds)
         config.stash[COMPARISONS].extend(found)
 
@@ -135,6 +141,9 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     folder = Path(config.getoption("results"))
     result = report.result(comparisons, config.getoption("bench_device"), config.stash[TESTED])
     write(report.table(result, folder))
+    left_out = len(terminalreporter.stats.get("skipped", []))
+    if left_out:
+        write(f"{left_out} benchmarks were left out (pytest -rs says why).")
     if config.getoption("quick") or config.getoption("keyword"):
         write("part of the cases or rounds: nothing was written")
     else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ def run(kind: str, options: argparse.Namespace) -> int:
     if not names:
         print(f"-k {options.keyword}: no {kind} has this in its name")
         return 2
-    said = guard.require_all_passing(_tests(kind, names), torch.device(device).type if less else "")
+    said = _tested(kind, names, torch.device(device).type if less else "")
     kinds = {"sweep": _sweep, "steps": _steps}
     result = kinds[kind](names, device, options) | report.header(device, said)
     layout, module = (sweep.LAYOUT, sweep) if kind == "sweep" else (steps.LAYOUT, steps)
@@ -34,19 +36,34 @@ def run(kind: str, options: argparse.Namespace) -> int:
     return 0
 
 
-def _tests(kind: str, names: list) -> dict[str, str]:
-    """The tests of every operation that is measured; of the steps, those of the methods too."""
+def _tested(kind: str, names: list, place: str) -> dict[str, str]:
+    """The tests of every operation that is measured; of the steps, those of the methods too.
+
+    place: only the operations' tests of that device. The methods' have none; before a step is timed, both backends
+    must give the same losses anyway.
+    """
     if kind == "sweep":
-        return sweep.tests(names)
-    methods = {method: steps.TESTS[method] for _, method in names}
-    return methods | {name: operation.tests for name, operation in OPERATIONS.items()}
+        return guard.require_all_passing(sweep.tests(names), place)
+    said = guard.require_all_passing({name: operation.tests for name, operation in OPERATIONS.items()}, place)
+    methods = {} if place else {method: steps.TESTS[method] for _, method in names}
+    return said | guard.require_all_passing(methods)
+
+
+def _in_time(names: list, options: argparse.Namespace) -> Iterator:
+    """The names in turn, until the deadline has passed."""
+    end = time.monotonic() + (options.deadline or float("inf"))
+    for done, name in enumerate(names):
+        if done and time.monotonic() > end:
+            print(f"{len(names) - done} of {len(names)} left out: {options.deadline:.0f} seconds have passed")
+            return
+        yield name
 
 
 def _sweep(names: list[sweep.Sweep], device: str, options: argparse.Namespace) -> dict:
     from benchmarks import peers
 
     found = {}
-    for one in names:
+    for one in _in_time(names, options):
         print(f"sweep: {one.name}", flush=True)
         found[one.name] = sweep.measured(one, device, 0.15 if options.quick or options.brief else 0.6)
     return {"peers": peers.report(device), "sweeps": found}
@@ -57,7 +74,7 @@ def _steps(names: list[tuple[str, str]], device: str, options: argparse.Namespac
     if options.quick:
         names = [(group, method) for group, method in names if group == names[0][0]]
     found = []
-    for group, method in names:
+    for group, method in _in_time(names, options):
         print(f"steps: {steps.GROUPS[group]}, {method}", flush=True)
         found.append(steps.measured(group, method, device, **rounds))
     return {"steps": found}
