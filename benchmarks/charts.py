@@ -45,6 +45,15 @@ def _footer(result: dict) -> str:
     )
 
 
+def _head(figure, handles: list, labels: list[str], title: str) -> None:
+    """The title over the legend, in a line of its own: apart, each takes the other's place."""
+    bold = {"weight": "bold", "size": 12}
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=len(labels), title=title, title_fontproperties=bold,
+        alignment="left",
+    )  # fmt: skip
+
+
 def _log_axis(axis, ticks: list[float] | None = None) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
     if ticks is not None:
@@ -78,8 +87,7 @@ def sweep(result: dict, series: dict, path: Path) -> Path:
             _log_axis(axes.xaxis, sizes)
             _log_axis(axes.yaxis)
         handles, labels = time.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-        figure.suptitle(f"{series['operation']}: {series['title']}", x=0.01, ha="left", fontweight="bold")
+        _head(figure, handles, labels, f"{series['operation']}: {series['title']}")
         figure.supxlabel(
             f"{series['passes']}, {points[0]['dtype']}, {points[0]['caches']} caches, medians, band p20-p80. "
             + _footer(result),
@@ -126,8 +134,7 @@ def overview(result: dict, path: Path) -> Path:
             axes.margins(x=0.18)
             axes.tick_params(axis="y", length=0)
             _log_axis(axes.xaxis)
-        figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=6)
-        figure.suptitle("fastkd: fused operations", x=0.01, ha="left", fontweight="bold")
+        _head(figure, *speed.get_legend_handles_labels(), "fastkd: fused operations")
         figure.supxlabel(
             "Medians of paired ratios, caches warm where measured. No bar: does not run or needs none. " + _footer(result),
             fontsize=7.5, color="#555555", x=0.01, ha="left",
@@ -176,8 +183,7 @@ def steps(result: dict, path: Path) -> Path:
             for alpha in (1, 0.3)
         ]
         labels = ["losses, plain PyTorch", "the rest of its step", "losses, fused", "the rest of its step"]
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
-        figure.suptitle("A training step, networks included", x=0.01, ha="left", fontweight="bold")
+        _head(figure, handles, labels, "A training step, networks included")
         figure.supxlabel(
             "Medians of steps in turns; under the method, how many times faster its step is.\n" + _footer(result),
             fontsize=7.5, color="#555555", x=0.01, ha="left",

@@ -66,9 +66,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def tested(operations, config) -> dict[str, str]:
-    """What pytest said of each operation's tests. --quick and --brief: of those in the place that is measured."""
-    less = config.getoption("quick") or config.getoption("brief")
-    keyword = torch.device(config.getoption("bench_device")).type if less else ""
+    """What pytest said of each operation's tests; --quick and --brief: of those that name the device."""
+    keyword = guard.keyword(config.getoption("bench_device"), config.getoption("quick") or config.getoption("brief"))
     try:
         return guard.require_all_passing({operation.name: operation.tests for operation in operations}, keyword)
     except guard.Refused as refusal:

@@ -35,6 +35,14 @@ def require_passing(name: str, tests: str, root: Path | None = None, keyword: st
     return last
 
 
+def keyword(device: str, less: bool) -> str:
+    """Which of an operation's tests must pass: not those of CUDA kernels on the host, which nothing here times.
+
+    less: only those that name the device.
+    """
+    return device.partition(":")[0] if less else "not simt"
+
+
 def require_all_passing(tests: dict[str, str], keyword: str = "") -> dict[str, str]:
     """`require_passing` for each name -> pattern, two at a time, equal patterns once; name -> pytest's last line."""
     names = {pattern: name for name, pattern in tests.items()}

@@ -22,7 +22,7 @@ def run(kind: str, options: argparse.Namespace) -> int:
     if not names:
         print(f"-k {options.keyword}: no {kind} has this in its name")
         return 2
-    said = _tested(kind, names, torch.device(device).type if less else "")
+    said = _tested(kind, names, device, less)
     kinds = {"sweep": _sweep, "steps": _steps}
     result = kinds[kind](names, device, options) | report.header(device, said)
     layout, module = (sweep.LAYOUT, sweep) if kind == "sweep" else (steps.LAYOUT, steps)
@@ -36,16 +36,17 @@ def run(kind: str, options: argparse.Namespace) -> int:
     return 0
 
 
-def _tested(kind: str, names: list, place: str) -> dict[str, str]:
+def _tested(kind: str, names: list, device: str, less: bool) -> dict[str, str]:
     """The tests of every operation that is measured; of the steps, those of the methods too.
 
-    place: only the operations' tests of that device. The methods' have none; before a step is timed, both backends
-    must give the same losses anyway.
+    less: only the operations' tests that name the device. The methods' name none; before a step is timed, both
+    backends must give the same losses anyway.
     """
+    keyword = guard.keyword(device, less)
     if kind == "sweep":
-        return guard.require_all_passing(sweep.tests(names), place)
-    said = guard.require_all_passing({name: operation.tests for name, operation in OPERATIONS.items()}, place)
-    methods = {} if place else {method: steps.TESTS[method] for _, method in names}
+        return guard.require_all_passing(sweep.tests(names), keyword)
+    said = guard.require_all_passing({name: operation.tests for name, operation in OPERATIONS.items()}, keyword)
+    methods = {} if less else {method: steps.TESTS[method] for _, method in names}
     return said | guard.require_all_passing(methods)
 
 

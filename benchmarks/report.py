@@ -226,6 +226,11 @@ def validate(value: object, layout: object = LAYOUT, where: str = "result") -> N
         raise ValueError(f"{where}: expected {layout}, got {value!r}")
 
 
+def layout_of(result: dict) -> dict:
+    """Of a file of operations, which may be an older one."""
+    return LAYOUT_1 if result.get("schema") == 1 else LAYOUT
+
+
 def write(result: dict, folder: Path = FOLDER, layout: dict = LAYOUT) -> Path:
     validate(result, layout)
     folder.mkdir(parents=True, exist_ok=True)

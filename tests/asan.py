@@ -71,6 +71,8 @@ def settings(level: int) -> dict[str, str]:
         "UBSAN_OPTIONS": "print_stacktrace=1:abort_on_error=1",
         "FASTKD_LIBRARY_DIR": str(FOLDER / "fastkd"),
         "FASTKD_CPU_LEVEL": str(level),
+        "OMP_NUM_THREADS": "1",  # the tests of threads ask for more by themselves
+        "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONPATH": str(ROOT / "tests"),
     }
 
