@@ -11,7 +11,7 @@ BUILT := build/.native-built
 NATIVE := $(shell find csrc tools -type f -not -name '*.pyc' 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-asan test-slow bench lint clean FORCE
+.PHONY: help venv build demo test test-asan test-slow bench gpu-check lint clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -32,8 +32,13 @@ test-asan: $(INSTALLED) ## the operations' CPU tests under the address and undef
 test-slow: $(BUILT) ## the slow tests: the wheel under other versions of torch (needs 15 GB of disk), installations
 	$(PY) -m pytest -m slow
 
-bench: $(BUILT) ## time the operations against eager PyTorch and torch.compile (BENCH=--quick: less of it)
+bench: $(BUILT) ## time the operations against eager PyTorch and torch.compile (BENCH=--quick, --sweep, --steps, --all)
 	$(PY) -m benchmarks $(BENCH)
+
+# With the python that is there: a machine with a GPU has its own torch, and nothing is installed.
+gpu-check: ## on a machine with a GPU: build, CUDA tests, benchmarks, compute-sanitizer; results in OUT=folder (8 minutes)
+	$(if $(OUT),,$(error name a folder for the results: make gpu-check OUT=gpu-check))
+	$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.gpu_check $(OUT)
 
 lint: $(INSTALLED) ## check the style
 	$(PY) -m ruff check .

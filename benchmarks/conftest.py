@@ -1,7 +1,7 @@
 """Options and fixtures of the benchmarks, and the report at the end. Timed with --benchmark-enable (`make bench`)."""
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
 
 import pytest
@@ -9,9 +9,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import guard, measure, registry, report  # noqa: E402
+from benchmarks import charts, guard, measure, registry, report  # noqa: E402
 
 COMPARISONS = pytest.StashKey[list]()
+DEADLINE = pytest.StashKey[float]()
 TESTED = pytest.StashKey[dict]()
 CANDIDATES = pytest.StashKey[tuple]()
 
@@ -19,6 +20,8 @@ CANDIDATES = pytest.StashKey[tuple]()
 def pytest_addoption(parser):
     group = parser.getgroup("fastkd")
     group.addoption("--quick", action="store_true", help="small shapes, few rounds, and no file is written")
+    group.addoption("--brief", action="store_true", help="all shapes, few rounds, only in turns; the file is written")
+    group.addoption("--deadline", type=float, default=float("inf"), help="seconds for the comparisons, none begun later")
     group.addoption("--bench-device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     group.addoption("--dtypes", default="float32", help="comma-separated: float32,bfloat16,float64")
     group.addoption("--results", default=str(report.FOLDER), help="folder for <machine>.json")
@@ -42,7 +45,7 @@ def pytest_generate_tests(metafunc):
     except AttributeError as error:
         raise pytest.UsageError(f"--dtypes: {error}") from None
     quick, device = config.getoption("quick"), config.getoption("bench_device")
-    cases = [case for operation in metafunc.module.OPERATIONS for case in registry.cases(operation, dtypes, quick)]
+    cases = [case for operation in metafunc.module.OPERATIONS for case in registry.cases(operation, dtypes, quick, device)]
     if "candidate" not in metafunc.fixturenames:
         return metafunc.parametrize("case", cases, ids=str)
     pairs = [(case, name) for case in cases for name in (measure.FUSED, *case.baselines(device))]
@@ -51,7 +54,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("quick"):
+    if config.getoption("quick") or config.getoption("brief"):
         items[:] = [item for item in items if "candidate" not in item.fixturenames]
     if not timing(config) or config.getoption("collectonly"):
         return
@@ -63,22 +66,12 @@ def pytest_collection_modifyitems(config, items):
 
 
 def tested(operations, config) -> dict[str, str]:
-    """What pytest said of each operation's tests: not those of CUDA kernels on the host, which nothing here times.
-
-    --quick: only those that name the device.
-    """
-    keyword = torch.device(config.getoption("bench_device")).type if config.getoption("quick") else "not simt"
-    names = {operation.tests: operation.name for operation in operations}
-    with ThreadPoolExecutor(2) as pool:
-        jobs = {
-            tests: pool.submit(guard.require_passing, name, tests, keyword=keyword) for tests, name in names.items()
-        }
-        try:
-            said = {tests: job.result() for tests, job in jobs.items()}
-        except guard.Refused as refusal:
-            pool.shutdown(cancel_futures=True)
-            raise pytest.UsageError(str(refusal)) from None
-    return {operation.name: said[operation.tests] for operation in operations}
+    """What pytest said of each operation's tests; --quick and --brief: of those that name the device."""
+    keyword = guard.keyword(config.getoption("bench_device"), config.getoption("quick") or config.getoption("brief"))
+    try:
+        return guard.require_all_passing({operation.name: operation.tests for operation in operations}, keyword)
+    except guard.Refused as refusal:
+        raise pytest.UsageError(str(refusal)) from None
 
 
 @pytest.fixture
@@ -123,8 +116,13 @@ def compare(steps, request):
     if not timing(config):
         pytest.skip("timed only with --benchmark-enable")
     rounds = {"seconds": 0.5, "least": 5} if config.getoption("quick") else {"seconds": 2.0}
+    if config.getoption("brief"):
+        rounds = {"seconds": 0.25, "least": 5}
 
     def run(case):
+        end = config.stash.setdefault(DEADLINE, time.monotonic() + config.getoption("deadline"))
+        if time.monotonic() > end:
+            pytest.skip(f"left out: {config.getoption('deadline'):.0f} seconds have passed")
         found = report.comparisons(case, steps(case), config.getoption("bench_device"), **rounds)
         config.stash[COMPARISONS].extend(found)
 
@@ -142,7 +140,12 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     folder = Path(config.getoption("results"))
     result = report.result(comparisons, config.getoption("bench_device"), config.stash[TESTED])
     write(report.table(result, folder))
+    left_out = len(terminalreporter.stats.get("skipped", []))
+    if left_out:
+        write(f"{left_out} benchmarks were left out (pytest -rs says why).")
     if config.getoption("quick") or config.getoption("keyword"):
         write("part of the cases or rounds: nothing was written")
     else:
-        write(f"written: {report.write(result, folder)}")
+        path = report.write(result, folder)
+        write(f"written: {path}")
+        write(f"written: {charts.overview(result, path.with_suffix('.png'))}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,3 +33,24 @@ def require_passing(name: str, tests: str, root: Path | None = None, keyword: st
         again = f"python -m pytest {' '.join(files)}"
         raise Refused(f"{name}: no speed-up is reported while its tests fail ({last}); see `{again}`.")
     return last
+
+
+def keyword(device: str, less: bool) -> str:
+    """Which of an operation's tests must pass: not those of CUDA kernels on the host, which nothing here times.
+
+    less: only those that name the device.
+    """
+    return device.partition(":")[0] if less else "not simt"
+
+
+def require_all_passing(tests: dict[str, str], keyword: str = "") -> dict[str, str]:
+    """`require_passing` for each name -> pattern, two at a time, equal patterns once; name -> pytest's last line."""
+    names = {pattern: name for name, pattern in tests.items()}
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {p: pool.submit(require_passing, name, p, keyword=keyword) for p, name in names.items()}
+        try:
+            said = {pattern: job.result() for pattern, job in jobs.items()}
+        except Refused:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {name: said[pattern] for name, pattern in tests.items()}

@@ -40,6 +40,17 @@ class Networks(NamedTuple):
         return f"[{self.rows}, {self.classes}] M={self.networks}"
 
 
+class Heads(NamedTuple):
+    """Hidden states of a student and of a teacher, of the same width, each with its own language-model head."""
+
+    rows: int
+    width: int
+    classes: int
+
+    def __str__(self) -> str:
+        return f"[{self.rows}, {self.width}] -> {self.classes}"
+
+
 class Maps(NamedTuple):
     """K pairs of feature maps of one size."""
 
@@ -65,21 +76,21 @@ class Embeddings(NamedTuple):
 
 def trained_logits(rows: int, classes: int, target: Tensor, certainty: float, generator: torch.Generator) -> Tensor:
     """Logits [R, C] like a trained network's: noise of scale 3 and a few likely classes, mostly the right one first."""
-    logits = torch.randn(rows, classes, generator=generator) * 3
-    likely = torch.randint(0, classes, (rows, 3), generator=generator)
-    logits.scatter_add_(1, likely, torch.full((rows, 3), certainty / 2))
-    return logits.scatter_add_(1, target[:, None], torch.full((rows, 1), certainty))
+    device = generator.device
+    logits = torch.randn(rows, classes, generator=generator, device=device).mul_(3)
+    likely = torch.randint(0, classes, (rows, 3), generator=generator, device=device)
+    logits.scatter_add_(1, likely, torch.full((rows, 3), certainty / 2, device=device))
+    return logits.scatter_add_(1, target[:, None], torch.full((rows, 1), certainty, device=device))
 
 
 def _group(shape: Logits | Networks, certainties: list[float], dtype, device: str, seed: int):
     """A network's logits for each certainty, and the target [R]."""
-    generator = torch.Generator().manual_seed(seed)
-    target = torch.randint(0, shape.classes, (shape.rows,), generator=generator)
+    generator = torch.Generator(device).manual_seed(seed)
+    target = torch.randint(0, shape.classes, (shape.rows,), generator=generator, device=device)
     networks = [
-        trained_logits(shape.rows, shape.classes, target, certainty, generator).to(device, dtype)
-        for certainty in certainties
+        trained_logits(shape.rows, shape.classes, target, certainty, generator).to(dtype) for certainty in certainties
     ]
-    return networks, target.to(device)
+    return networks, target
 
 
 def multi_teacher(shape: Logits, dtype: torch.dtype, device: str, seed: int) -> Inputs:
@@ -101,10 +112,10 @@ def group_stats(shape: Networks, dtype: torch.dtype, device: str, seed: int) -> 
 
 def feature_ensemble(shape: Maps, dtype: torch.dtype, device: str, seed: int) -> Inputs:
     """Teachers' maps after a ReLU, students' as transforms give them."""
-    generator = torch.Generator().manual_seed(seed)
-    maps = [torch.randn(shape[:4], generator=generator) for _ in range(2 * shape.pairs)]
-    students = [z.to(device, dtype).requires_grad_() for z in maps[: shape.pairs]]
-    teachers = [z.relu_().to(device, dtype) for z in maps[shape.pairs :]]
+    generator = torch.Generator(device).manual_seed(seed)
+    maps = [torch.randn(shape[:4], generator=generator, device=device) for _ in range(2 * shape.pairs)]
+    students = [z.to(dtype).requires_grad_() for z in maps[: shape.pairs]]
+    teachers = [z.relu_().to(dtype) for z in maps[shape.pairs :]]
     return Inputs((students, teachers), tuple(students))
 
 
@@ -118,6 +129,19 @@ def embeddings(shape: Embeddings, dtype: torch.dtype, device: str, seed: int) ->
         for _ in range(2)
     )  # fmt: skip
     return Inputs((student.requires_grad_(), teacher), (student,))
+
+
+def linear_kd(shape: Heads, dtype: torch.dtype, device: str, seed: int) -> Inputs:
+    """Heads that give logits of scale 3, the teacher's of scale 4."""
+    generator = torch.Generator(device).manual_seed(seed)
+    sizes = [(shape.rows, shape.width)] * 2 + [(shape.classes, shape.width)] * 2
+    scales = [1.0, 1.0, 3 / shape.width**0.5, 4 / shape.width**0.5]
+    student, teacher, head, teacher_head = (
+        torch.randn(size, generator=generator, device=device).mul_(scale).to(dtype)
+        for size, scale in zip(sizes, scales, strict=True)
+    )
+    learning = student.requires_grad_(), head.requires_grad_()
+    return Inputs((student, teacher, head, teacher_head), learning)
 
 
 def _labels(rows: int) -> int:
@@ -151,3 +175,9 @@ def feature_ensemble_bytes(shape: Maps, itemsize: int, passes: str) -> int:
 def embeddings_bytes(shape: Embeddings, itemsize: int, passes: str) -> int:
     """Both embeddings read, one gradient written when training. The time goes into operations: O(N^2 D), or O(N^3)."""
     return (3 if passes == TRAINING else 2) * shape.rows * shape.width * itemsize
+
+
+def linear_kd_bytes(shape: Heads, itemsize: int, passes: str) -> int:
+    """Hidden states and heads read, the student's gradients written when training. The matrix products take longer."""
+    own = (shape.rows + shape.classes) * shape.width
+    return (3 if passes == TRAINING else 2) * own * itemsize

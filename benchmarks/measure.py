@@ -42,6 +42,7 @@ class Step:
 
     def __init__(self, function: Callable[..., Result], inputs: Inputs, passes: str) -> None:
         self.function, self.inputs, self.trains = function, inputs, passes == TRAINING
+        self.between: Callable[[], None] | None = None  # called when the loss is there, before the backward pass
         for tensor in inputs.learning:  # not torch.no_grad(): entering it takes 2 us in each call
             tensor.requires_grad_(self.trains)
 
@@ -54,6 +55,8 @@ class Step:
             return self.function(*self.inputs.arguments)
         self.clear()
         loss = self.function(*self.inputs.arguments)
+        if self.between is not None:
+            self.between()
         loss.backward()
         return loss
 
@@ -95,21 +98,50 @@ def results(steps: dict[str, Step]) -> dict[str, Result]:
     return found
 
 
-def timed(call: Callable, device: str, calls: int = 1) -> float:
-    """Seconds per call of `calls` calls: by CUDA events on a GPU, by the host's clock elsewhere."""
-    if torch.device(device).type != "cuda":
-        begin = time.perf_counter()
+class Clock:
+    """The host's clock, or on a GPU its events: `seconds` between two marks once the device has come to the later."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device if torch.device(device).type == "cuda" else None
+
+    def mark(self) -> float | torch.cuda.Event:
+        if self.device is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self) -> float | torch.cuda.Event:
+        if self.device is not None:
+            torch.cuda.synchronize(self.device)
+        return self.mark()
+
+    def seconds(self, begin, end) -> float:
+        if self.device is None:
+            return end - begin
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+def timed(call: Callable, device: str, calls: int = 1) -> tuple[float, float | None]:
+    """Seconds per call of `calls` calls, and of these the forward passes' where the call is a training `Step`."""
+    clock = Clock(device)
+    if not getattr(call, "trains", False):
+        begin = clock.start()
         for _ in range(calls):
             call()
-        return (time.perf_counter() - begin) / calls
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    begin.record()
-    for _ in range(calls):
-        call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / calls
+        return clock.seconds(begin, clock.mark()) / calls, None
+    middles: list = []
+    call.between = lambda: middles.append(clock.mark())
+    try:
+        marks = [clock.start()]
+        for _ in range(calls):
+            call()
+            marks.append(clock.mark())
+    finally:
+        call.between = None
+    total = clock.seconds(marks[0], marks[-1]) / calls
+    return total, sum(map(clock.seconds, marks[:-1], middles)) / calls
 
 
 def interleave(
@@ -120,8 +152,11 @@ def interleave(
     seconds: float = 4.0,
     least: int = 7,
     most: int = 1000,
+    forward: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call, one sample of each candidate a round, for `seconds` but between `least` and `most` rounds.
+
+    forward: filled with the part of these seconds that was the forward pass, for the training steps among the calls.
 
     caches: "cold", a sample is one call, right after another candidate's: data and code left the near caches meanwhile,
     as in a training step; "warm", a sample is the mean of WARM_CALLS calls after one that is not counted.
@@ -143,7 +178,10 @@ def interleave(
             for name in order:
                 if caches == WARM:
                     calls[name]()
-                times[name].append(timed(calls[name], device, WARM_CALLS if caches == WARM else 1))
+                both, part = timed(calls[name], device, WARM_CALLS if caches == WARM else 1)
+                times[name].append(both)
+                if forward is not None and part is not None:
+                    forward.setdefault(name, []).append(part)
             order.append(order.pop(0))
     finally:
         if collecting:

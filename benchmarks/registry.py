@@ -10,15 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import inputs
+from benchmarks import inputs, peers
 from benchmarks.baselines import (
     feature_ensemble_eager,
     group_stats_eager,
+    linear_kd_eager,
     multi_teacher_eager,
     mutual_eager,
     relational_eager,
 )
-from benchmarks.inputs import FORWARD, TRAINING, Embeddings, Inputs, Logits, Maps, Networks
+from benchmarks.inputs import FORWARD, TRAINING, Embeddings, Heads, Inputs, Logits, Maps, Networks
 from fastkd import functional
 
 PASSES = (FORWARD, TRAINING)
@@ -36,6 +37,7 @@ class Operation:
     tests: pattern under the repository's root; no ratio is reported while one of these files fails.
     passes: what is timed; `--quick` times the last one.
     large: shapes that `--quick` leaves out. alone_on_cpu: those that no baseline can run on a CPU, by memory or time.
+    gpu: shapes with their dtype that are measured on a GPU besides; large ones.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Operation:
     passes: tuple[str, ...] = (TRAINING,)
     large: tuple[NamedTuple, ...] = field(default=())
     alone_on_cpu: tuple[NamedTuple, ...] = field(default=())
+    gpu: tuple[tuple[NamedTuple, torch.dtype], ...] = field(default=())
 
 
 class Case(NamedTuple):
@@ -65,21 +68,32 @@ class Case(NamedTuple):
         return self.operation.bytes_floor(self.shape, self.dtype.itemsize, self.passes)
 
     def baselines(self, device: str) -> dict[str, Callable]:
-        """Those of the operation that can run this shape on the device."""
-        alone = self.shape in self.operation.alone_on_cpu and torch.device(device).type == "cpu"
-        return {} if alone else self.operation.baselines
+        """Those of the operation that can run this shape on the device, other libraries among them."""
+        if self.shape in self.operation.alone_on_cpu and torch.device(device).type == "cpu":
+            return {}
+        others = peers.baselines(self.operation.name, device)
+        return self.operation.baselines | {name: partial(_itself, function) for name, function in others.items()}
 
 
-def cases(operation: Operation, dtypes: Sequence[torch.dtype], quick: bool = False) -> list[Case]:
+def _itself(function: Callable) -> Callable:
+    return function
+
+
+def cases(
+    operation: Operation, dtypes: Sequence[torch.dtype], quick: bool = False, device: str = "cpu"
+) -> list[Case]:
     """Shapes x dtypes x passes; quick leaves out the large shapes and all passes but the last."""
-    return [
-        Case(operation, shape, dtype, passes)
+    pairs = [
+        (shape, dtype)
         for shape in operation.shapes
         if not (quick and shape in operation.large)
         for dtype in dtypes
         if dtype in operation.dtypes
-        for passes in (operation.passes[-1:] if quick else operation.passes)
     ]
+    if torch.device(device).type == "cuda" and not quick:
+        pairs += [(shape, dtype) for shape, dtype in operation.gpu if (shape, dtype) not in pairs]
+    kinds = operation.passes[-1:] if quick else operation.passes
+    return [Case(operation, shape, dtype, passes) for shape, dtype in pairs for passes in kinds]
 
 
 def compiled(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -100,6 +114,16 @@ def mutual(logits, target, temperature, ce_weight) -> Tensor:
     return functional.mutual_kd(logits, target, temperature=temperature, ce_weight=ce_weight).sum()
 
 
+def linear_kd(student, teacher, head, teacher_head) -> Tensor:
+    """PyTorch's matrix products, then the fused divergence: what flash-linear-attention cuts into parts."""
+    logits = torch.nn.functional.linear(student, head)
+    with torch.no_grad():
+        target = torch.nn.functional.linear(teacher, teacher_head)
+    return functional.multi_teacher_kd(logits, [target], temperature=1.0)
+
+
+BF16 = torch.bfloat16
+
 OPERATIONS = {
     operation.name: operation
     for operation in [
@@ -107,6 +131,7 @@ OPERATIONS = {
             name="multi_teacher",
             shapes=(Logits(128, 100, 4), Logits(256, 1000, 4), Logits(256, 32000, 2)),
             large=(Logits(256, 32000, 2),),
+            gpu=((Logits(8192, 32000, 1), BF16), (Logits(8192, 32000, 4), BF16), (Logits(4096, 128256, 1), BF16)),
             passes=PASSES,
             make_inputs=inputs.multi_teacher,
             fused=multi_teacher,
@@ -121,6 +146,7 @@ OPERATIONS = {
             fused=mutual,
             baselines=eager_and_compiled(mutual_eager.mutual),
             bytes_floor=inputs.mutual_bytes,
+            gpu=((Networks(8192, 32000, 3), BF16),),
             tests="tests/test_mutual*.py",
         ),
         Operation(
@@ -140,6 +166,7 @@ OPERATIONS = {
             fused=functional.feature_ensemble,
             baselines=eager_and_compiled(feature_ensemble_eager.feature_ensemble),
             bytes_floor=inputs.feature_ensemble_bytes,
+            gpu=((Maps(256, 256, 56, 56, 1), torch.float32), (Maps(256, 512, 28, 28, 5), BF16)),
             tests="tests/test_feature_ensemble*.py",
         ),
         Operation(
@@ -157,12 +184,23 @@ OPERATIONS = {
             shapes=(Embeddings(128, 512), Embeddings(256, 512), Embeddings(1024, 2048)),
             large=(Embeddings(1024, 2048),),
             alone_on_cpu=(Embeddings(1024, 2048),),  # [N, N, D] differences of 8.6 GB each
+            gpu=((Embeddings(4096, 2048), torch.float32),),
             dtypes=(torch.float32, torch.float64),
             make_inputs=inputs.embeddings,
             fused=functional.rkd_angle,
             baselines=eager_and_compiled(relational_eager.rkd_angle),
             bytes_floor=inputs.embeddings_bytes,
             tests="tests/test_relational*.py",
+        ),
+        Operation(
+            name="linear_kd",
+            shapes=(),
+            gpu=((Heads(8192, 2048, 32000), BF16),),
+            make_inputs=inputs.linear_kd,
+            fused=linear_kd,
+            baselines=eager_and_compiled(linear_kd_eager.linear_kd),
+            bytes_floor=inputs.linear_kd_bytes,
+            tests="tests/test_multi_teacher*.py",
         ),
     ]
 }

@@ -8,23 +8,43 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 import fastkd
-from benchmarks import measure
+from benchmarks import counts, measure, peers
 from benchmarks.registry import Case, Result
 from fastkd import _backend, _library
 
 FOLDER = Path(__file__).resolve().parent / "results"
-SCHEMA = 1
+SCHEMA = 2
 LEVELS = {1: "x86-64", 3: "avx2", 4: "avx512"}
 QUANTILES = {"p20": float, "p50": float, "p80": float}
 BUSY = 0.25  # cores taken by others, from which on a run is called disturbed
 
 # What every file must hold: a type, a dict of the same, a list of one element, or {str: ...} for any keys.
-LAYOUT = {
+COMPARISON = {
+    "operation": str,
+    "shape": {str: int},
+    "dtype": str,
+    "passes": str,
+    "caches": str,
+    "rounds": int,
+    "floor_bytes": int,
+    "microseconds": {str: QUANTILES},
+    "ratios": {str: QUANTILES},
+    "extra_bytes": {str: int},
+    "others_cores": (float, type(None)),
+}
+# Since schema 2: of a training step the two passes one by one; operators or kernels, and the bytes they are handed.
+COUNTS = {
+    "parts": ({str: {"forward": QUANTILES, "backward": QUANTILES}}, {}),
+    "launches": {str: int},
+    "traffic_bytes": {str: int},
+}
+HEADER = {
     "schema": int,
     "date": str,
     "commit": str,
@@ -32,26 +52,20 @@ LAYOUT = {
     "versions": {"fastkd": str, "torch": str, "python": str},
     "tests": {str: str},
     "gpu": str,
-    "comparisons": [
-        {
-            "operation": str,
-            "shape": {str: int},
-            "dtype": str,
-            "passes": str,
-            "caches": str,
-            "rounds": int,
-            "floor_bytes": int,
-            "microseconds": {str: QUANTILES},
-            "ratios": {str: QUANTILES},
-            "extra_bytes": {str: int},
-            "others_cores": (float, type(None)),
-        }
-    ],
 }
+LAYOUT = HEADER | {"peers": {str: str}, "comparisons": [COMPARISON | COUNTS]}
+LAYOUT_1 = HEADER | {"comparisons": [COMPARISON]}
 
 
-def comparisons(case: Case, steps: dict[str, measure.Step], device: str, seconds: float, least: int = 7) -> list[dict]:
-    """One case measured with cold and with warm caches: times of all candidates and the floor, ratios, memory.
+def comparisons(
+    case: Case,
+    steps: dict[str, measure.Step],
+    device: str,
+    seconds: float,
+    least: int = 7,
+    caches: Sequence[str] = (measure.COLD, measure.WARM),
+) -> list[dict]:
+    """One case measured with cold and with warm caches: times of all candidates and the floor, ratios, memory, counts.
 
     At least `least` rounds. Where a call takes as long as measure.SLOW, only with cold caches.
     """
@@ -61,18 +75,30 @@ def comparisons(case: Case, steps: dict[str, measure.Step], device: str, seconds
     results = measure.results(steps)
     require_same(results, case.dtype)
     steps = {name: steps[name] for name in results}
-    memory = {name: measure.extra_bytes(step, device) for name, step in steps.items()}
+    counted = {"extra_bytes": {name: measure.extra_bytes(step, device) for name, step in steps.items()}}
+    counted |= _counts(steps, device)
     calls = steps | {measure.FLOOR: measure.Copy(case.bytes_floor, device)}
     rounds = {"seconds": seconds, "least": least}
-    found = [_compared(case, calls, device, measure.COLD, rounds, memory)]
-    if max(q["p50"] for q in found[0]["microseconds"].values()) < measure.SLOW * 1e6:
-        found.append(_compared(case, calls, device, measure.WARM, rounds, memory))
+    found = []
+    for kind in caches:
+        if not found or max(q["p50"] for q in found[0]["microseconds"].values()) < measure.SLOW * 1e6:
+            found.append(_compared(case, calls, device, kind, rounds) | counted)
     return found
 
 
-def _compared(case: Case, calls: dict, device: str, caches: str, rounds: dict, memory: dict[str, int]) -> dict:
-    others = measure.Others()
-    times = measure.interleave(calls, device=device, caches=caches, **rounds)
+def _counts(steps: dict[str, measure.Step], device: str) -> dict:
+    """Inductor's code is no operator that could be counted; on a GPU its kernels can."""
+    operators = {name: step for name, step in steps.items() if name != "compile"}
+    countable = steps if torch.device(device).type == "cuda" else operators
+    return {
+        "launches": {name: counts.launches(step, device) for name, step in countable.items()},
+        "traffic_bytes": {name: counts.traffic_bytes(step) for name, step in operators.items()},
+    }
+
+
+def _compared(case: Case, calls: dict, device: str, caches: str, rounds: dict) -> dict:
+    others, forward = measure.Others(), {}
+    times = measure.interleave(calls, device=device, caches=caches, forward=forward, **rounds)
     others_cores = others.cores()
     baselines = [name for name in calls if name not in (measure.FUSED, measure.FLOOR)]
     ratios = {name: measure.paired(times[name], times[measure.FUSED]) for name in baselines}
@@ -85,11 +111,16 @@ def _compared(case: Case, calls: dict, device: str, caches: str, rounds: dict, m
         "caches": caches,
         "rounds": len(times[measure.FUSED]),
         "floor_bytes": case.bytes_floor,
-        "microseconds": {name: _rounded([t * 1e6 for t in ts]) for name, ts in times.items()},
-        "ratios": {name: _digits(ratio) for name, ratio in ratios.items()},
-        "extra_bytes": memory,
+        "microseconds": {name: rounded([t * 1e6 for t in ts]) for name, ts in times.items()},
+        "ratios": {name: digits(ratio) for name, ratio in ratios.items()},
+        "parts": {name: _parts(times[name], part) for name, part in forward.items()},
         "others_cores": None if others_cores is None else round(others_cores, 2),
     }
+
+
+def _parts(both: list[float], forward: list[float]) -> dict[str, dict]:
+    backward = [b - f for b, f in zip(both, forward, strict=True)]
+    return {"forward": rounded([t * 1e6 for t in forward]), "backward": rounded([t * 1e6 for t in backward])}
 
 
 def require_same(results: dict[str, Result], dtype: torch.dtype) -> None:
@@ -109,15 +140,20 @@ def _tensors(result: Result) -> list[torch.Tensor]:
     return [t.detach() for t in ((result,) if isinstance(result, torch.Tensor) else result)]
 
 
-def _rounded(values: list[float]) -> dict:
-    return _digits(measure.quantiles(values))
+def rounded(values: list[float]) -> dict:
+    return digits(measure.quantiles(values))
 
 
-def _digits(quantiles: measure.Quantiles) -> dict:
+def digits(quantiles: measure.Quantiles) -> dict:
     return {name: float(f"{value:.4g}") for name, value in quantiles._asdict().items()}
 
 
 def result(comparisons: list[dict], device: str, tests: dict[str, str]) -> dict:
+    return header(device, tests) | {"peers": peers.report(device), "comparisons": comparisons}
+
+
+def header(device: str, tests: dict[str, str]) -> dict:
+    """What every file says first: when, which code, which machine, what the tests said."""
     facts = device_facts(device)
     return {
         "schema": SCHEMA,
@@ -127,7 +163,6 @@ def result(comparisons: list[dict], device: str, tests: dict[str, str]) -> dict:
         "versions": {"fastkd": fastkd.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "tests": tests,
         "gpu": facts["name"] if facts["kind"] == "cuda" else "not measured",
-        "comparisons": comparisons,
     }
 
 
@@ -172,7 +207,10 @@ def commit() -> str:
 
 def validate(value: object, layout: object = LAYOUT, where: str = "result") -> None:
     """Raises ValueError, naming the place, where `value` is not as LAYOUT says."""
-    if isinstance(layout, list):
+    if isinstance(layout, tuple) and {} in layout:  # may be empty
+        if value != {}:
+            validate(value, layout[0], where)
+    elif isinstance(layout, list):
         if not isinstance(value, list) or not value:
             raise ValueError(f"{where}: expected a list that is not empty, got {value!r}")
         for i, element in enumerate(value):
@@ -188,8 +226,13 @@ def validate(value: object, layout: object = LAYOUT, where: str = "result") -> N
         raise ValueError(f"{where}: expected {layout}, got {value!r}")
 
 
-def write(result: dict, folder: Path = FOLDER) -> Path:
-    validate(result)
+def layout_of(result: dict) -> dict:
+    """Of a file of operations, which may be an older one."""
+    return LAYOUT_1 if result.get("schema") == 1 else LAYOUT
+
+
+def write(result: dict, folder: Path = FOLDER, layout: dict = LAYOUT) -> Path:
+    validate(result, layout)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['device']['slug']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
@@ -197,12 +240,7 @@ def write(result: dict, folder: Path = FOLDER) -> Path:
 
 
 def table(result: dict, folder: Path = FOLDER) -> str:
-    device, versions = result["device"], result["versions"]
-    lines = [
-        "",
-        f"{device['name']}, {device['cores']} cores, {device['threads']} threads, {device['level']}; "
-        f"torch {versions['torch']}, fastkd {versions['fastkd']}, commit {result['commit']}",
-    ]
+    lines = ["", machine(result)]
     comparisons = result["comparisons"]
     for operation in dict.fromkeys(c["operation"] for c in comparisons):
         own = [c for c in comparisons if c["operation"] == operation]
@@ -212,11 +250,28 @@ def table(result: dict, folder: Path = FOLDER) -> str:
         "Medians over rounds in which every candidate had its turn (p20-p80): one call (cold caches), or the mean of "
         f"{measure.WARM_CALLS} calls (warm). Calls of {measure.SLOW * 1e3:.0f} ms and more are measured cold only.",
         "xFLOOR: fused against a copy of as many bytes as the operation must move. MB: peak of PyTorch's allocations.",
+        f"fwd + bwd: the two passes of the fused training step. {_LAUNCHES[result['device']['kind'] == 'cuda']}",
+        "bytes: what PyTorch's operators are handed, over what must move at least.",
         *["-: does not run at this shape."] * any(_missing(comparisons)),
-        *_disturbed(comparisons, device["cores"]),
-        _gpu(result, folder),
+        *[f"{name}: {said}." for name, said in result["peers"].items() if said.startswith("not measured")],
+        *disturbed(comparisons, result["device"]["cores"]),
+        gpu(result, folder),
     ]
     return "\n".join(lines)
+
+
+_LAUNCHES = (
+    "launches: operators that call no other, views among them; fused first.",
+    "launches: kernels, copies and fills; fused first.",
+)
+
+
+def machine(result: dict) -> str:
+    device, versions = result["device"], result["versions"]
+    return (
+        f"{device['name']}, {device['cores']} cores, {device['threads']} threads, {device['level']}; "
+        f"torch {versions['torch']}, fastkd {versions['fastkd']}, commit {result['commit']}"
+    )
 
 
 def _missing(comparisons: list[dict]) -> list[bool]:
@@ -228,31 +283,46 @@ def _rows(comparisons: list[dict]) -> list[str]:
     """One operation's comparisons as a Markdown table."""
     baselines = list(dict.fromkeys(name for c in comparisons for name in c["ratios"] if name != measure.FLOOR))
     names = [measure.FUSED, *baselines]
-    header = ["shape", "dtype", "pass", "caches", "fused us", *[f"faster than {b}" for b in baselines], "xFLOOR"]
-    body = [header + [f"MB {name}" for name in names]]
+    header = ["shape", "dtype", "pass", "caches", "fused us", "fwd + bwd"]
+    header += [*[f"faster than {b}" for b in baselines], "xFLOOR"]
+    body = [[*header, *[f"MB {name}" for name in names], "launches", "bytes fused, eager"]]
     for c in comparisons:
         shape = " ".join(f"{key}={size}" for key, size in c["shape"].items())
-        ratios = [_ratio(c["ratios"].get(name)) for name in [*baselines, measure.FLOOR]]
+        ratios = [ratio(c["ratios"].get(name)) for name in [*baselines, measure.FLOOR]]
         memory = [f"{c['extra_bytes'][name] / 1e6:.2f}" if name in c["extra_bytes"] else "-" for name in names]
         fused = f"{c['microseconds'][measure.FUSED]['p50']:.0f}"
-        body.append([shape, c["dtype"], c["passes"], c["caches"], fused, *ratios, *memory])
+        row = [shape, c["dtype"], c["passes"], c["caches"], fused, _forward_backward(c), *ratios, *memory]
+        launches = " ".join(str(c["launches"].get(name, "-")) for name in names)
+        traffic = [c["traffic_bytes"].get(name) for name in (measure.FUSED, "eager")]
+        traffic = " ".join("-" if t is None else f"{t / c['floor_bytes']:.1f}x" for t in traffic)
+        body.append([*row, launches, traffic])
+    return aligned(body)
+
+
+def _forward_backward(comparison: dict) -> str:
+    parts = comparison["parts"].get(measure.FUSED)
+    return f"{parts['forward']['p50']:.0f} + {parts['backward']['p50']:.0f}" if parts else ""
+
+
+def aligned(body: list[list[str]]) -> list[str]:
+    """A Markdown table of the header and the rows."""
     widths = [max(len(row[i]) for row in body) for i in range(len(body[0]))]
-    body.insert(1, ["-" * width for width in widths])
+    body = [body[0], ["-" * width for width in widths], *body[1:]]
     return ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in body]
 
 
-def _ratio(q: dict | None) -> str:
+def ratio(q: dict | None) -> str:
     return "-" if q is None else f"{q['p50']:.1f}x ({q['p20']:.1f}-{q['p80']:.1f})"
 
 
-def _disturbed(comparisons: list[dict], cores: int) -> list[str]:
+def disturbed(comparisons: list[dict], cores: int) -> list[str]:
     worst = max((c["others_cores"] or 0 for c in comparisons), default=0)
     if worst < BUSY:
         return []
     return [f"Other processes took up to {worst:.1f} of {cores} cores meanwhile: repeat this on a quiet machine."]
 
 
-def _gpu(result: dict, folder: Path) -> str:
+def gpu(result: dict, folder: Path) -> str:
     if result["device"]["kind"] == "cuda":
         return f"GPU: {result['gpu']}"
     files = sorted(folder.glob("*.json")) if folder.is_dir() else []

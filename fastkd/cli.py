@@ -1,4 +1,4 @@
-"""The command line: `fastkd train`, `fastkd compare`, `fastkd info`."""
+"""The command line: `fastkd train`, `fastkd compare`, `fastkd info`, `fastkd bench`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ Knowledge distillation with several networks.
   fastkd train     train one student by one method, and the other networks that the method needs
   fastkd compare   several methods and seeds: a table, a picture, a report
   fastkd info      versions, devices, and which backend each operation uses and why
+  fastkd bench     what the fused operations gain on this machine (in the source tree)
 
   fastkd COMMAND --help shows the options, fastkd --version the version.
   Try: fastkd train --method dgkd --epochs 30 --out runs/first
 """
 
-COMMANDS = ("train", "compare", "info")
+COMMANDS = ("train", "compare", "info", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +67,10 @@ def _dispatch(argv: list[str]) -> int:
         raise UserError(f"there is no command {command!r}: {guess(command, COMMANDS)}use {', '.join(COMMANDS)}")
     if command == "info":
         return _info(argv[1:])
+    if command == "bench":
+        from fastkd import _bench
+
+        return _bench.run(argv[1:])
     config = parse(command, argv[1:])
     if config is None:
         return 0

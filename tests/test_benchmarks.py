@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import guard, measure, registry, report  # noqa: E402
-from benchmarks.inputs import Embeddings, Maps, Networks  # noqa: E402
+from benchmarks.inputs import Embeddings, Heads, Maps, Networks  # noqa: E402
 from benchmarks.registry import FORWARD, OPERATIONS, TRAINING, Case, Logits  # noqa: E402
 
 SMALL = Logits(6, 37, 3)
@@ -26,6 +26,7 @@ SMALL_SHAPES = {
     "feature_ensemble": [Maps(3, 5, 4, 4, 5), Maps(1, 1, 1, 2, 1), Maps(4, 9, 7, 3, 2)],
     "rkd_distance": [Embeddings(7, 5), Embeddings(2, 3), Embeddings(33, 16)],
     "rkd_angle": [Embeddings(7, 5), Embeddings(3, 3), Embeddings(33, 16)],
+    "linear_kd": [Heads(6, 5, 37), Heads(1, 1, 2), Heads(5, 8, 130)],
 }
 SMALL_CASES = [(OPERATIONS[name], shape) for name, shapes in SMALL_SHAPES.items() for shape in shapes]
 
@@ -52,7 +53,8 @@ def test_every_operation_of_the_library_is_benchmarked():
     from fastkd import _backend
 
     measured = {"multi_teacher": "multi_teacher_kd", "mutual": "mutual_kd"}
-    assert {measured.get(name, name) for name in OPERATIONS} == {name for name, _ in _backend._operations.values()}
+    own = set(OPERATIONS) - {"linear_kd"}  # of heads and multi_teacher_kd
+    assert {measured.get(name, name) for name in own} == {name for name, _ in _backend._operations.values()}
     assert set(SMALL_SHAPES) == set(OPERATIONS)
 
 
@@ -76,13 +78,16 @@ def test_every_operation_has_tests_and_takes_its_shapes(name):
     operation = OPERATIONS[name]
     assert operation.name == name and list(ROOT.glob(operation.tests))
     assert set(operation.large) | set(operation.alone_on_cpu) <= set(operation.shapes)
-    inputs = operation.make_inputs(operation.shapes[0], operation.dtypes[0], "cpu", seed=0)
+    on_gpu = registry.cases(operation, [torch.float32], device="cuda")
+    assert {(case.shape, case.dtype) for case in on_gpu} >= set(operation.gpu) and on_gpu
+    shape = SMALL_SHAPES[name][0]
+    inputs = operation.make_inputs(shape, operation.dtypes[0], "cpu", seed=0)
     assert bool(inputs.learning) == (TRAINING in operation.passes) and all(t.requires_grad for t in inputs.learning)
-    again = operation.make_inputs(operation.shapes[0], operation.dtypes[0], "cpu", seed=0)
+    again = operation.make_inputs(shape, operation.dtypes[0], "cpu", seed=0)
     assert torch.equal(first_tensor(inputs.arguments), first_tensor(again.arguments))
     quick, full = (registry.cases(operation, operation.dtypes, quick=quick) for quick in (True, False))
-    assert quick and set(map(str, quick)) <= set(map(str, full))
-    assert {case.passes for case in quick} == {operation.passes[-1]}
+    assert bool(quick) == bool(operation.shapes) and set(map(str, quick)) <= set(map(str, full))
+    assert {case.passes for case in quick} <= {operation.passes[-1]}
     assert not {case.shape for case in quick} & set(operation.large)
 
 
@@ -311,6 +316,8 @@ def comparison(**changes):
         "caches": "cold", "rounds": 7, "floor_bytes": 100,
         "microseconds": {name: step for name in ("fused", "eager", "floor")},
         "ratios": {"eager": step, "floor": step}, "extra_bytes": {"fused": 4, "eager": 8}, "others_cores": 0.0,
+        "parts": {"fused": {"forward": step, "backward": step}}, "launches": {"fused": 3, "eager": 40},
+        "traffic_bytes": {"fused": 100, "eager": 900},
     }  # fmt: skip
     return entry | changes
 
@@ -329,6 +336,7 @@ def test_a_written_file_is_complete_and_the_table_says_what_was_not_measured(tmp
 def test_the_table_has_one_part_per_operation_and_says_what_did_not_run(tmp_path):
     alone = comparison(operation="rkd_angle", shape={"rows": 9, "width": 3})
     alone |= {"ratios": {"floor": alone["ratios"]["floor"]}, "extra_bytes": {"fused": 4}}
+    alone |= {"launches": {"fused": 3}, "traffic_bytes": {"fused": 100}}
     both = [comparison(operation="rkd_angle", shape={"rows": 5, "width": 3}), alone]
     tests = {"multi_teacher": "3 passed", "rkd_angle": "4 passed"}
     table = report.table(report.result([comparison(), *both], "cpu", tests), tmp_path).splitlines()
@@ -338,7 +346,8 @@ def test_the_table_has_one_part_per_operation_and_says_what_did_not_run(tmp_path
     ]
     (row,) = [line for line in table if "rows=9" in line]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells == ["rows=9 width=3", "float32", TRAINING, "cold", "2", "-", "2.0x (1.0-3.0)", "0.00", "-"]
+    assert cells[:7] == ["rows=9 width=3", "float32", TRAINING, "cold", "2", "2 + 2", "-"]
+    assert cells[7:] == ["2.0x (1.0-3.0)", "0.00", "-", "3 -", "1.0x -"]
     assert "-: does not run at this shape." in table
 
 
@@ -370,5 +379,5 @@ def test_an_incomplete_result_is_refused(broken, tmp_path):
 def test_the_committed_results_are_complete():
     for path in report.FOLDER.glob("*.json"):
         result = json.loads(path.read_text())
-        report.validate(result)
+        report.validate(result, report.layout_of(result))
         assert path.stem == result["device"]["slug"]

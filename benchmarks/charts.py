@@ -1,0 +1,191 @@
+"""Pictures of what was measured: one of all cases, one a sweep, one of the training steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator  # noqa: E402
+
+from benchmarks import measure  # noqa: E402
+from benchmarks.registry import TRAINING  # noqa: E402
+
+COLOURS = {
+    "fused": "#0b6fb8", "eager": "#d1602a", "compile": "#7a5aa6", "torchdistill": "#4c9a5b",
+    "liger": "#b8860b", "fla": "#a2306f", "floor": "#777777", "reference": "#d1602a",
+}  # fmt: skip
+MARKERS = {"fused": "o", "eager": "s", "compile": "^", "torchdistill": "D", "liger": "v", "fla": "P", "floor": ""}
+NAMES = {"eager": "eager PyTorch", "compile": "torch.compile", "floor": "floor: a copy of the bytes that must move"}
+STYLE = {
+    "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4", "axes.axisbelow": True,
+    "legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 130,
+}  # fmt: skip
+
+
+def _plain(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:g}"
+
+
+def _save(figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+def _footer(result: dict) -> str:
+    device, versions = result["device"], result["versions"]
+    return (
+        f"{device['name']}, {device['cores']} cores, {device['threads']} threads, {device['level']}, "
+        f"torch {versions['torch']}, fastkd {result['commit']}, {result['date'][:10]}"
+    )
+
+
+def _head(figure, handles: list, labels: list[str], title: str) -> None:
+    """The title over the legend, in a line of its own: apart, each takes the other's place."""
+    bold = {"weight": "bold", "size": 12}
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=len(labels), title=title, title_fontproperties=bold,
+        alignment="left",
+    )  # fmt: skip
+
+
+def _log_axis(axis, ticks: list[float] | None = None) -> None:
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
+    if ticks is not None:
+        axis.set_ticks(ticks)
+        axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def sweep(result: dict, series: dict, path: Path) -> Path:
+    """Time, peak memory and the ratio to the floor against one size. `series`: of `result["sweeps"]`."""
+    points = series["points"]
+    sizes = [point["shape"][series["size"]] for point in points]
+    with plt.rc_context(STYLE):
+        figure, (time, memory, ratio) = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained")
+        names = list(dict.fromkeys(name for point in points for name in point["microseconds"]))
+        for name in names:
+            line = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 4, "label": NAMES.get(name, name)}
+            line |= {"linestyle": "--", "linewidth": 1} if name == measure.FLOOR else {"linewidth": 1.6}
+            own = [(size, point) for size, point in zip(sizes, points, strict=True) if name in point["microseconds"]]
+            at = [size for size, _ in own]
+            times = {q: [point["microseconds"][name][q] / 1e3 for _, point in own] for q in ("p20", "p50", "p80")}
+            time.plot(at, times["p50"], **line)
+            time.fill_between(at, times["p20"], times["p80"], color=COLOURS[name], alpha=0.15, linewidth=0)
+            over = [point["microseconds"][name]["p50"] / point["microseconds"]["floor"]["p50"] for _, point in own]
+            ratio.plot(at, over, **line)
+            if name != measure.FLOOR:
+                memory.plot(at, [max(point["extra_bytes"][name], 1) / 1e6 for _, point in own], **line)
+        titles = {time: "Time, ms", memory: "Peak of extra memory, MB", ratio: "Time over the floor's"}
+        for axes, title in titles.items():
+            axes.set(xscale="log", yscale="log", title=title, xlabel=series["label"])
+            _log_axis(axes.xaxis, sizes)
+            _log_axis(axes.yaxis)
+        handles, labels = time.get_legend_handles_labels()
+        _head(figure, handles, labels, f"{series['operation']}: {series['title']}")
+        figure.supxlabel(
+            f"{series['passes']}, {points[0]['dtype']}, {points[0]['caches']} caches, medians, band p20-p80. "
+            + _footer(result),
+            fontsize=7.5, color="#555555", x=0.01, ha="left",
+        )  # fmt: skip
+        return _save(figure, path)
+
+
+def overview(result: dict, path: Path) -> Path:
+    """How much faster than each baseline, how much memory and how far from the floor, every case a row."""
+    cases = {}
+    for c in result["comparisons"]:  # warm where there is one: it comes last
+        shape = " ".join(f"{key} {size}" for key, size in c["shape"].items())
+        passes = "" if c["passes"] == TRAINING else f", {c['passes']} only"
+        cases[f"{c['operation']}{passes}, {c['dtype']}\n{shape}"] = c
+    baselines = [
+        name for name in COLOURS if name != "floor" and any(name in c["ratios"] for c in cases.values())
+    ]  # fmt: skip
+    with plt.rc_context(STYLE | {"axes.grid.axis": "x"}):
+        size = (12, 1.6 + 0.52 * len(cases))
+        figure, (speed, memory, floor) = plt.subplots(
+            1, 3, figsize=size, sharey=True, layout="constrained", width_ratios=[2, 1.4, 1.2]
+        )
+        rows = range(len(cases))
+        height = 0.8 / max(1, len(baselines))
+        for i, name in enumerate(baselines):
+            places = [row - 0.4 + height * (i + 0.5) for row in rows]
+            bars = {"height": height * 0.9, "color": COLOURS[name], "label": NAMES.get(name, name)}
+            gains = [c["ratios"].get(name, {"p50": float("nan")})["p50"] for c in cases.values()]
+            speed.bar_label(speed.barh(places, gains, **bars), fmt=lambda v: f"{v:.1f}", padding=2, fontsize=7.5)
+            saved = [_memory_ratio(c, name) for c in cases.values()]
+            memory.bar_label(memory.barh(places, saved, **bars), fmt=lambda v: f"{v:.1f}", padding=2, fontsize=7.5)
+        over = [c["ratios"]["floor"]["p50"] for c in cases.values()]
+        bars = floor.barh(list(rows), over, height=0.45, color=COLOURS["fused"])
+        floor.bar_label(bars, fmt=lambda v: f"{v:.1f}", padding=2, fontsize=7.5)
+        speed.set_yticks(list(rows), list(cases), fontsize=7.5)
+        speed.invert_yaxis()
+        speed.set_title("Times faster than")
+        memory.set_title("Times less extra memory than")
+        floor.set_title("Fused, over the floor's time")
+        for axes in (speed, memory, floor):
+            axes.set_xscale("log")
+            axes.axvline(1, color="#333333", linewidth=1)
+            axes.margins(x=0.18)
+            axes.tick_params(axis="y", length=0)
+            _log_axis(axes.xaxis)
+        _head(figure, *speed.get_legend_handles_labels(), "fastkd: fused operations")
+        figure.supxlabel(
+            "Medians of paired ratios, caches warm where measured. No bar: does not run or needs none. " + _footer(result),
+            fontsize=7.5, color="#555555", x=0.01, ha="left",
+        )  # fmt: skip
+        return _save(figure, path)
+
+
+def _memory_ratio(comparison: dict, name: str) -> float:
+    """Not a number where the fused operation allocates next to nothing: a ratio to that says nothing."""
+    own, fused = comparison["extra_bytes"].get(name), comparison["extra_bytes"][measure.FUSED]
+    return float("nan") if own is None or fused < 4096 else own / fused
+
+
+def steps(result: dict, path: Path) -> Path:
+    """A training step of each method, reference over fused: the share of the losses dark."""
+    entries = result["steps"]
+    groups = list(dict.fromkeys(entry["group"] for entry in entries))
+    with plt.rc_context(STYLE | {"axes.grid.axis": "x"}):
+        most = max(sum(e["group"] == group for e in entries) for group in groups)
+        figure, plots = plt.subplots(
+            1, len(groups), figsize=(max(9, 6.2 * len(groups)), 1.9 + 0.75 * most), layout="constrained", squeeze=False
+        )
+        for axes, group in zip(plots[0], groups, strict=True):
+            own = [entry for entry in entries if entry["group"] == group]
+            longest = max(e["milliseconds"][b]["p50"] for e in own for b in ("reference", "fused"))
+            for row, entry in enumerate(own):
+                for backend, place in (("reference", row - 0.19), ("fused", row + 0.19)):
+                    whole = entry["milliseconds"][backend]["p50"]
+                    loss = min(whole, entry["milliseconds"][f"{backend} loss"]["p50"])
+                    colour = COLOURS[backend]
+                    axes.barh(place, loss, height=0.34, color=colour)
+                    axes.barh(place, whole - loss, left=loss, height=0.34, color=colour, alpha=0.3)
+                    share, speed = entry["loss_share"][backend], entry["images_per_second"][backend]
+                    text = f"{whole:,.0f} ms, losses {100 * share:.1f} %, {speed:,.0f} images/s"
+                    axes.text(whole + longest * 0.015, place, text, va="center", fontsize=7.5)
+            labels = [f"{entry['method']}\n{entry['ratios']['step']['p50']:.2f}x" for entry in own]
+            axes.set_yticks(range(len(own)), labels)
+            axes.invert_yaxis()
+            axes.tick_params(axis="y", length=0)
+            axes.set_xlim(0, longest * 1.75)
+            axes.set_xlabel("ms a step")
+            axes.set_title(own[0]["networks"])
+        handles = [
+            plt.Rectangle((0, 0), 1, 1, color=COLOURS[backend], alpha=alpha)
+            for backend in ("reference", "fused")
+            for alpha in (1, 0.3)
+        ]
+        labels = ["losses, plain PyTorch", "the rest of its step", "losses, fused", "the rest of its step"]
+        _head(figure, handles, labels, "A training step, networks included")
+        figure.supxlabel(
+            "Medians of steps in turns; under the method, how many times faster its step is.\n" + _footer(result),
+            fontsize=7.5, color="#555555", x=0.01, ha="left",
+        )  # fmt: skip
+        return _save(figure, path)

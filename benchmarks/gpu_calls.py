@@ -1,0 +1,98 @@
+"""`python -m benchmarks.gpu_calls`: every fused operation once on the GPU, for compute-sanitizer (small) and ncu (large)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from benchmarks import measure
+from benchmarks.inputs import Embeddings, Heads, Logits, Maps, Networks
+from benchmarks.registry import OPERATIONS, Case
+from fastkd import _backend
+
+# Odd sizes: rows that no vector width divides, more than a block's, and of one number.
+SMALL = {
+    "multi_teacher": [Logits(3, 37, 2), Logits(2, 1, 1), Logits(2, 5003, 3), Logits(1, 40003, 1)],
+    "mutual": [Networks(3, 37, 3), Networks(2, 5003, 2)],
+    "group_stats": [Networks(3, 37, 3), Networks(2, 5003, 2)],
+    "feature_ensemble": [Maps(2, 5, 3, 3, 2), Maps(2, 64, 9, 9, 1)],
+    "rkd_distance": [Embeddings(7, 5), Embeddings(33, 17)],
+    "rkd_angle": [Embeddings(7, 5), Embeddings(33, 17)],
+    "linear_kd": [Heads(3, 8, 37)],
+}
+
+
+def small() -> list[Case]:
+    dtypes = (torch.float32, torch.bfloat16)
+    return [
+        Case(OPERATIONS[name], shape, dtype, OPERATIONS[name].passes[-1])
+        for name, shapes in SMALL.items()
+        for shape in shapes
+        for dtype in dtypes
+        if dtype in OPERATIONS[name].dtypes
+    ]
+
+
+def large() -> list[Case]:
+    """The largest case of each operation that is a kernel of its own."""
+    found = []
+    for name, operation in OPERATIONS.items():
+        if name != "linear_kd":
+            shape, dtype = operation.gpu[0] if operation.gpu else (operation.shapes[-1], torch.float32)
+            found.append(Case(operation, shape, dtype, operation.passes[-1]))
+    return found
+
+
+def make(cases: list[Case], device: str, profiled: bool = False) -> None:
+    """One call of each, forward and backward; `profiled`: after one that a profiler does not see."""
+    for case in cases:
+        inputs = case.operation.make_inputs(case.shape, case.dtype, device, 0)
+        step = measure.Step(case.operation.fused, inputs, case.passes)
+        if profiled:
+            step()
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+        step()
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize()
+        if profiled:
+            torch.cuda.profiler.stop()
+        print(f"{case}: floor {case.bytes_floor} bytes", flush=True)
+
+
+def machine() -> int:
+    print(f"torch {torch.__version__}, CUDA {torch.version.cuda}")
+    if not torch.cuda.is_available():
+        print("no GPU")
+        return 1
+    properties = torch.cuda.get_device_properties(0)
+    copy = measure.Copy(2**33, "cuda")
+    copy()
+    seconds = sorted(measure.timed(copy, "cuda")[0] for _ in range(9))[4]
+    print(
+        f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 1e9:.0f} GB, "
+        f"copy {2**33 / seconds / 1e12:.2f} TB/s"
+    )
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_calls", description=__doc__)
+    parser.add_argument("--machine", action="store_true", help="only say which GPU, and its copy bandwidth")
+    parser.add_argument("--profiled", action="store_true", help="large shapes, the second call of each between profiler marks")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args(argv)
+    if options.machine:
+        return machine()
+    reason = _backend.why_not_native(torch.empty(0, device=options.device))
+    if reason is not None:
+        print(f"no native kernels: {reason}")
+        return 1
+    make((large if options.profiled else small)(), options.device, options.profiled)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""`python -m benchmarks --steps`: a whole training step of each method, plain PyTorch's losses against the fused ones.
+
+What a user gains: forward passes of all networks, losses, backward passes and the optimiser's step. The share of the
+losses is that of the same calls, recorded in a step and made again by themselves, forward and backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import fastkd
+from benchmarks import measure, report
+from fastkd import functional, methods
+from fastkd.models import branched, create
+
+BACKENDS = {"fused": "native", "reference": "reference"}
+SMALL_SHARE = 0.05
+LEARNING_RATE = 0.01
+
+TIMES = {str: report.QUANTILES}
+STEP = {
+    "group": str,
+    "networks": str,
+    "method": str,
+    "batch": int,
+    "classes": int,
+    "losses": int,
+    "rounds": int,
+    "milliseconds": TIMES,
+    "ratios": TIMES,
+    "images_per_second": {str: float},
+    "loss_share": {str: float},
+    "extra_bytes": {str: int},
+    "others_cores": (float, type(None)),
+}
+LAYOUT = report.HEADER | {"steps": [STEP]}
+
+
+class Group(NamedTuple):
+    """Networks of one architecture on images [batch, 3, image_size, image_size]."""
+
+    network: str
+    batch: int
+    classes: int
+    image_size: int = 32
+    large: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.network}, [{self.batch}, 3, {self.image_size}, {self.image_size}], {self.classes} classes"
+
+
+GROUPS = {
+    "resnet20": Group("resnet20", 128, 100),
+    "vgg13": Group("vgg13", 64, 1000),
+    "resnet56": Group("resnet56", 128, 100, large=True),
+}
+
+Make = Callable[[], nn.Module]
+METHODS: dict[str, Callable[[Make, Group], methods.Method]] = {
+    "DGKD": lambda make, group: methods.DGKD(make(), [make() for _ in range(3)], lam=0.5),
+    "ORC": lambda make, group: methods.ORC(make(), [make() for _ in range(3)]),
+    "CTSL-MKT": lambda make, group: methods.CTSLMKT([make(), make()], [make(), make()]),
+    "DKEL": lambda make, group: methods.DKEL(
+        branched(group.network, group.classes, 3, image_size=group.image_size), init=None
+    ),
+    "FEED": lambda make, group: methods.FEED(make(), [make() for _ in range(3)]),
+}
+VIEWS = {"DKEL": 3}
+ABOUT = {
+    "DGKD": "a student, 3 frozen guides",
+    "ORC": "a pivot and 3 students, all learn; three updates",
+    "CTSL-MKT": "2 peers, their 2 frozen selves",
+    "DKEL": "3 peers on one stem, their 3 mean teachers",
+    "FEED": "a student, 3 frozen teachers, last maps",
+}
+TESTS = {
+    "DGKD": "tests/test_dgkd*.py",
+    "ORC": "tests/test_orc*.py",
+    "CTSL-MKT": "tests/test_ctsl_mkt*.py",
+    "DKEL": "tests/test_dkel*.py",
+    "FEED": "tests/test_feed*.py",
+}
+
+
+def chosen(keyword: str, device: str, large: bool) -> list[tuple[str, str]]:
+    """(group, method) of those whose "group method" contains the keyword; large groups on a GPU or where asked for."""
+    large = large or torch.device(device).type == "cuda"
+    names = [g for g, group in GROUPS.items() if large or not group.large]
+    return [(g, m) for g in names for m in METHODS if keyword.lower() in f"{g} {m}".lower()]
+
+
+class TrainingStep:
+    """A method with its networks, optimiser and a batch; called, it makes one step with the chosen backend."""
+
+    def __init__(self, method: str, group: Group, device: str, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+
+        def make() -> nn.Module:
+            return create(group.network, group.classes, image_size=group.image_size)
+
+        self.method = METHODS[method](make, group).to(device)
+        self.method.start_epoch(0, 300)
+        self.method.train()
+        parameters = self.method.parameter_groups(LEARNING_RATE)
+        self.optimizer = torch.optim.SGD(parameters, momentum=0.9, weight_decay=5e-4)
+        size = (group.batch, 3, group.image_size, group.image_size)
+        views = [torch.randn(size).to(device) for _ in range(VIEWS.get(method, 1))]
+        self.images = views if len(views) > 1 else views[0]
+        self.target = torch.randint(0, group.classes, (group.batch,)).to(device)
+
+    def clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def losses(self) -> Iterator[Tensor]:
+        """Makes one step; the losses of its updates, detached."""
+        for phase in self.method.phases(self.images, self.target):
+            self.clear()
+            phase.loss.backward()
+            self.optimizer.step()
+            yield phase.loss.detach()
+
+    def __call__(self) -> list[Tensor]:
+        return list(self.losses())
+
+
+class Call(NamedTuple):
+    function: Callable
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+class Losses:
+    """The calls of fastkd.functional that a step made, again: forward, and backward where a result has a graph."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        self.calls = [Call(call.function, *_leaves((call.args, call.kwargs))) for call in calls]
+        tensors = [t for call in self.calls for t in tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
+        self.learning = [t for t in tensors if t.requires_grad]
+
+    def clear(self) -> None:
+        for tensor in self.learning:
+            tensor.grad = None
+
+    def __call__(self) -> None:
+        self.clear()
+        for function, args, kwargs in self.calls:
+            found = [t for t in tree_leaves(function(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+            if found:
+                torch.autograd.backward(found, [torch.ones_like(t) for t in found])
+
+
+def _leaves(arguments: tuple) -> tuple:
+    return tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), arguments)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """Within the block, the calls of fastkd.functional are made and noted."""
+    calls: list[Call] = []
+
+    def noting(function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            calls.append(Call(function, args, kwargs))
+            return function(*args, **kwargs)
+
+        return call
+
+    functions = {n: f for n in functional.__all__ if inspect.isfunction(f := getattr(functional, n))}
+    for name, function in functions.items():
+        setattr(functional, name, noting(function))
+    try:
+        yield calls
+    finally:
+        for name, function in functions.items():
+            setattr(functional, name, function)
+
+
+class With:
+    """A step, or its losses, with one backend."""
+
+    def __init__(self, backend: str, step: TrainingStep | Losses) -> None:
+        self.backend, self.step = backend, step
+
+    def clear(self) -> None:
+        self.step.clear()
+
+    def __call__(self) -> Any:
+        with fastkd.use_backend(self.backend):
+            return self.step()
+
+
+def require_same(step: TrainingStep) -> None:
+    """From the same weights, both backends give the same losses. After the first update, rounding may have grown."""
+    before = copy.deepcopy(step.method.state_dict())
+    found = {}
+    for name, backend in BACKENDS.items():
+        step.method.load_state_dict(copy.deepcopy(before))
+        found[name] = With(backend, step)()
+        step.optimizer.state.clear()
+    for i, (fused, reference) in enumerate(zip(*found.values(), strict=True)):
+        tolerance = 1e-4 if i == 0 else 1e-2
+        if not abs(float(fused) - float(reference)) <= tolerance * abs(float(reference)):
+            raise AssertionError(f"loss {i}: fused {float(fused)}, reference {float(reference)}")
+
+
+def measured(name: str, method: str, device: str, seconds: float, least: int = 5) -> dict:
+    """One entry of a file's "steps": both backends' steps, and their losses alone, in turns."""
+    group = GROUPS[name]
+    step = TrainingStep(method, group, device)
+    require_same(step)
+    with recorded() as calls:
+        step()
+    losses = Losses(calls)
+    whole = {backend: With(chosen, step) for backend, chosen in BACKENDS.items()}
+    alone = {f"{backend} loss": With(chosen, losses) for backend, chosen in BACKENDS.items()}
+    others = measure.Others()
+    times = measure.interleave(whole | alone, device=device, seconds=seconds, least=least)
+    others_cores = others.cores()
+    memory = {backend: measure.extra_bytes(call, device) for backend, call in (whole | alone).items()}
+    median = {called: measure.quantiles(ts).p50 for called, ts in times.items()}
+    shares = {b: measure.paired(times[f"{b} loss"], times[b]).p50 for b in BACKENDS}
+    ratios = {"step": ("reference", "fused"), "loss": ("reference loss", "fused loss")}
+    return {
+        "group": name,
+        "networks": str(group),
+        "method": method,
+        "batch": group.batch,
+        "classes": group.classes,
+        "losses": len(calls),
+        "rounds": len(times["fused"]),
+        "milliseconds": {called: report.rounded([t * 1e3 for t in ts]) for called, ts in times.items()},
+        "ratios": {what: report.digits(measure.paired(times[a], times[b])) for what, (a, b) in ratios.items()},
+        "images_per_second": {backend: float(f"{group.batch / median[backend]:.4g}") for backend in BACKENDS},
+        "loss_share": {backend: float(f"{share:.3g}") for backend, share in shares.items()},
+        "extra_bytes": memory,
+        "others_cores": None if others_cores is None else round(others_cores, 2),
+    }
+
+
+def table(result: dict, folder: Path) -> str:
+    lines = ["", report.machine(result)]
+    entries = result["steps"]
+    for group in dict.fromkeys(entry["group"] for entry in entries):
+        own = [entry for entry in entries if entry["group"] == group]
+        body = [["method", "networks", "reference ms", "fused ms", "faster", "images/s", "losses", "of the step", "MB"]]
+        body += [_row(entry) for entry in own]
+        lines += ["", f"A training step, {own[0]['networks']}", "", *report.aligned(body)]
+    lines += [
+        "",
+        "reference: the same method with fastkd's formulas in plain PyTorch. Medians of steps in turns (p20-p80).",
+        "losses: how many times faster, forward and backward. of the step: their share, reference > fused.",
+        "MB: peak of what PyTorch allocated during the step, activations included, reference > fused.",
+    ]
+    small = [e for e in entries if e["loss_share"]["reference"] < SMALL_SHARE]
+    if small:
+        names = ", ".join(f"{e['method']} on {e['group']} ({100 * e['loss_share']['reference']:.1f} %)" for e in small)
+        lines += [
+            f"Losses are under {100 * SMALL_SHARE:.0f} % of the reference's step of {names}: the networks decide there, "
+            "and the fastest loss gains no more than that share."
+        ]
+    return "\n".join([*lines, *report.disturbed(entries, result["device"]["cores"]), report.gpu(result, folder)])
+
+
+def _row(entry: dict) -> list[str]:
+    times, share, memory = entry["milliseconds"], entry["loss_share"], entry["extra_bytes"]
+    ratio = entry["ratios"]["step"]
+    speeds = " > ".join(f"{entry['images_per_second'][b]:.0f}" for b in ("reference", "fused"))
+    return [
+        entry["method"],
+        ABOUT[entry["method"]],
+        f"{times['reference']['p50']:.1f}",
+        f"{times['fused']['p50']:.1f}",
+        f"{ratio['p50']:.2f}x ({ratio['p20']:.2f}-{ratio['p80']:.2f})",
+        speeds,
+        f"{entry['ratios']['loss']['p50']:.1f}x",
+        f"{100 * share['reference']:.1f} % > {100 * share['fused']:.1f} %",
+        f"{memory['reference'] / 1e6:.0f} > {memory['fused'] / 1e6:.0f}",
+    ]
