@@ -126,6 +126,27 @@ class LoopOptions:
 
 
 @dataclass
+class ScaleOptions:
+    """Speed and several processes (torchrun --nproc-per-node N -m fastkd train ...).
+
+    Args:
+        amp: mixed precision, by torch.autocast; fp16, with a scaled loss, on GPUs only
+        accumulate: cut each batch into so many parts, one after another, to save memory; relations are within a part
+        channels_last: keep feature maps in channels-last order
+        compile: compile the networks that learn (torch.compile)
+        deterministic: the same bits from the same seed on a GPU, too; slower
+        timeout: seconds after which a process that does not answer ends the run
+    """
+
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    accumulate: int = 1
+    channels_last: bool = False
+    compile: bool = False
+    deterministic: bool = False
+    timeout: float = 600.0
+
+
+@dataclass
 class MethodOptions:
     """Method.
 
@@ -169,6 +190,7 @@ class CompareOptions:
 _LEAST = {"epochs": 1, "guide_epochs": 0, "own_epochs": 0, "batch_size": 1, "warmup_epochs": 0, "eval_every": 1}
 _LEAST |= {"num_teachers": 1, "generations": 1, "branches": 1, "keep": 0}
 _LEAST |= {"log_every": 1, "workers": 0, "train_size": 1, "image_size": 1, "seed": 0, "threads": 1}
+_LEAST |= {"accumulate": 1}
 _OPTIONAL = ("train_size", "image_size", "threads", "num_teachers", "seed")  # a comparison has no seed of its own
 _FINITE = ("lr", "momentum", "weight_decay", "gamma")  # >= 0
 
@@ -186,6 +208,8 @@ def _check_numbers(config: object) -> None:
             raise UserError(f"--{_flag(name)} must be a finite number >= 0, got {value!r}")
     if not 0 <= config.validation < 1:
         raise UserError(f"--validation must be a fraction from 0 to below 1, got {config.validation!r}")
+    if isinstance(config.timeout, bool) or not isinstance(config.timeout, int | float) or not 0 < config.timeout < 1e9:
+        raise UserError(f"--timeout must be seconds above 0, got {config.timeout!r}")
     if config.nesterov and config.momentum == 0:
         raise UserError("--nesterov needs --momentum above 0, got 0")
     if not all(math.isfinite(m) and m > 0 for m in config.milestones):
@@ -197,7 +221,7 @@ def _flag(name: str) -> str:
 
 
 @dataclass
-class Settings(DataOptions, NetworkOptions, OptimizationOptions, LoopOptions):
+class Settings(DataOptions, NetworkOptions, OptimizationOptions, LoopOptions, ScaleOptions):
     """What `train` and `compare` have in common."""
 
     def __post_init__(self):
@@ -248,6 +272,7 @@ class CompareConfig(Settings, CompareOptions):
 # What may differ between the parts of one run without changing what it computes, or only where it goes on to.
 _FREE = {"out", "resume", "cache", "quiet", "keep", "log_every", "workers", "device", "threads", "data_root"}
 _FREE |= {"download", "epochs", "eval_every"}
+_FREE |= {"channels_last", "compile", "deterministic", "timeout"}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

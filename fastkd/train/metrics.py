@@ -18,6 +18,7 @@ from fastkd.methods import Phase
 from fastkd.models import logits_of
 from fastkd.train import checkpoint
 from fastkd.train.config import UserError
+from fastkd.train.distributed import ALONE, World
 
 
 class Divergence(UserError):
@@ -33,23 +34,29 @@ class Meter:
     `watch(network)` takes the accuracy from the outputs that the network gives while it trains, so that it costs no
     forward pass of its own. Where it gives none, the accuracy is NaN. The parts of a phase that has a name bear it:
     "private_ce".
+
+    With several processes (`world`) it holds those of this process; `total()` those of all.
     """
 
-    def __init__(self, device: torch.device, look_every: int):
-        self.device = device
+    def __init__(self, device: torch.device, look_every: int, world: World = ALONE):
+        self.device, self.world = device, world
         self.look_every = 1 if device.type == "cpu" else look_every
         self.batches = 0
         self.images = 0
         self.sums: dict[str, Tensor] = {}  # name -> 0-d float64, summed over images
         self.judged = 0  # images whose output was seen
         self._losses: list[tuple[int, Tensor]] = []  # (batch, loss) that no one looked at yet
-        self._output: Any = None
+        self._outputs: list[Tensor] = []  # logits that the watched network gave in this batch
 
     @contextmanager
-    def watch(self, network: nn.Module) -> Iterator[None]:
-        """Within the block, the outputs of `network` are seen, also of `forward_features` called by itself."""
-        hook = network.register_forward_hook(lambda network, inputs, output: self._keep_output(network, output))
-        method = getattr(network, "forward_features", None)
+    def watch(self, network: nn.Module, wrapped: Any = None) -> Iterator[None]:
+        """Within the block, the outputs of `network` are seen, also of `forward_features` called by itself.
+
+        Where it is run as `wrapped`, what that gives is seen instead: nothing changes inside of what is compiled.
+        """
+        seen = network if wrapped is None else wrapped
+        hook = seen.register_forward_hook(lambda network, inputs, output: self._keep_output(network, output))
+        method = getattr(network, "forward_features", None) if seen is network else None
         if method is not None:
 
             @functools.wraps(method)
@@ -66,23 +73,29 @@ class Meter:
             if method is not None:
                 del network.forward_features
 
-    def add(self, phase: Phase, rows: int) -> None:
-        """One update of the current batch, of `rows` images."""
-        loss = phase.loss.detach()
+    def add(self, phase: Phase, rows: int, loss: Tensor | None = None) -> None:
+        """One update of the current batch, of `rows` images; `loss` where the phase has it in chunks."""
+        loss = phase.loss.detach() if loss is None else loss
         self._losses.append((self.batches + 1, loss))
         self._accumulate("loss", loss * rows)
         for name, part in phase.parts.items():
             self._accumulate(name if name.startswith(phase.name) else f"{phase.name}_{name}", part * rows)
 
-    def end_batch(self, target: Tensor) -> None:
-        """Counts the batch; raises Divergence if a look is due and a loss was not finite."""
-        if self._output is not None:
-            logits, self._output = logits_of(self._output).detach(), None
-            if logits.dim() == 2 and len(logits) == len(target):
+    def end_batch(self, target: Tensor, rows: int | None = None) -> None:
+        """Counts the batch, of `rows` that count (all); Divergence if a look is due and a loss was not finite."""
+        rows = len(target) if rows is None else rows
+        parts, missing = [], len(target)  # of gradient accumulation, the last ones
+        while self._outputs and missing > 0:
+            parts.insert(0, self._outputs.pop())
+            missing -= len(parts[0])
+        self._outputs.clear()
+        if parts and missing == 0:
+            logits = torch.cat(parts)
+            if logits.dim() == 2:
                 self._accumulate("accuracy", (logits.argmax(1) == target).sum())
-                self.judged += len(target)
+                self.judged += rows
         self.batches += 1
-        self.images += len(target)
+        self.images += rows
         if self.batches % self.look_every == 0:
             self.look()
 
@@ -91,10 +104,25 @@ class Meter:
         if not self._losses:
             return
         finite = torch.isfinite(torch.stack([loss for _, loss in self._losses])).tolist()
+        elsewhere = self.world.any(not all(finite))
         for (batch, loss), good in zip(self._losses, finite, strict=True):
             if not good:
                 raise Divergence(f"batch {batch}: the loss is {float(loss)}")
+        if elsewhere:
+            raise Divergence(f"batch {self.batches}: the loss is not finite in another process")
         self._losses.clear()
+
+    def total(self) -> Meter:
+        """A meter of all processes; every one of them must call."""
+        if self.world.size == 1:
+            return self
+        names = sorted(self.sums)
+        counts = torch.tensor([self.images, self.judged], dtype=torch.float64, device=self.device)
+        sums = self.world.sum(torch.stack([*(self.sums[name] for name in names), *counts]))
+        total = Meter(self.device, self.look_every)
+        total.batches, (total.images, total.judged) = self.batches, map(int, sums[-2:].tolist())
+        total.sums = dict(zip(names, sums, strict=False))
+        return total
 
     def means(self) -> dict[str, float]:
         """{"loss": ..., part: ..., "accuracy": ...} over the images so far."""
@@ -107,12 +135,14 @@ class Meter:
         return {"batches": self.batches, "images": self.images, "judged": self.judged, "sums": sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.batches, self.images, self.judged = state["batches"], state["images"], state["judged"]
-        self.sums = {name: total.to(self.device) for name, total in state["sums"].items()}
+        first = self.world.first  # of several processes one goes on from the sums of all
+        self.batches = state["batches"]
+        self.images, self.judged = (state["images"], state["judged"]) if first else (0, 0)
+        self.sums = {name: total.to(self.device) * first for name, total in state["sums"].items()}
 
     def _keep_output(self, network: nn.Module, output: Any) -> None:
         if network.training:
-            self._output = output
+            self._outputs.append(logits_of(output).detach())
 
     def _accumulate(self, name: str, value: Tensor) -> None:
         value = value.to(torch.float64)
