@@ -116,7 +116,7 @@ class Meter:
         """A meter of all processes; every one of them must call."""
         if self.world.size == 1:
             return self
-        names = sorted(self.sums)
+        names = list(self.sums)  # in the same order in every process
         counts = torch.tensor([self.images, self.judged], dtype=torch.float64, device=self.device)
         sums = self.world.sum(torch.stack([*(self.sums[name] for name in names), *counts]))
         total = Meter(self.device, self.look_every)
