@@ -20,6 +20,7 @@ EXACT = dict(
     optimizer="sgd",
     lr=0.02,
     epochs=4,
+    guide_epochs=4,
     quiet=True,
     device="cpu",
 )

@@ -218,7 +218,11 @@ def test_parts_of_a_batch(rows, ranks):
 def test_a_process_without_rows_reads_some_that_do_not_count():
     data = [(torch.full((1,), float(i)), i) for i in range(9)]
     parts = [Part(data, rank, 3) for rank in range(3)]
-    assert [[label for _, label in part.__getitems__([4, 7, 1, 0])] for part in parts] == [[4, 7], [1, 0], [IGNORED] * 2]
+    assert [[label for _, label in part.__getitems__([4, 7, 1, 0])] for part in parts] == [
+        [4, 7],
+        [1, 0],
+        [IGNORED] * 2,
+    ]
     assert len(parts[0]) == 9
 
 
@@ -233,7 +237,7 @@ def test_options_of_several_processes(monkeypatch):
     with pytest.raises(UserError, match="cuda:0 is one GPU for 2 processes: use --device cuda"):
         pick_device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match=r"--device cuda:2 is not there \(2 GPUs\)"):
+    with pytest.raises(UserError, match=r"there is no GPU for process 2 of this machine \(2 GPUs\)"):
         pick_device("cuda")
     monkeypatch.setenv("RANK", "1")
     assert not fastkd_distributed.speaks()

@@ -44,7 +44,9 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and launched() > 1:
         if device.index is not None:
             raise UserError(f"--device {name} is one GPU for {launched()} processes: use --device cuda, one GPU each")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device, found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), torch.cuda.device_count()
+        if device.index >= found:
+            raise UserError(f"there is no GPU for process {device.index} of this machine ({found} GPUs): start fewer")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name} is not there ({torch.cuda.device_count()} GPUs): use --device cpu or auto")
     return device
