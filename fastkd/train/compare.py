@@ -19,7 +19,7 @@ from fastkd.train.plans import accepted, check_options, plan
 from fastkd.train.report import LAST_EPOCH, data_text, final, method_text, optimization_text, pyplot, save_figure, table
 from fastkd.train.runner import Result, Runner
 
-ROUNDS = 50  # of timed steps with each backend
+ROUNDS = 30  # of timed steps with each backend
 WARM_UP = 3
 
 

@@ -244,7 +244,7 @@ class TrainConfig(Settings, MethodOptions):
 class CompareConfig(Settings, CompareOptions):
     """Everything that determines a comparison; defaults that make the student's own result leave room to gain."""
 
-    epochs: int = 100
+    epochs: int = 80
     guide_epochs: int = 30
     schedule: Literal["constant", "multistep", "cosine"] = "cosine"
     eval_every: int = 10
