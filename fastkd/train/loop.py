@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,101 +16,50 @@ from fastkd.data import Data, loader
 from fastkd.methods import Method
 from fastkd.models import logits_of
 from fastkd.train import checkpoint
+from fastkd.train.bad_images import BadImages
 from fastkd.train.config import Settings, UserError
+from fastkd.train.devices import batches_on, pick_device
+from fastkd.train.interrupts import Interrupted, catch_interrupt, leave_interrupts
 from fastkd.train.metrics import Divergence, Meter, Row, read_csv, write_csv
 from fastkd.train.optim import make_optimizer, make_schedule
-from fastkd.train.progress import Progress
+from fastkd.train.progress import Progress, note
+from fastkd.train.steps import SKIPS, Steps
 
-FORMAT = 1
-
-
-class Interrupted(Exception):
-    """Ctrl-C: what was computed is saved."""
+FORMAT = 2
 
 
-@contextmanager
-def catch_interrupt() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether Ctrl-C came; a second Ctrl-C interrupts at once."""
-    caught = []
-
-    def note(number, frame):
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(caught)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _leave_interrupts(worker: int) -> None:
-    """Ctrl-C in a terminal reaches the loader's processes too; the main one decides what to do."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def pick_device(name: str) -> torch.device:
-    """auto | cpu | cuda | cuda:N as a device that is there; UserError otherwise."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device must be cpu, cuda, cuda:N or auto, got {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name} is not there ({torch.cuda.device_count()} GPUs): use --device cpu or auto")
-    return device
-
-
-@contextmanager
-def cpu_threads(number: int | None) -> Iterator[None]:
-    """PyTorch's number of threads on the CPU within the block; None leaves it as it is."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def batches_on(batches, device: torch.device) -> Iterator[tuple[Any, torch.Tensor]]:
-    """The (inputs, target) of a loader, on the device."""
-    for inputs, target in batches:
-        yield to_device(inputs, device), to_device(target, device)
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A tensor, or a list of them (several views of the images)."""
-    if isinstance(batch, (list, tuple)):
-        return [to_device(item, device) for item in batch]
-    return batch.to(device, non_blocking=True)
-
-
-def train_epoch(method, batches, optimizer, meter: Meter, on_batch: Callable[[], None] = lambda: None) -> None:
-    """One pass over `batches` of (inputs, target)."""
+def train_epoch(
+    method: Method,
+    batches,
+    optimizer: torch.optim.Optimizer,
+    meter: Meter,
+    on_batch: Callable[[], None] = lambda: None,
+    steps: Steps | None = None,
+    classes: int | None = None,
+) -> None:
+    """One pass over `batches` of (inputs, target). `steps` takes the steps, `classes` is what labels must be below."""
+    steps = steps or Steps(method, optimizer)
     method.train()
-    for inputs, target in batches_on(batches, meter.device):
+    for inputs, target in batches_on(batches, meter.device, classes):
+        steps.start_batch()
         for phase in method.phases(inputs, target):
-            optimizer.zero_grad(set_to_none=True)
-            phase.loss.backward()
-            optimizer.step()
+            steps.take(phase)
+            if steps.in_row == SKIPS:
+                place = meter.place(meter.batches + 1, phase.name, phase.networks)
+                raise Divergence(f"{place}: the loss or its gradient was not finite in {SKIPS} steps in a row")
             meter.add(phase, len(target))
         meter.end_batch(target)
         on_batch()
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, batches, device: torch.device) -> tuple[float, float]:
+def evaluate(network: nn.Module, batches, device: torch.device, classes: int | None = None) -> tuple[float, float]:
     """(mean cross-entropy, accuracy in 0..1) in eval mode; the network's mode is restored."""
     was_training = network.training
     network.eval()
     loss = correct = torch.zeros((), dtype=torch.float64, device=device)
     images = 0
-    for inputs, target in batches_on(batches, device):
+    for inputs, target in batches_on(batches, device, classes):
         logits = logits_of(network(inputs)).float()  # [B, C]
         loss = loss + nn.functional.cross_entropy(logits, target, reduction="sum")
         correct = correct + (logits.argmax(1) == target).sum()
@@ -154,23 +100,31 @@ class Fit:
         self.method.to(self.device)
         self.optimizer = make_optimizer(self.method, self.settings)
         self.schedule = make_schedule(self.optimizer, self.settings, self.epochs)
+        self.steps = Steps(self.method, self.optimizer, self.settings.non_finite)
         self.epoch = self.step = 0  # finished ones
         self.rows: list[Row] = []
-        self._unfinished: dict[str, Any] | None = None  # the meter of an epoch that was interrupted
+        self._unfinished: dict[str, Any] | None = None  # the state of an epoch that was interrupted
         workers = self.settings.workers
         batch_size = min(self.settings.batch_size, len(self.data.train))
         # Batch normalisation cannot train on a last batch of one image.
         alone = len(self.data.train) % batch_size == 1 and batch_size > 1
         self.train_batches = loader(
-            self.data.train, batch_size, shuffle=True, seed=self.seed, workers=workers, drop_last=alone
+            self.data.train,
+            batch_size,
+            shuffle=True,
+            seed=self.seed,
+            workers=workers,
+            drop_last=alone,
+            smallest=min(2, batch_size),
         )
-        self.train_batches.worker_init_fn = _leave_interrupts
+        self.train_batches.worker_init_fn = leave_interrupts
         held_out = {"validation": self.data.validation, "test": self.data.test}
         self.held_out = {
             name: loader(part, max(batch_size, 256), shuffle=False, workers=workers)
             for name, part in held_out.items()
             if part is not None
         }
+        self.bad_images = BadImages(self.folder, [self.train_batches, *self.held_out.values()])
 
     @property
     def checkpoints(self) -> Path:
@@ -193,12 +147,13 @@ class Fit:
         """Before the first epoch: what a method does with a few batches before it trains (DKEL)."""
         if hasattr(self.method, "initialise"):
             self.train_batches.sampler.set_epoch(0)
-            self.method.initialise(batches_on(self.train_batches, self.device), self.settings.lr)
+            batches = batches_on(self.train_batches, self.device, self.data.num_classes)
+            self.method.initialise(batches, self.settings.lr)
 
     def _run_epoch(self, epoch: int, interrupted: Callable[[], bool]) -> None:
         self.method.start_epoch(epoch, self.epochs)
         started = time.perf_counter()
-        meter = Meter(self.device, self.settings.log_every)
+        meter = Meter(self.device, self.settings.log_every, self._describe)
         batches = self._batches(epoch, meter)
         resumed = meter.images  # of the part of the epoch that ran before an interruption
         with Progress(self.name, epoch, self.epochs, len(self.train_batches), self.settings.quiet) as progress:
@@ -206,19 +161,25 @@ class Fit:
             def on_batch() -> None:
                 self.step += 1
                 progress.update(meter)
-                if interrupted() and meter.batches < len(self.train_batches):
-                    meter.look()
+                stop = interrupted()
+                due = self.settings.save_every and self.step % self.settings.save_every == 0
+                if (stop or due) and self.train_batches.taken < len(self.train_batches):
+                    meter.look()  # no state behind a loss that is not finite is saved
                     self._save(meter)
-                    raise Interrupted
+                    if stop:
+                        raise Interrupted
 
             try:
                 with meter.watch(self.method.deployable()):
-                    train_epoch(self.method, batches, self.optimizer, meter, on_batch)
+                    train_epoch(
+                        self.method, batches, self.optimizer, meter, on_batch, self.steps, self.data.num_classes
+                    )
                 meter.look()
             except Divergence as error:
+                skip = "" if self.settings.non_finite == "skip" else ", or --non-finite skip"
                 raise Divergence(
                     f"{self.name} trained by {type(self.method).__name__}: epoch {epoch + 1}, {error}: "
-                    "try a smaller --lr or --warmup-epochs"
+                    f"try a smaller --lr or --warmup-epochs{skip}"
                 ) from error
             row = self._row(epoch, meter, meter.images - resumed, time.perf_counter() - started)
             progress.finish(row)
@@ -228,27 +189,38 @@ class Fit:
 
     def _batches(self, epoch: int, meter: Meter):
         """The batches of an epoch, without those that ran before an interruption."""
-        self.train_batches.sampler.set_epoch(epoch)
-        batches = iter(self.train_batches)
-        if self._unfinished is not None:
-            state, self._unfinished = self._unfinished, None
-            meter.load_state_dict(state["meter"])
-            for _ in range(meter.batches):
-                next(batches)
-            checkpoint.set_random_state(state["random"])  # a data set of the user's may have drawn from it
+        state, self._unfinished = self._unfinished, None
+        if state is None:
+            meter.first_step = self.step
+            return self.train_batches.go_on(epoch, 0)
+        meter.load_state_dict(state["meter"])
+        batches = self.train_batches.go_on(epoch, *state["batches"])
+        checkpoint.set_random_state(state["random"])  # a data set of the user's may have drawn from it
         return batches
+
+    def _describe(self, phase: str, networks: Sequence[nn.Module]) -> str:
+        """Which phase of a method with several, and which networks it trains where they are several."""
+        names = {id(module): name for name, module in self.method.named_modules()}
+        trained = [names[id(network)] for network in networks if id(network) in names]
+        of = f"of {', '.join(trained)}" if trained and (phase or len(trained) > 1) else ""
+        return f"phase {phase} {of}".strip() if phase else of
 
     def _row(self, epoch: int, meter: Meter, images: int, train_seconds: float) -> Row:
         started = time.perf_counter()
         row = {"epoch": epoch + 1, "lr": self.settings.lr * self.schedule.lr_lambdas[0](epoch)}
         row |= {f"train_{name}": value for name, value in meter.means().items()}
         row |= self._promotions()
+        if self.settings.non_finite == "skip":
+            row["train_skipped_steps"] = meter.skipped
         due = (epoch + 1) % self.settings.eval_every == 0 or epoch + 1 == self.epochs
         for name, batches in self.held_out.items():
             loss, accuracy = math.nan, math.nan
             if due:
-                loss, accuracy = evaluate(self.method.deployable(), batches, self.device)
+                loss, accuracy = evaluate(self.method.deployable(), batches, self.device, self.data.num_classes)
             row |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
+        if self.settings.bad_images == "skip":
+            row["train_bad_images"] = self.train_batches.lost
+            row |= {f"{name}_bad_images": batches.lost if due else math.nan for name, batches in self.held_out.items()}
         row["images_per_s"] = images / max(train_seconds, 1e-9)
         row["seconds"] = train_seconds + time.perf_counter() - started
         return row
@@ -271,6 +243,7 @@ class Fit:
 
     def _save(self, meter: Meter | None = None) -> None:
         """The state after an epoch, or with `meter` the one in the middle of it."""
+        self.bad_images.tell()
         if self.folder is None:
             return
         state = {
@@ -282,29 +255,31 @@ class Fit:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "random": checkpoint.random_state(),
+            "skips_in_row": self.steps.in_row,
             "facts": self.facts,
         }
         partial = self.checkpoints / checkpoint.PARTIAL
         if meter is not None:
-            checkpoint.save(partial, state | {"meter": meter.state_dict()})
+            batches = self.train_batches.taken, self.train_batches.lost
+            checkpoint.save(partial, state | {"meter": meter.state_dict(), "batches": batches})
             return
         checkpoint.save(checkpoint.path_of(self.checkpoints, self.epoch), state)
         partial.unlink(missing_ok=True)
         checkpoint.prune(self.checkpoints, self.settings.keep)
 
     def resume(self) -> None:
-        """Go on from the last state in the folder; does nothing where there is none."""
+        """Go on from the last whole state in the folder, whose lock is held; does nothing where there is none."""
+        for folder in (self.folder, self.checkpoints):
+            checkpoint.sweep(folder)
         done = checkpoint.epochs(self.checkpoints)
         if done and done[-1] > self.epochs:
             raise UserError(f"{self.folder} has run {done[-1]} epochs already: give --epochs {done[-1]} or more")
-        state = checkpoint.load(checkpoint.path_of(self.checkpoints, done[-1])) if done else None
-        partial = self.checkpoints / checkpoint.PARTIAL
-        if partial.exists():
-            part = checkpoint.load(partial)
-            if state is None or part["epoch"] == state["epoch"]:  # else an epoch was finished after it
-                state = self._unfinished = part
-        if state is not None:
-            self._load(state)
+        state = checkpoint.newest(self.checkpoints, note)
+        if state is None:
+            return
+        self._load(state)
+        if "meter" in state:
+            self._unfinished = state
 
     def _load(self, state: dict[str, Any]) -> None:
         if state.get("format") != FORMAT:
@@ -315,7 +290,7 @@ class Fit:
         # The number of epochs may have been raised since: the rate of this epoch under the present schedule.
         for group, rate in zip(self.optimizer.param_groups, self._rates(state["epoch"]), strict=True):
             group["lr"] = rate
-        self.epoch, self.step = state["epoch"], state["step"]
+        self.epoch, self.step, self.steps.in_row = state["epoch"], state["step"], state["skips_in_row"]
         self.rows = [row for row in read_csv(self.folder / "metrics.csv") if row["epoch"] <= self.epoch]
         checkpoint.set_random_state(state["random"])
 

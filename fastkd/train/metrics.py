@@ -6,7 +6,7 @@ import csv
 import functools
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,22 +27,35 @@ class Divergence(UserError):
         super().__init__(message, status=1)
 
 
+_COUNTS = ("batches", "images", "judged", "measured", "skipped", "first_step")
+
+
 class Meter:
     """Means over the images of an epoch of the loss, its parts and the accuracy, without waiting for a GPU.
+
+    Where a phase was left out (`phase.skipped`), its batch enters no mean but the accuracy's. `describe(name,
+    networks)` says which phase it is that has this name and trains these networks, "" where there is only one.
 
     `watch(network)` takes the accuracy from the outputs that the network gives while it trains, so that it costs no
     forward pass of its own. Where it gives none, the accuracy is NaN. The parts of a phase that has a name bear it:
     "private_ce".
     """
 
-    def __init__(self, device: torch.device, look_every: int):
-        self.device = device
+    def __init__(
+        self, device: torch.device, look_every: int, describe: Callable[..., str] = lambda name, networks: name
+    ):
+        self.device, self.describe = device, describe
         self.look_every = 1 if device.type == "cpu" else look_every
         self.batches = 0
         self.images = 0
+        self.first_step = 0  # steps before this epoch
+        self.skipped = 0  # phases that got no step
+        self.measured = 0  # images of the batches in which every phase got its step
         self.sums: dict[str, Tensor] = {}  # name -> 0-d float64, summed over images
         self.judged = 0  # images whose output was seen
-        self._losses: list[tuple[int, Tensor]] = []  # (batch, loss) that no one looked at yet
+        self._losses: list[tuple[int, tuple, Tensor]] = []  # (batch, phase, loss) that no one looked at yet
+        self._batch: dict[str, Tensor] = {}  # sums of the current batch
+        self._whole = True  # no phase of it was left out
         self._output: Any = None
 
     @contextmanager
@@ -68,19 +81,29 @@ class Meter:
 
     def add(self, phase: Phase, rows: int) -> None:
         """One update of the current batch, of `rows` images."""
+        if phase.skipped:
+            self.skipped += 1
+            self._whole = False
+            return
         loss = phase.loss.detach()
-        self._losses.append((self.batches + 1, loss))
-        self._accumulate("loss", loss * rows)
+        # Not the phase itself: it holds the graph.
+        self._losses.append((self.batches + 1, (phase.name, phase.networks), loss))
+        _accumulate(self._batch, "loss", loss * rows)
         for name, part in phase.parts.items():
-            self._accumulate(name if name.startswith(phase.name) else f"{phase.name}_{name}", part * rows)
+            _accumulate(self._batch, name if name.startswith(phase.name) else f"{phase.name}_{name}", part * rows)
 
     def end_batch(self, target: Tensor) -> None:
         """Counts the batch; raises Divergence if a look is due and a loss was not finite."""
         if self._output is not None:
             logits, self._output = logits_of(self._output).detach(), None
             if logits.dim() == 2 and len(logits) == len(target):
-                self._accumulate("accuracy", (logits.argmax(1) == target).sum())
+                _accumulate(self.sums, "accuracy", (logits.argmax(1) == target).sum())
                 self.judged += len(target)
+        if self._whole:
+            for name, total in self._batch.items():
+                _accumulate(self.sums, name, total)
+            self.measured += len(target)
+        self._batch, self._whole = {}, True
         self.batches += 1
         self.images += len(target)
         if self.batches % self.look_every == 0:
@@ -90,33 +113,41 @@ class Meter:
         """Reads the losses since the last look: a GPU is waited for here."""
         if not self._losses:
             return
-        finite = torch.isfinite(torch.stack([loss for _, loss in self._losses])).tolist()
-        for (batch, loss), good in zip(self._losses, finite, strict=True):
+        finite = torch.isfinite(torch.stack([loss for *_, loss in self._losses])).tolist()
+        for (batch, phase, loss), good in zip(self._losses, finite, strict=True):
             if not good:
-                raise Divergence(f"batch {batch}: the loss is {float(loss)}")
+                raise Divergence(f"{self.place(batch, *phase)}: the loss is {float(loss)}")
         self._losses.clear()
+
+    def place(self, batch: int, name: str, networks: Sequence[nn.Module]) -> str:
+        """Where in the run a phase is, for messages."""
+        phase = self.describe(name, networks)
+        return f"batch {batch} (step {self.first_step + batch})" + (f", {phase}" if phase else "")
 
     def means(self) -> dict[str, float]:
         """{"loss": ..., part: ..., "accuracy": ...} over the images so far."""
-        means = {name: float(total) / max(1, self.images) for name, total in self.sums.items() if name != "accuracy"}
+        means = {name: float(total) / self.measured for name, total in self.sums.items() if name != "accuracy"}
+        means = {"loss": math.nan} | means  # where not one batch got all its steps
         seen = self.judged and "accuracy" in self.sums
         return means | {"accuracy": float(self.sums["accuracy"]) / self.judged if seen else math.nan}
 
     def state_dict(self) -> dict[str, Any]:
         sums = {name: total.cpu() for name, total in self.sums.items()}
-        return {"batches": self.batches, "images": self.images, "judged": self.judged, "sums": sums}
+        return {name: getattr(self, name) for name in _COUNTS} | {"sums": sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.batches, self.images, self.judged = state["batches"], state["images"], state["judged"]
+        for name in _COUNTS:
+            setattr(self, name, state[name])
         self.sums = {name: total.to(self.device) for name, total in state["sums"].items()}
 
     def _keep_output(self, network: nn.Module, output: Any) -> None:
         if network.training:
             self._output = output
 
-    def _accumulate(self, name: str, value: Tensor) -> None:
-        value = value.to(torch.float64)
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    value = value.to(torch.float64)
+    sums[name] = sums[name] + value if name in sums else value
 
 
 Row = dict[str, float]
