@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _interrupted(argv)
     except Exception as error:
-        from fastkd.train.loop import Interrupted
+        from fastkd.train.interrupts import Interrupted
 
         if isinstance(error, Interrupted):
             return _interrupted(argv)

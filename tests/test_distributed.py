@@ -91,7 +91,7 @@ def interrupt(rank, folder):
     finally:
         Meter.end_batch, methods.ORC.start_epoch = original, start
     torch.distributed.barrier()
-    state = torch.load(folder / "stopped" / "checkpoints" / "interrupted.pt", weights_only=True)
+    state = torch.load(folder / "stopped" / "checkpoints" / "partial.pt", weights_only=True)
     assert digest((state["epoch"], state["step"], state["meter"]["images"])) == [(1, 7, 32)] * 2
     train(folder / "stopped", "orc", epochs=4, resume=True)
 

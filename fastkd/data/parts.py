@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch.utils.data import Dataset
 
+from .images import ImageSet, UnreadableImage
+
 IGNORED = -100  # a label that counts nowhere
 LEAST = 2  # rows: batch normalisation cannot train on one
 
@@ -24,8 +26,8 @@ class Part(Dataset):
     """`dataset` as process `rank` of `ranks` sees it: of each batch of indices it reads its own part.
 
     All processes take the same batches from a loader of this data set, so that the order of one process and its place
-    in an epoch are those of all. A process without a row in a batch, which must take part in the step, reads the first
-    images of it with labels of -100: they count nowhere.
+    in an epoch are those of all. A process without a row in a batch, or without one that can be read, must take part in
+    the step all the same: it is given 2 images with labels of -100, which count nowhere.
 
     Args:
         dataset: map-style, of (image, label).
@@ -37,12 +39,20 @@ class Part(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def bad_images(self) -> str:
+        return getattr(self.dataset, "bad_images", "error")
+
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
     def __getitems__(self, indices: Sequence[int]) -> list:
         mine = part_of(len(indices), self.rank, self.ranks)
+        if isinstance(self.dataset, ImageSet):
+            items = [] if mine is None else self.dataset.read(indices[mine])
+            good = sum(not isinstance(item, UnreadableImage) for item in items)
+            return items + [(self.dataset.blank(), IGNORED)] * min(LEAST - good, len(indices) - good)
         if mine is not None:
             return self._read(indices[mine])
         return [(image, IGNORED) for image, _ in self._read(indices[:LEAST])]

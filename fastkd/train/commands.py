@@ -8,9 +8,9 @@ from pathlib import Path
 from fastkd.train import checkpoint, environment
 from fastkd.train import compare as comparing
 from fastkd.train.config import CompareConfig, TrainConfig, UserError, differences, read_yaml, to_yaml
+from fastkd.train.devices import cpu_threads, pick_device
 from fastkd.train.distributed import deterministic, joined, launched
 from fastkd.train.locks import lock
-from fastkd.train.loop import cpu_threads, pick_device
 from fastkd.train.plans import RECIPES, plan, recipe
 from fastkd.train.report import percent, write_train_report
 from fastkd.train.runner import Result, Runner

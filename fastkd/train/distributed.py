@@ -155,6 +155,11 @@ class World:
 ALONE = World()
 
 
+def own_seed(seed: int, rank: int) -> int:
+    """Of a process's global generators, from which dropout draws: the run's own seed in the first one."""
+    return (seed + 0x9E3779B1 * rank) % 2**32
+
+
 def world() -> World:
     """The processes of the default group; one where there is none."""
     if not (dist.is_available() and dist.is_initialized()):

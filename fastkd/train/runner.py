@@ -23,8 +23,9 @@ from fastkd import data as datasets
 from fastkd import methods, models
 from fastkd.train import checkpoint
 from fastkd.train.config import TrainConfig, UserError, fingerprint
+from fastkd.train.devices import pick_device
 from fastkd.train.distributed import world
-from fastkd.train.loop import Fit, pick_device
+from fastkd.train.loop import Fit
 from fastkd.train.metrics import Row
 from fastkd.train.plans import arguments, plan, recipe
 from fastkd.train.stages import Learner, Stage, parameters
@@ -79,6 +80,7 @@ def load_data(config: TrainConfig) -> datasets.Data:
         "seed": config.seed,
         "image_size": config.image_size,
         "augment": config.augment,
+        "bad_images": config.bad_images,
     }
     return _load(config.data, tuple(items.items()))
 
@@ -230,7 +232,7 @@ class Runner:
 
     def _given(self, stage: Stage, path: str) -> Result:
         network = make_network(stage.network, self.data)
-        state = checkpoint.load(path)
+        state = checkpoint.load(path, sealed=False)
         state = state.get("network", state)  # one of ours, or a plain state dict
         try:
             network.load_state_dict(state)
