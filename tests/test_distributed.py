@@ -43,6 +43,8 @@ def folder(tmp_path_factory):
         train(folder / f"one-{method}", method)
     train(folder / "more", "orc", epochs=2)
     train(folder / "whole", "kd", accumulate=1)
+    make_images(folder / "images")
+    train(folder / "one-images", "ce", **with_images(folder))
     processes(program, 2, folder)
     torch.set_num_threads(before)
     return folder
@@ -54,10 +56,32 @@ def program(rank, folder):
     train(folder / "parts", "kd", accumulate=3)
     train(folder / "fewer", "orc", epochs=2)
     train(folder / "more", "orc", epochs=4, resume=True)
+    train(folder / "two-images", "ce", **with_images(folder))
     interrupt(rank, folder)
+    a_step_is_left_out_by_all(rank)
     state_is_alike(folder)
     unused_parameters_are_allowed(rank)
     errors_are_shared(rank)
+
+
+def make_images(root):
+    """Of 18 training images of two classes, four cannot be read."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 9), ("val", 3)):
+        for label in ("a", "b"):
+            (root / part / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(256, (8, 8, 3), generator=generator, dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(root / part / label / f"{number}.png")
+    for name in ("a/1", "a/2", "b/1", "b/5"):
+        (root / "train" / f"{name}.png").write_bytes(b"no image")
+
+
+def with_images(folder) -> dict:
+    options = {"data": f"imagefolder:{folder / 'images'}", "bad_images": "skip", "image_size": 8, "train_size": None}
+    return options | {"batch_size": 6, "options": {}}
 
 
 def digest(value) -> list:
@@ -112,6 +136,23 @@ def state_is_alike(folder):
         assert str(rows[0]) == str(rows[1])
 
 
+def a_step_is_left_out_by_all(rank):
+    """Where the loss of one process is not finite; the networks stay alike."""
+    method = methods.CE(small(0))
+    method.map_learners(lambda network: world().wrap(method, network, torch.device("cpu")))
+    optimizer = torch.optim.SGD(method.parameter_groups(0.1))
+    steps = Steps(method, optimizer, torch.device("cpu"), "skip", world=world())
+    method.train()
+    before = [p.clone() for p in method.parameters()]
+    x, y = torch.randn(6, 1, 8, 8), torch.randint(10, (6,))
+    ((phase, _),) = steps.take(x / 0 if rank == 1 else x, y)
+    assert phase.skipped and steps.in_row == 1
+    assert all(torch.equal(a, b) for a, b in zip(method.parameters(), before, strict=True))
+    ((phase, _),) = steps.take(x, y)
+    assert not phase.skipped and steps.in_row == 0
+    assert not all(torch.equal(a, b) for a, b in zip(method.parameters(), before, strict=True))
+
+
 def small(seed):
     from fastkd.models import create
 
@@ -162,8 +203,9 @@ def errors_are_shared(rank):
     assert world().any(rank == 1) and not world().any(False)
     assert world().least(3 - rank) == 2
     assert world().collect(rank) == ([0, 1] if rank == 0 else [])
-    meter = Meter(torch.device("cpu"), 1, world())
-    phase = type("P", (), {"loss": torch.tensor(float("nan") if rank else 1.0), "parts": {}, "name": ""})()
+    meter = Meter(torch.device("cpu"), 1, world=world())
+    fake = {"loss": torch.tensor(float("nan") if rank else 1.0), "parts": {}, "name": "", "networks": ()}
+    phase = type("Fake", (), fake | {"skipped": False})()
     meter.add(phase, 4)
     try:
         meter.end_batch(torch.zeros(4, dtype=torch.long))
@@ -194,6 +236,13 @@ def test_a_run_goes_on_with_another_number_of_processes(folder):
 
 def test_an_interrupted_run_goes_on(folder):
     assert_same_run(folder / "one-orc", folder / "stopped")
+
+
+def test_images_that_cannot_be_read(folder):
+    assert_same_run(folder / "one-images", folder / "two-images")
+    assert [row["train_bad_images"] for row in rows_without_times(folder / "two-images")] == [4] * 4
+    one, two = ((folder / name / "bad_images.txt").read_text() for name in ("one-images", "two-images"))
+    assert one == two and len(two.splitlines()) == 4
 
 
 def test_one_process_writes(folder):

@@ -25,8 +25,8 @@ from fastkd.train.devices import pick_device
 from fastkd.train.locks import lock
 from fastkd.train.metrics import Divergence, Meter, read_csv, write_csv
 from fastkd.train.optim import make_optimizer, make_schedule
-from fastkd.train.steps import Steps
 from fastkd.train.runner import make_network, parse_network
+from fastkd.train.steps import Steps
 
 
 def small_fit(tmp_path, **options) -> Fit:

@@ -132,7 +132,7 @@ class Steps:
                 if chunk + 1 < phase.chunks:
                     for network in filter(None, map(data_parallel, phase.networks)):
                         stack.enter_context(network.no_sync())  # around the forward pass, too
-                loss = self._run(phase.losses)
+                loss = phase.loss if phase.chunks == 1 else self._run(phase.losses)
                 total = total + loss.detach()
                 if weight is not None:
                     loss = loss * weight.to(loss.dtype)
