@@ -57,8 +57,8 @@ def _said_elsewhere(error: Exception) -> bool:
     """Of several processes, one prints what all find out alike."""
     from fastkd.train import distributed
 
-    if isinstance(error, distributed.Elsewhere):
-        return True
+    if isinstance(error, (distributed.Elsewhere, distributed.Lost)):
+        return isinstance(error, distributed.Elsewhere)
     return isinstance(error, (distributed.UserError, ValueError, TypeError)) and not distributed.speaks()
 
 

@@ -193,14 +193,21 @@ def joined(device: torch.device, seconds: float) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=seconds))
+        _meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=seconds))
         yield world()
     except Exception as error:
         if not _lost(error):
             raise
         raise Lost(" ".join(str(error).split())[:160], seconds) from error
     dist.destroy_process_group()  # after an error it might wait for those that are gone
+
+
+def _meet(backend: str, timeout: datetime.timedelta) -> None:
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    # After a restart torchrun may give the store of the attempt before, with the addresses of processes that are gone.
+    store = dist.PrefixStore(f"fastkd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 @contextmanager
