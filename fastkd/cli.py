@@ -41,15 +41,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _interrupted(argv)
     except Exception as error:
-        from fastkd.train.loop import Interrupted
+        from fastkd.train.interrupts import Interrupted
 
         if isinstance(error, Interrupted):
             return _interrupted(argv)
+        if _said_elsewhere(error):
+            return getattr(error, "status", 2)
         message = _explain(error)
         if message is None or os.environ.get("FASTKD_TRACEBACK") == "1":
             raise
         print(f"fastkd: {' '.join(message.split())}", file=sys.stderr)
         return getattr(error, "status", 2)
+
+
+def _said_elsewhere(error: Exception) -> bool:
+    """Of several processes, one prints what all find out alike."""
+    from fastkd.train import distributed
+
+    if isinstance(error, (distributed.Elsewhere, distributed.Lost)):
+        return isinstance(error, distributed.Elsewhere)
+    return isinstance(error, (distributed.UserError, ValueError, TypeError)) and not distributed.speaks()
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -160,6 +171,8 @@ def _command_line(argv: list[str]) -> str:
 
 
 def _interrupted(argv: list[str]) -> int:
+    if os.environ.get("RANK", "0") != "0":
+        return 130
     again = argv if any(item.startswith("--resume") for item in argv) else [*argv, "--resume"]
     print(f"fastkd: interrupted; finished work is saved; to go on: {_command_line(again)}", file=sys.stderr)
     return 130

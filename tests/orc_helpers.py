@@ -50,9 +50,9 @@ def eval_logits(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
 class Mixed(ORC):
     """Keeps what intensive teaching is given."""
 
-    def _mix(self, batch, feedback, share):
+    def _mix(self, batch, feedback, share, pool=None):
         self.feedback, self.share = feedback, share
-        self.mixed = super()._mix(batch, feedback, share)
+        self.mixed = super()._mix(batch, feedback, share, pool)
         return self.mixed
 
 

@@ -141,15 +141,25 @@ def test_mistakes_of_the_command(tmp_path, capfd):
 def test_damaged_checkpoint_is_refused_by_name(tmp_path, capfd):
     out = tmp_path / "run"
     assert train(out, "--method ce --epochs 2") == 0
-    path = out / "checkpoints" / "epoch-0002.pt"
+    path, first = (out / "checkpoints" / f"epoch-000{epoch}.pt" for epoch in (2, 1))
     path.write_bytes(path.read_bytes()[:1000])
     capfd.readouterr()
-    assert train(out, "--method ce --epochs 3 --resume") == 2
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1 and str(path) in error and "delete it" in error
-    path.unlink()
     assert train(out, "--method ce --epochs 3 --resume") == 0
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and f"{path} is damaged" in error and "goes on" in error and "after epoch 1" in error
     assert [row["epoch"] for row in read_csv(out / "metrics.csv")] == [1, 2, 3]
+    for damaged in (first, path, path.with_name("epoch-0003.pt")):
+        damaged.write_bytes(b"")
+    assert train(out, "--method ce --epochs 4 --resume") == 2
+    error = capfd.readouterr().err
+    assert (
+        error.count("\n") == 1 and f"no checkpoint in {out}/checkpoints can be used" in error and "it is empty" in error
+    )
+    teacher = tmp_path / "teacher.pt"
+    teacher.write_bytes(b"no checkpoint")
+    assert train(tmp_path / "kd", f"--method kd --epochs 1 --checkpoint.teacher {teacher}") == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and f"{teacher} is damaged or no checkpoint" in error
 
 
 def test_divergence_is_one_line_and_status_1(tmp_path, capfd):

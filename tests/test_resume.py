@@ -60,8 +60,8 @@ class StopAt:
         self.left = step
         original = Meter.end_batch
 
-        def end_batch(meter, target):
-            original(meter, target)
+        def end_batch(meter, target, *rows):
+            original(meter, target, *rows)
             self.left -= 1
             if self.left == 0:
                 os.kill(os.getpid(), signal.SIGINT)

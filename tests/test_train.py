@@ -21,11 +21,12 @@ from fastkd.train import (
     train_epoch,
 )
 from fastkd.train.config import CompareConfig, OptimizationOptions, differences, read_yaml, to_yaml
+from fastkd.train.devices import pick_device
 from fastkd.train.locks import lock
-from fastkd.train.loop import pick_device
 from fastkd.train.metrics import Divergence, Meter, read_csv, write_csv
 from fastkd.train.optim import make_optimizer, make_schedule
 from fastkd.train.runner import make_network, parse_network
+from fastkd.train.steps import Steps
 
 
 def small_fit(tmp_path, **options) -> Fit:
@@ -111,7 +112,7 @@ def test_meter_reads_accuracy_only_of_training_outputs():
         network.eval()(inputs + 100)  # must not count
         meter.end_batch(target)
     network.train()(inputs - 100)  # is not watched any more
-    assert meter._output is None
+    assert meter._outputs == []
     assert meter.means()["accuracy"] == 1.0
     assert math.isnan(Meter(torch.device("cpu"), 1).means()["accuracy"])
 
@@ -126,11 +127,16 @@ def test_meter_sees_networks_that_are_asked_for_features():
     assert "forward_features" not in vars(network)
 
 
+def fake_phase(loss, parts=(), name=""):
+    facts = {"loss": torch.tensor(loss), "parts": dict(parts), "name": name, "networks": (), "skipped": False}
+    return type("P", (), facts)()
+
+
 def test_meter_gives_parts_the_name_of_their_phase():
     meter = Meter(torch.device("cpu"), 1)
     for name in ("private", "group"):
         parts = {"ce": torch.tensor(2.0), f"{name}_kd": torch.tensor(1.0)}
-        meter.add(type("P", (), {"loss": torch.tensor(3.0), "parts": parts, "name": name})(), 4)
+        meter.add(fake_phase(3.0, parts, name), 4)
     meter.end_batch(torch.zeros(4, dtype=torch.long))
     means = meter.means()
     assert [means[name] for name in ("private_ce", "private_kd", "group_ce", "group_kd")] == [2, 1, 2, 1]
@@ -153,8 +159,9 @@ def test_divergence_names_network_epoch_and_batch(tmp_path, log_every):
     fit = runner.fit(runner.stages["student"], {}, tmp_path / "run")
     fit.method = Diverging(fit.method.student)
     fit.optimizer = make_optimizer(fit.method, fit.settings)
+    fit.steps = Steps(fit.method, fit.optimizer, fit.device)
     with pytest.raises(
-        Divergence, match=r"student plain2:width=0.0625 trained by Diverging: epoch 1, batch 3: .* inf"
+        Divergence, match=r"student plain2:width=0.0625 trained by Diverging: epoch 1, batch 3 \(step 3\): .* inf"
     ) as e:
         fit.run()
     assert e.value.status == 1 and "\n" not in str(e.value)
@@ -165,10 +172,9 @@ def test_late_look_still_names_the_batch():
     meter = Meter(torch.device("cpu"), 1)
     meter.look_every = 10
     for value in (1.0, math.nan, 1.0):
-        phase = type("P", (), {"loss": torch.tensor(value), "parts": {}, "name": ""})()
-        meter.add(phase, 4)
+        meter.add(fake_phase(value), 4)
         meter.end_batch(torch.zeros(4, dtype=torch.long))
-    with pytest.raises(Divergence, match="batch 2: the loss is nan"):
+    with pytest.raises(Divergence, match=r"batch 2 \(step 2\): the loss is nan"):
         meter.look()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastkd.train import Runner, TrainConfig, checkpoint
-from fastkd.train.loop import cpu_threads
+from fastkd.train.devices import cpu_threads
 from fastkd.train.metrics import read_csv
 from fastkd.train.runner import make_network
 

@@ -2,5 +2,6 @@
 
 from .batches import EpochSampler, loader
 from .catalog import Data, load, names
+from .images import UnreadableImage
 
-__all__ = ["Data", "EpochSampler", "load", "loader", "names"]
+__all__ = ["Data", "EpochSampler", "UnreadableImage", "load", "loader", "names"]

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from .images import ImageSet, UnreadableImage
+from .parts import Part
 from .seeding import SHUFFLE, WORKERS, check_seed, stream
 
 
@@ -17,20 +19,22 @@ class EpochSampler(Sampler[int]):
     def __init__(self, dataset: Dataset, shuffle: bool, seed: int):
         self.dataset, self.shuffle, self.seed = dataset, shuffle, seed
         self.generator = torch.Generator()  # DataLoader draws its workers' seeds from it
-        self.epoch = 0
+        self.epoch = self.skip = 0
         self._order: list[int] | None = None
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """The next pass is of this epoch, without its first `skip` images."""
+        self.epoch, self.skip = epoch, skip
 
     def start(self) -> None:
         """Fixes order and augmentation of the pass that begins now. Before the workers start: they copy the dataset."""
         epoch, n = self.epoch, len(self.dataset)
-        self._order = stream(self.seed, SHUFFLE, epoch).permutation(n).tolist() if self.shuffle else list(range(n))
+        order = stream(self.seed, SHUFFLE, epoch).permutation(n).tolist() if self.shuffle else list(range(n))
+        self._order = order[self.skip :]
         self.generator.manual_seed(int(stream(self.seed, WORKERS, epoch).integers(2**63)))
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
-        self.epoch = epoch + 1
+        self.epoch, self.skip = epoch + 1, 0
 
     def __iter__(self) -> Iterator[int]:
         if self._order is None:
@@ -42,21 +46,107 @@ class EpochSampler(Sampler[int]):
         return len(self.dataset)
 
 
-class _Loader(DataLoader):
-    def __iter__(self):
+class _Reader(Dataset):
+    """An ImageSet that hands on what could not be read; the loader decides, in the main process."""
+
+    def __init__(self, images: ImageSet):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> list:
+        return self.images.read(indices)
+
+
+def _collate(items: list) -> tuple:
+    """(inputs, target) of the good items, None where there are none; (path, reason) of the others."""
+    good = [item for item in items if not isinstance(item, UnreadableImage)]
+    bad = [(item.path, item.reason) for item in items if isinstance(item, UnreadableImage)]
+    return default_collate(good) if good else None, bad
+
+
+class Loader(DataLoader):
+    """What `loader` returns: a DataLoader that knows where it is and what it could not read.
+
+    Attributes:
+        taken: batches of the present pass that were taken from the data, those left out among them.
+        lost: images of the present pass that could not be read.
+        unreadable: path -> reason, of all passes.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, sampler: EpochSampler, smallest: int, **options):
+        reader = _Reader(dataset) if isinstance(dataset, ImageSet) else dataset
+        super().__init__(
+            reader, batch_size, sampler=sampler, generator=sampler.generator, collate_fn=_collate, **options
+        )
+        self.bad_images = getattr(dataset, "bad_images", "error")
+        self.smallest = smallest
+        self.taken = self.lost = 0
+        self.unreadable: dict[str, str] = {}
+        self._before = (0, 0)
+
+    def go_on(self, epoch: int, taken: int, lost: int = 0) -> Iterator:
+        """The batches of this epoch that come after the first `taken`, of which `lost` images could not be read.
+
+        Images of `fastkd.data` that were used already are not loaded again. Other datasets are: what they do to an
+        image may depend on what they did before.
+        """
+        data = self.sampler.dataset
+        if isinstance(data.dataset if isinstance(data, Part) else data, ImageSet):
+            self.sampler.set_epoch(epoch, taken * self.batch_size)
+            self._before = taken, lost
+            return iter(self)
+        self.sampler.set_epoch(epoch)
+        batches = iter(self)
+        for _ in range(taken):
+            next(batches)
+        return batches
+
+    def __iter__(self) -> Iterator:
         self.sampler.start()
-        return super().__iter__()
+        (self.taken, self.lost), self._before = self._before, (0, 0)
+        return self._pass(super().__iter__())
+
+    def _pass(self, batches: Iterator) -> Iterator:
+        used = self.taken
+        for batch, bad in batches:
+            self.taken += 1
+            if bad and self.bad_images == "error":
+                raise UnreadableImage(*bad[0])
+            self.lost += len(bad)
+            self.unreadable.update(bad)
+            # Workers' batches are made ahead: an image that is lost there counts when its batch comes here.
+            if batch is not None and not (bad and len(batch[1]) < self.smallest):
+                used += 1
+                yield batch
+        if self.lost and not used:
+            path, reason = next(iter(self.unreadable.items()))
+            raise ValueError(
+                f"none of the {self.lost} images of an epoch could be used: {path} cannot be read ({reason}), and so on"
+            )
 
 
 def loader(
-    dataset: Dataset, batch_size: int, *, shuffle: bool, seed: int = 0, workers: int = 0, drop_last: bool = False
-) -> DataLoader:
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    seed: int = 0,
+    workers: int = 0,
+    drop_last: bool = False,
+    smallest: int = 1,
+) -> Loader:
     """A DataLoader whose batches of epoch e are the same in every process, for any number of workers.
 
     Each pass is the next epoch; `loader.sampler.set_epoch(e)` before a pass makes it epoch e, as after a resume.
     The same holds for datasets that are not from `fastkd.data` as to the order; random transforms of their own are
     seeded by (seed, epoch) in workers. Batches are (float32 [B, C, H, W], int64 [B]); with several views the first is
     a list of tensors. Memory is pinned where there is a GPU.
+
+    An image file that cannot be read raises UnreadableImage, a ValueError that names it. With `bad_images="skip"` in
+    `load` it is left out, its batch goes on without it, and `loader.lost` and `loader.unreadable` tell; a batch that
+    lost images and has fewer than `smallest` left is left out altogether.
 
     Data in memory need no workers. One pass at a time: a second begun before the first ends changes its epoch.
 
@@ -70,13 +160,12 @@ def loader(
         raise ValueError(
             f"loader: drop_last leaves no batch of {batch_size} from {len(dataset)} images; use a smaller batch_size"
         )
-    sampler = EpochSampler(dataset, shuffle, seed)
-    return _Loader(
+    return Loader(
         dataset,
         batch_size,
-        sampler=sampler,
+        EpochSampler(dataset, shuffle, seed),
+        smallest,
         num_workers=workers,
         drop_last=drop_last,
-        generator=sampler.generator,
         pin_memory=torch.cuda.is_available(),
     )

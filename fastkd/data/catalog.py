@@ -40,6 +40,12 @@ class Data:
     channels: int
     classes: tuple[str, ...]
 
+    def __post_init__(self):
+        for part in ("train", "validation", "test"):
+            labels = getattr(getattr(self, part), "labels", None)
+            if isinstance(labels, np.ndarray) and len(labels):
+                _check_labels(part, labels, self.num_classes)
+
     def with_views(self, views: int) -> "Data":
         """The same data with so many independent augmentations of each training image, in the same memory."""
         _check_number("Data.with_views", "views", views)
@@ -62,6 +68,7 @@ def load(
     image_size: int | None = None,
     augment: bool = True,
     views: int = 1,
+    bad_images: str = "error",
     **options,
 ) -> Data:
     """The data set `name` as `Data`.
@@ -78,6 +85,8 @@ def load(
     augment     random shift by 1 pixel of 8 (CIFAR: 4 of 32) and, but for digits, mirroring; for image files and
                 image_size >= 96 a random resized crop and mirroring
     views       number of independent augmentations of each training image
+    bad_images  an image file that cannot be read: "error" raises where it is met, "skip" leaves it out of its batch
+                (`loader` says more)
     options     fake only: num_classes, channels, train_images, test_images
 
     Pixels are normalised by the data set's mean and standard deviation (imagefolder: ImageNet's).
@@ -85,10 +94,13 @@ def load(
     Raises ValueError for a bad argument, FileNotFoundError for missing data, ImportError for a missing package.
     """
     _check(seed, train_size, validation, image_size, views)
-    source = _source(name, Path(root).expanduser(), download, image_size, options)
+    if bad_images not in ("error", "skip"):
+        raise ValueError(f"load: bad_images must be 'error' or 'skip', got {bad_images!r}")
+    source = _source(name, Path(root).expanduser(), download, image_size, bad_images, options)
     train, held_out = _split(source, train_size, validation, seed)
 
     def make(part: Part, **extra) -> ImageSet:
+        extra["bad_images"] = bad_images
         return ImageSet(part.store, part.labels, part.rows, source.image_size, source.mean, source.std, **extra)
 
     change = source.augmentation if augment else None
@@ -116,12 +128,22 @@ def _check(seed: int, train_size: int | None, validation: float | int, image_siz
         )
 
 
+def _check_labels(part: str, labels: np.ndarray, classes: int) -> None:
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        raise ValueError(
+            f"{len(wrong)} of {len(labels)} {part} images have a label that is not one of the {classes} classes (0 to "
+            f"{classes - 1}), the first is image {wrong[0]} with label {labels[wrong[0]]}; correct the labels or "
+            "num_classes"
+        )
+
+
 def _check_number(operation: str, argument: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{operation}: {argument} must be an integer of at least 1, got {value!r}")
 
 
-def _source(name: str, root: Path, download: bool, image_size: int | None, options: dict) -> Source:
+def _source(name: str, root: Path, download: bool, image_size: int | None, bad_images: str, options: dict) -> Source:
     if not isinstance(name, str):
         raise TypeError(f"load: name must be a string such as 'digits', got {type(name).__name__}")
     kind, _, folder = name.partition(":")
@@ -130,7 +152,7 @@ def _source(name: str, root: Path, download: bool, image_size: int | None, optio
         if not folder:
             raise ValueError("load: imagefolder needs a folder; write imagefolder:DIR")
         _check_options(name, (), options)
-        return sources.image_folder(Path(folder).expanduser(), image_size)
+        return sources.image_folder(Path(folder).expanduser(), image_size, bad_images)
     build = {known.replace("-", ""): build for known, build in _SOURCES.items()}.get(key)
     if build is None or folder:
         close = difflib.get_close_matches(kind.lower(), names(), n=1)

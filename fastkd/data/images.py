@@ -1,6 +1,7 @@
 """Images in memory or in files, and the dataset that augments and normalises them."""
 
 import copy
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,8 @@ class Files:
         return len(self.paths)
 
     def fetch(self, rows: np.ndarray) -> list:
-        return [open_image(self.paths[row]) for row in rows]
+        """PIL images, and an UnreadableImage in the place of each one that cannot be read."""
+        return [_try_to_open(self.paths[row]) for row in rows]
 
     def render(self, raw: list, keys: np.ndarray | None) -> Tensor:
         """uint8 [B, 3, size, size]: the centre, or where `keys` [B] in [0, 1) are given the random crop of each key."""
@@ -68,14 +70,41 @@ def _transforms():
     return require("torchvision.transforms.functional", "Reading images")
 
 
+class UnreadableImage(ValueError):
+    """A file that is missing, truncated or no image: `path`, and `reason` in a few words."""
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(f"image {path} cannot be read ({reason}); remove or replace it")
+        self.path, self.reason = path, reason
+
+    def __reduce__(self):
+        return type(self), (self.path, self.reason)
+
+
+# What is wrong with the machine, not with the file.
+_NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
 def open_image(path: str):
-    """The image in file `path` as a PIL image in RGB. Raises ValueError, naming the file, if it cannot be read."""
+    """The image in file `path` as a PIL image in RGB. Raises UnreadableImage, naming the file, if it cannot be read."""
     pillow = require("PIL.Image", "Reading images")
     try:
         with pillow.open(path) as image:
             return image.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"image {path} cannot be read ({error}); remove or replace it") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # pillow's decoders raise nearly anything
+        if isinstance(error, OSError) and error.errno in _NOT_THE_FILE:
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.errno else str(error) or type(error).__name__
+        raise UnreadableImage(path, " ".join(reason.replace(f" {path!r}", "").split())) from error
+
+
+def _try_to_open(path: str):
+    try:
+        return open_image(path)
+    except UnreadableImage as error:
+        return error
 
 
 @dataclass(frozen=True)
@@ -103,6 +132,7 @@ class ImageSet(Dataset):
     labels     int64 [N], one for each image of the store
     rows       int64 [n], the images of the store that this set holds; None for all
     mean, std  one number a channel, for pixels in 0..1
+    bad_images "error" or "skip": what `fastkd.data.loader` does where a file cannot be read
     """
 
     def __init__(
@@ -117,8 +147,10 @@ class ImageSet(Dataset):
         augmentation: Augmentation | None = None,
         views: int = 1,
         seed: int = 0,
+        bad_images: str = "error",
     ):
         self.store, self.size, self.augmentation, self.views, self.seed = store, size, augmentation, views, seed
+        self.bad_images = bad_images
         self.rows = np.arange(len(store)) if rows is None else rows
         self.labels = labels[self.rows]  # [n]
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
@@ -146,8 +178,29 @@ class ImageSet(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list:
         """A batch at once, which is much faster than image by image; DataLoader knows this method."""
-        rows = self.rows[np.asarray(indices)]
-        raw, labels = self.store.fetch(rows), self.labels[np.asarray(indices)].tolist()
+        items = self.read(indices)
+        for item in items:
+            if isinstance(item, UnreadableImage):
+                raise item
+        return items
+
+    def blank(self):
+        """A black image, in the shape of the others."""
+        image = torch.zeros(len(self.mean), self.size, self.size)
+        return image if self.views == 1 else (image,) * self.views
+
+    def read(self, indices: Sequence[int]) -> list:
+        """The (image, label) of a batch; in the place of one that cannot be read an UnreadableImage."""
+        indices = np.asarray(indices)
+        raw = self.store.fetch(self.rows[indices])
+        if isinstance(raw, Tensor) or not any(isinstance(image, UnreadableImage) for image in raw):
+            return self._items(raw, indices)
+        good = [i for i, image in enumerate(raw) if not isinstance(image, UnreadableImage)]
+        items = iter(self._items([raw[i] for i in good], indices[good]) if good else [])
+        return [image if isinstance(image, UnreadableImage) else next(items) for image in raw]
+
+    def _items(self, raw: Tensor | list, indices: np.ndarray) -> list:
+        rows, labels = self.rows[indices], self.labels[indices].tolist()
         views = [self._view(raw, rows, view) for view in range(self.views)]
         images = views[0] if self.views == 1 else zip(*views, strict=True)
         return list(zip(images, labels, strict=True))

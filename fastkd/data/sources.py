@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .._extras import require
-from .images import LARGE, Augmentation, Files, InMemory, open_image
+from .images import LARGE, Augmentation, Files, InMemory, UnreadableImage, open_image
 from .seeding import FAKE, stratified_order, stream
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of the channels
@@ -135,10 +135,16 @@ def _listed(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _size_of(path: str) -> int:
-    """The shorter side of small images, 224 for others."""
-    shorter = min(open_image(path).size)
-    return shorter if shorter < LARGE else 224
+def _size_of(paths: Sequence[str], bad_images: str = "error") -> int:
+    """The shorter side of the first image if it is small, else 224."""
+    for path in paths:
+        try:
+            shorter = min(open_image(path).size)
+        except UnreadableImage:
+            if bad_images == "error" or path == paths[-1]:
+                raise
+        else:
+            return shorter if shorter < LARGE else 224
 
 
 def tiny_imagenet(root: Path, download: bool, image_size: int | None) -> Source:
@@ -169,7 +175,7 @@ def tiny_imagenet(root: Path, download: bool, image_size: int | None) -> Source:
             f"tiny-imagenet: of the {len(test_paths)} images in {annotations} {len(missing)} are missing; unzip again"
         )
     train_paths, train_labels = _labelled_files(folder / "train", classes)
-    size = image_size or _size_of(train_paths[0])
+    size = image_size or _size_of(train_paths, "skip")  # training tells which cannot be read
     return Source(
         train=Part(Files(train_paths, size), train_labels),
         test=Part(Files(test_paths, size), np.array([index[row[1]] for row in rows], dtype=np.int64)),
@@ -182,7 +188,7 @@ def tiny_imagenet(root: Path, download: bool, image_size: int | None) -> Source:
     )
 
 
-def image_folder(folder: Path, image_size: int | None) -> Source:
+def image_folder(folder: Path, image_size: int | None, bad_images: str = "error") -> Source:
     """FOLDER/train/<class>/*, with FOLDER/test or FOLDER/val; where both are, val is the validation set."""
     require("PIL.Image", "Reading images")
     if not folder.is_dir():
@@ -203,7 +209,7 @@ def image_folder(folder: Path, image_size: int | None) -> Source:
             )
     for name in ("train", *held_out):
         parts[name] = _labelled_files(folder / name, classes)
-    size = image_size or _size_of(parts["train"][0][0])
+    size = image_size or _size_of(parts["train"][0], bad_images)
     made = {name: Part(Files(paths, size), labels) for name, (paths, labels) in parts.items()}
     return Source(
         train=made["train"],

@@ -53,9 +53,11 @@ def average(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     get_ema_multi_avg_fn(momentum)(list(teacher.parameters()), list(student.parameters()), None)
 
 
-def average_gradients(network: nn.Module) -> None:
-    """Over the processes of a distributed run, where there is one."""
+def average_gradients(network: nn.Module, rows: torch.Tensor) -> None:
+    """Over the processes of a distributed run, where there is one; each counts by its `rows`, a 0-d tensor."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        total = rows.clone()
+        torch.distributed.all_reduce(total)
         for parameter in network.parameters():
+            parameter.grad *= rows / total.clamp(min=1)
             torch.distributed.all_reduce(parameter.grad)
-            parameter.grad /= torch.distributed.get_world_size()

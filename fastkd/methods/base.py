@@ -106,9 +106,12 @@ class Method(nn.Module):
     Attributes:
         gives_outputs: for subclasses that need features or maps (`fastkd.methods._features.outputs_of`): True lets
             `map_learners` wrap, of each learner with `forward_features`, a module whose call returns `Outputs`.
+        leaves_unused: for subclasses: True where parameters of a network that a phase trains get no gradient, of which
+            DistributedDataParallel must know (find_unused_parameters).
     """
 
     gives_outputs = False
+    leaves_unused = False
 
     def __init__(
         self,
@@ -185,6 +188,11 @@ class Method(nn.Module):
                 raise common.wrong_type(self._name(), "wrap", expected, type(network).__name__)
         self._wrapped = wrapped
         return self
+
+    @property
+    def learner_names(self) -> tuple[str, ...]:
+        """Of the learning networks: "student", "students.0", ..."""
+        return self._learner_names
 
     def learner(self, name: str) -> Any:
         """A learning network ("student", "students.0", ...) as it is run: wrapped by `map_learners`."""

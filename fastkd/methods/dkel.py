@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
+from fastkd.methods._batch import IGNORE_INDEX
 from fastkd.methods._checks import check_apart, check_integer, check_network, check_temperature
 from fastkd.methods._mean_teacher import average, average_gradients, check_precision, fresh_like, shapes, weights_from
 from fastkd.methods.base import Batch, Method, Phase
@@ -165,7 +166,7 @@ class DKEL(Method):
         To be called before the first epoch, with the training set's (views, target) and the base learning rate: steps
         of lr / 100, weight decay 5e-4, no momentum (P, code). It takes no batch and returns at once where it has run
         before (saved in the state dict), and with init=None. With several processes every rank calls it: gradients are
-        averaged over the default group.
+        those of the mean over the rows of the default group.
         """
         if self.init is None or self.initialised:
             return
@@ -177,10 +178,11 @@ class DKEL(Method):
             for views, target in islice(batches, self.init + 1):
                 self._check_views("batches", views)
                 outputs = self.teacher([view.to(device, non_blocking=True) for view in views])
-                losses = self._cross_entropies([o.logits for o in outputs], target.to(device, non_blocking=True), 1.0)
+                target = target.to(device, non_blocking=True)
+                losses = self._cross_entropies([o.logits for o in outputs], target, 1.0)
                 optimizer.zero_grad(set_to_none=True)
                 losses.mean().backward()
-                average_gradients(self.teacher)
+                average_gradients(self.teacher, (target != IGNORE_INDEX).sum())
                 optimizer.step()
                 done += 1
         finally:

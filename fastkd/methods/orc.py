@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from fastkd import functional
 from fastkd.functional import GroupStats
-from fastkd.methods._batch import IGNORE_INDEX, map_tree
+from fastkd.methods._batch import IGNORE_INDEX
 from fastkd.methods._checks import check_integer, check_network, check_networks, check_temperature
 from fastkd.methods._observe import data_parallel, observe, read_later
+from fastkd.methods._pool import Pool, gather_pool, map_trees
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 from fastkd.models import logits_of
 from fastkd.ops import _common as common
@@ -78,8 +79,12 @@ class ORC(Method):
         pivot_lr: the pivot's learning rate as a multiple of the others', >= 0. 0.1 (C).
         seed: of l.
         process_group: a torch.distributed group under data parallelism: who is promoted and the proportions r are then
-            those of all ranks' batches, and every rank promotes the same networks. Feedback is each rank's own
-            samples. Every rank of it must take every iteration. Needed with DistributedDataParallel.
+            those of all ranks' batches, and every rank promotes the same networks. Every rank of it must take every
+            iteration. Needed with DistributedDataParallel.
+        feedback: with a process_group: "local": each rank's hardest of its own samples, in the global proportions |
+            "global": the hardest of all ranks' samples, as one process with the whole batch would take them. The
+            images of the batch are gathered over the group for it, and the host reads how many rows each rank has.
+            "local" (C).
 
     Attributes:
         promotions: int64 [K], how often each network was promoted; in the state dict.
@@ -106,6 +111,7 @@ class ORC(Method):
         pivot_lr: float = 0.1,
         seed: int = 0,
         process_group=None,
+        feedback: str = "local",
     ):
         name = self._name()
         check_network(name, "pivot", pivot)
@@ -118,6 +124,7 @@ class ORC(Method):
         if not isinstance(errors_only, bool):
             raise common.wrong_type(name, "errors_only", "True or False", type(errors_only).__name__)
         check_process_group(name, process_group)
+        common.check_choice(name, "feedback", feedback, ("local", "global"))
         temperature = check_temperature(name, temperature)
         beta = common.check_number(name, "beta", beta, "a number in [0, 1]", 0, 1)
         alpha = common.check_number(name, "alpha", alpha, "a finite number > 0", sys.float_info.min)
@@ -126,6 +133,7 @@ class ORC(Method):
         self.temperature, self.beta, self.alpha, self.promote = temperature, beta, alpha, promote
         self.rank_by, self.intensive, self.errors_only = rank_by, intensive, errors_only
         self.pivot_lr, self.process_group = pivot_lr, process_group
+        self.feedback_scope = feedback if process_group is not None else "local"
         self.register_buffer("promotions", torch.zeros(len(students), dtype=torch.int64))
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
@@ -133,13 +141,14 @@ class ORC(Method):
         stats, classes = self._evaluate(batch)
         order = functional.rank_networks(stats, self.rank_by, self.process_group)  # [K], best first
         read_promoted = read_later(order[: self.promote])
-        feedback = self._feedback(stats)  # [B]
+        pool = gather_pool(batch, stats, self.process_group) if self.feedback_scope == "global" else None
+        feedback = self._feedback(stats) if pool is None else pool.mine(self._feedback(pool.stats, None))  # [B]
         share = random.Random(_seed(generator)).betavariate(self.alpha, self.alpha)  # l
 
         # 1. Intensive teaching: the pivot, or the teacher group, by the batch mixed with feedback.
         group = ["pivot"] if self.intensive == "pivot" else ["pivot", *_names(read_promoted())]
         terms = partial(self._intensive_terms, group, classes, share)
-        yield self._phase("intensive", group, terms, self._mix(batch, feedback, share))
+        yield self._phase("intensive", group, terms, self._mix(batch, feedback, share, pool))
 
         # 2. Private teaching: each temporary teacher, by the pivot.
         promoted = read_promoted()
@@ -199,9 +208,9 @@ class ORC(Method):
             parts.append(functional.group_stats(logits, target))
         return GroupStats(*(torch.cat(column, 1) for column in zip(*parts, strict=True))), classes
 
-    def _feedback(self, stats: GroupStats) -> Tensor:
+    def _feedback(self, stats: GroupStats, group: Any = ...) -> Tensor:
         """int64 [B]: the samples that the student group gets most wrong, in the proportions r of its networks."""
-        scores = functional.network_scores(stats, "ce", self.process_group)  # [K], mean CE
+        scores = functional.network_scores(stats, "ce", self.process_group if group is ... else group)  # [K], mean CE
         if self.errors_only:
             wrong = stats.errors() & ~stats.ce.isnan()  # [K, B]
             some = wrong.any()
@@ -212,25 +221,26 @@ class ORC(Method):
         r = scores.nan_to_num(nan=lowest, neginf=lowest).softmax(0)
         return functional.hard_samples(stats, r, stats.ce.shape[1])
 
-    def _mix(self, batch: Batch, feedback: Tensor, share: float) -> Batch:
+    def _mix(self, batch: Batch, feedback: Tensor, share: float, pool: Pool | None = None) -> Batch:
         """x~ = l * x_t + (1 - l) * x_F with both targets (y_t, y_F), to be cut as the batch is."""
         target, mixed = batch.target.long(), []
+        others, labels = (batch.inputs, target) if pool is None else (pool.inputs, pool.target)
 
-        def mix(x: Any) -> Any:
+        def mix(x: Any, other: Any) -> Any:
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 return x
             if x.dim() == 0 or len(x) != len(target):
                 expected = f"tensors of {len(target)} rows as target"
                 raise common.wrong_value(self._name(), "inputs", expected, f"shape {list(x.shape)}")
             mixed.append(x)
-            return torch.lerp(x.index_select(0, feedback), x, share)
+            return torch.lerp(other.index_select(0, feedback), x, share)
 
-        inputs = map_tree(mix, batch.inputs)
+        inputs = map_trees(mix, batch.inputs, others)
         if not mixed:
             expected = "a floating-point tensor [B, ...] to mix, or a tuple, list or dict with one"
             got = f"dtype {batch.inputs.dtype}" if isinstance(batch.inputs, Tensor) else type(batch.inputs).__name__
             raise common.wrong_type(self._name(), "inputs", expected, got)
-        other = target.index_select(0, feedback).masked_fill(target == IGNORE_INDEX, IGNORE_INDEX)
+        other = labels.index_select(0, feedback).masked_fill(target == IGNORE_INDEX, IGNORE_INDEX)
         return Batch(inputs, (target, other), batch.chunks, name=self._name())
 
     def _intensive_terms(self, names: Sequence[str], classes: int, share: float, inputs: Any, targets: Any) -> Terms:

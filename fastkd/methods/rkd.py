@@ -70,6 +70,7 @@ class RKD(Method):
             setattr(self, key, value)
         self.process_group = process_group
         self.gives_outputs = self.distance + self.angle > 0
+        self.leaves_unused = self.ce_weight == 0  # the classifier
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
         yield Phase([self.learner("student")], self._terms, batch)

@@ -1,12 +1,21 @@
-"""Checkpoints that are either whole or not there, and that load with `torch.load(weights_only=True)`."""
+"""Checkpoints that are either whole or not there, and that load with `torch.load(weights_only=True)`.
+
+A checkpoint is one file, and its checksum stands in it: as the comment of the zip archive that `torch.save` writes, its
+last 71 bytes, the SHA-256 of all bytes before the digest. A file beside it would be a second write: killed between the
+two, a sound checkpoint would lack its checksum or have another one's.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import io
 import os
 import random
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,59 +25,146 @@ import torch
 from fastkd.train.config import UserError
 
 _NAME = re.compile(r"epoch-(\d{4,})\.pt")
-PARTIAL = "interrupted.pt"  # the state in the middle of an epoch
+PARTIAL = "partial.pt"  # the state in the middle of an epoch
+_SEAL = b"sha256:"  # before the digest of 64 hex digits
+_SEALED = len(_SEAL) + 64
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file is too large"}
 
 
-def write_atomic(path: str | Path, content: bytes) -> None:
-    """Write a file, and its folder, so that at any moment its name holds the old content or the new one."""
+class DamagedError(UserError):
+    """A checkpoint that is not what was written."""
+
+
+class StorageError(UserError):
+    """No room for a file."""
+
+    def __init__(self, message: str):
+        super().__init__(message, status=1)
+
+
+def write_atomic(path: str | Path, content: bytes | memoryview) -> None:
+    """Write a file, and its folder, so that at any moment its name holds the old content or the new one.
+
+    StorageError where there is no room; the old content stays.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        _make_folder(path.parent)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync(path.parent)  # the rename itself
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StorageError(
+                f"{path} cannot be written, {_FULL[error.errno]}: make room and repeat the command with --resume; "
+                "what was saved before is whole"
+            ) from error
+        error.filename = error.filename or str(path)  # a failed write does not say where
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _make_folder(folder: Path) -> None:
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        _sync(each.parent)
+
+
+def _sync(folder: Path) -> None:
+    """The names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
+
+
+def sweep(folder: str | Path) -> None:
+    """Delete what `write_atomic` left half-written when its process was killed. Only for who has locked the folder."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink()
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
     """Write `state`: tensors, numbers, strings, and lists, tuples and dicts of them. Equal states give equal files."""
     buffer = io.BytesIO()  # torch.save to a path would write that path's name into the file
     torch.save(state, buffer)
-    write_atomic(path, buffer.getvalue())
+    _seal(buffer)
+    write_atomic(path, buffer.getbuffer())
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """Read what `save` wrote, on the CPU. UserError for a file that is missing, truncated or altered."""
+def _seal(buffer: io.BytesIO) -> None:
+    """Put the checksum at the end of a zip archive, as its comment."""
+    buffer.seek(-22, os.SEEK_END)  # the record that ends an archive without a comment
+    end = buffer.read()
+    if not (end.startswith(b"PK\x05\x06") and end.endswith(b"\x00\x00")):
+        raise RuntimeError("torch.save did not end its file as a zip archive without a comment")
+    buffer.seek(-2, os.SEEK_END)
+    buffer.write(_SEALED.to_bytes(2, "little") + _SEAL)
+    digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
+    buffer.write(digest.encode())
+
+
+def load(path: str | Path, sealed: bool = True) -> dict[str, Any]:
+    """Read what `save` wrote, on the CPU.
+
+    With sealed=False also what plain `torch.save` wrote, without our checksum. UserError for a file that is missing,
+    DamagedError for one that is truncated, altered or no checkpoint.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}: give an existing file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()  # torch.load does not look at the checksums
-        if bad is None:
+    reason, seen = _damage(path, sealed)
+    if not reason:
+        try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        reason = f"the checksum of {bad} is wrong"
-    except Exception as error:  # a damaged pickle raises nearly anything
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-    raise UserError(f"the checkpoint {path} is damaged or no checkpoint ({reason}): delete it{_fallback(path)}")
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged pickle raises nearly anything
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            if seen:
+                raise UserError(f"the checkpoint {path} is whole, but cannot be read ({reason})") from error
+    raise DamagedError(f"the checkpoint {path} is damaged or no checkpoint ({reason})")
 
 
-def _fallback(path: Path) -> str:
-    """How to go on without this file."""
-    match = _NAME.fullmatch(path.name)
-    before = [e for e in epochs(path.parent) if match and e < int(match[1])]
-    if before:
-        return f" and repeat the command with --resume to go on from epoch {before[-1]}"
-    return " and repeat the command" if match or path.name == PARTIAL else " or name another one"
+def _damage(path: Path, sealed: bool) -> tuple[str, bool]:
+    """What is wrong with the file, "" for nothing; and whether it has our checksum."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(-min(size, _SEALED), os.SEEK_END)
+            seal = file.read()
+            if seal.startswith(_SEAL):
+                file.seek(0)
+                return "" if _digest(file, size - 64) == seal[len(_SEAL) :] else "its checksum is wrong", True
+            if not size:
+                return "it is empty", False
+            if sealed:
+                return "its checksum is missing", False
+            file.seek(0)
+            with zipfile.ZipFile(file) as archive:
+                bad = archive.testzip()  # torch.load does not look at the checksums
+            return f"the checksum of {bad} is wrong" if bad else "", False
+    except MemoryError:
+        raise
+    except Exception as error:
+        return " ".join(str(error).split())[:120] or type(error).__name__, False
+
+
+def _digest(file: io.BufferedReader, size: int) -> bytes:
+    """The SHA-256 of the next `size` bytes."""
+    found = hashlib.sha256()
+    while size and (block := file.read(min(size, 1 << 20))):
+        found.update(block)
+        size -= len(block)
+    return found.hexdigest().encode()
 
 
 def path_of(folder: str | Path, epoch: int) -> Path:
@@ -86,6 +182,46 @@ def prune(folder: str | Path, keep: int) -> None:
     """Delete all but the last `keep` checkpoints; 0 keeps all."""
     for epoch in epochs(folder)[:-keep] if keep else []:
         path_of(folder, epoch).unlink()
+
+
+def newest(folder: str | Path, note: Callable[[str], None]) -> dict[str, Any] | None:
+    """The last state in `folder` that is whole, in the middle of an epoch or after one; None where there is none.
+
+    Damaged files are named by `note` and set aside, as NAME.damaged, so that no later pruning counts them.
+    DamagedError if every one is damaged.
+    """
+    folder = Path(folder)
+    found, refused = None, []
+
+    def read(path: Path) -> dict[str, Any] | None:
+        try:
+            return load(path)
+        except DamagedError as error:
+            refused.append((path, error))
+            return None
+
+    partial = read(folder / PARTIAL) if (folder / PARTIAL).exists() else None
+    for epoch in reversed(epochs(folder)):
+        if partial is not None and partial["epoch"] >= epoch:  # else an epoch was finished after it
+            break
+        found = read(path_of(folder, epoch))
+        if found is not None:
+            break
+    if found is None:
+        found = partial
+    if refused and found is None:
+        raise DamagedError(
+            f"no checkpoint in {folder} can be used; {refused[0][1]}: delete this folder and repeat the command to "
+            "start afresh"
+        )
+    for path, error in refused:
+        os.replace(path, path.with_name(f"{path.name}.damaged"))
+        within = "within epoch" if found is partial else "after epoch"
+        number = found["epoch"] + (found is partial)
+        note(f"{error}: set aside as {path.name}.damaged, the run goes on from the state before it, {within} {number}")
+    if partial is not None and found is not partial:
+        (folder / PARTIAL).unlink()  # killed between writing the epoch's and this
+    return found
 
 
 def seed_all(seed: int) -> None:

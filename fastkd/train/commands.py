@@ -8,8 +8,9 @@ from pathlib import Path
 from fastkd.train import checkpoint, environment
 from fastkd.train import compare as comparing
 from fastkd.train.config import CompareConfig, TrainConfig, UserError, differences, read_yaml, to_yaml
+from fastkd.train.devices import cpu_threads, pick_device
+from fastkd.train.distributed import deterministic, joined, launched
 from fastkd.train.locks import lock
-from fastkd.train.loop import cpu_threads, pick_device
 from fastkd.train.plans import RECIPES, plan, recipe
 from fastkd.train.report import percent, write_train_report
 from fastkd.train.runner import Result, Runner
@@ -50,13 +51,17 @@ def _keep_config(out: Path, config: TrainConfig | CompareConfig) -> None:
 def train(config: TrainConfig, command: str, say=print) -> dict[str, Result]:
     """Train one student, and what it needs before; leaves checkpoints, metrics, curves and a report in OUT."""
     recipe(config.method)
-    out = _open(config)
-    with lock(out), cpu_threads(config.threads):
-        _note_epochs(config, out, say)
-        runner = Runner(config, say)
-        _keep_config(out, config)
-        results = runner.run()
-        report = write_train_report(config, results, runner.data, command)
+    with joined(pick_device(config.device), config.timeout) as world:
+        if not world.first:
+            say = lambda text: None  # noqa: E731
+        config = world.from_first(lambda: config)  # a run that is resumed has the options that it finds there
+        out = world.from_first(lambda: _open(config))
+        with world.locked(out), cpu_threads(config.threads), deterministic(config.deterministic):
+            world.from_first(lambda: _note_epochs(config, out, say))
+            runner = Runner(config, say)
+            world.from_first(lambda: _keep_config(out, config))
+            results = runner.run()
+            report = world.from_first(lambda: write_train_report(config, results, runner.data, command))
     last = results["student"].rows[-1]
     say(f"{config.method}: test accuracy {percent(last['test_accuracy'])} % after epoch {int(last['epoch'])}")
     say(f"report: {report}, curves: {out / 'curves.png'}")
@@ -80,10 +85,12 @@ def compare(config: CompareConfig, command: str, say=print) -> comparing.Compari
     """Run all methods and seeds, print the table, and leave the report, the picture and the metrics in OUT."""
     if config.methods == ["all"]:
         config = dataclasses.replace(config, methods=list(RECIPES))
+    if launched() > 1:
+        raise UserError("fastkd compare runs in one process: start it without torchrun")
     for method in config.methods:
         recipe(method)
     out = _open(config)
-    with lock(out), cpu_threads(config.threads):
+    with lock(out), cpu_threads(config.threads), deterministic(config.deterministic):
         _keep_config(out, config)
         comparison = comparing.run(config, say=say if not config.quiet else lambda text: None)
         paths = comparing.write(comparison, command)

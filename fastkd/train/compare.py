@@ -13,7 +13,8 @@ import fastkd
 from fastkd import models
 from fastkd.train import checkpoint, environment
 from fastkd.train.config import CompareConfig, TrainConfig
-from fastkd.train.loop import Fit, pick_device, to_device
+from fastkd.train.devices import pick_device, to_device
+from fastkd.train.loop import Fit
 from fastkd.train.metrics import write_csv
 from fastkd.train.plans import accepted, check_options, plan
 from fastkd.train.report import LAST_EPOCH, data_text, final, method_text, optimization_text, pyplot, save_figure, table

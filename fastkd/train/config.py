@@ -32,6 +32,7 @@ class DataOptions:
         image_size: resize images to this many pixels; default the data's own size
         augment: augment the training images (shift, mirror, crop)
         workers: processes that load images; data in memory needs none
+        bad_images: a file that cannot be read stops the run (error), or is counted, named and left out (skip)
     """
 
     data: str = "digits"
@@ -42,6 +43,7 @@ class DataOptions:
     image_size: int | None = None
     augment: bool = True
     workers: int = 0
+    bad_images: Literal["error", "skip"] = "error"
 
 
 @dataclass
@@ -111,6 +113,9 @@ class LoopOptions:
         threads: of the CPU; default what PyTorch takes (digits: 1, more threads do not help networks so small)
         eval_every: evaluate after every so many epochs, and always after the last one
         keep: how many of the last checkpoints are kept; 0 keeps all
+        save_every: save the state after every so many steps, too, for long epochs; 0 only after each epoch
+        non_finite: a loss that is NaN or infinite stops the run (stop), or its step is counted and left out (skip),
+            up to 9 in a row; on a GPU skip waits for each step
         log_every: steps between two looks at the loss on a GPU (on a CPU each step is looked at)
         quiet: print results only
         cache: folder of the networks that are trained before the student, to be shared between runs; default OUT/cache
@@ -120,9 +125,32 @@ class LoopOptions:
     threads: int | None = None
     eval_every: int = 1
     keep: int = 0
+    save_every: int = 0
+    non_finite: Literal["stop", "skip"] = "stop"
     log_every: int = 50
     quiet: bool = False
     cache: str = ""
+
+
+@dataclass
+class ScaleOptions:
+    """Speed and several processes (torchrun --nproc-per-node N -m fastkd train ...).
+
+    Args:
+        amp: mixed precision, by torch.autocast; fp16, with a scaled loss, on GPUs only
+        accumulate: cut each batch into so many parts, one after another, to save memory; relations are within a part
+        channels_last: keep feature maps in channels-last order
+        compile: compile the networks that learn (torch.compile)
+        deterministic: the same bits from the same seed on a GPU, too; slower
+        timeout: seconds after which a process that does not answer ends the run
+    """
+
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    accumulate: int = 1
+    channels_last: bool = False
+    compile: bool = False
+    deterministic: bool = False
+    timeout: float = 600.0
 
 
 @dataclass
@@ -167,10 +195,12 @@ class CompareOptions:
 
 
 _LEAST = {"epochs": 1, "guide_epochs": 0, "own_epochs": 0, "batch_size": 1, "warmup_epochs": 0, "eval_every": 1}
-_LEAST |= {"num_teachers": 1, "generations": 1, "branches": 1, "keep": 0}
+_LEAST |= {"num_teachers": 1, "generations": 1, "branches": 1, "keep": 0, "save_every": 0}
 _LEAST |= {"log_every": 1, "workers": 0, "train_size": 1, "image_size": 1, "seed": 0, "threads": 1}
+_LEAST |= {"accumulate": 1}
 _OPTIONAL = ("train_size", "image_size", "threads", "num_teachers", "seed")  # a comparison has no seed of its own
 _FINITE = ("lr", "momentum", "weight_decay", "gamma")  # >= 0
+_CHOICES = {"bad_images": ("error", "skip"), "non_finite": ("stop", "skip"), "amp": ("none", "bf16", "fp16")}
 
 
 def _check_numbers(config: object) -> None:
@@ -184,8 +214,13 @@ def _check_numbers(config: object) -> None:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
             raise UserError(f"--{_flag(name)} must be a finite number >= 0, got {value!r}")
+    for name, choices in _CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise UserError(f"--{_flag(name)} must be {' or '.join(choices)}, got {getattr(config, name)!r}")
     if not 0 <= config.validation < 1:
         raise UserError(f"--validation must be a fraction from 0 to below 1, got {config.validation!r}")
+    if isinstance(config.timeout, bool) or not isinstance(config.timeout, int | float) or not 0 < config.timeout < 1e9:
+        raise UserError(f"--timeout must be seconds above 0, got {config.timeout!r}")
     if config.nesterov and config.momentum == 0:
         raise UserError("--nesterov needs --momentum above 0, got 0")
     if not all(math.isfinite(m) and m > 0 for m in config.milestones):
@@ -197,7 +232,7 @@ def _flag(name: str) -> str:
 
 
 @dataclass
-class Settings(DataOptions, NetworkOptions, OptimizationOptions, LoopOptions):
+class Settings(DataOptions, NetworkOptions, OptimizationOptions, LoopOptions, ScaleOptions):
     """What `train` and `compare` have in common."""
 
     def __post_init__(self):
@@ -247,7 +282,8 @@ class CompareConfig(Settings, CompareOptions):
 
 # What may differ between the parts of one run without changing what it computes, or only where it goes on to.
 _FREE = {"out", "resume", "cache", "quiet", "keep", "log_every", "workers", "device", "threads", "data_root"}
-_FREE |= {"download", "epochs", "eval_every"}
+_FREE |= {"download", "epochs", "eval_every", "save_every", "bad_images", "non_finite"}
+_FREE |= {"channels_last", "compile", "deterministic", "timeout"}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Ctrl-C: it is noted, and the loop ends at a place from which the run can go on."""
+"""Ctrl-C in the middle of a run."""
 
 from __future__ import annotations
 

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fastkd.train.config import UserError
+
+_held: set[io.TextIOWrapper] = set()
+
+
+def _forget() -> None:
+    """In a child. A lock lasts as long as any process has its file open; a loader's worker outlives a killed run."""
+    for file in _held:
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 @contextmanager
@@ -28,4 +42,8 @@ def lock(folder: Path, wait: Callable[[], None] | None = None) -> Iterator[None]
                 raise UserError(f"another process is running in {folder}: wait for it, or use another --out") from error
             wait()
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        _held.add(file)
+        try:
+            yield
+        finally:
+            _held.discard(file)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,82 +13,67 @@ import torch
 from torch import nn
 
 from fastkd.data import Data, loader
+from fastkd.data.parts import Part
 from fastkd.methods import Method
 from fastkd.models import logits_of
 from fastkd.train import checkpoint
+from fastkd.train.bad_images import BadImages
 from fastkd.train.config import Settings, UserError
+from fastkd.train.devices import batch_on, batches_on, pick_device, prepare, rows_of, run_as
+from fastkd.train.distributed import ALONE, World, own_seed, world
 from fastkd.train.interrupts import Interrupted, catch_interrupt, leave_interrupts
 from fastkd.train.metrics import Divergence, Meter, Row, read_csv, write_csv
 from fastkd.train.optim import make_optimizer, make_schedule
-from fastkd.train.progress import Progress
+from fastkd.train.progress import Progress, note
+from fastkd.train.steps import SKIPS, Steps
 
-FORMAT = 1
-
-
-def pick_device(name: str) -> torch.device:
-    """auto | cpu | cuda | cuda:N as a device that is there; UserError otherwise."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device must be cpu, cuda, cuda:N or auto, got {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name} is not there ({torch.cuda.device_count()} GPUs): use --device cpu or auto")
-    return device
+FORMAT = 2
 
 
-@contextmanager
-def cpu_threads(number: int | None) -> Iterator[None]:
-    """PyTorch's number of threads on the CPU within the block; None leaves it as it is."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def batches_on(batches, device: torch.device) -> Iterator[tuple[Any, torch.Tensor]]:
-    """The (inputs, target) of a loader, on the device."""
-    for inputs, target in batches:
-        yield to_device(inputs, device), to_device(target, device)
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A tensor, or a list of them (several views of the images)."""
-    if isinstance(batch, (list, tuple)):
-        return [to_device(item, device) for item in batch]
-    return batch.to(device, non_blocking=True)
-
-
-def train_epoch(method, batches, optimizer, meter: Meter, on_batch: Callable[[], None] = lambda: None) -> None:
-    """One pass over `batches` of (inputs, target)."""
+def train_epoch(
+    method: Method,
+    batches,
+    optimizer: torch.optim.Optimizer,
+    meter: Meter,
+    on_batch: Callable[[], None] = lambda: None,
+    steps: Steps | None = None,
+    classes: int | None = None,
+) -> None:
+    """One pass over `batches` of (inputs, target). `steps` takes the steps, `classes` is what labels must be below."""
+    steps = steps or Steps(method, optimizer, meter.device)
     method.train()
-    for inputs, target in batches_on(batches, meter.device):
-        for phase in method.phases(inputs, target):
-            optimizer.zero_grad(set_to_none=True)
-            phase.loss.backward()
-            optimizer.step()
-            meter.add(phase, len(target))
-        meter.end_batch(target)
+    for batch in batches:
+        rows = rows_of(batch[1], meter.world)
+        inputs, target = batch_on(batch, meter.device, classes)
+        for phase, loss in steps.take(inputs, target):
+            if steps.in_row == SKIPS:
+                place = meter.place(meter.batches + 1, phase.name, phase.networks)
+                raise Divergence(f"{place}: the loss or its gradient was not finite in {SKIPS} steps in a row")
+            meter.add(phase, rows, loss, steps.tolerant)
+        meter.end_batch(target, rows)
         on_batch()
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, batches, device: torch.device) -> tuple[float, float]:
-    """(mean cross-entropy, accuracy in 0..1) in eval mode; the network's mode is restored."""
+def evaluate(
+    network: nn.Module, batches, device: torch.device, classes: int | None = None, world: World = ALONE
+) -> tuple[float, float]:
+    """(mean cross-entropy, accuracy in 0..1) in eval mode; the network's mode is restored.
+
+    With several processes each has its own part of the batches, and all get the result.
+    """
     was_training = network.training
     network.eval()
-    loss = correct = torch.zeros((), dtype=torch.float64, device=device)
-    images = 0
-    for inputs, target in batches_on(batches, device):
+    total = torch.zeros(3, dtype=torch.float64, device=device)  # cross-entropy, right ones, images
+    for batch in batches:
+        rows = rows_of(batch[1], world)
+        inputs, target = batch_on(batch, device, classes)
         logits = logits_of(network(inputs)).float()  # [B, C]
-        loss = loss + nn.functional.cross_entropy(logits, target, reduction="sum")
-        correct = correct + (logits.argmax(1) == target).sum()
-        images += len(target)
+        loss = nn.functional.cross_entropy(logits, target, reduction="sum")
+        total += torch.stack([loss.double(), (logits.argmax(1) == target).sum().double(), total.new_tensor(rows)])
     network.train(was_training)
-    return float(loss) / images, float(correct) / images
+    loss, correct, images = world.sum(total).tolist()
+    return loss / images, correct / images
 
 
 @dataclass
@@ -120,27 +104,39 @@ class Fit:
     others: dict[str, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self):
+        self.world = world()
         self.device = pick_device(self.settings.device)
-        self.method.to(self.device)
+        prepare(self.method, self.settings, self.device, self.world)
         self.optimizer = make_optimizer(self.method, self.settings)
         self.schedule = make_schedule(self.optimizer, self.settings, self.epochs)
+        self.steps = Steps.of(self.method, self.optimizer, self.device, self.settings, self.world)
         self.epoch = self.step = 0  # finished ones
         self.rows: list[Row] = []
-        self._unfinished: dict[str, Any] | None = None  # the meter of an epoch that was interrupted
+        self._unfinished: dict[str, Any] | None = None  # the state of an epoch that was interrupted
         workers = self.settings.workers
         batch_size = min(self.settings.batch_size, len(self.data.train))
         # Batch normalisation cannot train on a last batch of one image.
         alone = len(self.data.train) % batch_size == 1 and batch_size > 1
         self.train_batches = loader(
-            self.data.train, batch_size, shuffle=True, seed=self.seed, workers=workers, drop_last=alone
+            self._part(self.data.train),
+            batch_size,
+            shuffle=True,
+            seed=self.seed,
+            workers=workers,
+            drop_last=alone,
+            smallest=min(2, batch_size),
         )
         self.train_batches.worker_init_fn = leave_interrupts
         held_out = {"validation": self.data.validation, "test": self.data.test}
         self.held_out = {
-            name: loader(part, max(batch_size, 256), shuffle=False, workers=workers)
+            name: loader(self._part(part), max(batch_size, 256), shuffle=False, workers=workers)
             for name, part in held_out.items()
             if part is not None
         }
+        self.bad_images = BadImages(self.folder, [self.train_batches, *self.held_out.values()], self.world)
+
+    def _part(self, data):
+        return data if self.world.size == 1 else Part(data, self.world.rank, self.world.size)
 
     @property
     def checkpoints(self) -> Path:
@@ -152,7 +148,7 @@ class Fit:
         Raises Interrupted after Ctrl-C, once all is saved, and Divergence for a loss that is not finite.
         """
         if self.epoch == 0 and self._unfinished is None:
-            checkpoint.seed_all(self.seed)
+            checkpoint.seed_all(own_seed(self.seed, self.world.rank))
             self.initialise()
         with catch_interrupt() as interrupted:
             for epoch in range(self.epoch, self.epochs):
@@ -163,12 +159,13 @@ class Fit:
         """Before the first epoch: what a method does with a few batches before it trains (DKEL)."""
         if hasattr(self.method, "initialise"):
             self.train_batches.sampler.set_epoch(0)
-            self.method.initialise(batches_on(self.train_batches, self.device), self.settings.lr)
+            batches = batches_on(self.train_batches, self.device, self.data.num_classes)
+            self.method.initialise(batches, self.settings.lr)
 
     def _run_epoch(self, epoch: int, interrupted: Callable[[], bool]) -> None:
         self.method.start_epoch(epoch, self.epochs)
         started = time.perf_counter()
-        meter = Meter(self.device, self.settings.log_every)
+        meter = Meter(self.device, self.settings.log_every, self._describe, self.world)
         batches = self._batches(epoch, meter)
         resumed = meter.images  # of the part of the epoch that ran before an interruption
         with Progress(self.name, epoch, self.epochs, len(self.train_batches), self.settings.quiet) as progress:
@@ -176,52 +173,82 @@ class Fit:
             def on_batch() -> None:
                 self.step += 1
                 progress.update(meter)
-                if interrupted() and meter.batches < len(self.train_batches):
-                    meter.look()
+                # All processes stop after the same batch: they ask each other when they look at their losses.
+                asked = self.world.size == 1 or meter.batches % meter.look_every == 0
+                stop = asked and self.world.any(interrupted())
+                due = self.settings.save_every and self.step % self.settings.save_every == 0
+                if (stop or due) and self.train_batches.taken < len(self.train_batches):
+                    meter.look()  # no state behind a loss that is not finite is saved
                     self._save(meter)
-                    raise Interrupted
+                    if stop:
+                        raise Interrupted
 
             try:
-                with meter.watch(self.method.deployable()):
-                    train_epoch(self.method, batches, self.optimizer, meter, on_batch)
+                network = self.method.deployable()
+                with meter.watch(network, run_as(self.method, network)):
+                    train_epoch(
+                        self.method, batches, self.optimizer, meter, on_batch, self.steps, self.data.num_classes
+                    )
                 meter.look()
+                meter = meter.total()
+                if meter.images == 0:
+                    raise UserError(f"{self.name}: not one image of epoch {epoch + 1} could be used")
             except Divergence as error:
+                skip = "" if self.settings.non_finite == "skip" else ", or --non-finite skip"
                 raise Divergence(
                     f"{self.name} trained by {type(self.method).__name__}: epoch {epoch + 1}, {error}: "
-                    "try a smaller --lr or --warmup-epochs"
+                    f"try a smaller --lr or --warmup-epochs{skip}"
                 ) from error
             row = self._row(epoch, meter, meter.images - resumed, time.perf_counter() - started)
             progress.finish(row)
         self._end_epoch(epoch, row)
-        if interrupted():
+        if self.world.any(interrupted()):
             raise Interrupted
 
     def _batches(self, epoch: int, meter: Meter):
         """The batches of an epoch, without those that ran before an interruption."""
-        self.train_batches.sampler.set_epoch(epoch)
-        batches = iter(self.train_batches)
-        if self._unfinished is not None:
-            state, self._unfinished = self._unfinished, None
-            meter.load_state_dict(state["meter"])
-            for _ in range(meter.batches):
-                next(batches)
-            checkpoint.set_random_state(state["random"])  # a data set of the user's may have drawn from it
+        state, self._unfinished = self._unfinished, None
+        if state is None:
+            meter.first_step = self.step
+            return self.train_batches.go_on(epoch, 0)
+        meter.load_state_dict(state["meter"])
+        taken, lost = state["batches"]
+        batches = self.train_batches.go_on(epoch, taken, lost if self.world.first else 0)
+        self._set_random_state(state)  # a data set of the user's may have drawn from it
         return batches
+
+    def _describe(self, phase: str, networks: Sequence[nn.Module]) -> str:
+        """Which phase of a method with several, and which networks it trains where they are several."""
+        names = {id(self.method.learner(name)): name for name in self.method.learner_names}
+        trained = [names[id(network)] for network in networks if id(network) in names]
+        of = f"of {', '.join(trained)}" if trained and (phase or len(trained) > 1) else ""
+        return f"phase {phase} {of}".strip() if phase else of
 
     def _row(self, epoch: int, meter: Meter, images: int, train_seconds: float) -> Row:
         started = time.perf_counter()
+        self.world.share_buffers(self.method)
         row = {"epoch": epoch + 1, "lr": self.settings.lr * self.schedule.lr_lambdas[0](epoch)}
         row |= {f"train_{name}": value for name, value in meter.means().items()}
         row |= self._promotions()
+        if self.settings.non_finite == "skip" or self.settings.amp == "fp16":
+            row["train_skipped_steps"] = meter.skipped
         due = (epoch + 1) % self.settings.eval_every == 0 or epoch + 1 == self.epochs
         for name, batches in self.held_out.items():
             loss, accuracy = math.nan, math.nan
             if due:
-                loss, accuracy = evaluate(self.method.deployable(), batches, self.device)
+                classes = self.data.num_classes
+                loss, accuracy = evaluate(self.method.deployable(), batches, self.device, classes, self.world)
             row |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
+        if self.settings.bad_images == "skip":
+            row["train_bad_images"] = self._lost(self.train_batches)
+            for name, batches in self.held_out.items():
+                row[f"{name}_bad_images"] = self._lost(batches) if due else math.nan
         row["images_per_s"] = images / max(train_seconds, 1e-9)
         row["seconds"] = train_seconds + time.perf_counter() - started
         return row
+
+    def _lost(self, batches) -> int:
+        return int(self.world.sum(torch.tensor(batches.lost)))
 
     def _promotions(self) -> Row:
         """ORC: how often each network of the group was a temporary teacher since the start."""
@@ -236,12 +263,20 @@ class Fit:
         self.rows.append(row)
         if self.folder is not None:
             # Rows first: a row without a checkpoint is dropped when the run resumes, a missing row could not be.
-            write_csv(self.folder / "metrics.csv", self.rows)
+            if self.world.first:
+                write_csv(self.folder / "metrics.csv", self.rows)
             self._save()
 
     def _save(self, meter: Meter | None = None) -> None:
         """The state after an epoch, or with `meter` the one in the middle of it."""
+        self.bad_images.tell()
         if self.folder is None:
+            return
+        self.world.share_buffers(self.method)
+        lost = self._lost(self.train_batches)
+        total = None if meter is None else meter.total()
+        random, *others = self.world.collect(checkpoint.random_state()) or [None]
+        if not self.world.first:
             return
         state = {
             "format": FORMAT,
@@ -251,43 +286,60 @@ class Fit:
             "network": dict(self.method.deployable().state_dict()),  # the same storages: takes no room
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "random": checkpoint.random_state(),
+            "random": random,
+            "random_of_others": others,
+            "steps": self.steps.state_dict(),
             "facts": self.facts,
         }
         partial = self.checkpoints / checkpoint.PARTIAL
         if meter is not None:
-            checkpoint.save(partial, state | {"meter": meter.state_dict()})
+            batches = self.train_batches.taken, lost
+            checkpoint.save(partial, state | {"meter": total.state_dict(), "batches": batches})
             return
         checkpoint.save(checkpoint.path_of(self.checkpoints, self.epoch), state)
         partial.unlink(missing_ok=True)
         checkpoint.prune(self.checkpoints, self.settings.keep)
 
     def resume(self) -> None:
-        """Go on from the last state in the folder; does nothing where there is none."""
+        """Go on from the last whole state in the folder, whose lock is held; does nothing where there is none."""
+        state, rows = self.world.from_first(self._last)
+        if state is not None:
+            self._load(state, rows)
+            self._unfinished = state if "meter" in state else None
+
+    def _last(self) -> tuple[dict[str, Any] | None, list[Row]]:
+        """The last whole state, and the rows of metrics."""
+        for folder in (self.folder, self.checkpoints):
+            checkpoint.sweep(folder)
         done = checkpoint.epochs(self.checkpoints)
         if done and done[-1] > self.epochs:
             raise UserError(f"{self.folder} has run {done[-1]} epochs already: give --epochs {done[-1]} or more")
-        state = checkpoint.load(checkpoint.path_of(self.checkpoints, done[-1])) if done else None
-        partial = self.checkpoints / checkpoint.PARTIAL
-        if partial.exists():
-            part = checkpoint.load(partial)
-            if state is None or part["epoch"] == state["epoch"]:  # else an epoch was finished after it
-                state = self._unfinished = part
-        if state is not None:
-            self._load(state)
-
-    def _load(self, state: dict[str, Any]) -> None:
+        state = checkpoint.newest(self.checkpoints, note)
+        if state is None:
+            return None, []
         if state.get("format") != FORMAT:
             raise UserError(f"{self.checkpoints} holds checkpoints of another version of fastkd: use a new --out")
+        return state, read_csv(self.folder / "metrics.csv")
+
+    def _load(self, state: dict[str, Any], rows: list[Row]) -> None:
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         # The number of epochs may have been raised since: the rate of this epoch under the present schedule.
         for group, rate in zip(self.optimizer.param_groups, self._rates(state["epoch"]), strict=True):
             group["lr"] = rate
+        self.steps.load_state_dict(state["steps"])
         self.epoch, self.step = state["epoch"], state["step"]
-        self.rows = [row for row in read_csv(self.folder / "metrics.csv") if row["epoch"] <= self.epoch]
-        checkpoint.set_random_state(state["random"])
+        self.rows = [row for row in rows if row["epoch"] <= self.epoch]
+        self._set_random_state(state)
+
+    def _set_random_state(self, state: dict[str, Any]) -> None:
+        """This process's own, or a fresh one where the run was of another number of processes."""
+        states = [state["random"], *state["random_of_others"]]
+        if self.world.first or len(states) == self.world.size:
+            checkpoint.set_random_state(states[self.world.rank])
+        else:
+            checkpoint.seed_all(own_seed(self.seed + state["step"], self.world.rank))
 
     def on_schedule(self) -> bool:
         """Whether each epoch had the rate of this schedule: not where the number of epochs was raised in between."""

@@ -6,7 +6,7 @@ import csv
 import functools
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from fastkd.methods import Phase
 from fastkd.models import logits_of
 from fastkd.train import checkpoint
 from fastkd.train.config import UserError
+from fastkd.train.distributed import ALONE, World
 
 
 class Divergence(UserError):
@@ -27,29 +28,53 @@ class Divergence(UserError):
         super().__init__(message, status=1)
 
 
+_ROWS = ("images", "judged", "measured")  # of this process; the others are the same in all
+_COUNTS = ("batches", "images", "judged", "measured", "skipped", "first_step")
+
+
 class Meter:
     """Means over the images of an epoch of the loss, its parts and the accuracy, without waiting for a GPU.
+
+    Where a phase was left out (`phase.skipped`), its batch enters no mean but the accuracy's. `describe(name,
+    networks)` says which phase it is that has this name and trains these networks, "" where there is only one.
 
     `watch(network)` takes the accuracy from the outputs that the network gives while it trains, so that it costs no
     forward pass of its own. Where it gives none, the accuracy is NaN. The parts of a phase that has a name bear it:
     "private_ce".
+
+    With several processes (`world`) it holds those of this process; `total()` those of all.
     """
 
-    def __init__(self, device: torch.device, look_every: int):
-        self.device = device
+    def __init__(
+        self,
+        device: torch.device,
+        look_every: int,
+        describe: Callable[..., str] = lambda name, networks: name,
+        world: World = ALONE,
+    ):
+        self.device, self.describe, self.world = device, describe, world
         self.look_every = 1 if device.type == "cpu" else look_every
         self.batches = 0
         self.images = 0
+        self.first_step = 0  # steps before this epoch
+        self.skipped = 0  # phases that got no step
+        self.measured = 0  # images of the batches in which every phase got its step
         self.sums: dict[str, Tensor] = {}  # name -> 0-d float64, summed over images
         self.judged = 0  # images whose output was seen
-        self._losses: list[tuple[int, Tensor]] = []  # (batch, loss) that no one looked at yet
-        self._output: Any = None
+        self._losses: list[tuple[int, tuple, Tensor]] = []  # (batch, phase, loss) that no one looked at yet
+        self._batch: dict[str, Tensor] = {}  # sums of the current batch
+        self._whole = True  # no phase of it was left out
+        self._outputs: list[Tensor] = []  # logits that the watched network gave in this batch
 
     @contextmanager
-    def watch(self, network: nn.Module) -> Iterator[None]:
-        """Within the block, the outputs of `network` are seen, also of `forward_features` called by itself."""
-        hook = network.register_forward_hook(lambda network, inputs, output: self._keep_output(network, output))
-        method = getattr(network, "forward_features", None)
+    def watch(self, network: nn.Module, wrapped: Any = None) -> Iterator[None]:
+        """Within the block, the outputs of `network` are seen, also of `forward_features` called by itself.
+
+        Where it is run as `wrapped`, what that gives is seen instead: nothing changes inside of what is compiled.
+        """
+        seen = network if wrapped is None else wrapped
+        hook = seen.register_forward_hook(lambda network, inputs, output: self._keep_output(network, output))
+        method = getattr(network, "forward_features", None) if seen is network else None
         if method is not None:
 
             @functools.wraps(method)
@@ -66,23 +91,41 @@ class Meter:
             if method is not None:
                 del network.forward_features
 
-    def add(self, phase: Phase, rows: int) -> None:
-        """One update of the current batch, of `rows` images."""
-        loss = phase.loss.detach()
-        self._losses.append((self.batches + 1, loss))
-        self._accumulate("loss", loss * rows)
-        for name, part in phase.parts.items():
-            self._accumulate(name if name.startswith(phase.name) else f"{phase.name}_{name}", part * rows)
+    def add(self, phase: Phase, rows: int, loss: Tensor | None = None, tolerant: bool = True) -> None:
+        """One update of the current batch, of `rows` images; `loss` where the phase has it in chunks.
 
-    def end_batch(self, target: Tensor) -> None:
-        """Counts the batch; raises Divergence if a look is due and a loss was not finite."""
-        if self._output is not None:
-            logits, self._output = logits_of(self._output).detach(), None
-            if logits.dim() == 2 and len(logits) == len(target):
-                self._accumulate("accuracy", (logits.argmax(1) == target).sum())
-                self.judged += len(target)
+        The loss of a phase that was left out is looked at where not `tolerant`.
+        """
+        loss = phase.loss.detach() if loss is None else loss
+        if not (phase.skipped and tolerant):
+            # Not the phase itself: it holds the graph.
+            self._losses.append((self.batches + 1, (phase.name, phase.networks), loss))
+        if phase.skipped:
+            self.skipped += 1
+            self._whole = False
+            return
+        _accumulate(self._batch, "loss", loss * rows)
+        for name, part in phase.parts.items():
+            _accumulate(self._batch, name if name.startswith(phase.name) else f"{phase.name}_{name}", part * rows)
+
+    def end_batch(self, target: Tensor, rows: int | None = None) -> None:
+        """Counts the batch, of `rows` that count (all); Divergence if a look is due and a loss was not finite."""
+        rows = len(target) if rows is None else rows
+        parts, missing = [], len(target)  # of gradient accumulation, the last ones
+        while self._outputs and missing > 0:
+            parts.insert(0, self._outputs.pop())
+            missing -= len(parts[0])
+        self._outputs.clear()
+        if parts and missing == 0 and parts[0].dim() == 2:
+            _accumulate(self.sums, "accuracy", (torch.cat(parts).argmax(1) == target).sum())
+            self.judged += rows
+        if self._whole:
+            for name, total in self._batch.items():
+                _accumulate(self.sums, name, total)
+            self.measured += rows
+        self._batch, self._whole = {}, True
         self.batches += 1
-        self.images += len(target)
+        self.images += rows
         if self.batches % self.look_every == 0:
             self.look()
 
@@ -90,33 +133,58 @@ class Meter:
         """Reads the losses since the last look: a GPU is waited for here."""
         if not self._losses:
             return
-        finite = torch.isfinite(torch.stack([loss for _, loss in self._losses])).tolist()
-        for (batch, loss), good in zip(self._losses, finite, strict=True):
+        finite = torch.isfinite(torch.stack([loss for *_, loss in self._losses])).tolist()
+        elsewhere = self.world.any(not all(finite))
+        for (batch, phase, loss), good in zip(self._losses, finite, strict=True):
             if not good:
-                raise Divergence(f"batch {batch}: the loss is {float(loss)}")
+                raise Divergence(f"{self.place(batch, *phase)}: the loss is {float(loss)}")
+        if elsewhere:
+            raise Divergence(f"batch {self.batches}: the loss is not finite in another process")
         self._losses.clear()
+
+    def total(self) -> Meter:
+        """A meter of all processes; every one of them must call."""
+        if self.world.size == 1:
+            return self
+        names = list(self.sums)  # in the same order in every process
+        counts = torch.tensor([getattr(self, name) for name in _ROWS], dtype=torch.float64, device=self.device)
+        sums = self.world.sum(torch.stack([*(self.sums[name] for name in names), *counts]))
+        total = Meter(self.device, self.look_every, self.describe)
+        state = {name: getattr(self, name) for name in _COUNTS}
+        state |= dict(zip(_ROWS, map(int, sums[len(names) :].tolist()), strict=True))
+        total.load_state_dict(state | {"sums": dict(zip(names, sums, strict=False))})
+        return total
+
+    def place(self, batch: int, name: str, networks: Sequence[nn.Module]) -> str:
+        """Where in the run a phase is, for messages."""
+        phase = self.describe(name, networks)
+        return f"batch {batch} (step {self.first_step + batch})" + (f", {phase}" if phase else "")
 
     def means(self) -> dict[str, float]:
         """{"loss": ..., part: ..., "accuracy": ...} over the images so far."""
-        means = {name: float(total) / max(1, self.images) for name, total in self.sums.items() if name != "accuracy"}
+        means = {name: float(total) / max(1, self.measured) for name, total in self.sums.items() if name != "accuracy"}
+        means = {"loss": math.nan} | means  # where not one batch got all its steps
         seen = self.judged and "accuracy" in self.sums
         return means | {"accuracy": float(self.sums["accuracy"]) / self.judged if seen else math.nan}
 
     def state_dict(self) -> dict[str, Any]:
         sums = {name: total.cpu() for name, total in self.sums.items()}
-        return {"batches": self.batches, "images": self.images, "judged": self.judged, "sums": sums}
+        return {name: getattr(self, name) for name in _COUNTS} | {"sums": sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.batches, self.images, self.judged = state["batches"], state["images"], state["judged"]
-        self.sums = {name: total.to(self.device) for name, total in state["sums"].items()}
+        first = self.world.first  # of several processes one goes on from the sums of all
+        for name in _COUNTS:
+            setattr(self, name, state[name] if first or name not in _ROWS else 0)
+        self.sums = {name: total.to(self.device) * first for name, total in state["sums"].items()}
 
     def _keep_output(self, network: nn.Module, output: Any) -> None:
         if network.training:
-            self._output = output
+            self._outputs.append(logits_of(output).detach())
 
-    def _accumulate(self, name: str, value: Tensor) -> None:
-        value = value.to(torch.float64)
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    value = value.to(torch.float64)
+    sums[name] = sums[name] + value if name in sums else value
 
 
 Row = dict[str, float]

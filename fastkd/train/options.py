@@ -60,7 +60,9 @@ def _parser(command: str, config_type: type):
         help="YAML file of options; the command line overrides it",
     )
     first = config.MethodOptions if command == "train" else config.CompareOptions
-    for group in (first, config.OptimizationOptions, config.NetworkOptions, config.DataOptions, config.LoopOptions):
+    for group in (first, config.OptimizationOptions, config.NetworkOptions, config.DataOptions):
+        parser.add_class_arguments(group)
+    for group in (config.LoopOptions, config.ScaleOptions):
         parser.add_class_arguments(group)
     own = vars(config_type).get("__annotations__", {})  # the options to which this command gives its own defaults
     parser.set_defaults({f.name: f.default for f in dataclasses.fields(config_type) if f.name in own})

@@ -13,6 +13,11 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| {n}/{total}, {remaining} left{postfix}"
 LINES = 2.0  # seconds between two lines, so that a thousand short epochs do not print a thousand
 
 
+def note(text: str) -> None:
+    """What whoever started the run should know, also where it is quiet."""
+    print(f"fastkd: note: {text}", file=sys.stderr, flush=True)
+
+
 class Progress:
     """The progress of one epoch, as a context manager. Shows nothing if `quiet`."""
 

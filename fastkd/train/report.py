@@ -11,7 +11,8 @@ from fastkd._extras import require
 from fastkd.data import loader
 from fastkd.train import checkpoint, environment
 from fastkd.train.config import Settings, TrainConfig
-from fastkd.train.loop import evaluate, pick_device
+from fastkd.train.devices import pick_device
+from fastkd.train.loop import evaluate
 from fastkd.train.metrics import Row
 from fastkd.train.plans import arguments, in_force, recipe
 from fastkd.train.runner import Result

@@ -23,14 +23,16 @@ from fastkd import data as datasets
 from fastkd import methods, models
 from fastkd.train import checkpoint
 from fastkd.train.config import TrainConfig, UserError, fingerprint
-from fastkd.train.locks import lock
-from fastkd.train.loop import Fit, pick_device
+from fastkd.train.devices import pick_device
+from fastkd.train.distributed import world
+from fastkd.train.loop import Fit
 from fastkd.train.metrics import Row
 from fastkd.train.plans import arguments, plan, recipe
-from fastkd.train.stages import Learner, Stage
+from fastkd.train.stages import Learner, Stage, parameters
+from fastkd.train.steps import check_amp
 
 _TRAINING = ("batch_size", "optimizer", "lr", "momentum", "nesterov", "weight_decay", "schedule", "milestones")
-_TRAINING += ("gamma", "warmup_epochs")
+_TRAINING += ("gamma", "warmup_epochs", "amp", "accumulate")
 _DATA = ("data", "train_size", "validation", "image_size", "augment")
 
 
@@ -78,6 +80,7 @@ def load_data(config: TrainConfig) -> datasets.Data:
         "seed": config.seed,
         "image_size": config.image_size,
         "augment": config.augment,
+        "bad_images": config.bad_images,
     }
     return _load(config.data, tuple(items.items()))
 
@@ -116,9 +119,12 @@ class Runner:
     """Carries out the plan of one run."""
 
     def __init__(self, config: TrainConfig, say: Callable[[str], None] = print):
+        self.world = world()
+        if not self.world.first:
+            config, say = dataclasses.replace(config, quiet=True), lambda text: None
         self.config, self.say = config, say
         self.stages = {stage.name: stage for stage in plan(config)}
-        pick_device(config.device)
+        check_amp(config.amp, pick_device(config.device))
         self.data = load_data(config)
         for stage in self.stages.values():  # a wrong name or option shows before anything is trained
             self.build(stage, {name: make_network(self.stages[name].network, self.data) for name in stage.needs})
@@ -144,6 +150,8 @@ class Runner:
         options = dict(stage.options)
         if "seed" in arguments(stage.method):
             options.setdefault("seed", self.config.seed)
+        if "process_group" in parameters(recipe(stage.method).method):
+            options["process_group"] = self.world.group
         return recipe(stage.method).build(learners, [trained[name] for name in stage.guides], options)
 
     def fit(self, stage: Stage, trained: Mapping[str, nn.Module], folder: Path | None) -> Fit:
@@ -189,7 +197,7 @@ class Runner:
         """The folder of a stage in the cache, made if it is not there."""
         cache = Path(self.config.cache or Path(self.config.out) / "cache")
         folder = cache / f"{stage.learners[0].name}-{stage_key(self.config, stage, self.stages)}"
-        folder.mkdir(parents=True, exist_ok=True)
+        self.world.from_first(lambda: folder.mkdir(parents=True, exist_ok=True))
         return folder
 
     def _wait(self, folder: Path) -> Callable[[], None]:
@@ -198,18 +206,21 @@ class Runner:
     def _share(self, stage: Stage, source: Path) -> None:
         """Put a student that was trained alone where other methods look for it: it is their student's self-teacher."""
         folder = self._cached(stage)
-        with lock(folder, wait=self._wait(folder)):
-            target = checkpoint.path_of(folder / "checkpoints", stage.epochs)
-            if not target.exists():
-                checkpoint.write_atomic(folder / "metrics.csv", (source / "metrics.csv").read_bytes())
-                last = checkpoint.path_of(source / "checkpoints", stage.epochs)
-                checkpoint.write_atomic(target, last.read_bytes())
+        with self.world.locked(folder, wait=self._wait(folder)):
+            self.world.from_first(lambda: self._copy(stage, source, folder))
+
+    def _copy(self, stage: Stage, source: Path, folder: Path) -> None:
+        target = checkpoint.path_of(folder / "checkpoints", stage.epochs)
+        if not target.exists():
+            checkpoint.write_atomic(folder / "metrics.csv", (source / "metrics.csv").read_bytes())
+            last = checkpoint.path_of(source / "checkpoints", stage.epochs)
+            checkpoint.write_atomic(target, last.read_bytes())
 
     def _earlier(self, stage: Stage, trained: Mapping[str, nn.Module]) -> Result:
         if stage.name in self.config.checkpoint:
             return self._given(stage, self.config.checkpoint[stage.name])
         folder = self._cached(stage)
-        with lock(folder, wait=self._wait(folder)):
+        with self.world.locked(folder, wait=self._wait(folder)):
             settings = dataclasses.replace(self.config, keep=1)
             fit = self.fit(stage, trained, folder)
             fit.settings = settings
@@ -221,7 +232,7 @@ class Runner:
 
     def _given(self, stage: Stage, path: str) -> Result:
         network = make_network(stage.network, self.data)
-        state = checkpoint.load(path)
+        state = checkpoint.load(path, sealed=False)
         state = state.get("network", state)  # one of ours, or a plain state dict
         try:
             network.load_state_dict(state)

@@ -1,0 +1,63 @@
+"""One process's part of each batch, where several processes train together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.utils.data import Dataset
+
+from .images import ImageSet, UnreadableImage
+
+IGNORED = -100  # a label that counts nowhere
+LEAST = 2  # rows: batch normalisation cannot train on one
+
+
+def part_of(rows: int, rank: int, ranks: int) -> slice | None:
+    """The rows of a batch of `rows` that process `rank` of `ranks` takes; None where it has none.
+
+    Parts are contiguous, in the order of the ranks, as even as they go, and of 2 rows at least: of a short last batch
+    the last ranks have none.
+    """
+    busy = max(1, min(ranks, rows // LEAST))
+    return slice(rows * rank // busy, rows * (rank + 1) // busy) if rank < busy else None
+
+
+class Part(Dataset):
+    """`dataset` as process `rank` of `ranks` sees it: of each batch of indices it reads its own part.
+
+    All processes take the same batches from a loader of this data set, so that the order of one process and its place
+    in an epoch are those of all. A process without a row in a batch, or without one that can be read, must take part in
+    the step all the same: it is given 2 images with labels of -100, which count nowhere.
+
+    Args:
+        dataset: map-style, of (image, label).
+    """
+
+    def __init__(self, dataset: Dataset, rank: int, ranks: int):
+        self.dataset, self.rank, self.ranks = dataset, rank, ranks
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def bad_images(self) -> str:
+        return getattr(self.dataset, "bad_images", "error")
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __getitems__(self, indices: Sequence[int]) -> list:
+        mine = part_of(len(indices), self.rank, self.ranks)
+        if isinstance(self.dataset, ImageSet):
+            items = [] if mine is None else self.dataset.read(indices[mine])
+            good = sum(not isinstance(item, UnreadableImage) for item in items)
+            return items + [(self.dataset.blank(), IGNORED)] * min(LEAST - good, len(indices) - good)
+        if mine is not None:
+            return self._read(indices[mine])
+        return [(image, IGNORED) for image, _ in self._read(indices[:LEAST])]
+
+    def _read(self, indices: Sequence[int]) -> list:
+        if hasattr(self.dataset, "__getitems__"):
+            return self.dataset.__getitems__(indices)
+        return [self.dataset[index] for index in indices]

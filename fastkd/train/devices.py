@@ -1,0 +1,103 @@
+"""Where and as what the networks of a run compute, and how its batches come there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastkd.methods import Method
+from fastkd.methods._batch import IGNORE_INDEX
+from fastkd.train.config import Settings, UserError
+from fastkd.train.distributed import ALONE, World, launched
+
+
+def pick_device(name: str) -> torch.device:
+    """auto | cpu | cuda | cuda:N as a device that is there; UserError otherwise.
+
+    Of several processes each takes the GPU of its number on its machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device must be cpu, cuda, cuda:N or auto, got {name!r}") from error
+    if device.type == "cuda" and launched() > 1:
+        if device.index is not None:
+            raise UserError(f"--device {name} is one GPU for {launched()} processes: use --device cuda, one GPU each")
+        device, found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), torch.cuda.device_count()
+        if device.index >= found:
+            raise UserError(f"there is no GPU for process {device.index} of this machine ({found} GPUs): start fewer")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name} is not there ({torch.cuda.device_count()} GPUs): use --device cpu or auto")
+    return device
+
+
+@contextmanager
+def cpu_threads(number: int | None) -> Iterator[None]:
+    """PyTorch's number of threads on the CPU within the block; None leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def batches_on(batches, device: torch.device, classes: int | None = None) -> Iterator[tuple[Any, torch.Tensor]]:
+    """The (inputs, target) of a loader, on the device; UserError for a label that is none of so many classes."""
+    for batch in batches:
+        yield batch_on(batch, device, classes)
+
+
+def batch_on(batch: tuple, device: torch.device, classes: int | None = None) -> tuple[Any, torch.Tensor]:
+    inputs, target = batch
+    if classes is not None:
+        _check_labels(target, classes)
+    return to_device(inputs, device), to_device(target, device)
+
+
+def rows_of(target: torch.Tensor, world: World) -> int:
+    """How many images count. Asked before they go to a GPU."""
+    return len(target) if world.size == 1 else int((target != IGNORE_INDEX).sum())
+
+
+def prepare(method: Method, settings: Settings, device: torch.device, world: World = ALONE) -> None:
+    """Its networks on the device and its learning ones as they are to be run: in parallel, compiled."""
+    method.to(device)
+    if settings.channels_last:
+        method.to(memory_format=torch.channels_last)
+    if world.size > 1:
+        method.map_learners(lambda network: world.wrap(method, network, device))
+    if settings.compile:  # around DistributedDataParallel, whose exchange then overlaps with the backward pass
+        method.map_learners(torch.compile)
+
+
+def run_as(method: Method, network: nn.Module) -> Any:
+    """What runs in the place of a learning network; None where it is run itself, or does not learn."""
+    for name in method.learner_names:
+        if method.get_submodule(name) is network and method.learner(name) is not network:
+            return method.learner(name)
+    return None
+
+
+def _check_labels(target: torch.Tensor, classes: int) -> None:
+    # Before they are on a GPU, where a wrong one shows as a NaN, or ends the process.
+    wrong = target[((target < 0) & (target != IGNORE_INDEX)) | (target >= classes)]
+    if len(wrong):
+        raise UserError(
+            f"the data hold the label {int(wrong[0])}, but there are {classes} classes (0 to {classes - 1}): correct "
+            "the labels or num_classes"
+        )
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A tensor, or a list of them (several views of the images)."""
+    if isinstance(batch, (list, tuple)):
+        return [to_device(item, device) for item in batch]
+    return batch.to(device, non_blocking=True)
