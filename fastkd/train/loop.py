@@ -277,6 +277,7 @@ class Fit:
         state = checkpoint.newest(self.checkpoints, note)
         if state is None:
             return
+        checkpoint.prune(self.checkpoints, self.settings.keep)  # killed between writing the last one and this
         self._load(state)
         if "meter" in state:
             self._unfinished = state
