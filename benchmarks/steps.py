@@ -262,7 +262,8 @@ def table(result: dict, folder: Path) -> str:
     ]
     small = [e for e in entries if e["loss_share"]["reference"] < SMALL_SHARE]
     if small:
-        names = ", ".join(f"{e['method']} on {e['group']} ({100 * e['loss_share']['reference']:.1f} %)" for e in small)
+        shares = [f"{100 * e['loss_share']['reference']:.1f} %" for e in small]
+        names = ", ".join(f"{e['method']} on {e['group']} ({s})" for e, s in zip(small, shares, strict=True))
         lines += [
             f"Losses are under {100 * SMALL_SHARE:.0f} % of the reference's step of {names}: the networks decide there, "
             "and the fastest loss gains no more than that share."
