@@ -1,7 +1,7 @@
 """`make gpu-check OUT=folder`: what a machine with a GPU is needed for, in one command of under 8 minutes.
 
-It builds the CUDA kernels where they are missing, runs all CUDA tests, the benchmarks and compute-sanitizer. Each step
-has its own limit and a failed one does not stop the next. OUT gets log.txt, a file per step, the benchmarks' results and
+It builds the CUDA kernels where they are missing and runs all CUDA tests, the benchmarks and compute-sanitizer. Each
+step has its own limit and a failed one does not stop the next. OUT gets log.txt, a file per step, results/ and
 summary.json; the last lines and the exit status say what failed.
 """
 

@@ -265,7 +265,7 @@ def table(result: dict, folder: Path) -> str:
         shares = [f"{100 * e['loss_share']['reference']:.1f} %" for e in small]
         names = ", ".join(f"{e['method']} on {e['group']} ({s})" for e, s in zip(small, shares, strict=True))
         lines += [
-            f"Losses are under {100 * SMALL_SHARE:.0f} % of the reference's step of {names}: the networks decide there, "
+            f"Losses are under {100 * SMALL_SHARE:.0f} % of the reference's step of {names}: the networks decide, "
             "and the fastest loss gains no more than that share."
         ]
     return "\n".join([*lines, *report.disturbed(entries, result["device"]["cores"]), report.gpu(result, folder)])
