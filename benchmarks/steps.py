@@ -266,7 +266,7 @@ def table(result: dict, folder: Path) -> str:
         names = ", ".join(f"{e['method']} on {e['group']} ({s})" for e, s in zip(small, shares, strict=True))
         lines += [
             f"Losses are under {100 * SMALL_SHARE:.0f} % of the reference's step of {names}: the networks decide, "
-            "and the fastest loss gains no more than that share."
+            "and the fastest loss gains no more than that share; a larger ratio there is noise."
         ]
     return "\n".join([*lines, *report.disturbed(entries, result["device"]["cores"]), report.gpu(result, folder)])
 
