@@ -29,7 +29,12 @@ def parser() -> argparse.ArgumentParser:
     add("--device", help="cpu or cuda; default: cuda where there is one")
     add("--dtypes", default="float32", help="of the operations, comma-separated: float32,bfloat16,float64")
     add("--results", help="folder for the files; default: benchmarks/results")
-    add("-k", dest="keyword", default="", help='only what its name has this in, as "mutual" or "vgg13 ORC"; writes nothing')
+    add(
+        "-k",
+        dest="keyword",
+        default="",
+        help='only what its name has this in, as "mutual" or "vgg13 ORC"; writes nothing',
+    )
     return parse
 
 

@@ -18,6 +18,7 @@ COLOURS = {
     "liger": "#b8860b", "fla": "#a2306f", "floor": "#777777", "reference": "#d1602a",
 }  # fmt: skip
 MARKERS = {"fused": "o", "eager": "s", "compile": "^", "torchdistill": "D", "liger": "v", "fla": "P", "floor": ""}
+NONE = {"p50": float("nan")}
 NAMES = {"eager": "eager PyTorch", "compile": "torch.compile", "floor": "floor: a copy of the bytes that must move"}
 STYLE = {
     "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
@@ -116,13 +117,10 @@ def overview(result: dict, path: Path) -> Path:
         for i, name in enumerate(baselines):
             places = [row - 0.4 + height * (i + 0.5) for row in rows]
             bars = {"height": height * 0.9, "color": COLOURS[name], "label": NAMES.get(name, name)}
-            gains = [c["ratios"].get(name, {"p50": float("nan")})["p50"] for c in cases.values()]
-            speed.bar_label(speed.barh(places, gains, **bars), fmt=lambda v: f"{v:.1f}", padding=2, fontsize=7.5)
-            saved = [_memory_ratio(c, name) for c in cases.values()]
-            memory.bar_label(memory.barh(places, saved, **bars), fmt=lambda v: f"{v:.1f}", padding=2, fontsize=7.5)
+            _bars(speed, places, [c["ratios"].get(name, NONE)["p50"] for c in cases.values()], **bars)
+            _bars(memory, places, [_memory_ratio(c, name) for c in cases.values()], **bars)
         over = [c["ratios"]["floor"]["p50"] for c in cases.values()]
-        bars = floor.barh(list(rows), over, height=0.45, color=COLOURS["fused"])
-        floor.bar_label(bars, fmt=lambda v: f"{v:.1f}", padding=2, fontsize=7.5)
+        _bars(floor, list(rows), over, height=0.45, color=COLOURS["fused"])
         speed.set_yticks(list(rows), list(cases), fontsize=7.5)
         speed.invert_yaxis()
         speed.set_title("Times faster than")
@@ -131,15 +129,26 @@ def overview(result: dict, path: Path) -> Path:
         for axes in (speed, memory, floor):
             axes.set_xscale("log")
             axes.axvline(1, color="#333333", linewidth=1)
-            axes.margins(x=0.18)
+            axes.margins(x=0.18, y=0.01)
             axes.tick_params(axis="y", length=0)
             _log_axis(axes.xaxis)
         _head(figure, *speed.get_legend_handles_labels(), "fastkd: fused operations")
         figure.supxlabel(
-            "Medians of paired ratios, caches warm where measured. No bar: does not run or needs none. " + _footer(result),
+            "Medians of paired ratios, caches warm where measured. No bar: does not run or needs none. "
+            + _footer(result),
             fontsize=7.5, color="#555555", x=0.01, ha="left",
         )  # fmt: skip
         return _save(figure, path)
+
+
+def _bars(axes, places: list[float], values: list[float], **style) -> None:
+    """Bars that begin at 1, so that what is worse than the other points to the left."""
+    axes.barh(places, [value - 1 for value in values], left=1, **style)
+    for place, value in zip(places, values, strict=True):
+        if value == value:  # not a number: no bar
+            axes.annotate(
+                f"{value:.1f}", (max(value, 1), place), (3, 0), textcoords="offset points", va="center", fontsize=7.5
+            )
 
 
 def _memory_ratio(comparison: dict, name: str) -> float:

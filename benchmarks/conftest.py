@@ -21,7 +21,9 @@ def pytest_addoption(parser):
     group = parser.getgroup("fastkd")
     group.addoption("--quick", action="store_true", help="small shapes, few rounds, and no file is written")
     group.addoption("--brief", action="store_true", help="all shapes, few rounds, only in turns; the file is written")
-    group.addoption("--deadline", type=float, default=float("inf"), help="seconds for the comparisons, none begun later")
+    group.addoption(
+        "--deadline", type=float, default=float("inf"), help="seconds for the comparisons, none begun later"
+    )
     group.addoption("--bench-device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     group.addoption("--dtypes", default="float32", help="comma-separated: float32,bfloat16,float64")
     group.addoption("--results", default=str(report.FOLDER), help="folder for <machine>.json")
@@ -45,7 +47,9 @@ def pytest_generate_tests(metafunc):
     except AttributeError as error:
         raise pytest.UsageError(f"--dtypes: {error}") from None
     quick, device = config.getoption("quick"), config.getoption("bench_device")
-    cases = [case for operation in metafunc.module.OPERATIONS for case in registry.cases(operation, dtypes, quick, device)]
+    cases = [
+        case for operation in metafunc.module.OPERATIONS for case in registry.cases(operation, dtypes, quick, device)
+    ]
     if "candidate" not in metafunc.fixturenames:
         return metafunc.parametrize("case", cases, ids=str)
     pairs = [(case, name) for case in cases for name in (measure.FUSED, *case.baselines(device))]

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_calls`: every fused operation once on the GPU, for compute-sanitizer (small) and ncu (large)."""
+"""`python -m benchmarks.gpu_calls`: every fused operation on the GPU, small for compute-sanitizer, large for ncu."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def machine() -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_calls", description=__doc__)
     parser.add_argument("--machine", action="store_true", help="only say which GPU, and its copy bandwidth")
-    parser.add_argument("--profiled", action="store_true", help="large shapes, the second call of each between profiler marks")
+    parser.add_argument(
+        "--profiled", action="store_true", help="large shapes, the second call of each between profiler marks"
+    )
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(argv)
     if options.machine:

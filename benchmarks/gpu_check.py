@@ -1,7 +1,7 @@
 """`make gpu-check OUT=folder`: what a machine with a GPU is needed for, in one command of under 8 minutes.
 
-It builds the CUDA kernels where they are missing, runs all CUDA tests, the benchmarks and compute-sanitizer. Each step has
-its own limit and a failed one does not stop the next. OUT gets log.txt, a file per step, the benchmarks' results and
+It builds the CUDA kernels where they are missing and runs all CUDA tests, the benchmarks and compute-sanitizer. Each
+step has its own limit and a failed one does not stop the next. OUT gets log.txt, a file per step, results/ and
 summary.json; the last lines and the exit status say what failed.
 """
 
@@ -82,7 +82,7 @@ def run(steps: Sequence[Step], out: Path, total: float = TOTAL, say: Callable[[s
         left = end - time.monotonic()
         if step.skip:
             outcome = Outcome(step.name, "skipped", 0.0, step.skip)
-        elif left < min(LEAST, total):
+        elif left < min(LEAST, total / 2):
             outcome = Outcome(step.name, "skipped", 0.0, "no time was left")
         else:
             outcome = _run(step, out / f"{step.name}.txt", min(step.seconds, left))
@@ -128,7 +128,7 @@ def _line(outcome: Outcome) -> str:
 
 
 def failed(steps: Sequence[Step], outcomes: Sequence[Outcome]) -> list[str]:
-    """The needed steps that did not pass; one that was skipped for want of time counts, one whose tool is missing not."""
+    """The needed steps that did not pass: one that no time was left for too, one whose tool is missing not."""
     needed = {step.name for step in steps if step.needed and not step.skip}
     return [outcome.name for outcome in outcomes if outcome.status != "passed" and outcome.name in needed]
 
@@ -153,7 +153,9 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [step for step in steps(out) if not options.only or step.name in options.only.split(",")]
     if options.dry_run:
         for step in chosen:
-            print(f"{step.name:10} {step.seconds:4} s  {f'skipped: {step.skip}' if step.skip else ' '.join(step.command)}")
+            print(
+                f"{step.name:10} {step.seconds:4} s  {f'skipped: {step.skip}' if step.skip else ' '.join(step.command)}"
+            )
         return 0
     outcomes = run(chosen, out)
     wrong = failed(chosen, outcomes)

@@ -79,9 +79,7 @@ def _itself(function: Callable) -> Callable:
     return function
 
 
-def cases(
-    operation: Operation, dtypes: Sequence[torch.dtype], quick: bool = False, device: str = "cpu"
-) -> list[Case]:
+def cases(operation: Operation, dtypes: Sequence[torch.dtype], quick: bool = False, device: str = "cpu") -> list[Case]:
     """Shapes x dtypes x passes; quick leaves out the large shapes and all passes but the last."""
     pairs = [
         (shape, dtype)

@@ -261,7 +261,7 @@ def table(result: dict, folder: Path = FOLDER) -> str:
 
 
 _LAUNCHES = (
-    "launches: operators that call no other, views among them; fused first.",
+    "launches: operators that no other called, views among them; fused first.",
     "launches: kernels, copies and fills; fused first.",
 )
 

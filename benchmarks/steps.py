@@ -262,10 +262,11 @@ def table(result: dict, folder: Path) -> str:
     ]
     small = [e for e in entries if e["loss_share"]["reference"] < SMALL_SHARE]
     if small:
-        names = ", ".join(f"{e['method']} on {e['group']} ({100 * e['loss_share']['reference']:.1f} %)" for e in small)
+        shares = [f"{100 * e['loss_share']['reference']:.1f} %" for e in small]
+        names = ", ".join(f"{e['method']} on {e['group']} ({s})" for e, s in zip(small, shares, strict=True))
         lines += [
-            f"Losses are under {100 * SMALL_SHARE:.0f} % of the reference's step of {names}: the networks decide there, "
-            "and the fastest loss gains no more than that share."
+            f"Losses are under {100 * SMALL_SHARE:.0f} % of the reference's step of {names}: the networks decide, "
+            "and the fastest loss gains no more than that share; a larger ratio there is noise."
         ]
     return "\n".join([*lines, *report.disturbed(entries, result["device"]["cores"]), report.gpu(result, folder)])
 

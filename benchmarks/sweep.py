@@ -1,4 +1,4 @@
-"""`python -m benchmarks --sweep`: each operation against one size, with a chart of time, memory and distance to the floor."""
+"""`python -m benchmarks --sweep`: operations over one size: time, memory and distance to the floor, a chart each."""
 
 from __future__ import annotations
 

@@ -13,11 +13,13 @@ GET = (
 )
 
 
-def run(arguments: list[str], root: Path = ROOT) -> int:
+def run(arguments: list[str], root: Path | None = None) -> int:
     """`python -m benchmarks` with these arguments; FileNotFoundError in one sentence where there is no source tree."""
+    root = root or ROOT
     wanted = [root / "benchmarks" / "__main__.py", root / "tests", root / "csrc"]
     if not all(path.exists() for path in wanted):
         raise FileNotFoundError(GET)
     # In a process of its own: its folder must come first in the path, and pytest start before torch is imported.
-    here = [str(Path(a).resolve()) if before == "--results" else a for before, a in zip(["", *arguments], arguments)]
+    before = ["", *arguments[:-1]]
+    here = [str(Path(a).resolve()) if b == "--results" else a for a, b in zip(arguments, before, strict=False)]
     return subprocess.run([sys.executable, "-m", "benchmarks", *here], cwd=root).returncode
