@@ -30,7 +30,7 @@ COMMANDS = ("train", "compare", "info")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for a loss that diverged, 2 for a wrong call, 130 after Ctrl-C.
+    """Run a command; returns the exit status: 0, 1 for a loss that diverged or a full disk, 2 for a wrong call, 130 after Ctrl-C.
 
     Errors are one line on stderr; with FASTKD_TRACEBACK=1 in the environment they are raised.
     """

@@ -49,6 +49,15 @@ def test_random_state_restores_all_generators():
     assert torch.equal(drawn[0], again[0]) and drawn[1] == again[1] and np.array_equal(drawn[2], again[2])
 
 
+def test_state_that_was_loaded_gives_the_same_file(tmp_path):
+    name, pair = "a name", (1.5, "b")
+    state = {name: [name, "a " + "name"[:4], pair, pair], "w": torch.ones(2), "nested": {"b": {}, "list": [[], []]}}
+    one, other = tmp_path / "one.pt", tmp_path / "other.pt"
+    checkpoint.save(one, state)
+    checkpoint.save(other, checkpoint.load(one))
+    assert one.read_bytes() == other.read_bytes()
+
+
 def test_checksum_covers_every_byte_and_needs_no_second_file(tmp_path):
     path = tmp_path / "epoch-0001.pt"
     checkpoint.save(path, {"w": torch.arange(20.0)})

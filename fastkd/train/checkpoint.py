@@ -95,9 +95,24 @@ def sweep(folder: str | Path) -> None:
 def save(path: str | Path, state: dict[str, Any]) -> None:
     """Write `state`: tensors, numbers, strings, and lists, tuples and dicts of them. Equal states give equal files."""
     buffer = io.BytesIO()  # torch.save to a path would write that path's name into the file
-    torch.save(state, buffer)
+    torch.save(_unshared(state, {}), buffer)
     _seal(buffer)
     write_atomic(path, buffer.getbuffer())
+
+
+def _unshared(value: Any, strings: dict[str, str]) -> Any:
+    """The same nested state with equal strings made one, and every container of its own.
+
+    A pickle says where an object comes again, and an object that was loaded shares less than the one that was saved.
+    """
+    if isinstance(value, str):
+        return strings.setdefault(value, value)
+    if isinstance(value, dict):
+        return {_unshared(key, strings): _unshared(item, strings) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_unshared(item, strings) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    return value
 
 
 def _seal(buffer: io.BytesIO) -> None:

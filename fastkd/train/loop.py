@@ -317,6 +317,7 @@ class Fit:
         state = checkpoint.newest(self.checkpoints, note)
         if state is None:
             return None, []
+        checkpoint.prune(self.checkpoints, self.settings.keep)  # killed between writing the last one and this
         if state.get("format") != FORMAT:
             raise UserError(f"{self.checkpoints} holds checkpoints of another version of fastkd: use a new --out")
         return state, read_csv(self.folder / "metrics.csv")
