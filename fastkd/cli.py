@@ -31,7 +31,9 @@ COMMANDS = ("train", "compare", "info", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for a loss that diverged or a full disk, 2 for a wrong call, 130 after Ctrl-C.
+    """Run a command; returns the exit status: 0, 2 for a wrong call, 130 after Ctrl-C.
+
+    1 for a loss that diverged, a full disk, another process of the run that is gone.
 
     Errors are one line on stderr; with FASTKD_TRACEBACK=1 in the environment they are raised.
     """

@@ -54,7 +54,7 @@ def program(rank, folder):
     for method in PAPERS:
         train(folder / f"two-{method}", method)
     train(folder / "parts", "kd", accumulate=3)
-    train(folder / "fewer", "orc", epochs=2)
+    train(folder / "fewer", "orc", epochs=2, save_every=3)
     train(folder / "more", "orc", epochs=4, resume=True)
     train(folder / "two-images", "ce", **with_images(folder))
     interrupt(rank, folder)

@@ -31,6 +31,7 @@ TWO = [mlp(2), mlp(3)]
     (lambda: ORC(mlp(1), TWO, alpha=float("inf")), "alpha must be a finite number > 0, got inf"),
     (lambda: ORC(mlp(1), TWO, pivot_lr=-0.1), "pivot_lr must be a finite number >= 0, got -0.1"),
     (lambda: ORC(mlp(1), TWO, process_group="gloo"), "process_group must be None or .*ProcessGroup.*, got str"),
+    (lambda: ORC(mlp(1), TWO, feedback="all"), "feedback must be one of .*local.*global.*"),
     (lambda: ORC(mlp(1), TWO, seed=0.5), "seed must be an integer, got float"),
 ])  # fmt: skip
 def test_wrong_set_ups_are_refused_before_training(make, message):
