@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_resume import StopAt
 from torch import nn
+from torch.utils.data import TensorDataset
 from train_helpers import assert_same, config, last_state, one_thread, rows_without_times, run  # noqa: F401
 
 from fastkd import data, methods, models
@@ -13,7 +14,7 @@ from fastkd.cli import main
 from fastkd.methods import CE, DML, Phase
 from fastkd.train import Fit, Interrupted, Runner
 from fastkd.train.metrics import Divergence, Meter, read_csv
-from fastkd.train.steps import SKIPS, Steps
+from fastkd.train.steps import SKIPS
 
 
 class NaNGradient(torch.autograd.Function):
@@ -37,17 +38,27 @@ def spoil_gradient(phase):
 
 
 class Spoiled(CE):
-    """The loss is not finite at the iterations in `at`, counted from 1."""
+    """The loss is not finite at the iterations in `at`, counted from 1. `seen`: state before and after each step."""
 
     def __init__(self, student, at, spoil=spoil_loss):
         super().__init__(student)
         self.at, self.spoil = set(at), spoil
+        self.seen = []
 
     def iteration(self, batch, generator):
         for phase in super().iteration(batch, generator):
             if self.iterations + 1 in self.at:
                 self.spoil(phase)
+            before = copies(self.state)
             yield phase
+            self.seen.append((phase.skipped, before, copies(self.state)))
+
+    def state(self):
+        return dict(self.student.named_parameters())
+
+
+def copies(state):
+    return {name: tensor.detach().clone() for name, tensor in state().items()}
 
 
 def spoiled_fit(tmp_path, at, spoil=spoil_loss, **options):
@@ -58,31 +69,20 @@ def spoiled_fit(tmp_path, at, spoil=spoil_loss, **options):
     return Fit(Spoiled(network, at, spoil), runner.data, options, tmp_path / "run", options.epochs, 0, "student", {})
 
 
-def snapshot(fit):
-    state = {"method": fit.method.state_dict(), "optimizer": fit.optimizer.state_dict()["state"]}
-    return torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state)
-
-
 @pytest.mark.parametrize("spoil", [spoil_loss, spoil_gradient])
 def test_skipped_step_changes_neither_weights_nor_optimizer(tmp_path, spoil):
-    fit = spoiled_fit(tmp_path, [2], spoil, non_finite="skip", optimizer="sgd")
-    batches = iter(fit.train_batches)
-    skipped = []
-    for number in range(3):
-        inputs, target = next(batches)
-        before = snapshot(fit)
-        fit.steps.start_batch()
-        for phase in fit.method.phases(inputs, target):
-            fit.steps.take(phase)
-            skipped.append(phase.skipped)
-        after = snapshot(fit)
-        learns = {name for name, _ in fit.method.named_parameters()}
-        same = all(torch.equal(before["method"][name], after["method"][name]) for name in learns)
-        assert same == (number == 1)
-        if number == 1:
-            assert_same(before["optimizer"], after["optimizer"])
-            assert fit.steps.in_row == 1 and all(p.grad is None for p in fit.method.parameters())
-    assert skipped == [False, True, False] and fit.steps.in_row == 0
+    fit = spoiled_fit(tmp_path, [2], spoil, non_finite="skip", optimizer="sgd", epochs=1)
+
+    def state():
+        momenta = {f"momentum{i}": s["momentum_buffer"] for i, s in enumerate(fit.optimizer.state.values())}
+        return dict(fit.method.student.named_parameters()) | momenta
+
+    fit.method.state = state
+    fit.run()
+    assert [skipped for skipped, *_ in fit.method.seen] == [False, True, False, False]
+    for skipped, before, after in fit.method.seen[1:]:
+        assert all(torch.equal(before[name], after[name]) for name in before) == skipped
+        assert any(name.startswith("momentum") for name in before)
 
 
 def test_skipped_steps_are_counted_and_the_means_are_those_of_the_others(tmp_path):
@@ -163,23 +163,23 @@ def test_interrupted_among_skipped_steps_ends_with_the_same_bits(tmp_path, monke
     assert rows_without_times(tmp_path / "run") == rows_without_times(tmp_path / "whole" / "run")
 
 
-def test_statistics_of_a_spoiled_batch_are_forgotten():
+def test_statistics_of_a_spoiled_batch_are_forgotten(tmp_path):
     """Without it a NaN stays in the running mean for ever, and every evaluation is NaN."""
     torch.manual_seed(0)
-    method = CE(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)))
-    steps = Steps(method, torch.optim.SGD(method.parameters(), lr=0.1), "skip")
-    good, target = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
-    spoiled = good.clone()
-    spoiled[2] = math.nan
-    for number, inputs in enumerate((good, spoiled, good)):
-        before = method.student[1].running_mean.clone()
-        steps.start_batch()
-        for phase in method.phases(inputs, target):
-            steps.take(phase)
-            assert phase.skipped == (number == 1)
-        changed = not torch.equal(before, method.student[1].running_mean)
-        assert changed == (number != 1)
-    assert torch.isfinite(method.student.eval()(good)).all()
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    images, labels = torch.randn(24, 1, 2, 2), torch.arange(24) % 3
+    spoiled = images.clone()
+    spoiled[11] = math.nan
+    found = data.Data(TensorDataset(spoiled, labels), None, TensorDataset(images, labels), 3, 2, 1, ("a", "b", "c"))
+    method, options = Spoiled(network, []), config(tmp_path, batch_size=6, non_finite="skip")
+    method.state = lambda: {"mean": network[2].running_mean}
+    fit = Fit(method, found, options, None, 2, 0, "student", {"learners": ["student"]})
+    rows = fit.run()
+    assert [row["train_skipped_steps"] for row in rows] == [1, 1]
+    assert all(math.isfinite(row["test_loss"]) for row in rows)
+    for (skipped, before, after), (_, *following) in zip(method.seen, method.seen[1:], strict=False):
+        assert torch.isfinite(before["mean"]).all() != skipped and torch.isfinite(after["mean"]).all()
+        assert not torch.equal(after["mean"], following[0]["mean"])  # the next batch's forward moves it on
 
 
 class TwoPhases(methods.Method):

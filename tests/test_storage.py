@@ -29,12 +29,12 @@ def run_until(step, monkeypatch, options, then=Killed):
     original, left = Fit._run_epoch, [step]
 
     def run_epoch(fit, *rest):
-        def end_batch(meter, target, original=Meter.end_batch):
+        def end_batch(meter, *batch, original=Meter.end_batch):
             if fit.folder == Path(options.out):
                 if left[0] == 0:
                     raise then
                 left[0] -= 1
-            original(meter, target)
+            original(meter, *batch)
 
         with monkeypatch.context() as patch:
             patch.setattr(Meter, "end_batch", end_batch)
@@ -140,8 +140,8 @@ def test_full_disk_stops_the_run_and_leaves_what_is_there(tmp_path, monkeypatch,
     assert main([*words, "--out", str(tmp_path / "whole")]) == 0
     steps, original = [], Meter.end_batch
 
-    def end_batch(meter, target):
-        original(meter, target)
+    def end_batch(meter, *batch):
+        original(meter, *batch)
         steps.append(1)
         if len(steps) == 11:  # in the third epoch
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

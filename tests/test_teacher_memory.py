@@ -9,7 +9,6 @@ from train_helpers import config, one_thread  # noqa: F401
 from fastkd import use_backend
 from fastkd.train import Runner
 from fastkd.train.runner import make_network
-from fastkd.train.steps import Steps
 
 
 def fit_of(tmp_path, method, **options):
@@ -42,7 +41,7 @@ class Watch:
 
 
 def step(fit, on_loss=lambda: None):
-    """One training step; returns what autograd saved for its backward passes, and what it was asked to unpack."""
+    """One training step; returns what autograd saved for its backward passes."""
     saved = []
 
     def pack(tensor):
@@ -51,7 +50,6 @@ def step(fit, on_loss=lambda: None):
 
     fit.method.train()
     inputs, target = next(iter(fit.train_batches))
-    steps = Steps(fit.method, fit.optimizer)
     phases = fit.method.phases(inputs, target)
     while True:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -59,7 +57,9 @@ def step(fit, on_loss=lambda: None):
         if phase is None:
             return saved
         on_loss()
-        steps.take(phase)
+        fit.optimizer.zero_grad(set_to_none=True)
+        phase.loss.backward()
+        fit.optimizer.step()
 
 
 def storages(tensors):
