@@ -42,9 +42,9 @@ def slow_down(step: float, piece: float) -> None:
     checkpoint.open = lambda path, mode: SlowFile(path, mode)
     end_batch = Meter.end_batch
 
-    def slow_end_batch(meter, *batch):
+    def slow_end_batch(meter, target, *rows):
         time.sleep(step)
-        end_batch(meter, *batch)
+        end_batch(meter, target, *rows)
 
     Meter.end_batch = slow_end_batch
 
