@@ -94,6 +94,11 @@ def test_skipped_steps_are_counted_and_the_means_are_those_of_the_others(tmp_pat
     assert all(torch.isfinite(tensor).all() for tensor in last_state(tmp_path / "run")["network"].values())
 
 
+def test_epochs_line_counts_what_was_left_out(tmp_path, capfd):
+    spoiled_fit(tmp_path, [2, 3], non_finite="skip", epochs=1, quiet=False).run()
+    assert "  2 steps skipped  " in capfd.readouterr().err
+
+
 def test_means_leave_out_a_batch_without_all_its_steps():
     meter = Meter(torch.device("cpu"), 1)
     for losses, skipped in (((1.0, 2.0), ()), ((5.0, math.nan), (1,)), ((3.0, 6.0), ())):

@@ -12,7 +12,7 @@ import pytest
 from train_helpers import assert_same, config, last_state, one_thread, rows_without_times, run  # noqa: F401
 
 from fastkd.cli import main
-from fastkd.train import checkpoint
+from fastkd.train import TrainConfig, UserError, checkpoint
 from fastkd.train.config import differences
 from fastkd.train.loop import Fit
 from fastkd.train.metrics import Meter
@@ -112,6 +112,16 @@ def test_damaged_network_in_the_cache_is_trained_again_when_its_folder_is_delete
     assert error.count("\n") == 1
     shutil.rmtree(path.parent)
     assert main(words) == 0
+
+
+def test_options_are_shown_and_checked(capfd):
+    assert main(["train", "--help"]) == 0
+    text = capfd.readouterr().out
+    for option in ("--save-every N", "--keep N", "--bad-images error|skip", "--non-finite stop|skip"):
+        assert option in text
+    for name, value in (("save_every", -1), ("keep", -1), ("bad_images", "ignore"), ("non_finite", "go on")):
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} must be .*, got {value!r}"):
+            TrainConfig(**{name: value})
 
 
 def test_options_may_change_when_a_run_goes_on():
