@@ -110,16 +110,19 @@ class Loader(DataLoader):
 
     def _pass(self, batches: Iterator) -> Iterator:
         used = self.taken
-        for batch, bad in batches:
-            self.taken += 1
-            if bad and self.bad_images == "error":
-                raise UnreadableImage(*bad[0])
-            self.lost += len(bad)
-            self.unreadable.update(bad)
-            # Workers' batches are made ahead: an image that is lost there counts when its batch comes here.
-            if batch is not None and not (bad and len(batch[1]) < self.smallest):
-                used += 1
-                yield batch
+        try:
+            for batch, bad in batches:
+                self.taken += 1
+                if bad and self.bad_images == "error":
+                    raise UnreadableImage(*bad[0])
+                # Workers make batches ahead: an image that is lost there counts when its batch comes here.
+                self.lost += len(bad)
+                self.unreadable.update(bad)
+                if batch is not None and not (bad and len(batch[1]) < self.smallest):
+                    used += 1
+                    yield batch
+        finally:
+            del batches  # with it the workers go at once; the traceback of an error would keep them
         if self.lost and not used:
             path, reason = next(iter(self.unreadable.items()))
             raise ValueError(

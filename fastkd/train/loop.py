@@ -221,8 +221,9 @@ class Fit:
         """Which phase of a method with several, and which networks it trains where they are several."""
         names = {id(self.method.learner(name)): name for name in self.method.learner_names}
         trained = [names[id(network)] for network in networks if id(network) in names]
-        of = f"of {', '.join(trained)}" if trained and (phase or len(trained) > 1) else ""
-        return f"phase {phase} {of}".strip() if phase else of
+        if phase:
+            return f"phase {phase} of {', '.join(trained)}"
+        return f"networks {', '.join(trained)}" if len(trained) > 1 else ""
 
     def _row(self, epoch: int, meter: Meter, images: int, train_seconds: float) -> Row:
         started = time.perf_counter()

@@ -68,6 +68,9 @@ class Progress:
         for name, label in (("train", "accuracy"), ("validation", "validation"), ("test", "test")):
             if row.get(f"{name}_accuracy", float("nan")) >= 0:  # false for NaN: not measured in this epoch
                 text += f"  {label} {100 * row[f'{name}_accuracy']:.1f} %"
+        for name, label in (("skipped_steps", "steps skipped"), ("bad_images", "images left out")):
+            if row.get(f"train_{name}", 0) > 0:
+                text += f"  {int(row[f'train_{name}'])} {label}"
         text += f"  {row['images_per_s']:.0f} images/s"
         if self.bar is not None:
             self.bar.clear()
