@@ -1,4 +1,4 @@
-"""The command line: `fastkd train`, `fastkd compare`, `fastkd info`, `fastkd bench`."""
+"""The command line: `fastkd train`, `fastkd compare`, `fastkd report`, `fastkd info`, `fastkd bench`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ Knowledge distillation with several networks.
 
   fastkd train     train one student by one method, and the other networks that the method needs
   fastkd compare   several methods and seeds: a table, a picture, a report
+  fastkd report    report and pictures of a run, finished or not, or of several side by side
   fastkd info      versions, devices, and which backend each operation uses and why
   fastkd bench     what the fused operations gain on this machine (in the source tree)
 
@@ -27,7 +28,7 @@ Knowledge distillation with several networks.
   Try: fastkd train --method dgkd --epochs 30 --out runs/first
 """
 
-COMMANDS = ("train", "compare", "info", "bench")
+COMMANDS = ("train", "compare", "report", "info", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,6 +85,10 @@ def _dispatch(argv: list[str]) -> int:
         from fastkd import _bench
 
         return _bench.run(argv[1:])
+    if command == "report":
+        from fastkd.train import revisit
+
+        return revisit.main(argv[1:], _command_line(argv))
     config = parse(command, argv[1:])
     if config is None:
         return 0
