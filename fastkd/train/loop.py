@@ -264,8 +264,7 @@ class Fit:
         self.rows.append(row)
         if self.folder is not None:
             # Rows first: a row without a checkpoint is dropped when the run resumes, a missing row could not be.
-            if self.world.first:
-                write_csv(self.folder / "metrics.csv", self.rows)
+            self.world.from_first(lambda: write_csv(self.folder / "metrics.csv", self.rows))
             self._save()
 
     def _save(self, meter: Meter | None = None) -> None:
@@ -276,9 +275,12 @@ class Fit:
         self.world.share_buffers(self.method)
         lost = self._lost(self.train_batches)
         total = None if meter is None else meter.total()
-        random, *others = self.world.collect(checkpoint.random_state()) or [None]
-        if not self.world.first:
-            return
+        random = self.world.collect(checkpoint.random_state())
+        # A full disk in the first process ends them all.
+        self.world.from_first(lambda: self._write(random, None if total is None else (total, lost)))
+
+    def _write(self, random: list[dict[str, Any]], unfinished: tuple[Meter, Any] | None) -> None:
+        """A checkpoint with the random states of all processes; in the middle of an epoch with its sums."""
         state = {
             "format": FORMAT,
             "epoch": self.epoch,
@@ -287,13 +289,14 @@ class Fit:
             "network": dict(self.method.deployable().state_dict()),  # the same storages: takes no room
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "random": random,
-            "random_of_others": others,
+            "random": random[0],
+            "random_of_others": random[1:],
             "steps": self.steps.state_dict(),
             "facts": self.facts,
         }
         partial = self.checkpoints / checkpoint.PARTIAL
-        if meter is not None:
+        if unfinished is not None:
+            total, lost = unfinished
             batches = self.train_batches.taken, lost
             checkpoint.save(partial, state | {"meter": total.state_dict(), "batches": batches})
             return
