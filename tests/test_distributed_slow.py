@@ -97,6 +97,18 @@ def test_torchrun_starts_lost_processes_again(tmp_path):
     assert rows_without_times(tmp_path / "other") == rows_without_times(tmp_path / "run")
 
 
+def test_a_full_disk_ends_all_processes_at_once(tmp_path):
+    """The first process alone writes; the others would wait for it for 300 s."""
+    command = [*TORCHRUN, "-m", "fastkd", "train", "--method", "ce", "--student", "plain4", "--train-size", "100"]
+    command += ["--device", "cpu", "--epochs", "2", "--timeout", "300", "--out", str(tmp_path / "run")]
+    limited = ["sh", "-c", 'ulimit -f 60; exec "$@"', "sh", *command]  # 30 kB
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(limited, env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 1
+    assert "the file is too large" in done.stderr
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
 @pytest.mark.parametrize("method", ["orc", "ctsl-mkt"])
 def test_networks_compiled_for_real(tmp_path, method):
     for name, on in (("plain", False), ("compiled", True)):
