@@ -59,14 +59,14 @@ class Batch:
         return (loss.to(dtype) * count / total).to(loss.dtype)
 
 
-def map_tree(function: Callable[[Any], Any], tree: Any) -> Any:
-    """The same nested tuples, lists and dicts, with function(leaf) for each leaf."""
+def map_tree(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """The same nested tuples, lists and dicts, with function(leaf, ...) for each leaf; `others` have its form."""
     if isinstance(tree, Mapping):
-        return {key: map_tree(function, branch) for key, branch in tree.items()}
+        return {key: map_tree(function, branch, *(o[key] for o in others)) for key, branch in tree.items()}
     if isinstance(tree, (tuple, list)):
-        branches = [map_tree(function, branch) for branch in tree]
+        branches = [map_tree(function, *each) for each in zip(tree, *others, strict=True)]
         return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)  # a NamedTuple, or not
-    return function(tree)
+    return function(tree, *others)
 
 
 def _tensors(tree: Any) -> Iterator[Any]:

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from fastkd.methods._fresh import beside
 from fastkd.models import Branched
 from fastkd.ops import _common as common
-
-
-@contextlib.contextmanager
-def weights_from(seed: int) -> Iterator[None]:
-    """Modules made inside take their weights from a stream of their own; the global generator goes on as before.
-
-    Not from `seed` itself: the student may have been made after torch.manual_seed(seed), and the teacher would be it.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    own = int(torch.randint(2**62, (), generator=generator, device="cpu"))
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(own)
-        yield
 
 
 def fresh_like(method: str, student: Branched) -> Branched:
@@ -33,8 +18,7 @@ def fresh_like(method: str, student: Branched) -> Branched:
     except ValueError:
         expected = "given where the student was not made by fastkd.models.branched, which could make another one"
         raise common.wrong_value(method, "teacher", expected, None) from None
-    like = next(student.parameters())
-    return teacher.to(like.device, like.dtype)
+    return beside(student, teacher)
 
 
 def shapes(network: nn.Module) -> list[tuple[str, torch.Size]]:

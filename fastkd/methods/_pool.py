@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,13 +71,3 @@ def _gather(x: Tensor, counts: list[int], group: Any) -> Tensor:
     parts = [torch.empty_like(own) for _ in counts]
     torch.distributed.all_gather(parts, own, group=group)
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).to(dtype)
-
-
-def map_trees(function: Callable[[Any, Any], Any], tree: Any, other: Any) -> Any:
-    """`map_tree` over two trees of one form."""
-    if isinstance(tree, Mapping):
-        return {key: map_trees(function, branch, other[key]) for key, branch in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        branches = [map_trees(function, *pair) for pair in zip(tree, other, strict=True)]
-        return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)  # a NamedTuple, or not
-    return function(tree, other)

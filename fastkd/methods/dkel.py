@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from fastkd import functional
 from fastkd.methods._batch import IGNORE_INDEX
 from fastkd.methods._checks import check_apart, check_integer, check_network, check_temperature
-from fastkd.methods._mean_teacher import average, average_gradients, check_precision, fresh_like, shapes, weights_from
+from fastkd.methods._fresh import weights_from
+from fastkd.methods._mean_teacher import average, average_gradients, check_precision, fresh_like, shapes
 from fastkd.methods.base import Batch, Method, Phase
 from fastkd.models import Branched
 from fastkd.ops import _common as common

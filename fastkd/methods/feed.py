@@ -13,7 +13,6 @@ Sequential: a chain of networks of one type, each fresh, each taught by the one 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from fastkd import functional
 from fastkd.methods._batch import IGNORE_INDEX
 from fastkd.methods._checks import check_integer, check_network, check_networks, is_sequence
 from fastkd.methods._features import outputs_of
+from fastkd.methods._fresh import beside, weights_from
 from fastkd.methods._map_channels import map_channels
 from fastkd.methods.base import Batch, Method, Phase, cross_entropy
 from fastkd.nn import FeatureTransforms
@@ -109,7 +109,7 @@ class FEED(Method):
         check_integer(name, "seed", seed)
         width, widths = self._channels(student, teachers, channels, example)
         normalised = nn.BatchNorm2d if batch_norm else None
-        with seeded(seed):
+        with weights_from(seed):
             transforms = FeatureTransforms(width, widths, norm=normalised, layers=layers, negative_slope=negative_slope)
         learners = {"student": student, "transforms": beside(student, transforms)}
         super().__init__(learners=learners, frozen={"teachers": teachers}, seed=seed)
@@ -251,19 +251,3 @@ def _pooled(map: Tensor, size: list[int]) -> Tensor:
 
 def last_map(network: nn.Module, inputs: Any, *, method_name: str, argument: str) -> Tensor:
     return outputs_of(network, inputs, method_name, argument, "maps").maps[-1]
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Modules made inside have weights of this seed, on the host; the global generator is left as it was."""
-    # Not the stream of `seed` itself: a student made after torch.manual_seed(seed) has its weights from there.
-    own = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed), device="cpu"))
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(own)
-        yield
-
-
-def beside(network: nn.Module, module: nn.Module) -> nn.Module:
-    """The module on the network's device and in its dtype."""
-    first = next((p for p in network.parameters() if p.is_floating_point()), None)
-    return module if first is None else module.to(first.device, first.dtype)

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from fastkd import functional
 from fastkd.functional import GroupStats
-from fastkd.methods._batch import IGNORE_INDEX
+from fastkd.methods._batch import IGNORE_INDEX, map_tree
 from fastkd.methods._checks import check_integer, check_network, check_networks, check_temperature
 from fastkd.methods._observe import data_parallel, observe, read_later
-from fastkd.methods._pool import Pool, gather_pool, map_trees
+from fastkd.methods._pool import Pool, gather_pool
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 from fastkd.models import logits_of
 from fastkd.ops import _common as common
@@ -235,7 +235,7 @@ class ORC(Method):
             mixed.append(x)
             return torch.lerp(other.index_select(0, feedback), x, share)
 
-        inputs = map_trees(mix, batch.inputs, others)
+        inputs = map_tree(mix, batch.inputs, others)
         if not mixed:
             expected = "a floating-point tensor [B, ...] to mix, or a tuple, list or dict with one"
             got = f"dtype {batch.inputs.dtype}" if isinstance(batch.inputs, Tensor) else type(batch.inputs).__name__

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from fastkd.methods._batch import IGNORE_INDEX
 from fastkd.methods._checks import check_integer, check_network
+from fastkd.methods._fresh import beside, weights_from
 from fastkd.methods._map_channels import map_channels
 from fastkd.methods.base import Batch, Method, Phase
-from fastkd.methods.feed import beside, last_map, seeded
+from fastkd.methods.feed import last_map
 from fastkd.ops import _common as common
 
 
@@ -59,7 +60,7 @@ class Reconstruction(Method):
         if channels is None:
             channels = map_channels(network, example, name, "network")
         check_integer(name, "channels", channels, 1)
-        with seeded(seed):
+        with weights_from(seed):
             autoencoder = _autoencoder(channels)
         super().__init__(learners={"autoencoder": beside(network, autoencoder)}, frozen={"network": network}, seed=seed)
         self.channels = channels
