@@ -11,6 +11,7 @@ from torch import Tensor
 from fastkd.functional import GroupStats
 from fastkd.methods._batch import Batch, map_tree
 from fastkd.methods._relations import rows_that_count, select
+from fastkd.ops._gather import everybodys, gather_rows
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,7 @@ def gather_pool(batch: Batch, stats: GroupStats, group: Any) -> Pool | None:
     target = batch.target.long()
     kept = rows_that_count(target)
     rows = torch.arange(len(target), device=target.device) if kept is None else kept
-    own = torch.tensor([len(rows)], device=target.device)
-    sizes = [torch.zeros_like(own) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(sizes, own, group=group)
-    counts = torch.cat(sizes).tolist()
+    counts = [count for (count,) in everybodys([len(rows)], target.device, group)]
     if sum(counts) == 0:
         return None
 
@@ -63,11 +61,6 @@ def gather_pool(batch: Batch, stats: GroupStats, group: Any) -> Pool | None:
 
 
 def _gather(x: Tensor, counts: list[int], group: Any) -> Tensor:
-    """[n, ...] of each process -> [N, ...]. Padded to the longest part: collectives need equal shapes."""
-    dtype, most = x.dtype, max(counts)
-    x = x.to(torch.uint8) if dtype == torch.bool else x
-    own = x.new_zeros(most, *x.shape[1:])
-    own[: len(x)] = x
-    parts = [torch.empty_like(own) for _ in counts]
-    torch.distributed.all_gather(parts, own, group=group)
-    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).to(dtype)
+    """[n, ...] of each process -> [N, ...], without a gradient; bool travels as uint8."""
+    sent = x.to(torch.uint8) if x.dtype == torch.bool else x.detach()
+    return gather_rows(sent, counts, group).to(x.dtype)

@@ -109,6 +109,14 @@ def out_of_range(op: str, target: Tensor, classes: int, ignore_index: int) -> Va
     return wrong_value(op, "target", expected, f"index {int(bad[0])}" if len(bad) else "an index outside")
 
 
+def check_range(op: str, target: Tensor | None, classes: int, ignore_index: int) -> None:
+    """Refuses a target [R] with an index outside [0, classes), where its values may be read."""
+    if target is not None and may_read_values(target):
+        outside = (target != ignore_index) & ((target < 0) | (target >= classes))
+        if bool(outside.any()):
+            raise out_of_range(op, target, classes, ignore_index)
+
+
 def rows_of(logits: Tensor) -> Tensor:
     """[..., C] as [R, C]."""
     return logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])

@@ -22,25 +22,34 @@ def gather_pair(op: str, student: Tensor, teacher: Tensor, group) -> tuple[Tenso
     The backward sums the gradients of all processes' losses, each of which sees all rows. Waits for the device once:
     the sizes of the others must be known to the host.
     """
-    mine = torch.tensor([student.shape[0], student.shape[1], teacher.shape[1]], device=student.device)
-    gathered = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(gathered, mine, group=group)
-    sizes = torch.stack(gathered).tolist()
+    sizes = everybodys([student.shape[0], student.shape[1], teacher.shape[1]], student.device, group)
     for rank, (_, *widths) in enumerate(sizes):
         for name, width, own in zip(("student", "teacher"), widths, (student, teacher), strict=True):
             if width != own.shape[1]:
                 expected = f"as wide on every process of the group ({own.shape[1]} here)"
                 raise common.wrong_value(op, name, expected, f"{width} on rank {rank}")
     rows = [size[0] for size in sizes]
-    return _gather(student, rows, group), _gather(teacher, rows, group)
+    return gather_rows(student, rows, group), gather_rows(teacher, rows, group)
 
 
-def _gather(x: Tensor, rows: list[int], group) -> Tensor:
-    """Padded to the longest part: collectives need equal shapes. A zero row that was added is cut off again."""
+def everybodys(numbers: list[int], device: torch.device, group) -> list[list[int]]:
+    """These integers of each process, in the order of the ranks. Waits for the device."""
+    mine = torch.tensor(numbers, device=device)
+    gathered = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(gathered, mine, group=group)
+    return torch.stack(gathered).tolist()
+
+
+def gather_rows(x: Tensor, rows: list[int], group) -> Tensor:
+    """[n, ...] of each process -> [N, ...], differentiable; rows: the n of each process.
+
+    Padded to the longest part: collectives need equal shapes. A zero row that was added is cut off again.
+    """
     most = max(rows)
     if most == 0:
         return x
-    parts = _AllGather.apply(torch.nn.functional.pad(x, (0, 0, 0, most - x.shape[0])), group)
+    padding = (0, 0) * (x.dim() - 1) + (0, most - x.shape[0])
+    parts = _AllGather.apply(torch.nn.functional.pad(x, padding), group)
     return torch.cat([part[:n] for part, n in zip(parts, rows, strict=True)])
 
 

@@ -312,11 +312,7 @@ def _in_groups(call: Call) -> Tensor:
 
 
 def _checked_reference(call: Call) -> Tensor:
-    target = call.target
-    if target is not None and common.may_read_values(target):
-        outside = (target != call.ignore_index) & ((target < 0) | (target >= call.first.shape[1]))
-        if bool(outside.any()):
-            raise common.out_of_range(OP, target, call.first.shape[1], call.ignore_index)
+    common.check_range(OP, call.target, call.first.shape[1], call.ignore_index)
     return reference(call)
 
 
