@@ -111,10 +111,14 @@ def out_of_range(op: str, target: Tensor, classes: int, ignore_index: int) -> Va
 
 def check_range(op: str, target: Tensor | None, classes: int, ignore_index: int) -> None:
     """Refuses a target [R] with an index outside [0, classes), where its values may be read."""
-    if target is not None and may_read_values(target):
-        outside = (target != ignore_index) & ((target < 0) | (target >= classes))
-        if bool(outside.any()):
-            raise out_of_range(op, target, classes, ignore_index)
+    if target is None or not may_read_values(target) or target.numel() == 0:
+        return
+    low, high = (int(x) for x in target.aminmax())  # the usual case in one operation: all labels are classes
+    if low >= 0 and high < classes:
+        return
+    outside = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if bool(outside.any()):
+        raise out_of_range(op, target, classes, ignore_index)
 
 
 def rows_of(logits: Tensor) -> Tensor:

@@ -278,8 +278,7 @@ def _check(logits: object, target: object, ignore_index: object) -> tuple[Sequen
     common.check_index(OP, "ignore_index", ignore_index)
     if target is not None:
         target = common.check_target(OP, target, networks[0], "one network's")
-        if common.may_read_values(target) and target.numel() > 0:
-            _check_range(target, networks[0].shape[-1], ignore_index)
+        common.check_range(OP, target, networks[0].shape[-1], ignore_index)
     return [common.rows_of(z) for z in networks], target
 
 
@@ -306,16 +305,6 @@ def _check_networks(logits: object, target: object) -> Sequence[Tensor]:
         if z.device != device:
             raise common.wrong_value(OP, f"logits[{m}]", f"on logits[0]'s device {device}", f"device {z.device}")
     return logits
-
-
-def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Reads values. The usual case in one operation: no row is ignored, all labels are classes."""
-    low, high = (int(x) for x in target.aminmax())
-    if low >= 0 and high < classes:
-        return
-    outside = (target != ignore_index) & ((target < 0) | (target >= classes))
-    if bool(outside.any()):
-        raise common.out_of_range(OP, target, classes, ignore_index)
 
 
 def _check_stats(op: str, stats: object) -> None:
