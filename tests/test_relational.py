@@ -97,6 +97,25 @@ def test_the_scale_of_the_embeddings_does_not_matter(name, scale, at):
     torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=1e-6 * float(exact_grad.abs().max()))
 
 
+@pytest.mark.parametrize("place", ["cpu", "simt"])
+def test_rows_so_near_that_their_squared_distance_underflows(place, at):
+    """A group of rows at the origin, 1e-25 apart, beside rows of magnitude 1 whose mean is exactly 0."""
+    student, teacher = make(12, device=at(place))
+    student[:4] *= 1e-25
+    student[4:8] = student[8:].round()
+    student[8:] = -student[4:8]
+    loss, grad = loss_and_grad(F.rkd_distance, student, teacher)
+    exact, exact_grad = reference(F.rkd_distance, student.double(), teacher.double())
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=1e-6 * float(exact_grad.abs().max()))
+
+
+@pytest.mark.parametrize("width", [511, 512, 513, 1100])
+@pytest.mark.parametrize("n", [31, 67, 130])
+def test_distances_of_wide_rows_in_several_blocks(n, width, at):
+    check(F.rkd_distance, *make(n, width=width, teacher_width=40, kind="clusters", device=at("cpu")))
+
+
 # --- the usual code ---------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 // relational on the CPU. Compiled once per instruction set; no headers of the standard library with inline functions here
 // (core/config.h says why).
-#include "relational/math.h"
+#include "core/dispatch.h"
+#include "relational/cpu_rows.h"
 
 namespace fastkd::relational {
 inline namespace FASTKD_TARGET {
@@ -10,26 +11,72 @@ constexpr int64_t kLane = 16;  // floats of an AVX-512 register
 // A tile of the triangle k < i, 5 arrays of kRows x kColumns, stays in the L1 or L2 cache while the vertices pass by.
 constexpr int64_t kRows = 8, kColumns = 256;
 
-double direct_square(const double* a, const double* b, int64_t width) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t d = 0; d < width; ++d) sum += (a[d] - b[d]) * (a[d] - b[d]);
-  return sum;
+template <class F>
+void with_rows_type(DType type, const F& f) {
+  type == DType::f64 ? f.template operator()<double>() : f.template operator()<float>();
 }
 
-void squares(const SidesArgs& args, int64_t begin, int64_t end) {
+double largest(const RowsArgs& args) {
+  double top = 0;
+  with_rows_type(args.type, [&]<class A>() {
+    const A* x = static_cast<const A*>(args.from);
+    A most = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t e = 0; e < args.n * args.columns; ++e) {
+      const A magnitude = x[e] < 0 ? -x[e] : x[e];
+      most = magnitude > most ? magnitude : most;
+    }
+    top = double(most);
+  });
+  return top;
+}
+
+void copy_rows(const RowsArgs& args, int64_t begin, int64_t end) {
+  with_rows_type(args.type, [&]<class A>() {
+    for (int64_t a = begin; a < end; ++a) {
+      const A* from = static_cast<const A*>(args.from) + a * args.columns;
+      A* to = static_cast<A*>(args.rows) + a * args.width;
+      for (int64_t d = 0; d < args.columns; ++d) to[d] = A(double(from[d]) * args.scale);
+      for (int64_t d = args.columns; d < args.width; ++d) to[d] = 0;
+    }
+  });
+}
+
+void direct_squares(const RowsArgs& args, int64_t begin, int64_t end) {
+  with_rows_type(args.type, [&]<class A>() { SquareBlock<A>{args, begin, end}.run(); });
+}
+
+void pull(const PullArgs& args, int64_t begin, int64_t end) {
+  with_rows_type(args.type, [&]<class A>() {
+    alignas(64) A parts[kTall * kDepth];
+    alignas(64) double totals[kTall * kDepth];
+    for (int64_t a = begin; a < end; a += kTall) pull_pair(args, a, end, parts, totals);
+  });
+}
+
+void gram_squares(const SidesArgs& args, int64_t begin, int64_t end) {
   const int64_t n = args.n;
   for (int64_t a = begin; a < end; ++a) {
     const double norm = args.gram[a * n + a];
-    double sum = 0, positive = 0;
     for (int64_t b = 0; b < n; ++b) {
       const double other = args.gram[b * n + b];
       double square = norm + other - 2 * args.gram[a * n + b];
       if (is_near(square, norm + other) || a == b)
         square = direct_square(args.x + a * args.width, args.x + b * args.width, args.width);
       args.squares[a * n + b] = square;
-      sum += ::sqrt(square);
-      positive += square > 0 ? 1 : 0;
+    }
+  }
+}
+
+void sums(const SidesArgs& args, int64_t begin, int64_t end) {
+  const int64_t n = args.n;
+  for (int64_t a = begin; a < end; ++a) {
+    const double* squares = args.squares + a * n;
+    double sum = 0, positive = 0;
+#pragma omp simd reduction(+ : sum, positive)
+    for (int64_t b = 0; b < n; ++b) {
+      sum += ::sqrt(squares[b]);
+      positive += squares[b] > 0 ? 1. : 0.;
     }
     args.row_sums[a] = sum;
     args.row_sums[n + a] = positive;
@@ -61,7 +108,8 @@ void planes(const SidesArgs& args, int64_t begin, int64_t end) {
       const int64_t padded = padded_size(args.n);
       const double scale = inverse_mean(args.mean[0]);
       double* to = static_cast<double*>(args.planes) + a * padded;
-      for (int64_t b = 0; b < padded; ++b) to[b] = b < args.n ? ::sqrt(args.squares[a * args.n + b]) * scale : 0;
+      for (int64_t b = 0; b < args.n; ++b) to[b] = ::sqrt(args.squares[a * args.n + b]) * scale;
+      for (int64_t b = args.n; b < padded; ++b) to[b] = 0;
     }
   }
 }
@@ -293,7 +341,7 @@ void diagonal(const LossArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace FASTKD_TARGET
 
-const CpuKernels FASTKD_CPU_KERNELS = {partial_elements, squares,   planes,         angles,
-                                       angle_pairs,      distances, distance_pairs, diagonal};
+const CpuKernels FASTKD_CPU_KERNELS = {partial_elements, largest, copy_rows,   direct_squares, pull,           gram_squares, sums,
+                                       planes,           angles,  angle_pairs, distances,      distance_pairs, diagonal};
 
 }  // namespace fastkd::relational

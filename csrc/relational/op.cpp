@@ -2,6 +2,8 @@
 // build of the CUDA kernels.
 #include "relational/op.h"
 
+#include <math.h>
+
 #include <tuple>
 
 #include "core/tensors.h"
@@ -37,13 +39,46 @@ void over_rows(int64_t n, const F& f) {
   torch::stable::parallel_for(0, n, grain(n), f);
 }
 
-void run_sides(const SidesArgs& args, const Tensor&) {
+// From args.squares to planes and mean.
+void run_planes(const SidesArgs& args) {
   const int64_t n = args.n;
-  over_rows(n, [&](int64_t begin, int64_t end) { kernels().squares(args, begin, end); });
+  over_rows(n, [&](int64_t begin, int64_t end) { kernels().sums(args, begin, end); });
   const double positive = sum_of(args.row_sums + n, n);
   args.mean[0] = sum_of(args.row_sums, n) / (positive > 1 ? positive : 1);
   args.mean[1] = positive;
   over_rows(n, [&](int64_t begin, int64_t end) { kernels().planes(args, begin, end); });
+}
+
+void run_sides(const SidesArgs& args, const Tensor&) {
+  over_rows(args.n, [&](int64_t begin, int64_t end) { kernels().gram_squares(args, begin, end); });
+  run_planes(args);
+}
+
+// Squared distances from differences. A task has a block of rows and its mirror image, the number of whose pairs add up
+// to the same for all.
+void run_squares(RowsArgs& args) {
+  const int64_t n = args.n, blocks = (n + kBlock - 1) / kBlock;
+  const double top = kernels().largest(args);
+  if (top > 0 && top < double(__builtin_inff())) args.scale = ::ldexp(1., -::ilogb(top));
+  torch::stable::parallel_for(0, n, grain(args.width),
+                              [&](int64_t begin, int64_t end) { kernels().copy_rows(args, begin, end); });
+  const auto block = [&](int64_t b) {
+    kernels().direct_squares(args, b * kBlock, b * kBlock + kBlock < n ? b * kBlock + kBlock : n);
+  };
+  torch::stable::parallel_for(0, (blocks + 1) / 2, grain(n * args.width), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      block(b);
+      if (blocks - 1 - b != b) block(blocks - 1 - b);
+    }
+  });
+}
+
+void run_pull(const PullArgs& args) {
+  // In pairs of rows, so that a pair is no other one where threads divide them otherwise.
+  const int64_t pairs = (args.n + 1) / 2;
+  torch::stable::parallel_for(0, pairs, grain(2 * args.n * args.width), [&](int64_t begin, int64_t end) {
+    kernels().pull(args, 2 * begin, 2 * end < args.n ? 2 * end : args.n);
+  });
 }
 
 void run_loss(const LossArgs& args, const Tensor&) {
@@ -161,6 +196,62 @@ std::tuple<Tensor, Tensor> loss(const Tensor& student, const Tensor& teacher, co
   return {result, laplacian};
 }
 
+#if defined(FASTKD_BACKEND_CPU)
+
+// Planes of the distances between the rows x [N, D] (float32, float64), their mean, their number and the scale of the
+// rows [3], and the scaled rows [N, padded].
+std::tuple<Tensor, Tensor, Tensor> distances(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 2, "fastkd: expected embeddings [N, D]");
+  const Tensor from = torch::stable::contiguous(x);
+  RowsArgs args;
+  args.n = x.size(0);
+  args.columns = x.size(1);
+  args.width = padded_width(args.columns);
+  args.type = dtype_of(x);
+  STD_TORCH_CHECK(args.type == DType::f32 || args.type == DType::f64, "fastkd: embeddings in float32 or float64");
+  Tensor rows = empty_like_device(x, {args.n, args.width}, x.scalar_type());
+  Tensor squares = empty_like_device(x, {args.n, args.n}, ScalarType::Double);
+  Tensor planes = empty_like_device(x, {1, args.n, padded_size(args.n)}, ScalarType::Double);
+  Tensor mean = empty_like_device(x, {3}, ScalarType::Double);
+  Tensor row_sums = empty_like_device(x, {2, args.n}, ScalarType::Double);
+  args.from = from.data_ptr();
+  args.rows = rows.data_ptr();
+  args.squares = doubles(squares);
+  run_squares(args);
+  SidesArgs sides;
+  sides.n = args.n;
+  sides.kind = Kind::distance;
+  sides.squares = args.squares;
+  sides.row_sums = doubles(row_sums);
+  sides.mean = doubles(mean);
+  sides.planes = planes.data_ptr();
+  run_planes(sides);
+  sides.mean[2] = args.scale;
+  return {planes, mean, rows};
+}
+
+// The gradient [N, columns] from what `distances` and `loss` returned.
+Tensor pull(const Tensor& laplacian, const Tensor& rows, const Tensor& mean, int64_t columns) {
+  check_matrix(laplacian);
+  PullArgs args;
+  args.n = rows.size(0);
+  args.columns = columns;
+  args.width = rows.size(1);
+  args.type = dtype_of(rows);
+  STD_TORCH_CHECK(laplacian.size(0) == args.n && laplacian.is_contiguous() && rows.is_contiguous() && mean.numel() == 3 &&
+                      args.width == padded_width(columns),
+                  "fastkd: expected the results of relational_distances");
+  Tensor grad = empty_like_device(rows, {args.n, columns}, rows.scalar_type());
+  args.rows = rows.data_ptr();
+  args.laplacian = doubles(laplacian);
+  args.factor = doubles(mean)[2];
+  args.grad = grad.data_ptr();
+  run_pull(args);
+  return grad;
+}
+
+#endif
+
 }  // namespace
 }  // namespace fastkd::relational
 
@@ -170,10 +261,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
   m.def(
       "relational_loss(Tensor student, Tensor teacher, Tensor mean, Tensor? weight, int kind, int reduction, bool need_grad) "
       "-> (Tensor, Tensor)");
+  m.def("relational_distances(Tensor x) -> (Tensor, Tensor, Tensor)");
+  m.def("relational_pull(Tensor laplacian, Tensor rows, Tensor mean, int columns) -> Tensor");
 }
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) {
   m.impl("relational_sides", TORCH_BOX(&fastkd::relational::sides));
   m.impl("relational_loss", TORCH_BOX(&fastkd::relational::loss));
+#if defined(FASTKD_BACKEND_CPU)  // on a GPU the Gram matrix is the faster way
+  m.impl("relational_distances", TORCH_BOX(&fastkd::relational::distances));
+  m.impl("relational_pull", TORCH_BOX(&fastkd::relational::pull));
+#endif
 }

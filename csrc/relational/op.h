@@ -22,7 +22,7 @@ constexpr int64_t kChunks = 16;  // parts that the vertices of angles are divide
 FASTKD_HD int64_t padded_size(int64_t n) { return ((n + kPad - 1) / kPad | 1) * kPad; }
 FASTKD_HD int plane_count(Kind kind) { return kind == Kind::single ? 3 : kind == Kind::full ? 2 : 1; }
 
-// From centred rows and their Gram matrix to planes.
+// From centred rows and their Gram matrix, or on the CPU from squared distances, to planes.
 struct SidesArgs {
   int64_t n = 0, width = 0;
   Kind kind{};
@@ -33,6 +33,32 @@ struct SidesArgs {
   double* row_sums = nullptr;     // [2, N] sums of the distances, numbers of positive ones
   double* mean = nullptr;         // [2] mean of the positive distances, their number; written by CUDA, read by the CPU
   void* planes = nullptr;
+};
+
+// Distances without a Gram matrix, on the CPU. Rows are a network's embeddings times a power of two that brings the
+// largest magnitude into [1, 2), so that float32 squares neither overflow nor underflow; padded with zeros to kWidth.
+constexpr int64_t kWidth = 16;
+constexpr int64_t kBlock = 32;  // rows of a task
+
+FASTKD_HD int64_t padded_width(int64_t width) { return (width + kWidth - 1) / kWidth * kWidth; }
+
+struct RowsArgs {
+  int64_t n = 0, columns = 0, width = 0;  // width: columns, padded
+  DType type{};                           // f32, f64
+  const void* from = nullptr;             // [N, columns]
+  double scale = 1;
+  void* rows = nullptr;                   // [N, width]
+  double* squares = nullptr;              // [N, N] squared distances
+};
+
+// grad [N, columns] = factor * sum_b -laplacian_ab (x_a - x_b)
+struct PullArgs {
+  int64_t n = 0, columns = 0, width = 0;
+  DType type{};
+  const void* rows = nullptr;
+  const double* laplacian = nullptr;
+  double factor = 1;
+  void* grad = nullptr;
 };
 
 // From the planes of both networks to the losses of N vertices (angles) or anchors (distances), and to `laplacian`, the
@@ -58,7 +84,12 @@ struct LossArgs {
 // cpu.cpp defines one of these per instruction set; [begin, end) are rows, or chunks of vertices.
 struct CpuKernels {
   int64_t (*partial_elements)(int64_t n);
-  void (*squares)(const SidesArgs&, int64_t begin, int64_t end);
+  double (*largest)(const RowsArgs&);  // magnitude in `from`
+  void (*copy_rows)(const RowsArgs&, int64_t begin, int64_t end);
+  void (*direct_squares)(const RowsArgs&, int64_t begin, int64_t end);  // rows of one block
+  void (*pull)(const PullArgs&, int64_t begin, int64_t end);
+  void (*gram_squares)(const SidesArgs&, int64_t begin, int64_t end);
+  void (*sums)(const SidesArgs&, int64_t begin, int64_t end);
   void (*planes)(const SidesArgs&, int64_t begin, int64_t end);
   void (*angles)(const LossArgs&, int64_t begin, int64_t end);
   void (*angle_pairs)(const LossArgs&, int64_t begin, int64_t end);

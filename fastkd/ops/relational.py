@@ -7,7 +7,8 @@ beta = 1) of the student's value against the teacher's (kernels: csrc/relational
     rkd_angle      loss_j = mean_ik h(cos_ijk),   cos_ijk = <x_i - x_j, x_k - x_j> / (d_ij d_kj), the angle at vertex j
 
 A side no longer than eps * m has cosine 0 with every other. Equal rows have distance 0, and no gradient through it. The
-native kernels build neither [N, N, D] nor [N, N, N]: they take the distances from a Gram matrix in float64.
+native kernels build neither [N, N, D] nor [N, N, N]: they take the distances from a Gram matrix in float64, or on the
+CPU, where nothing but distances is wanted, from the differences.
 """
 
 from __future__ import annotations
@@ -87,6 +88,9 @@ def result_dtype(call: Call) -> torch.dtype:
 #                                                [2] that mean and the number of positive distances
 #   loss(planes, planes, student's mean, weight [N] of the N losses, kind, reduction, need_grad)
 #        -> loss [] or [N]; the matrix [N, N] whose product with the student's centred rows is the gradient
+# and for the CPU, without a Gram matrix, in x's float32 or float64:
+#   distances(x [N, D]) -> planes of the distances; [3] their mean, their number, the scale of the rows; scaled rows
+#   pull(matrix of loss, rows, mean, D) -> the gradient [N, D]
 # `namespace` is fastkd, or the test build that runs the CUDA kernels on the host.
 def _padded(n: int) -> int:
     """As csrc/relational/op.h pads: an odd number of 32s."""
@@ -105,6 +109,16 @@ def register_fakes(namespace: str) -> None:
         square = (n, n) if need_grad else (0, 0)
         return mean.new_empty((n,) if reduction == 0 else ()), mean.new_empty(square)
 
+    def distances(x):
+        n, width = x.shape[0], (x.shape[1] + 15) // 16 * 16
+        planes = x.new_empty((1, n, _padded(n)), dtype=torch.float64)
+        return planes, x.new_empty((3,), dtype=torch.float64), x.new_empty((n, width))
+
+    def pull(laplacian, rows, mean, columns):
+        return rows.new_empty((rows.shape[0], columns))
+
+    torch.library.register_fake(f"{namespace}::relational_distances", distances)
+    torch.library.register_fake(f"{namespace}::relational_pull", pull)
     torch.library.register_fake(f"{namespace}::relational_sides", sides)
     torch.library.register_fake(f"{namespace}::relational_loss", loss)
 
@@ -127,15 +141,24 @@ def _sides(x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
 
 def _forward(call: Call, weight: Tensor | None, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """The loss, and the gradient [N, D] in float32 (float64 where the loss is) of its sum weighted by `weight` [N]."""
-    rows = _centred(call.student)
-    planes, mean = _sides(rows, call)
-    targets, _ = _sides(_centred(call.teacher), call)
-    loss, laplacian = _backend.native_ops(call.student).relational_loss(
+    ops, dtype = _backend.native_ops(call.student), result_dtype(call)
+    direct = call.op == DISTANCE and _backend.device_kind(call.student) == "cpu"
+    if direct:
+        planes, mean, rows = ops.relational_distances(call.student.to(dtype))
+        targets, *_ = ops.relational_distances(call.teacher.to(dtype))
+    else:
+        rows = _centred(call.student)
+        planes, mean = _sides(rows, call)
+        targets, _ = _sides(_centred(call.teacher), call)
+    loss, laplacian = ops.relational_loss(
         planes, targets, mean, weight, _kind(call), common.REDUCTIONS.index(call.reduction), need_grad
     )
-    dtype = result_dtype(call)
+    if not need_grad:
+        return loss.to(dtype), None
     # Half-precision students, too: in float16 a small gradient would be lost before a loss scale saves it.
-    return loss.to(dtype), (laplacian @ rows).to(dtype) if need_grad else None
+    if direct:
+        return loss.to(dtype), ops.relational_pull(laplacian, rows, mean, call.student.shape[1])
+    return loss.to(dtype), (laplacian @ rows).to(dtype)
 
 
 class _Native(torch.autograd.Function):
