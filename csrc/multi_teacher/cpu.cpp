@@ -39,23 +39,35 @@ void keep_stats(const Row<A>& row, int network, const T* from, const A* logits, 
                      group_stats::stats_of_row(logits, max, label, row.n, row.padded));
 }
 
+// The teacher's x and e at a temperature, from `t` in place; its sum z.
 template <class A>
-struct TeacherSums {
-  A z, a;
-};
-
-// t becomes x, the teacher's exponentials e, their sum z, and a = sum e (x_t - x_s): math.h, divergence(). In two loops:
-// of two sums in one loop GCC keeps one in memory, and adds the other in another order than the student's.
-template <class A>
-TeacherSums<A> teacher_sums(A* t, A max_t, const A* x_s, A inv_t, int64_t n, A* e) {
-  const A z = exponentials(t, max_t, inv_t, n, t, e);
-  A a = 0;
-#pragma omp simd reduction(+ : a)
-  for (int64_t c = 0; c < n; ++c) a += weighted_gap(e[c], t[c], x_s[c]);
-  return {z, a};
+A teacher_at(const Row<A>& row, A* t, A max_t, double temperature) {
+  return exponentials(t, max_t, A(1 / temperature), row.padded, t, row.s.teacher_exp);
 }
 
-// grad += factor * (e_s - ratio * e_t): exactly 0 where both networks are the same, with and without FMA.
+// a = sum e (x_t - x_s): math.h, divergence(). Not in the loop of the exponentials: of two sums in one loop GCC keeps one in
+// memory, and adds the other in another order than the student's.
+template <class A>
+A gaps(const A* e_t, const A* x_t, const A* x_s, int64_t n) {
+  A a = 0;
+#pragma omp simd reduction(+ : a)
+  for (int64_t c = 0; c < n; ++c) a += weighted_gap(e_t[c], x_t[c], x_s[c]);
+  return a;
+}
+
+// The same, and grad += factor * (e_s - ratio * e_t): exactly 0 where both networks are the same, with and without FMA.
+template <class A>
+A gaps_and_gradient(const A* e_t, const A* x_t, const A* x_s, const A* e_s, A factor, A ratio, A* grad, int64_t n) {
+  A a = 0;
+#pragma omp simd reduction(+ : a)
+  for (int64_t c = 0; c < n; ++c) {
+    a += weighted_gap(e_t[c], x_t[c], x_s[c]);
+    grad[c] += factor * (e_s[c] - ratio * e_t[c]);
+  }
+  return a;
+}
+
+// The gradient alone, of a mixture of teachers.
 template <class A>
 void add_difference(A* grad, A factor, const A* e_s, A ratio, const A* e_t, int64_t n) {
 #pragma omp simd
@@ -83,11 +95,13 @@ template <class A>
 A teach(Row<A>& row, A* teacher, A max_teacher, A weight, double temperature) {
   const Scratch<A>& s = row.s;
   const Scale<A> scale = temperature_scale<A>(temperature, row.args.scale_by_t2);
-  const auto [z, a] =
-      teacher_sums(teacher, max_teacher, s.student_x, A(1 / temperature), row.padded, s.teacher_exp);
+  const A z = teacher_at(row, teacher, max_teacher, temperature);
+  A a;
   if (row.args.need_grad) {
     const A factor = weight * scale.grad / row.z_student;
-    add_difference(s.grad, factor, s.student_exp, row.z_student / z, s.teacher_exp, row.padded);
+    a = gaps_and_gradient(s.teacher_exp, teacher, s.student_x, s.student_exp, factor, row.z_student / z, s.grad, row.padded);
+  } else {
+    a = gaps(s.teacher_exp, teacher, s.student_x, row.padded);
   }
   return divergence(a, z, row.z_student);
 }
@@ -101,9 +115,8 @@ const T* teacher_row(const Row<A>& row, int k) {
 template <class T, class A>
 void keep_divergence_alone(Row<A>& row, int k, A max_teacher, double temperature) {
   if (!row.args.kl) return;
-  const auto [z, a] =
-      teacher_sums(row.s.teacher, max_teacher, row.s.student_x, A(1 / temperature), row.padded, row.s.teacher_exp);
-  row.keep_divergence(k, divergence(a, z, row.z_student));
+  const A z = teacher_at(row, row.s.teacher, max_teacher, temperature);
+  row.keep_divergence(k, divergence(gaps(row.s.teacher_exp, row.s.teacher, row.s.student_x, row.padded), z, row.z_student));
   load_row(teacher_row<T>(row, k), row.n, row.padded, row.s.teacher);
 }
 
