@@ -118,8 +118,8 @@ def table(result: dict, folder: Path) -> str:
         lines += ["", title(result, axis), "", *report.aligned(body)]
     lines += [
         "",
-        "Milliseconds of a step: networks + fused losses (losses in plain PyTorch), medians of steps in turns. Losses are "
-        "taken by themselves: in a step the graphs of all of them are held at once, which costs plain PyTorch more.",
+        "Milliseconds of a step: networks + fused losses (plain PyTorch's losses), medians of steps in turns. Losses "
+        "by themselves: within a step the graphs of all of them are held at once, which costs plain PyTorch more.",
         "last / first: the networks' time and the fused losses', largest size over smallest.",
         "MB: peak of what PyTorch allocated during the fused step, activations included, smallest size > largest.",
         "networks: " + "; ".join(f"{method} {what}" for method, what in GROWS.items()) + ".",

@@ -77,8 +77,8 @@ def test_it_writes_its_file_and_chart_and_prints_the_tables(tmp_path, tiny, caps
         assert entry["losses"] >= 1 and entry["extra_bytes"]["fused"] > 0
     sizes = {axis: {m: list(own) for m, own in scaling.series(result, axis)} for axis in scaling.AXES}
     assert sizes["networks"] == dict.fromkeys(scaling.GROWS, [2, 3]) and sizes["batch"]["FEED"] == [4, 6]
-    for method, own in scaling.series(result, "networks"):
-        assert own[3]["extra_bytes"]["reference"] > own[2]["extra_bytes"]["reference"], method
+    peers = dict(scaling.series(result, "networks"))["CTSL-MKT"]  # all of them learn: memory is that of all
+    assert peers[3]["extra_bytes"]["fused"] > 1.3 * peers[2]["extra_bytes"]["fused"]
     picture = file.with_suffix(".png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 20_000
     again = subprocess.run(
