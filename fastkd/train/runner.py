@@ -169,7 +169,13 @@ class Runner:
             f"{stage.name} {stage.network}" if stage.name != "student" else f"{stage.method}: student {stage.network}",
             facts,
             {learner.name: network for learner, network in list(zip(stage.learners, learners, strict=True))[1:]},
+            self._curves(stage) if folder is not None else None,
         )
+
+    def _curves(self, stage: Stage) -> Path | None:
+        """Where a stage's curves go: in this run's folder, also where its checkpoints go into the cache."""
+        name = f"{stage.name}-{stage.method}"  # TensorBoard shows it as the run's
+        return Path(self.config.out) / "tensorboard" / name if self.config.tensorboard else None
 
     def _learners(self, stage: Stage, trained: Mapping[str, nn.Module]) -> list[nn.Module]:
         return [self._learner(learner, trained) for learner in stage.learners]
