@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -242,8 +243,10 @@ def test_event_files_of_a_killed_run_hold_each_step_once(tmp_path, monkeypatch):
     assert found["epoch/test_accuracy"] == expected
 
 
-def test_the_writers_thread_on_a_full_disk_is_one_word(tmp_path, capsys):
+def test_the_writers_thread_on_a_full_disk_is_one_word(tmp_path, capsys, monkeypatch):
     pytest.importorskip("tensorboard")
+    tracebacks = []
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
     board, before = Board(tmp_path / "curves"), resource.getrlimit(resource.RLIMIT_FSIZE)
     with board.opened(1):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
@@ -256,5 +259,6 @@ def test_the_writers_thread_on_a_full_disk_is_one_word(tmp_path, capsys):
         for step in range(200, 300):
             board.row(step, {"loss": float(step)})
     said = capsys.readouterr().err
+    assert not tracebacks and threading.excepthook == tracebacks.append
     assert "is written no more (File too large)" in said and said.count("\n") == 1, said
     assert 10 < len(read_back(tmp_path / "curves")["epoch/loss"]) < 200

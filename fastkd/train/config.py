@@ -144,6 +144,7 @@ class ScaleOptions:
         channels_last: keep feature maps in channels-last order
         compile: compile the networks that learn (torch.compile)
         deterministic: the same bits from the same seed on a GPU, too; slower
+        sync_batch_norm: several processes on GPUs: batch normalisation over the global batch (torch.nn.SyncBatchNorm)
         timeout: seconds after which a process that does not answer ends the run
     """
 
@@ -152,6 +153,7 @@ class ScaleOptions:
     channels_last: bool = False
     compile: bool = False
     deterministic: bool = False
+    sync_batch_norm: bool = False
     timeout: float = 600.0
 
 

@@ -16,7 +16,7 @@ from fastkd.data import Data, loader
 from fastkd.data.parts import Part
 from fastkd.methods import Method
 from fastkd.models import logits_of
-from fastkd.train import checkpoint
+from fastkd.train import batch_norm, checkpoint
 from fastkd.train.bad_images import BadImages
 from fastkd.train.board import Board
 from fastkd.train.config import Settings, UserError
@@ -151,14 +151,14 @@ class Fit:
 
         Raises Interrupted after Ctrl-C, once all is saved, and Divergence for a loss that is not finite.
         """
-        if self.epoch == self.epochs:
-            return self.rows
-        if self.epoch == 0 and self._unfinished is None:
-            checkpoint.seed_all(own_seed(self.seed, self.world.rank))
-            self.initialise()
-        with catch_interrupt() as interrupted, self.board.opened(self.step + 1):
-            for epoch in range(self.epoch, self.epochs):
-                self._run_epoch(epoch, interrupted)
+        if self.epoch < self.epochs:
+            if self.epoch == 0 and self._unfinished is None:
+                checkpoint.seed_all(own_seed(self.seed, self.world.rank))
+                self.initialise()
+            with catch_interrupt() as interrupted, self.board.opened(self.step + 1):
+                for epoch in range(self.epoch, self.epochs):
+                    self._run_epoch(epoch, interrupted)
+        batch_norm.restore(self.method)
         return self.rows
 
     def initialise(self) -> None:
