@@ -32,7 +32,7 @@ test-asan: $(INSTALLED) ## the operations' CPU tests under the address and undef
 test-slow: $(BUILT) ## the slow tests: the wheel under other versions of torch (needs 15 GB of disk), installations
 	$(PY) -m pytest -m slow
 
-bench: $(BUILT) ## time the operations against eager PyTorch and torch.compile (BENCH=--quick, --sweep, --steps, --all)
+bench: $(BUILT) ## time the operations against eager PyTorch and torch.compile (BENCH=--quick, --sweep, --steps, --scaling, --all)
 	$(PY) -m benchmarks $(BENCH)
 
 # With the python that is there: a machine with a GPU has its own torch, and nothing is installed.

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-KINDS = ("operations", "sweep", "steps")
+KINDS = ("operations", "sweep", "steps", "scaling")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,7 +21,8 @@ def parser() -> argparse.ArgumentParser:
     add = parse.add_argument
     add("--sweep", action="store_true", help="instead: four operations over a size, a chart each")
     add("--steps", action="store_true", help="instead: a training step of each of five methods, networks included")
-    add("--all", action="store_true", help="the operations, the sweep and the steps, one after another")
+    add("--scaling", action="store_true", help="instead: how a step grows with networks, batch and classes")
+    add("--all", action="store_true", help="all four, one after another")
     add("--large", action="store_true", help="of --steps: the groups that are measured on a GPU only, too")
     add("--brief", action="store_true", help="all sizes, few rounds, and only the tests of the device that is measured")
     add("--quick", action="store_true", help="as --brief, small sizes only, and no file is written")
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         print(f'{error}; install what the benchmarks need: pip install -e ".[bench]"', file=sys.stderr)
         return 2
-    kinds = [kind for kind in ("sweep", "steps") if getattr(options, kind)] or ["operations"]
+    kinds = [kind for kind in KINDS[1:] if getattr(options, kind)] or ["operations"]
     for kind in KINDS if options.all else kinds:
         status = operations(options) if kind == "operations" else _other(kind, options)
         if status:

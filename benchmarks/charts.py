@@ -1,4 +1,4 @@
-"""Pictures of what was measured: one of all cases, one a sweep, one of the training steps."""
+"""Pictures of what was measured: one of all cases, one a sweep, one of the training steps, one of their growth."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator  # noqa: E402
 
 from benchmarks import measure  # noqa: E402
+from benchmarks import scaling as growth  # noqa: E402
 from benchmarks.registry import TRAINING  # noqa: E402
 
 COLOURS = {
@@ -195,6 +196,40 @@ def steps(result: dict, path: Path) -> Path:
         _head(figure, handles, labels, "A training step, networks included")
         figure.supxlabel(
             "Medians of steps in turns; under the method, how many times faster its step is.\n" + _footer(result),
+            fontsize=7.5, color="#555555", x=0.01, ha="left",
+        )  # fmt: skip
+        return _save(figure, path)
+
+
+LINES = {"DGKD": "#0b6fb8", "ORC": "#d1602a", "CTSL-MKT": "#7a5aa6", "DKEL": "#4c9a5b", "FEED": "#b8860b"}
+
+
+def scaling(result: dict, path: Path) -> Path:
+    """A step against the number of networks; its losses, fused and plain PyTorch, against each of the sizes."""
+    with plt.rc_context(STYLE):
+        figure, plots = plt.subplots(1, 4, figsize=(14, 4.4), layout="constrained")
+        panels = [("A step, ms", "networks", {"fused": "-", "reference": ":"})]
+        losses = {"fused loss": "-", "reference loss": ":"}
+        panels += [(f"Its losses by {axis}, ms", axis, losses) for axis in growth.AXES]
+        for axes, (title, axis, lines) in zip(plots, panels, strict=True):
+            sizes = set()
+            for method, entries in growth.series(result, axis):
+                sizes |= set(entries)
+                for name, style in lines.items():
+                    times = [entry["milliseconds"][name]["p50"] for entry in entries.values()]
+                    line = {"color": LINES[method], "linestyle": style, "linewidth": 1.6, "marker": "o"}
+                    axes.plot(list(entries), times, markersize=3.5, **line)
+            axes.set(xscale="log", yscale="log", title=title, xlabel=axis)
+            _log_axis(axes.xaxis, sorted(sizes))
+            _log_axis(axes.yaxis)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        methods = list(dict.fromkeys(entry["method"] for entry in result["steps"]))
+        handles = [plt.Line2D([], [], color=LINES[method], marker="o", markersize=3.5) for method in methods]
+        handles += [plt.Line2D([], [], color="#333333", linestyle=style) for style in ("-", ":")]
+        _head(figure, handles, [*methods, "fused", "plain PyTorch"], "How a training step grows")
+        figure.supxlabel(
+            f"{growth.title(result, 'networks')}, where nothing else grows {result['base']['networks']} networks in a "
+            "group; medians of steps in turns; logarithmic axes. " + _footer(result),
             fontsize=7.5, color="#555555", x=0.01, ha="left",
         )  # fmt: skip
         return _save(figure, path)

@@ -1,4 +1,4 @@
-"""The sweep and the training steps: guard, measurements, table, file, charts."""
+"""The sweep, the training steps and their growth: guard, measurements, table, file, charts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import charts, guard, report, steps, sweep
+from benchmarks import charts, guard, report, scaling, steps, sweep
 from benchmarks.registry import OPERATIONS
+
+MODULES = {"sweep": sweep, "steps": steps, "scaling": scaling}
 
 
 def run(kind: str, options: argparse.Namespace) -> int:
@@ -18,16 +20,16 @@ def run(kind: str, options: argparse.Namespace) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(options.results or report.FOLDER)
     less = options.quick or options.brief
-    names = sweep.chosen(options.keyword) if kind == "sweep" else steps.chosen(options.keyword, device, options.large)
+    names = _chosen(kind, device, options)
     if not names:
         print(f"-k {options.keyword}: no {kind} has this in its name")
         return 2
     said = _tested(kind, names, device, less)
-    kinds = {"sweep": _sweep, "steps": _steps}
+    kinds = {"sweep": _sweep, "steps": _steps, "scaling": _scaling}
     result = kinds[kind](names, device, options) | report.header(device, said)
-    layout, module = (sweep.LAYOUT, sweep) if kind == "sweep" else (steps.LAYOUT, steps)
+    layout = MODULES[kind].LAYOUT
     report.validate(result, layout)
-    print(module.table(result, folder))
+    print(MODULES[kind].table(result, folder))
     if options.quick or options.keyword:
         print("part of the cases or rounds: nothing was written")
         return 0
@@ -36,8 +38,14 @@ def run(kind: str, options: argparse.Namespace) -> int:
     return 0
 
 
+def _chosen(kind: str, device: str, options: argparse.Namespace) -> list:
+    if kind == "steps":
+        return steps.chosen(options.keyword, device, options.large)
+    return sweep.chosen(options.keyword) if kind == "sweep" else scaling.chosen(options.keyword, options.quick)
+
+
 def _tested(kind: str, names: list, device: str, less: bool) -> dict[str, str]:
-    """The tests of every operation that is measured; of the steps, those of the methods too.
+    """The tests of every operation that is measured; of steps, those of the methods too.
 
     less: only the operations' tests that name the device. The methods' name none; before a step is timed, both
     backends must give the same losses anyway.
@@ -46,7 +54,7 @@ def _tested(kind: str, names: list, device: str, less: bool) -> dict[str, str]:
     if kind == "sweep":
         return guard.require_all_passing(sweep.tests(names), keyword)
     said = guard.require_all_passing({name: operation.tests for name, operation in OPERATIONS.items()}, keyword)
-    methods = {} if less else {method: steps.TESTS[method] for _, method in names}
+    methods = {} if less else {m: test for m, test in steps.TESTS.items() if any(m in name for name in names)}
     return said | guard.require_all_passing(methods)
 
 
@@ -81,10 +89,20 @@ def _steps(names: list[tuple[str, str]], device: str, options: argparse.Namespac
     return {"steps": found}
 
 
+def _scaling(names: list[tuple[str, scaling.Point]], device: str, options: argparse.Namespace) -> dict:
+    rounds = {"seconds": 0.2, "least": 2} if options.quick or options.brief else {"seconds": 0.5, "least": 3}
+    found = []
+    for method, point in _in_time(names, options):
+        print(f"scaling: {method}, {point}", flush=True)
+        found.append(scaling.measured(method, point, device, **rounds))
+    return scaling.result(found)
+
+
 def _write(kind: str, result: dict, layout: dict, folder: Path) -> list[Path]:
     path = report.write(result, folder, layout)
-    if kind == "steps":
-        return [path, charts.steps(result, path.with_suffix(".png"))]
+    if kind in ("steps", "scaling"):
+        draw = charts.steps if kind == "steps" else charts.scaling
+        return [path, draw(result, path.with_suffix(".png"))]
     charted = [
         charts.sweep(result, series, path.with_name(f"{path.stem}-{name}.png"))
         for name, series in result["sweeps"].items()

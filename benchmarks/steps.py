@@ -64,17 +64,19 @@ GROUPS = {
     "resnet56": Group("resnet56", 128, 100, large=True),
 }
 
-Make = Callable[[], nn.Module]
-METHODS: dict[str, Callable[[Make, Group], methods.Method]] = {
-    "DGKD": lambda make, group: methods.DGKD(make(), [make() for _ in range(3)], lam=0.5),
-    "ORC": lambda make, group: methods.ORC(make(), [make() for _ in range(3)]),
-    "CTSL-MKT": lambda make, group: methods.CTSLMKT([make(), make()], [make(), make()]),
-    "DKEL": lambda make, group: methods.DKEL(
-        branched(group.network, group.classes, 3, image_size=group.image_size), init=None
+# (so many fresh networks, group, how many guides, students, peers, branches or teachers) -> the method
+Make = Callable[[int], list[nn.Module]]
+METHODS: dict[str, Callable[[Make, Group, int], methods.Method]] = {
+    "DGKD": lambda make, group, number: methods.DGKD(*make(1), make(number), lam=0.5),
+    "ORC": lambda make, group, number: methods.ORC(*make(1), make(number)),
+    "CTSL-MKT": lambda make, group, number: methods.CTSLMKT(make(number), make(number)),
+    "DKEL": lambda make, group, number: methods.DKEL(
+        branched(group.network, group.classes, number, image_size=group.image_size), init=None
     ),
-    "FEED": lambda make, group: methods.FEED(make(), [make() for _ in range(3)]),
+    "FEED": lambda make, group, number: methods.FEED(*make(1), make(number)),
 }
-VIEWS = {"DKEL": 3}
+NUMBERS = {"DGKD": 3, "ORC": 3, "CTSL-MKT": 2, "DKEL": 3, "FEED": 3}  # of these networks in a step of --steps
+VIEWED = ("DKEL",)  # each of these networks has its own view of the images
 ABOUT = {
     "DGKD": "a student, 3 frozen guides",
     "ORC": "a pivot and 3 students, all learn; three updates",
@@ -99,21 +101,25 @@ def chosen(keyword: str, device: str, large: bool) -> list[tuple[str, str]]:
 
 
 class TrainingStep:
-    """A method with its networks, optimiser and a batch; called, it makes one step with the chosen backend."""
+    """A method with its networks, optimiser and a batch; called, it makes one step with the chosen backend.
 
-    def __init__(self, method: str, group: Group, device: str, seed: int = 0) -> None:
+    number: of its guides, students, peers, branches or teachers; None takes NUMBERS.
+    """
+
+    def __init__(self, method: str, group: Group, device: str, seed: int = 0, number: int | None = None) -> None:
         torch.manual_seed(seed)
+        number = number or NUMBERS[method]
 
-        def make() -> nn.Module:
-            return create(group.network, group.classes, image_size=group.image_size)
+        def make(count: int) -> list[nn.Module]:
+            return [create(group.network, group.classes, image_size=group.image_size) for _ in range(count)]
 
-        self.method = METHODS[method](make, group).to(device)
+        self.method = METHODS[method](make, group, number).to(device)
         self.method.start_epoch(0, 300)
         self.method.train()
         parameters = self.method.parameter_groups(LEARNING_RATE)
         self.optimizer = torch.optim.SGD(parameters, momentum=0.9, weight_decay=5e-4)
         size = (group.batch, 3, group.image_size, group.image_size)
-        views = [torch.randn(size).to(device) for _ in range(VIEWS.get(method, 1))]
+        views = [torch.randn(size).to(device) for _ in range(number if method in VIEWED else 1)]
         self.images = views if len(views) > 1 else views[0]
         self.target = torch.randint(0, group.classes, (group.batch,)).to(device)
 
@@ -212,16 +218,21 @@ def require_same(step: TrainingStep) -> None:
             raise AssertionError(f"loss {i}: fused {float(fused)}, reference {float(reference)}")
 
 
-def measured(name: str, method: str, device: str, seconds: float, least: int = 5) -> dict:
-    """One entry of a file's "steps": both backends' steps, and their losses alone, in turns."""
-    group = GROUPS[name]
-    step = TrainingStep(method, group, device)
+def both(step: TrainingStep) -> tuple[dict[str, With], dict[str, With], int]:
+    """The step with each backend, its losses alone with each ("fused loss"), and how many calls the losses are."""
     require_same(step)
     with recorded() as calls:
         step()
     losses = Losses(calls)
     whole = {backend: With(chosen, step) for backend, chosen in BACKENDS.items()}
     alone = {f"{backend} loss": With(chosen, losses) for backend, chosen in BACKENDS.items()}
+    return whole, alone, len(calls)
+
+
+def measured(name: str, method: str, device: str, seconds: float, least: int = 5) -> dict:
+    """One entry of a file's "steps": both backends' steps, and their losses alone, in turns."""
+    group = GROUPS[name]
+    whole, alone, calls = both(TrainingStep(method, group, device))
     others = measure.Others()
     times = measure.interleave(whole | alone, device=device, seconds=seconds, least=least)
     others_cores = others.cores()
@@ -235,7 +246,7 @@ def measured(name: str, method: str, device: str, seconds: float, least: int = 5
         "method": method,
         "batch": group.batch,
         "classes": group.classes,
-        "losses": len(calls),
+        "losses": calls,
         "rounds": len(times["fused"]),
         "milliseconds": {called: report.rounded([t * 1e3 for t in ts]) for called, ts in times.items()},
         "ratios": {what: report.digits(measure.paired(times[a], times[b])) for what, (a, b) in ratios.items()},

@@ -9,5 +9,7 @@ def require(module: str, purpose: str, extra: str = "train") -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(module.split(".")[0], module.split(".")[0])
+        names = {"sklearn": "scikit-learn", "PIL": "pillow", "torch.utils.tensorboard": "tensorboard"}
+        top = module.split(".")[0]
+        package = names.get(module) or names.get(top, top)
         raise ImportError(f'{purpose} needs {package} ({error}): pip install "fastkd[{extra}]"') from error

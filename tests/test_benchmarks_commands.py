@@ -46,7 +46,10 @@ def test_the_commands_say_their_options():
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert all(option in run.stdout for option in ("--sweep", "--steps", "--all", "--brief", "--quick", "--deadline"))
+    assert all(
+        option in run.stdout
+        for option in ("--sweep", "--steps", "--scaling", "--all", "--brief", "--quick", "--deadline")
+    )
 
 
 def test_a_failed_step_does_not_stop_the_next(tmp_path):

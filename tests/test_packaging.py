@@ -108,7 +108,8 @@ def test_wheel_asks_for_numpy_and_torch_alone(wheel_and_log):
         metadata = archive.read(name).decode()
     required = re.findall(r"^Requires-Dist: (.+)$", metadata, re.MULTILINE)
     assert [line for line in required if "extra ==" not in line] == ["numpy", "torch>=2.11"]
-    assert set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE)) == {"train", "bench", "dev"}
+    extras = re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE)
+    assert set(extras) == {"train", "bench", "dev", "tensorboard"}
     assert "Requires-Python: >=3.10" in metadata
 
 

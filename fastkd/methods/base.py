@@ -194,6 +194,11 @@ class Method(nn.Module):
         """Of the learning networks: "student", "students.0", ..."""
         return self._learner_names
 
+    @property
+    def frozen_names(self) -> tuple[str, ...]:
+        """The attributes that hold the frozen networks: "teacher", "guides", ..."""
+        return self._frozen_names
+
     def learner(self, name: str) -> Any:
         """A learning network ("student", "students.0", ...) as it is run: wrapped by `map_learners`."""
         return self._wrapped[name] if name in self._wrapped else self.get_submodule(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from fastkd.train import checkpoint, environment
+from fastkd.train import board, checkpoint, environment
 from fastkd.train import compare as comparing
 from fastkd.train.config import CompareConfig, TrainConfig, UserError, differences, read_yaml, to_yaml
 from fastkd.train.devices import cpu_threads, pick_device
@@ -55,6 +55,8 @@ def train(config: TrainConfig, command: str, say=print) -> dict[str, Result]:
         if not world.first:
             say = lambda text: None  # noqa: E731
         config = world.from_first(lambda: config)  # a run that is resumed has the options that it finds there
+        if config.tensorboard:
+            world.from_first(lambda: board.writer_type() and None)  # only this process needs the package
         out = world.from_first(lambda: _open(config))
         with world.locked(out), cpu_threads(config.threads), deterministic(config.deterministic):
             world.from_first(lambda: _note_epochs(config, out, say))
@@ -89,6 +91,8 @@ def compare(config: CompareConfig, command: str, say=print) -> comparing.Compari
         raise UserError("fastkd compare runs in one process: start it without torchrun")
     for method in config.methods:
         recipe(method)
+    if config.tensorboard:
+        board.writer_type()
     out = _open(config)
     with lock(out), cpu_threads(config.threads), deterministic(config.deterministic):
         _keep_config(out, config)

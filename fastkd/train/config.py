@@ -119,6 +119,7 @@ class LoopOptions:
         log_every: steps between two looks at the loss on a GPU (on a CPU each step is looked at)
         quiet: print results only
         cache: folder of the networks that are trained before the student, to be shared between runs; default OUT/cache
+        tensorboard: write curves for TensorBoard into OUT/tensorboard; needs its package
     """
 
     device: str = "auto"
@@ -130,6 +131,7 @@ class LoopOptions:
     log_every: int = 50
     quiet: bool = False
     cache: str = ""
+    tensorboard: bool = False
 
 
 @dataclass
@@ -142,6 +144,7 @@ class ScaleOptions:
         channels_last: keep feature maps in channels-last order
         compile: compile the networks that learn (torch.compile)
         deterministic: the same bits from the same seed on a GPU, too; slower
+        sync_batch_norm: several processes on GPUs: batch normalisation over the global batch (torch.nn.SyncBatchNorm)
         timeout: seconds after which a process that does not answer ends the run
     """
 
@@ -150,6 +153,7 @@ class ScaleOptions:
     channels_last: bool = False
     compile: bool = False
     deterministic: bool = False
+    sync_batch_norm: bool = False
     timeout: float = 600.0
 
 
@@ -283,7 +287,7 @@ class CompareConfig(Settings, CompareOptions):
 # What may differ between the parts of one run without changing what it computes, or only where it goes on to.
 _FREE = {"out", "resume", "cache", "quiet", "keep", "log_every", "workers", "device", "threads", "data_root"}
 _FREE |= {"download", "epochs", "eval_every", "save_every", "bad_images", "non_finite"}
-_FREE |= {"channels_last", "compile", "deterministic", "timeout"}
+_FREE |= {"channels_last", "compile", "deterministic", "timeout", "tensorboard"}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastkd.methods import Method
 from fastkd.methods._batch import IGNORE_INDEX
+from fastkd.train.batch_norm import synchronise, synchronises
 from fastkd.train.config import Settings, UserError
 from fastkd.train.distributed import ALONE, World, launched
 
@@ -72,6 +73,8 @@ def prepare(method: Method, settings: Settings, device: torch.device, world: Wor
     method.to(device)
     if settings.channels_last:
         method.to(memory_format=torch.channels_last)
+    if synchronises(settings, world):
+        synchronise(method)
     if world.size > 1:
         method.map_learners(lambda network: world.wrap(method, network, device))
     if settings.compile:  # around DistributedDataParallel, whose exchange then overlaps with the backward pass

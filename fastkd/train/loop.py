@@ -16,8 +16,9 @@ from fastkd.data import Data, loader
 from fastkd.data.parts import Part
 from fastkd.methods import Method
 from fastkd.models import logits_of
-from fastkd.train import checkpoint
+from fastkd.train import batch_norm, checkpoint
 from fastkd.train.bad_images import BadImages
+from fastkd.train.board import Board
 from fastkd.train.config import Settings, UserError
 from fastkd.train.devices import batch_on, batches_on, pick_device, prepare, rows_of, run_as
 from fastkd.train.distributed import ALONE, World, own_seed, world
@@ -91,6 +92,7 @@ class Fit:
         facts: what is written into each checkpoint beside the state: plain values without paths or times. "learners"
             are the names of the networks that learn, the wanted one first.
         others: name -> the networks that learn together with the wanted one.
+        curves: folder for TensorBoard's event files; None writes none.
     """
 
     method: Method
@@ -102,9 +104,11 @@ class Fit:
     name: str
     facts: dict[str, Any]
     others: dict[str, nn.Module] = field(default_factory=dict)
+    curves: Path | None = None
 
     def __post_init__(self):
         self.world = world()
+        self.board = Board(self.curves, self.world)
         self.device = pick_device(self.settings.device)
         prepare(self.method, self.settings, self.device, self.world)
         self.optimizer = make_optimizer(self.method, self.settings)
@@ -147,12 +151,14 @@ class Fit:
 
         Raises Interrupted after Ctrl-C, once all is saved, and Divergence for a loss that is not finite.
         """
-        if self.epoch == 0 and self._unfinished is None:
-            checkpoint.seed_all(own_seed(self.seed, self.world.rank))
-            self.initialise()
-        with catch_interrupt() as interrupted:
-            for epoch in range(self.epoch, self.epochs):
-                self._run_epoch(epoch, interrupted)
+        if self.epoch < self.epochs:
+            if self.epoch == 0 and self._unfinished is None:
+                checkpoint.seed_all(own_seed(self.seed, self.world.rank))
+                self.initialise()
+            with catch_interrupt() as interrupted, self.board.opened(self.step + 1):
+                for epoch in range(self.epoch, self.epochs):
+                    self._run_epoch(epoch, interrupted)
+        batch_norm.restore(self.method)
         return self.rows
 
     def initialise(self) -> None:
@@ -167,6 +173,7 @@ class Fit:
         started = time.perf_counter()
         meter = Meter(self.device, self.settings.log_every, self._describe, self.world)
         batches = self._batches(epoch, meter)
+        self.board.watch(meter)
         resumed = meter.images  # of the part of the epoch that ran before an interruption
         with Progress(self.name, epoch, self.epochs, len(self.train_batches), self.settings.quiet) as progress:
 
@@ -262,6 +269,7 @@ class Fit:
         self.schedule.step()
         self.epoch = epoch + 1
         self.rows.append(row)
+        self.board.row(self.step, row)
         if self.folder is not None:
             # Rows first: a row without a checkpoint is dropped when the run resumes, a missing row could not be.
             self.world.from_first(lambda: write_csv(self.folder / "metrics.csv", self.rows))
@@ -270,6 +278,7 @@ class Fit:
     def _save(self, meter: Meter | None = None) -> None:
         """The state after an epoch, or with `meter` the one in the middle of it."""
         self.bad_images.tell()
+        self.board.flush()
         if self.folder is None:
             return
         self.world.share_buffers(self.method)

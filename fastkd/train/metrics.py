@@ -54,6 +54,7 @@ class Meter:
     ):
         self.device, self.describe, self.world = device, describe, world
         self.look_every = 1 if device.type == "cpu" else look_every
+        self.on_look: Callable[[Meter], None] = lambda meter: None  # after each look that found finite losses
         self.batches = 0
         self.images = 0
         self.first_step = 0  # steps before this epoch
@@ -141,6 +142,7 @@ class Meter:
         if elsewhere:
             raise Divergence(f"batch {self.batches}: the loss is not finite in another process")
         self._losses.clear()
+        self.on_look(self)
 
     def total(self) -> Meter:
         """A meter of all processes; every one of them must call."""

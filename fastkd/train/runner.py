@@ -21,7 +21,7 @@ from torch import nn
 
 from fastkd import data as datasets
 from fastkd import methods, models
-from fastkd.train import checkpoint
+from fastkd.train import batch_norm, checkpoint
 from fastkd.train.config import TrainConfig, UserError, fingerprint
 from fastkd.train.devices import pick_device
 from fastkd.train.distributed import world
@@ -94,6 +94,8 @@ def stage_key(config: TrainConfig, stage: Stage, stages: dict[str, Stage]) -> st
     facts = {name: values[name] for name in (*_DATA, *_TRAINING, "seed")}
     if config.data.startswith("imagefolder:"):
         facts["data"] = str(Path(config.data.partition(":")[2]).resolve())
+    if batch_norm.synchronises(config, world()):
+        facts["sync_batch_norm"] = True
     facts |= {name: getattr(stage, name) for name in ("method", "options", "epochs", "views")}
     facts |= {"learners": [dataclasses.asdict(learner) for learner in stage.learners]}
     # Arguments that are not given have the defaults of this version of the method.
@@ -125,6 +127,7 @@ class Runner:
         self.config, self.say = config, say
         self.stages = {stage.name: stage for stage in plan(config)}
         check_amp(config.amp, pick_device(config.device))
+        self.world.from_first(lambda: batch_norm.check(config, pick_device(config.device), self.world))
         self.data = load_data(config)
         for stage in self.stages.values():  # a wrong name or option shows before anything is trained
             self.build(stage, {name: make_network(self.stages[name].network, self.data) for name in stage.needs})
@@ -169,7 +172,13 @@ class Runner:
             f"{stage.name} {stage.network}" if stage.name != "student" else f"{stage.method}: student {stage.network}",
             facts,
             {learner.name: network for learner, network in list(zip(stage.learners, learners, strict=True))[1:]},
+            self._curves(stage) if folder is not None else None,
         )
+
+    def _curves(self, stage: Stage) -> Path | None:
+        """Where a stage's curves go: in this run's folder, also where its checkpoints go into the cache."""
+        name = f"{stage.name}-{stage.method}"  # TensorBoard shows it as the run's
+        return Path(self.config.out) / "tensorboard" / name if self.config.tensorboard else None
 
     def _learners(self, stage: Stage, trained: Mapping[str, nn.Module]) -> list[nn.Module]:
         return [self._learner(learner, trained) for learner in stage.learners]
