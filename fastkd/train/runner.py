@@ -25,6 +25,7 @@ from fastkd.train import checkpoint
 from fastkd.train.config import TrainConfig, UserError, fingerprint
 from fastkd.train.devices import pick_device
 from fastkd.train.distributed import world
+from fastkd.train.kept_logits import can_keep
 from fastkd.train.loop import Fit
 from fastkd.train.metrics import Row
 from fastkd.train.plans import arguments, plan, recipe
@@ -81,6 +82,7 @@ def load_data(config: TrainConfig) -> datasets.Data:
         "image_size": config.image_size,
         "augment": config.augment,
         "bad_images": config.bad_images,
+        "variants": config.variants,
     }
     return _load(config.data, tuple(items.items()))
 
@@ -96,6 +98,11 @@ def stage_key(config: TrainConfig, stage: Stage, stages: dict[str, Stage]) -> st
         facts["data"] = str(Path(config.data.partition(":")[2]).resolve())
     facts |= {name: getattr(stage, name) for name in ("method", "options", "epochs", "views")}
     facts |= {"learners": [dataclasses.asdict(learner) for learner in stage.learners]}
+    # Only where they change something: earlier versions had them not, and their stages are still good.
+    if config.variants and config.augment:
+        facts["variants"] = config.variants
+    if config.logits_cache and config.logits_dtype != "float32" and stage.guides:
+        facts["logits_dtype"] = config.logits_dtype
     # Arguments that are not given have the defaults of this version of the method.
     facts |= {"defaults": {k: repr(v) for k, v in arguments(stage.method).items()}}
     return fingerprint(facts | {"needs": [stage_key(config, stages[name], stages) for name in stage.needs]})
@@ -126,8 +133,15 @@ class Runner:
         self.stages = {stage.name: stage for stage in plan(config)}
         check_amp(config.amp, pick_device(config.device))
         self.data = load_data(config)
+        keep = False
         for stage in self.stages.values():  # a wrong name or option shows before anything is trained
-            self.build(stage, {name: make_network(self.stages[name].network, self.data) for name in stage.needs})
+            needed = {name: make_network(self.stages[name].network, self.data) for name in stage.needs}
+            keep = can_keep(self.build(stage, needed), stage.views) or keep
+        if config.logits_cache and not keep:
+            raise UserError(
+                f"--logits-cache: {config.method} has no frozen network whose logits of one view of the images are all "
+                "that it takes of it: leave the option out"
+            )
 
     def run(self) -> dict[str, Result]:
         """Train what is not there yet; the results by the stages' names."""
@@ -159,8 +173,10 @@ class Runner:
         facts |= {"num_classes": self.data.num_classes, "image_size": self.data.image_size}
         facts |= {"channels": self.data.channels, "learners": [learner.name for learner in stage.learners]}
         learners = self._learners(stage, trained)
+        method = self._build(stage, learners, trained)
+        keep = self.config.logits_cache and can_keep(method, stage.views)
         return Fit(
-            self._build(stage, learners, trained),
+            method,
             self.data.with_views(stage.views) if stage.views > 1 else self.data,
             self.config,
             folder,
@@ -169,6 +185,7 @@ class Runner:
             f"{stage.name} {stage.network}" if stage.name != "student" else f"{stage.method}: student {stage.network}",
             facts,
             {learner.name: network for learner, network in list(zip(stage.learners, learners, strict=True))[1:]},
+            self._cache / "logits" if keep else None,
         )
 
     def _learners(self, stage: Stage, trained: Mapping[str, nn.Module]) -> list[nn.Module]:
@@ -193,10 +210,13 @@ class Runner:
             self._share(stage, folder)
         return Result(stage, fit.method.deployable(), fit.rows, folder, fit.others)
 
+    @property
+    def _cache(self) -> Path:
+        return Path(self.config.cache or Path(self.config.out) / "cache")
+
     def _cached(self, stage: Stage) -> Path:
         """The folder of a stage in the cache, made if it is not there."""
-        cache = Path(self.config.cache or Path(self.config.out) / "cache")
-        folder = cache / f"{stage.learners[0].name}-{stage_key(self.config, stage, self.stages)}"
+        folder = self._cache / f"{stage.learners[0].name}-{stage_key(self.config, stage, self.stages)}"
         self.world.from_first(lambda: folder.mkdir(parents=True, exist_ok=True))
         return folder
 
