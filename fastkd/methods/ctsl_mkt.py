@@ -70,6 +70,8 @@ class CTSLMKT(Peers):
     of different shapes, a network without an embedding, and views that are not M.
     """
 
+    teaches_logits = True
+
     def __init__(
         self,
         peers: Sequence[nn.Module],

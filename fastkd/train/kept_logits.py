@@ -19,11 +19,6 @@ from fastkd.train.distributed import World
 from fastkd.train.progress import note
 
 
-def can_keep(method: Method, views: int = 1) -> bool:
-    """Whether frozen networks of this method teach by nothing but their logits of each image."""
-    return method.teaches_logits and bool(method.frozen_names) and views == 1
-
-
 class KeptLogits:
     """The logits cache of one stage: tells what it takes, and hands out what the networks say of each batch.
 
@@ -85,41 +80,31 @@ class KeptLogits:
         counts = torch.tensor([self.cache.read, self.cache.computed])
         read, computed = self.world.sum(counts).tolist()
         if self.world.first and not self.settings.quiet and read + computed:
-            share = 100 * read / (read + computed)
-            note(
-                f"{self.who}: {share:.0f} % of its {read + computed} rows of frozen logits were read from {self.folder}"
-            )
+            share = f"{100 * read / (read + computed):.0f} % of {read + computed} rows"
+            note(f"{self.who}: {share} of frozen logits were read from {self.folder}, the others computed")
 
     def _check_room(self, variants: Sequence[int], images: int) -> None:
         """Say what the files take, and stop where there is no room for them."""
         whole, there = self.cache.size(variants)
         free = shutil.disk_usage(_existing(self.folder)).free
-        networks = len(self.cache.networks)
         if self.world.first and not self.settings.quiet:
-            text = f"{self.who}: frozen logits take {size(whole)} in {self.folder}, {size(there)} of them there "
-            text += (
-                f"({_count(networks, 'network')}, {_count(images, 'image')}, {_count(len(variants), 'augmentation')})"
-            )
+            counts = {"network": len(self.cache.networks), "image": images, "augmentation": len(variants)}
+            what = ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items())
+            text = f"{self.who}: frozen logits ({what}) take {size(whole)} in {self.folder}, {size(there)} are there"
             if len(variants) > 1 and not self.settings.variants:
-                text += (
-                    "; each epoch has its own augmentation, read again by other stages and runs only: see --variants"
-                )
+                text += "; as each epoch has its own augmentation, only other stages and runs read them: see --variants"
             note(text)
         if self.world.any(whole - there > free):
             raise StorageError(
-                f"{self.who}: the frozen networks' logits need {size(whole - there)} in {self.folder}, but {size(free)} "
-                "are free: make room, or take fewer --variants, --logits-dtype float16, another --cache, or no "
-                "--logits-cache"
+                f"{self.who}: the frozen networks' logits need {size(whole - there)} more in {self.folder}, where "
+                f"{size(free)} are free: make room, or take fewer --variants, --logits-dtype float16, another --cache, "
+                "or no --logits-cache"
             )
 
 
 def _existing(folder: Path) -> Path:
     folder = folder.absolute()
     return next(each for each in (folder, *folder.parents) if each.exists())
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def size(number: int) -> str:

@@ -25,10 +25,9 @@ from fastkd.train import checkpoint
 from fastkd.train.config import TrainConfig, UserError, fingerprint
 from fastkd.train.devices import pick_device
 from fastkd.train.distributed import world
-from fastkd.train.kept_logits import can_keep
 from fastkd.train.loop import Fit
 from fastkd.train.metrics import Row
-from fastkd.train.plans import arguments, plan, recipe
+from fastkd.train.plans import arguments, plan, recipe, teaches_logits
 from fastkd.train.stages import Learner, Stage, parameters
 from fastkd.train.steps import check_amp
 
@@ -131,17 +130,15 @@ class Runner:
             config, say = dataclasses.replace(config, quiet=True), lambda text: None
         self.config, self.say = config, say
         self.stages = {stage.name: stage for stage in plan(config)}
+        if config.logits_cache and not any(map(teaches_logits, self.stages.values())):
+            raise UserError(
+                f"--logits-cache: no frozen network of {config.method} teaches by its logits of each image alone: leave "
+                "the option out"
+            )
         check_amp(config.amp, pick_device(config.device))
         self.data = load_data(config)
-        keep = False
         for stage in self.stages.values():  # a wrong name or option shows before anything is trained
-            needed = {name: make_network(self.stages[name].network, self.data) for name in stage.needs}
-            keep = can_keep(self.build(stage, needed), stage.views) or keep
-        if config.logits_cache and not keep:
-            raise UserError(
-                f"--logits-cache: {config.method} has no frozen network whose logits of one view of the images are all "
-                "that it takes of it: leave the option out"
-            )
+            self.build(stage, {name: make_network(self.stages[name].network, self.data) for name in stage.needs})
 
     def run(self) -> dict[str, Result]:
         """Train what is not there yet; the results by the stages' names."""
@@ -173,10 +170,8 @@ class Runner:
         facts |= {"num_classes": self.data.num_classes, "image_size": self.data.image_size}
         facts |= {"channels": self.data.channels, "learners": [learner.name for learner in stage.learners]}
         learners = self._learners(stage, trained)
-        method = self._build(stage, learners, trained)
-        keep = self.config.logits_cache and can_keep(method, stage.views)
         return Fit(
-            method,
+            self._build(stage, learners, trained),
             self.data.with_views(stage.views) if stage.views > 1 else self.data,
             self.config,
             folder,
@@ -185,7 +180,7 @@ class Runner:
             f"{stage.name} {stage.network}" if stage.name != "student" else f"{stage.method}: student {stage.network}",
             facts,
             {learner.name: network for learner, network in list(zip(stage.learners, learners, strict=True))[1:]},
-            self._cache / "logits" if keep else None,
+            self._cache / "logits" if self.config.logits_cache and teaches_logits(stage) else None,
         )
 
     def _learners(self, stage: Stage, trained: Mapping[str, nn.Module]) -> list[nn.Module]:
