@@ -27,6 +27,7 @@ class Batch:
         name: who asks, for the errors.
         taught: what hands out a frozen network's logits in the place of running it, as `Method.phases` says; None runs
             them all.
+        tell: where `taught` is given, called with the batch before it gives out a part, and with None after the last.
 
     `share` holds (rows of this part that count, rows of the batch that count); the mean losses of the parts, weighted
     by `Batch.weigh(loss, share)`, add up to the mean loss of the batch. None where the batch is one part.
@@ -36,9 +37,16 @@ class Batch:
     """
 
     def __init__(
-        self, inputs: Any, target: Any = None, chunks: int = 1, *, name: str = "Batch", taught: Taught | None = None
+        self,
+        inputs: Any,
+        target: Any = None,
+        chunks: int = 1,
+        *,
+        name: str = "Batch",
+        taught: Taught | None = None,
+        tell: Callable[[Batch | None], None] = lambda batch: None,
     ):
-        self.inputs, self.target, self.taught = inputs, target, taught
+        self.inputs, self.target, self.taught, self.tell = inputs, target, taught, tell
         self.part: tuple[Any, slice] | None = None
         self.chunks = check_integer(name, "chunks", chunks, 1)
         if self.chunks > 1:
@@ -48,17 +56,27 @@ class Batch:
             self.chunks = max(1, min(chunks, rows))
 
     def __iter__(self) -> Iterator[tuple[Any, Any, Share | None]]:
+        if self.taught is None:
+            yield from (part for part, _ in self._parts())
+            return
+        try:
+            for part, rows in self._parts():
+                self.part = part[0], rows
+                self.tell(self)
+                yield part
+        finally:
+            self.tell(None)
+
+    def _parts(self) -> Iterator[tuple[tuple[Any, Any, Share | None], slice]]:
         if self.chunks == 1:
-            self.part = self.inputs, slice(None)
-            yield self.inputs, self.target, None
+            yield (self.inputs, self.target, None), slice(None)
             return
         count = next(_tensors(self.inputs)).shape[0]
         cuts = [slice(count * part // self.chunks, count * (part + 1) // self.chunks) for part in range(self.chunks)]
         parts = [(_cut(self.inputs, rows), _cut(self.target, rows), rows) for rows in cuts]
         total = _count(self.inputs, self.target)
         for inputs, target, rows in parts:
-            self.part = inputs, rows
-            yield inputs, target, (_count(inputs, target), total)
+            yield (inputs, target, (_count(inputs, target), total)), rows
 
     @staticmethod
     def weigh(loss: Tensor, share: Share | None) -> Tensor:

@@ -135,7 +135,7 @@ class Method(nn.Module):
         self._wrapped: dict[str, Any] = {}  # learner's name -> what map_learners made of it; not in the state dict
         self._random = torch.Generator().manual_seed(seed).get_state()  # uint8 on the CPU, whatever the device
         self._unfinished = 0
-        self._known: Batch | None = None  # the batch at hand, where its `taught` is asked before a network is run
+        self._known: Batch | None = None  # the batch whose part is at hand, where it knows what networks say
         self.iterations = 0
         self.epoch, self.epochs = 0, 1
         for name in self._frozen_names:
@@ -160,9 +160,10 @@ class Method(nn.Module):
         The method's code runs inside this iterator and inside `phase.losses`, under the autocast that holds there. An
         iterator that is left half-way changes neither counters nor random state: the same choices are made again.
         """
+        known = {}
         if taught is not None:
-            taught = self._check_taught(taught)
-        return self._run(Batch(inputs, target, chunks, name=self._name(), taught=taught))
+            known = {"taught": self._check_taught(taught), "tell": lambda batch: setattr(self, "_known", batch)}
+        return self._run(Batch(inputs, target, chunks, name=self._name(), **known))
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
         """For subclasses: yield the phases of one batch; draw random numbers from `generator` only.
@@ -226,7 +227,7 @@ class Method(nn.Module):
         if network.training:  # an evaluation elsewhere may have put it back to train mode: its statistics would move
             network.eval()
         if self._known is not None and run is None:
-            of_part, rows = self._known.part or (None, None)
+            of_part, rows = self._known.part
             name = next((name for name in self.frozen_names if self.get_submodule(name) is network), None)
             if inputs is of_part and name is not None:  # other inputs than the batch's are not known
                 return self._known.taught(name, rows, lambda: logits_of(network(inputs)))
@@ -262,15 +263,10 @@ class Method(nn.Module):
         # Autocast keeps the low-precision weights that it made. Where the caller's autocast spans an optimiser step,
         # they would be the ones from before the step.
         torch.clear_autocast_cache()
-        self._known = None if batch.taught is None else batch
-        try:
-            with contextlib.closing(self.iteration(batch, generator)) as phases:
-                for phase in phases:
-                    yield phase
-                    torch.clear_autocast_cache()
-        finally:
-            if self._known is batch:  # not that of an iterator which was begun meanwhile
-                self._known = None
+        with contextlib.closing(self.iteration(batch, generator)) as phases:
+            for phase in phases:
+                yield phase
+                torch.clear_autocast_cache()
         self._random = generator.get_state()
         self._unfinished = 0
         self.iterations += 1

@@ -132,8 +132,8 @@ class Runner:
         self.stages = {stage.name: stage for stage in plan(config)}
         if config.logits_cache and not any(map(teaches_logits, self.stages.values())):
             raise UserError(
-                f"--logits-cache: no frozen network of {config.method} teaches by its logits of each image alone: leave "
-                "the option out"
+                f"--logits-cache: no frozen network of {config.method} teaches by its logits of each image alone: "
+                "leave the option out"
             )
         check_amp(config.amp, pick_device(config.device))
         self.data = load_data(config)
