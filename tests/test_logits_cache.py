@@ -130,6 +130,21 @@ def test_an_iterator_that_was_left_does_not_answer_for_the_next():
     assert calls == [10]
 
 
+def test_chunks_that_are_closed_late_do_not_hide_the_next_batch():
+    """A loop takes the last chunk, but not the end behind it; that comes when the phase is collected."""
+    method, asked = AVER(mlp(1), [mlp(2), mlp(3)]), []
+    (before,) = method.phases(*batch(), chunks=2, taught=lambda name, rows, run: run())
+    _ = [next(before.losses) for _ in range(2)]
+
+    def taught(name, rows, run):
+        before.losses.close()
+        asked.append(name)
+        return run()
+
+    list(method.phases(*batch(), taught=taught))
+    assert asked == ["guides.0", "guides.1"]
+
+
 @pytest.mark.parametrize(("make", "taught", "message"), [
     (lambda: CE(mlp(1)), {}, "CE: taught must be None: .* or has none, got dict"),
     (lambda: ctsl([mlp(1), mlp(2)], (), self_learning=False), {}, "CTSLMKT: taught must be None"),

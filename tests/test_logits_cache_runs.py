@@ -28,14 +28,21 @@ METHODS = {"kd": {}, "dgkd": {"drop": "bernoulli"}, "aver": {}, "takd": {}, "cts
 @pytest.fixture
 def passes(monkeypatch):
     """(stage, frozen network) of each forward pass of a frozen network in the training of stages that keep logits."""
-    seen, original = [], KeptLogits.__init__
+    seen, hooks, start, end = [], [], KeptLogits.__init__, KeptLogits.tell
 
     def watch(kept, folder, method, *rest, who, **options):
         for name in method.frozen_names:
-            method.get_submodule(name).register_forward_hook(lambda *a, name=name: seen.append((who.split()[0], name)))
-        original(kept, folder, method, *rest, who=who, **options)
+            network, entry = method.get_submodule(name), (who.split()[0], name)
+            hooks.append(network.register_forward_hook(lambda *arguments, entry=entry: seen.append(entry)))
+        start(kept, folder, method, *rest, who=who, **options)
+
+    def leave(kept):
+        end(kept)
+        while hooks:
+            hooks.pop().remove()
 
     monkeypatch.setattr(KeptLogits, "__init__", watch)
+    monkeypatch.setattr(KeptLogits, "tell", leave)
     return seen
 
 

@@ -27,7 +27,8 @@ class Batch:
         name: who asks, for the errors.
         taught: what hands out a frozen network's logits in the place of running it, as `Method.phases` says; None runs
             them all.
-        tell: where `taught` is given, called with the batch before it gives out a part, and with None after the last.
+        tell: where `taught` is given, called as tell(batch, True) before a part is given out, and as tell(batch, False)
+            after the last one, or whenever an iteration that was left is closed.
 
     `share` holds (rows of this part that count, rows of the batch that count); the mean losses of the parts, weighted
     by `Batch.weigh(loss, share)`, add up to the mean loss of the batch. None where the batch is one part.
@@ -44,7 +45,7 @@ class Batch:
         *,
         name: str = "Batch",
         taught: Taught | None = None,
-        tell: Callable[[Batch | None], None] = lambda batch: None,
+        tell: Callable[[Batch, bool], None] = lambda batch, at_hand: None,
     ):
         self.inputs, self.target, self.taught, self.tell = inputs, target, taught, tell
         self.part: tuple[Any, slice] | None = None
@@ -62,10 +63,10 @@ class Batch:
         try:
             for part, rows in self._parts():
                 self.part = part[0], rows
-                self.tell(self)
+                self.tell(self, True)
                 yield part
         finally:
-            self.tell(None)
+            self.tell(self, False)
 
     def _parts(self) -> Iterator[tuple[tuple[Any, Any, Share | None], slice]]:
         if self.chunks == 1:

@@ -162,7 +162,7 @@ class Method(nn.Module):
         """
         known = {}
         if taught is not None:
-            known = {"taught": self._check_taught(taught), "tell": lambda batch: setattr(self, "_known", batch)}
+            known = {"taught": self._check_taught(taught), "tell": self._note_part}
         return self._run(Batch(inputs, target, chunks, name=self._name(), **known))
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
@@ -270,6 +270,12 @@ class Method(nn.Module):
         self._random = generator.get_state()
         self._unfinished = 0
         self.iterations += 1
+
+    def _note_part(self, batch: Batch, at_hand: bool) -> None:
+        if at_hand:
+            self._known = batch
+        elif self._known is batch:  # not a later one: a loop may leave the last chunk's iterator to the collector
+            self._known = None
 
     def _check_taught(self, taught: Mapping[str, Tensor] | Taught) -> Taught:
         if not self.teaches_logits:
