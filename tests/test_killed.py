@@ -109,7 +109,7 @@ def test_run_that_is_killed_twice(tmp_path, processes):
 
 
 def test_run_that_is_killed_while_it_keeps_logits(tmp_path, processes):
-    """Once in the epoch that fills the cache, once in one that reads from it."""
+    """Once in an epoch that fills the cache, once in one that reads from it; as never killed, and as without it."""
     keeping = dict(logits_cache=True, variants=2, train_size=64)
     options = config(tmp_path, resume=True, **OPTIONS | keeping)
     out = tmp_path / "run"
@@ -120,7 +120,7 @@ def test_run_that_is_killed_while_it_keeps_logits(tmp_path, processes):
     for moment in moments:
         assert start_and_kill(processes, options, moment, step=0.03, piece=0)
     assert not start_and_kill(processes, options, lambda seconds: False, step=0, piece=0)
-    for name, others in (("whole", keeping), ("plain", {"variants": 2, "train_size": 64})):  # with the cache, and without it
+    for name, others in (("whole", keeping), ("plain", {"variants": 2, "train_size": 64})):
         whole = config(tmp_path, out=str(tmp_path / name), **OPTIONS | others)
         run(whole)
         assert_same(last_state(out)["method"], last_state(tmp_path / name)["method"])

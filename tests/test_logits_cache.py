@@ -15,7 +15,7 @@ from train_helpers import one_thread  # noqa: F401
 
 from fastkd import data as datasets
 from fastkd.data import LogitsCache
-from fastkd.data.logits import identify
+from fastkd.data.logits import _checks, identify
 from fastkd.data.parts import Part
 from fastkd.methods import AVER, CE, CTSLMKT, DGKD, KD, TAKD, Method, Phase
 
@@ -268,12 +268,12 @@ def test_a_network_is_run_for_a_batch_with_a_new_row(tmp_path):
 
 def test_rows_that_count_nowhere_are_zeros_and_are_not_kept(tmp_path):
     cache = cache_of(tmp_path)
-    for ran in (True, False):
-        found, did = ask(cache, [-1, 5, -1], VALUES)
-        assert did == ran and torch.equal(found, torch.stack([0 * VALUES[5], VALUES[5], 0 * VALUES[5]]))
-    assert not ask(cache, [-1, -1], VALUES)[1]
-    assert ask(cache, [IMAGES - 1], VALUES)[1]
-    assert (cache.read, cache.computed) == (1, 2)
+    for number in range(3):
+        found, ran = ask(cache, [-1, 5, -1], VALUES)
+        assert ran == (number == 0) and torch.equal(found, torch.stack([0 * VALUES[5], VALUES[5], 0 * VALUES[5]]))
+        assert not ask(cache, [-1, -1], VALUES)[1]
+        assert ask(cache, [IMAGES - 1], VALUES)[1] == (number == 0)  # to which -1 would point
+    assert (cache.read, cache.computed) == (4, 2)
 
 
 def test_a_chunk_has_its_own_rows(tmp_path):
@@ -392,6 +392,12 @@ def test_a_damaged_meta_file_is_made_anew_and_another_one_refused(tmp_path):
     path.write_text(json.dumps(meta))
     with pytest.raises(ValueError, match="is of other networks or images than its folder's name says: delete"):
         cache_of(tmp_path)
+
+
+def test_a_check_is_of_its_row_and_is_never_that_of_a_hole():
+    zero = np.frombuffer(b"\x9d\x0a\xd9\x6d", dtype=np.float32)[None]  # the four bytes whose CRC-32 is 0
+    assert _checks(zero, np.array([0])).tolist() == [1]
+    assert len(set(_checks(np.ones((9, 3), np.float32), np.arange(9)).tolist())) > 4
 
 
 def test_size_says_what_is_there(tmp_path):

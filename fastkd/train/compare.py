@@ -224,9 +224,9 @@ def _reading() -> list[str]:
     lines += [
         "The gain is the mean over seeds of the difference to ce with the same seed, that is with the same initial "
         "weights and the same order of images. With few seeds, a gain smaller than its spread shows nothing.",
-        f"The time is the median of {ROUNDS} training steps of the student, its guides' forward passes included, with "
-        "the fused operation (native) and with its plain PyTorch formula (reference), in turns. With few classes the "
-        "loss is a small part of the step, and the two are alike.",
+        f"The time is the median of {ROUNDS} training steps of the student, its guides' forward passes included "
+        "(also with --logits-cache), with the fused operation (native) and with its plain PyTorch formula (reference), "
+        "in turns. With few classes the loss is a small part of the step, and the two are alike.",
     ]
     return ["", *(f"- {line}" for line in lines)]
 
