@@ -108,6 +108,28 @@ def test_run_that_is_killed_twice(tmp_path, processes):
     assert_same_runs(out, never_killed(tmp_path))
 
 
+def test_run_that_is_killed_while_it_keeps_logits(tmp_path, processes):
+    """Once in an epoch that fills the cache, once in one that reads from it; as never killed, and as without it."""
+    keeping = dict(logits_cache=True, variants=2, train_size=64)
+    options = config(tmp_path, resume=True, **OPTIONS | keeping)
+    out = tmp_path / "run"
+    moments = [
+        lambda seconds: len(list(out.glob("cache/logits/*/v0001.npy"))) > 0,
+        lambda seconds: (out / "checkpoints" / "epoch-0003.pt").exists(),
+    ]
+    for moment in moments:
+        assert start_and_kill(processes, options, moment, step=0.03, piece=0)
+    assert not start_and_kill(processes, options, lambda seconds: False, step=0, piece=0)
+    for name, others in (("whole", keeping), ("plain", {"variants": 2, "train_size": 64})):
+        whole = config(tmp_path, out=str(tmp_path / name), **OPTIONS | others)
+        run(whole)
+        assert_same(last_state(out)["method"], last_state(tmp_path / name)["method"])
+        assert rows_without_times(out) == rows_without_times(tmp_path / name)
+    stored = [sorted(folder.glob("cache/logits/*/*.npy")) for folder in (out, tmp_path / "whole")]
+    assert [path.read_bytes() for path in stored[0]] == [path.read_bytes() for path in stored[1]]
+    assert len(stored[0]) == 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_run_that_is_killed_at_random_moments(tmp_path, processes, seed):

@@ -3,5 +3,6 @@
 from .batches import EpochSampler, loader
 from .catalog import Data, load, names
 from .images import UnreadableImage
+from .logits import LogitsCache
 
-__all__ = ["Data", "EpochSampler", "UnreadableImage", "load", "loader", "names"]
+__all__ = ["Data", "EpochSampler", "LogitsCache", "UnreadableImage", "load", "loader", "names"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
@@ -47,23 +48,36 @@ class EpochSampler(Sampler[int]):
 
 
 class _Reader(Dataset):
-    """An ImageSet that hands on what could not be read; the loader decides, in the main process."""
+    """An ImageSet, or a part of one, that hands on what could not be read; the loader decides, in the main process."""
 
-    def __init__(self, images: ImageSet):
+    def __init__(self, images: ImageSet | Part):
         self.images = images
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, indices: list[int]) -> list:
-        return self.images.read(indices)
+    def __getitems__(self, indices: list[int]) -> tuple[list, list[int]]:
+        return self.images.read(indices) if isinstance(self.images, Part) else (self.images.read(indices), indices)
 
 
 def _collate(items: list) -> tuple:
-    """(inputs, target) of the good items, None where there are none; (path, reason) of the others."""
-    good = [item for item in items if not isinstance(item, UnreadableImage)]
+    return default_collate(items), [], None
+
+
+def _collate_read(read: tuple[list, list[int]]) -> tuple:
+    """(inputs, target) of the good items, None where there are none; (path, reason) of the others; rows of the good."""
+    items, rows = read
     bad = [(item.path, item.reason) for item in items if isinstance(item, UnreadableImage)]
-    return default_collate(good) if good else None, bad
+    if bad:
+        good = [i for i, item in enumerate(items) if not isinstance(item, UnreadableImage)]
+        items, rows = [items[i] for i in good], [rows[i] for i in good]
+    return default_collate(items) if items else None, bad, np.asarray(rows, dtype=np.int64)
+
+
+def image_set(dataset: Dataset) -> ImageSet | None:
+    """The images of `fastkd.data` that `dataset` is, or is a part of; None for other data sets."""
+    dataset = dataset.dataset if isinstance(dataset, Part) else dataset
+    return dataset if isinstance(dataset, ImageSet) else None
 
 
 class Loader(DataLoader):
@@ -73,17 +87,20 @@ class Loader(DataLoader):
         taken: batches of the present pass that were taken from the data, those left out among them.
         lost: images of the present pass that could not be read.
         unreadable: path -> reason, of all passes.
+        rows: which images the batch holds that was given last: int64 [B], indices of the data set (-1 for an image that
+            counts nowhere, see `Part`); None for data sets that are not from `fastkd.data`.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, sampler: EpochSampler, smallest: int, **options):
-        reader = _Reader(dataset) if isinstance(dataset, ImageSet) else dataset
+        reader, collate = (dataset, _collate) if image_set(dataset) is None else (_Reader(dataset), _collate_read)
         super().__init__(
-            reader, batch_size, sampler=sampler, generator=sampler.generator, collate_fn=_collate, **options
+            reader, batch_size, sampler=sampler, generator=sampler.generator, collate_fn=collate, **options
         )
         self.bad_images = getattr(dataset, "bad_images", "error")
         self.smallest = smallest
         self.taken = self.lost = 0
         self.unreadable: dict[str, str] = {}
+        self.rows: np.ndarray | None = None
         self._before = (0, 0)
 
     def go_on(self, epoch: int, taken: int, lost: int = 0) -> Iterator:
@@ -92,8 +109,7 @@ class Loader(DataLoader):
         Images of `fastkd.data` that were used already are not loaded again. Other datasets are: what they do to an
         image may depend on what they did before.
         """
-        data = self.sampler.dataset
-        if isinstance(data.dataset if isinstance(data, Part) else data, ImageSet):
+        if image_set(self.sampler.dataset) is not None:
             self.sampler.set_epoch(epoch, taken * self.batch_size)
             self._before = taken, lost
             return iter(self)
@@ -111,7 +127,7 @@ class Loader(DataLoader):
     def _pass(self, batches: Iterator) -> Iterator:
         used = self.taken
         try:
-            for batch, bad in batches:
+            for batch, bad, rows in batches:
                 self.taken += 1
                 if bad and self.bad_images == "error":
                     raise UnreadableImage(*bad[0])
@@ -120,6 +136,7 @@ class Loader(DataLoader):
                 self.unreadable.update(bad)
                 if batch is not None and not (bad and len(batch[1]) < self.smallest):
                     used += 1
+                    self.rows = rows
                     yield batch
         finally:
             del batches  # with it the workers go at once; the traceback of an error would keep them

@@ -69,6 +69,7 @@ def load(
     augment: bool = True,
     views: int = 1,
     bad_images: str = "error",
+    variants: int = 0,
     **options,
 ) -> Data:
     """The data set `name` as `Data`.
@@ -87,6 +88,8 @@ def load(
     views       number of independent augmentations of each training image
     bad_images  an image file that cannot be read: "error" raises where it is met, "skip" leaves it out of its batch
                 (`loader` says more)
+    variants    0: each epoch augments the images anew; K: the epochs cycle through K augmentations, epoch e has that
+                of epoch e % K
     options     fake only: num_classes, channels, train_images, test_images
 
     Pixels are normalised by the data set's mean and standard deviation (imagefolder: ImageNet's).
@@ -96,6 +99,8 @@ def load(
     _check(seed, train_size, validation, image_size, views)
     if bad_images not in ("error", "skip"):
         raise ValueError(f"load: bad_images must be 'error' or 'skip', got {bad_images!r}")
+    if isinstance(variants, bool) or not isinstance(variants, int) or variants < 0:
+        raise ValueError(f"load: variants must be an integer of at least 0, got {variants!r}")
     source = _source(name, Path(root).expanduser(), download, image_size, bad_images, options)
     train, held_out = _split(source, train_size, validation, seed)
 
@@ -105,7 +110,7 @@ def load(
 
     change = source.augmentation if augment else None
     return Data(
-        train=make(train, augmentation=change, views=views, seed=seed),
+        train=make(train, augmentation=change, views=views, seed=seed, variants=variants),
         validation=None if held_out is None else make(held_out),
         test=make(source.test),
         num_classes=len(source.classes),

@@ -2,8 +2,10 @@
 
 import copy
 import errno
+import hashlib
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -32,6 +34,11 @@ class InMemory:
     def render(self, raw: Tensor, keys: np.ndarray | None) -> Tensor:
         return raw
 
+    def facts(self) -> dict:
+        images = self.images.contiguous().numpy()
+        digest = hashlib.sha256(images.reshape(-1)).hexdigest()
+        return {"images": f"{images.dtype} {list(images.shape)} {digest}"}
+
 
 class Files:
     """Image files, decoded when asked for, always as RGB of `size` x `size` pixels."""
@@ -52,6 +59,13 @@ class Files:
         images = [cut(image, key) for image, key in zip(raw, [0.0] * len(raw) if keys is None else keys, strict=True)]
         return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
 
+    def facts(self) -> dict:
+        folder = os.path.dirname(os.path.commonprefix(self.paths))
+        found = hashlib.sha256()
+        for path in self.paths:
+            found.update(os.fsencode(f"{path[len(folder) :]}\0{_size_and_time(path)}\0"))
+        return {"folder": os.path.realpath(folder), "images": f"{len(self)} files {found.hexdigest()}"}
+
     def _centre(self, image, key: float):
         transforms = _transforms()
         side = round(self.size * 256 / 224) if self.size >= LARGE else self.size
@@ -64,6 +78,14 @@ class Files:
             crop = require("torchvision.transforms", "Images").RandomResizedCrop
             box = crop.get_params(image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
         return _transforms().resized_crop(image, *box, size=[self.size, self.size])
+
+
+def _size_and_time(path: str) -> str:
+    try:
+        found = os.stat(path)
+    except OSError:  # reading it says what is wrong
+        return "none"
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def _transforms():
@@ -132,6 +154,7 @@ class ImageSet(Dataset):
     labels     int64 [N], one for each image of the store
     rows       int64 [n], the images of the store that this set holds; None for all
     mean, std  one number a channel, for pixels in 0..1
+    variants   0: each epoch has an augmentation of its own; K: epoch e has that of epoch e % K
     bad_images "error" or "skip": what `fastkd.data.loader` does where a file cannot be read
     """
 
@@ -148,9 +171,10 @@ class ImageSet(Dataset):
         views: int = 1,
         seed: int = 0,
         bad_images: str = "error",
+        variants: int = 0,
     ):
         self.store, self.size, self.augmentation, self.views, self.seed = store, size, augmentation, views, seed
-        self.bad_images = bad_images
+        self.bad_images, self.variants = bad_images, variants
         self.rows = np.arange(len(store)) if rows is None else rows
         self.labels = labels[self.rows]  # [n]
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
@@ -170,6 +194,27 @@ class ImageSet(Dataset):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
         self._draws: list[np.ndarray] | None = None
+
+    @property
+    def variant(self) -> int:
+        """Which augmentation the images have at present: those of one variant are the same, in every epoch and run."""
+        return self.variant_of(self.epoch)
+
+    def variant_of(self, epoch: int) -> int:
+        if self.augmentation is None:
+            return 0
+        return epoch % self.variants if self.variants else epoch
+
+    def facts(self) -> dict:
+        """All that the pixels of each variant depend on, as JSON-like values.
+
+        Images in memory enter by their bytes, files by their names, sizes and times: they are not opened.
+        """
+        change = None if self.augmentation is None else asdict(self.augmentation) | {"seed": self.seed}
+        facts = {"count": len(self), "image_size": self.size, "channels": len(self.mean), "augmentation": change}
+        facts |= {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+        facts |= {"rows": hashlib.sha256(np.ascontiguousarray(self.rows, dtype=np.int64)).hexdigest()}
+        return facts | self.store.facts()
 
     def __getitem__(self, index: int):
         if not -len(self) <= index < len(self):
@@ -222,7 +267,7 @@ class ImageSet(Dataset):
         # Of the whole store at once: seeding a generator for each image would take longer than the image.
         if self._draws is None:
             n = len(self.store)
-            self._draws = [stream(self.seed, AUGMENT, self.epoch, v).random((n, 4)) for v in range(self.views)]
+            self._draws = [stream(self.seed, AUGMENT, self.variant, v).random((n, 4)) for v in range(self.views)]
         return self._draws[view]
 
 

@@ -48,14 +48,21 @@ class Part(Dataset):
             self.dataset.set_epoch(epoch)
 
     def __getitems__(self, indices: Sequence[int]) -> list:
-        mine = part_of(len(indices), self.rank, self.ranks)
         if isinstance(self.dataset, ImageSet):
-            items = [] if mine is None else self.dataset.read(indices[mine])
-            good = sum(not isinstance(item, UnreadableImage) for item in items)
-            return items + [(self.dataset.blank(), IGNORED)] * min(LEAST - good, len(indices) - good)
+            return self.read(indices)[0]
+        mine = part_of(len(indices), self.rank, self.ranks)
         if mine is not None:
             return self._read(indices[mine])
         return [(image, IGNORED) for image, _ in self._read(indices[:LEAST])]
+
+    def read(self, indices: Sequence[int]) -> tuple[list, list[int]]:
+        """Of an ImageSet: the items of a batch, and the index of each, -1 for an image that counts nowhere."""
+        mine = part_of(len(indices), self.rank, self.ranks)
+        rows = [] if mine is None else list(indices[mine])
+        items = self.dataset.read(rows) if rows else []
+        good = sum(not isinstance(item, UnreadableImage) for item in items)
+        blanks = max(0, min(LEAST - good, len(indices) - good))
+        return items + [(self.dataset.blank(), IGNORED)] * blanks, rows + [-1] * blanks
 
     def _read(self, indices: Sequence[int]) -> list:
         if hasattr(self.dataset, "__getitems__"):

@@ -13,6 +13,8 @@ from fastkd.ops import _common as common
 
 IGNORE_INDEX = -100  # PyTorch's default: a target that counts nowhere
 Share = tuple[Tensor | int, Tensor | int]
+# (name of a frozen network, its rows of the batch, what runs it on them) -> its logits of these rows
+Taught = Callable[[str, slice, Callable[[], Tensor]], Tensor]
 
 
 class Batch:
@@ -23,13 +25,30 @@ class Batch:
         target: class indices [B] or [B, T], a tuple, list or dict of them, or None.
         chunks: number of parts, at most B; B rows are cut as evenly as they go.
         name: who asks, for the errors.
+        taught: what hands out a frozen network's logits in the place of running it, as `Method.phases` says; None runs
+            them all.
+        tell: where `taught` is given, called as tell(batch, True) before a part is given out, and as tell(batch, False)
+            after the last one, or whenever an iteration that was left is closed.
 
     `share` holds (rows of this part that count, rows of the batch that count); the mean losses of the parts, weighted
     by `Batch.weigh(loss, share)`, add up to the mean loss of the batch. None where the batch is one part.
+
+    Attributes:
+        part: (inputs, rows of the batch as a slice) of the part that was given out last; None before the first one.
     """
 
-    def __init__(self, inputs: Any, target: Any = None, chunks: int = 1, *, name: str = "Batch"):
-        self.inputs, self.target = inputs, target
+    def __init__(
+        self,
+        inputs: Any,
+        target: Any = None,
+        chunks: int = 1,
+        *,
+        name: str = "Batch",
+        taught: Taught | None = None,
+        tell: Callable[[Batch, bool], None] = lambda batch, at_hand: None,
+    ):
+        self.inputs, self.target, self.taught, self.tell = inputs, target, taught, tell
+        self.part: tuple[Any, slice] | None = None
         self.chunks = check_integer(name, "chunks", chunks, 1)
         if self.chunks > 1:
             rows = _rows(name, "inputs", inputs)
@@ -38,16 +57,27 @@ class Batch:
             self.chunks = max(1, min(chunks, rows))
 
     def __iter__(self) -> Iterator[tuple[Any, Any, Share | None]]:
-        if self.chunks == 1:
-            yield self.inputs, self.target, None
+        if self.taught is None:
+            yield from (part for part, _ in self._parts())
             return
-        parts = [
-            (_part(self.inputs, part, self.chunks), _part(self.target, part, self.chunks))
-            for part in range(self.chunks)
-        ]
+        try:
+            for part, rows in self._parts():
+                self.part = part[0], rows
+                self.tell(self, True)
+                yield part
+        finally:
+            self.tell(self, False)
+
+    def _parts(self) -> Iterator[tuple[tuple[Any, Any, Share | None], slice]]:
+        if self.chunks == 1:
+            yield (self.inputs, self.target, None), slice(None)
+            return
+        count = next(_tensors(self.inputs)).shape[0]
+        cuts = [slice(count * part // self.chunks, count * (part + 1) // self.chunks) for part in range(self.chunks)]
+        parts = [(_cut(self.inputs, rows), _cut(self.target, rows), rows) for rows in cuts]
         total = _count(self.inputs, self.target)
-        for inputs, target in parts:
-            yield inputs, target, (_count(inputs, target), total)
+        for inputs, target, rows in parts:
+            yield (inputs, target, (_count(inputs, target), total)), rows
 
     @staticmethod
     def weigh(loss: Tensor, share: Share | None) -> Tensor:
@@ -92,15 +122,14 @@ def _rows(name: str, argument: str, tree: Any) -> int:
     return rows.pop()
 
 
-def _part(tree: Any, part: int, chunks: int) -> Any:
+def _cut(tree: Any, rows: slice) -> Any:
     if tree is None:
         return None
     if isinstance(tree, Mapping):
-        return {key: _part(branch, part, chunks) for key, branch in tree.items()}
+        return {key: _cut(branch, rows) for key, branch in tree.items()}
     if isinstance(tree, (tuple, list)):
-        return tuple(_part(branch, part, chunks) for branch in tree)
-    rows = len(tree)
-    return tree[rows * part // chunks : rows * (part + 1) // chunks]
+        return tuple(_cut(branch, rows) for branch in tree)
+    return tree[rows]
 
 
 def _count(inputs: Any, target: Any) -> Tensor | int:

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
-from fastkd.methods._batch import Batch
+from fastkd.methods._batch import Batch, Taught
 from fastkd.methods._checks import check_apart, check_integer, check_network, check_networks, is_sequence
 from fastkd.methods._features import giving_outputs
+from fastkd.models import logits_of
 from fastkd.ops import _common as common
 
 __all__ = ["Batch", "Method", "Phase", "cross_entropy"]
@@ -108,10 +109,13 @@ class Method(nn.Module):
             `map_learners` wrap, of each learner with `forward_features`, a module whose call returns `Outputs`.
         leaves_unused: for subclasses: True where parameters of a network that a phase trains get no gradient, of which
             DistributedDataParallel must know (find_unused_parameters).
+        teaches_logits: for subclasses: True where all that the losses take of the frozen networks is their logits of
+            `inputs` as they are, by `teach(network, inputs)`. They may then be known beforehand: `phases(taught=...)`.
     """
 
     gives_outputs = False
     leaves_unused = False
+    teaches_logits = False
 
     def __init__(
         self,
@@ -127,15 +131,19 @@ class Method(nn.Module):
         check_apart(self._name(), learning, teaching)
         self._learner_names = tuple(learning)
         self._frozen_names = tuple(frozen or ())
+        self._teaching_names = tuple(teaching)
         self._wrapped: dict[str, Any] = {}  # learner's name -> what map_learners made of it; not in the state dict
         self._random = torch.Generator().manual_seed(seed).get_state()  # uint8 on the CPU, whatever the device
         self._unfinished = 0
+        self._known: Batch | None = None  # the batch whose part is at hand, where it knows what networks say
         self.iterations = 0
         self.epoch, self.epochs = 0, 1
         for name in self._frozen_names:
             self.get_submodule(name).requires_grad_(False).eval()
 
-    def phases(self, inputs: Any, target: Any = None, *, chunks: int = 1) -> Iterator[Phase]:
+    def phases(
+        self, inputs: Any, target: Any = None, *, chunks: int = 1, taught: Mapping[str, Tensor] | Taught | None = None
+    ) -> Iterator[Phase]:
         """The updates of one iteration, in order. Go through all of them: what follows the last one runs then.
 
         Args:
@@ -144,11 +152,18 @@ class Method(nn.Module):
             chunks: cut the batch into this many parts (fewer where it has fewer rows) for gradient accumulation.
                 Choices are made once for the whole batch. `phase.losses` then yields one loss per part, weighted by
                 its rows. Batch normalisation sees one part at a time, as in any accumulation.
+            taught: what the frozen networks say of this batch, so that they need not run: name ("guides.0", see
+                `frozen_names`) -> logits [B, C] on the device of the student's; those that are not in it are run. Or a
+                function (name, rows, run) -> logits of these rows, a slice of the batch's; run() runs the network on
+                them (`fastkd.data.LogitsCache.taught` gives one). Only where `teaches_logits`, else ValueError.
 
         The method's code runs inside this iterator and inside `phase.losses`, under the autocast that holds there. An
         iterator that is left half-way changes neither counters nor random state: the same choices are made again.
         """
-        return self._run(Batch(inputs, target, chunks, name=self._name()))
+        known = {}
+        if taught is not None:
+            known = {"taught": self._check_taught(taught), "tell": self._note_part}
+        return self._run(Batch(inputs, target, chunks, name=self._name(), **known))
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
         """For subclasses: yield the phases of one batch; draw random numbers from `generator` only.
@@ -196,8 +211,8 @@ class Method(nn.Module):
 
     @property
     def frozen_names(self) -> tuple[str, ...]:
-        """The attributes that hold the frozen networks: "teacher", "guides", ..."""
-        return self._frozen_names
+        """Of the networks that only teach: "guides.0", ..."""
+        return self._teaching_names
 
     def learner(self, name: str) -> Any:
         """A learning network ("student", "students.0", ...) as it is run: wrapped by `map_learners`."""
@@ -205,9 +220,17 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def teach(self, network: nn.Module, inputs: Any, run: Callable[[nn.Module, Any], Any] | None = None) -> Any:
-        """The output of a frozen network for `inputs`, or `run(network, inputs)`: in eval mode and without a graph."""
+        """The output of a frozen network for `inputs`, or `run(network, inputs)`: in eval mode and without a graph.
+
+        Where `phases` was told what it says of them (`taught`), its logits.
+        """
         if network.training:  # an evaluation elsewhere may have put it back to train mode: its statistics would move
             network.eval()
+        if self._known is not None and run is None:
+            of_part, rows = self._known.part
+            name = next((name for name in self.frozen_names if self.get_submodule(name) is network), None)
+            if inputs is of_part and name is not None:  # other inputs than the batch's are not known
+                return self._known.taught(name, rows, lambda: logits_of(network(inputs)))
         return network(inputs) if run is None else run(network, inputs)
 
     def train(self, mode: bool = True) -> Method:
@@ -247,6 +270,27 @@ class Method(nn.Module):
         self._random = generator.get_state()
         self._unfinished = 0
         self.iterations += 1
+
+    def _note_part(self, batch: Batch, at_hand: bool) -> None:
+        if at_hand:
+            self._known = batch
+        elif self._known is batch:  # not a later one: a loop may leave the last chunk's iterator to the collector
+            self._known = None
+
+    def _check_taught(self, taught: Mapping[str, Tensor] | Taught) -> Taught:
+        if not self.teaches_logits:
+            expected = "None: this method takes more of its frozen networks than their logits of a batch, or has none"
+            raise common.wrong_value(self._name(), "taught", expected, type(taught).__name__)
+        if callable(taught):
+            return taught
+        if not isinstance(taught, Mapping):
+            expected = "a dict of logits by the frozen networks' names, or a function (name, rows, run)"
+            raise common.wrong_type(self._name(), "taught", expected, type(taught).__name__)
+        for name in taught:
+            if name not in self.frozen_names:
+                expected = f"a dict whose keys are among {', '.join(self.frozen_names)}"
+                raise common.wrong_value(self._name(), "taught", expected, name)
+        return lambda name, rows, run: taught[name][rows] if name in taught else run()
 
     def _note_start(self) -> None:
         self._unfinished += 1

@@ -70,6 +70,8 @@ class CTSLMKT(Peers):
     of different shapes, a network without an embedding, and views that are not M.
     """
 
+    teaches_logits = True
+
     def __init__(
         self,
         peers: Sequence[nn.Module],
@@ -107,6 +109,7 @@ class CTSLMKT(Peers):
             setattr(self, key, value)
         self.temperature, self.mutual_temperature = temperature, mutual_temperature
         self.process_group = process_group
+        self.teaches_logits = own and not views  # with views each self-teacher sees one of its own
         self.gives_outputs = self.beta > 0 and any(self.mutual_relation)
         self._check_that_all_learn()
 

@@ -56,6 +56,8 @@ class DGKD(Method):
     guide takes part in where its logits and the student's differ in shape.
     """
 
+    teaches_logits = True
+
     def __init__(
         self,
         student: nn.Module,

@@ -30,8 +30,9 @@ def synchronise(method: Method) -> None:
 
     Mean teachers among it: they run in train mode, too. Parameters, buffers and their names stay the same.
     """
+    frozen = {name.partition(".")[0] for name in method.frozen_names}
     for name, part in list(method.named_children()):
-        if name in method.frozen_names:
+        if name in frozen:
             continue
         kinds = {path: type(m) for path, m in part.named_modules(remove_duplicate=False) if isinstance(m, _BatchNorm)}
         method.add_module(name, nn.SyncBatchNorm.convert_sync_batchnorm(part))

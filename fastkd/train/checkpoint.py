@@ -28,7 +28,7 @@ _NAME = re.compile(r"epoch-(\d{4,})\.pt")
 PARTIAL = "partial.pt"  # the state in the middle of an epoch
 _SEAL = b"sha256:"  # before the digest of 64 hex digits
 _SEALED = len(_SEAL) + 64
-_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file is too large"}
+FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file is too large"}
 
 
 class DamagedError(UserError):
@@ -58,9 +58,9 @@ def write_atomic(path: str | Path, content: bytes | memoryview) -> None:
         os.replace(temporary, path)
         _sync(path.parent)  # the rename itself
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise StorageError(
-                f"{path} cannot be written, {_FULL[error.errno]}: make room and repeat the command with --resume; "
+                f"{path} cannot be written, {FULL[error.errno]}: make room and repeat the command with --resume; "
                 "what was saved before is whole"
             ) from error
         error.filename = error.filename or str(path)  # a failed write does not say where

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from fastkd.train.config import CompareConfig, TrainConfig
 from fastkd.train.devices import pick_device, to_device
 from fastkd.train.loop import Fit
 from fastkd.train.metrics import write_csv
-from fastkd.train.plans import accepted, check_options, plan
+from fastkd.train.plans import accepted, check_options, plan, teaches_logits
 from fastkd.train.report import LAST_EPOCH, data_text, final, method_text, optimization_text, pyplot, save_figure, table
 from fastkd.train.runner import Result, Runner
 
@@ -42,8 +43,10 @@ def run(config: CompareConfig, say) -> Comparison:
     check_options(config.methods, config.options)
     comparison = Comparison(config, {method: {} for method in config.methods})
     runs = {(m, s): config.run(m, s, accepted(m, config.options)) for s in config.seeds for m in config.methods}
-    for one in runs.values():
-        plan(one)  # what cannot be planned shows before anything is trained
+    for (method, seed), one in runs.items():
+        stages = plan(one)  # what cannot be planned shows before anything is trained
+        if one.logits_cache and not any(map(teaches_logits, stages)):
+            runs[method, seed] = dataclasses.replace(one, logits_cache=False)
     for seed in config.seeds:
         for method in sorted(config.methods, key=lambda name: name != "ce"):  # other methods may use what ce trains
             runner = Runner(runs[method, seed], say)
@@ -221,9 +224,9 @@ def _reading() -> list[str]:
     lines += [
         "The gain is the mean over seeds of the difference to ce with the same seed, that is with the same initial "
         "weights and the same order of images. With few seeds, a gain smaller than its spread shows nothing.",
-        f"The time is the median of {ROUNDS} training steps of the student, its guides' forward passes included, with "
-        "the fused operation (native) and with its plain PyTorch formula (reference), in turns. With few classes the "
-        "loss is a small part of the step, and the two are alike.",
+        f"The time is the median of {ROUNDS} training steps of the student, its guides' forward passes included "
+        "(also with --logits-cache), with the fused operation (native) and with its plain PyTorch formula (reference), "
+        "in turns. With few classes the loss is a small part of the step, and the two are alike.",
     ]
     return ["", *(f"- {line}" for line in lines)]
 

@@ -31,6 +31,7 @@ class DataOptions:
         validation: part of the training images set apart for validation, from 0 to below 1
         image_size: resize images to this many pixels; default the data's own size
         augment: augment the training images (shift, mirror, crop)
+        variants: augmentations of each image through which the epochs cycle; 0: each epoch has its own
         workers: processes that load images; data in memory needs none
         bad_images: a file that cannot be read stops the run (error), or is counted, named and left out (skip)
     """
@@ -42,6 +43,7 @@ class DataOptions:
     validation: float = 0.0
     image_size: int | None = None
     augment: bool = True
+    variants: int = 0
     workers: int = 0
     bad_images: Literal["error", "skip"] = "error"
 
@@ -120,6 +122,9 @@ class LoopOptions:
         quiet: print results only
         cache: folder of the networks that are trained before the student, to be shared between runs; default OUT/cache
         tensorboard: write curves for TensorBoard into OUT/tensorboard; needs its package
+        logits_cache: keep the frozen networks' logits of each image and augmentation in CACHE/logits, and read them
+            there instead of running the networks again; for methods that take nothing else from frozen networks
+        logits_dtype: in which they are kept; float16 takes half the room
     """
 
     device: str = "auto"
@@ -132,6 +137,8 @@ class LoopOptions:
     quiet: bool = False
     cache: str = ""
     tensorboard: bool = False
+    logits_cache: bool = False
+    logits_dtype: Literal["float32", "float16"] = "float32"
 
 
 @dataclass
@@ -201,10 +208,11 @@ class CompareOptions:
 _LEAST = {"epochs": 1, "guide_epochs": 0, "own_epochs": 0, "batch_size": 1, "warmup_epochs": 0, "eval_every": 1}
 _LEAST |= {"num_teachers": 1, "generations": 1, "branches": 1, "keep": 0, "save_every": 0}
 _LEAST |= {"log_every": 1, "workers": 0, "train_size": 1, "image_size": 1, "seed": 0, "threads": 1}
-_LEAST |= {"accumulate": 1}
+_LEAST |= {"accumulate": 1, "variants": 0}
 _OPTIONAL = ("train_size", "image_size", "threads", "num_teachers", "seed")  # a comparison has no seed of its own
 _FINITE = ("lr", "momentum", "weight_decay", "gamma")  # >= 0
 _CHOICES = {"bad_images": ("error", "skip"), "non_finite": ("stop", "skip"), "amp": ("none", "bf16", "fp16")}
+_CHOICES |= {"logits_dtype": ("float32", "float16")}
 
 
 def _check_numbers(config: object) -> None:
@@ -287,7 +295,7 @@ class CompareConfig(Settings, CompareOptions):
 # What may differ between the parts of one run without changing what it computes, or only where it goes on to.
 _FREE = {"out", "resume", "cache", "quiet", "keep", "log_every", "workers", "device", "threads", "data_root"}
 _FREE |= {"download", "epochs", "eval_every", "save_every", "bad_images", "non_finite"}
-_FREE |= {"channels_last", "compile", "deterministic", "timeout", "tensorboard"}
+_FREE |= {"channels_last", "compile", "deterministic", "timeout", "tensorboard", "logits_cache"}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastkd.data import Data, loader
+from fastkd.data.batches import image_set
 from fastkd.data.parts import Part
 from fastkd.methods import Method
 from fastkd.models import logits_of
@@ -23,6 +24,7 @@ from fastkd.train.config import Settings, UserError
 from fastkd.train.devices import batch_on, batches_on, pick_device, prepare, rows_of, run_as
 from fastkd.train.distributed import ALONE, World, own_seed, world
 from fastkd.train.interrupts import Interrupted, catch_interrupt, leave_interrupts
+from fastkd.train.kept_logits import KeptLogits
 from fastkd.train.metrics import Divergence, Meter, Row, read_csv, write_csv
 from fastkd.train.optim import make_optimizer, make_schedule
 from fastkd.train.progress import Progress, note
@@ -39,14 +41,18 @@ def train_epoch(
     on_batch: Callable[[], None] = lambda: None,
     steps: Steps | None = None,
     classes: int | None = None,
+    taught: Callable[[], Any] = lambda: None,
 ) -> None:
-    """One pass over `batches` of (inputs, target). `steps` takes the steps, `classes` is what labels must be below."""
+    """One pass over `batches` of (inputs, target). `steps` takes the steps, `classes` is what labels must be below.
+
+    `taught()` is asked after each batch was given: what frozen networks say of it (`Method.phases`).
+    """
     steps = steps or Steps(method, optimizer, meter.device)
     method.train()
     for batch in batches:
         rows = rows_of(batch[1], meter.world)
         inputs, target = batch_on(batch, meter.device, classes)
-        for phase, loss in steps.take(inputs, target):
+        for phase, loss in steps.take(inputs, target, taught()):
             if steps.in_row == SKIPS:
                 place = meter.place(meter.batches + 1, phase.name, phase.networks)
                 raise Divergence(f"{place}: the loss or its gradient was not finite in {SKIPS} steps in a row")
@@ -93,6 +99,7 @@ class Fit:
             are the names of the networks that learn, the wanted one first.
         others: name -> the networks that learn together with the wanted one.
         curves: folder for TensorBoard's event files; None writes none.
+        logits: where the frozen networks' logits are kept; None runs the networks in each epoch.
     """
 
     method: Method
@@ -105,6 +112,7 @@ class Fit:
     facts: dict[str, Any]
     others: dict[str, nn.Module] = field(default_factory=dict)
     curves: Path | None = None
+    logits: Path | None = None
 
     def __post_init__(self):
         self.world = world()
@@ -155,9 +163,12 @@ class Fit:
             if self.epoch == 0 and self._unfinished is None:
                 checkpoint.seed_all(own_seed(self.seed, self.world.rank))
                 self.initialise()
+            kept = None if self.logits is None else self._keep_logits()
             with catch_interrupt() as interrupted, self.board.opened(self.step + 1):
                 for epoch in range(self.epoch, self.epochs):
-                    self._run_epoch(epoch, interrupted)
+                    self._run_epoch(epoch, interrupted, kept)
+            if kept is not None:
+                kept.tell()
         batch_norm.restore(self.method)
         return self.rows
 
@@ -168,7 +179,22 @@ class Fit:
             batches = batches_on(self.train_batches, self.device, self.data.num_classes)
             self.method.initialise(batches, self.settings.lr)
 
-    def _run_epoch(self, epoch: int, interrupted: Callable[[], bool]) -> None:
+    def _keep_logits(self) -> KeptLogits:
+        images = image_set(self.data.train)
+        epochs = range(self.epoch, self.epochs)
+        return KeptLogits(
+            self.logits,
+            self.method,
+            self.train_batches,
+            self.settings,
+            variants=sorted({images.variant_of(epoch) for epoch in epochs}),
+            classes=self.data.num_classes,
+            device=self.device,
+            world=self.world,
+            who=self.name,
+        )
+
+    def _run_epoch(self, epoch: int, interrupted: Callable[[], bool], kept: KeptLogits | None = None) -> None:
         self.method.start_epoch(epoch, self.epochs)
         started = time.perf_counter()
         meter = Meter(self.device, self.settings.log_every, self._describe, self.world)
@@ -193,9 +219,8 @@ class Fit:
             try:
                 network = self.method.deployable()
                 with meter.watch(network, run_as(self.method, network)):
-                    train_epoch(
-                        self.method, batches, self.optimizer, meter, on_batch, self.steps, self.data.num_classes
-                    )
+                    classes, taught = self.data.num_classes, (lambda: None) if kept is None else kept.of_batch
+                    train_epoch(self.method, batches, self.optimizer, meter, on_batch, self.steps, classes, taught)
                 meter.look()
                 meter = meter.total()
                 if meter.images == 0:

@@ -224,6 +224,11 @@ def plan(config: TrainConfig) -> list[Stage]:
     return found
 
 
+def teaches_logits(stage: Stage) -> bool:
+    """Whether the stage's frozen networks teach by their logits of each image alone, so that these may be kept."""
+    return recipe(stage.method).method.teaches_logits and bool(stage.guides) and stage.views == 1
+
+
 def _check_checkpoints(config: TrainConfig, found: list[Stage]) -> None:
     guides = [stage.name for stage in found[:-1]]
     # A config serves several methods: those that have no assistants let their checkpoints pass.

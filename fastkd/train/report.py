@@ -162,6 +162,8 @@ def data_text(config: Settings, data) -> str:
         parts.append(f"{len(data.validation)} validation images")
     parts.append(f"{len(data.test)} test images")
     augmented = "augmented" if config.augment else "not augmented"
+    if config.augment and config.variants:
+        augmented += f" in {config.variants} variants"
     size = f"{data.channels}x{data.image_size}x{data.image_size}"
     return f"{config.data}: {', '.join(parts)}, {data.num_classes} classes, {size} pixels, training images {augmented}."
 

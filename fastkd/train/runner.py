@@ -27,7 +27,7 @@ from fastkd.train.devices import pick_device
 from fastkd.train.distributed import world
 from fastkd.train.loop import Fit
 from fastkd.train.metrics import Row
-from fastkd.train.plans import arguments, plan, recipe
+from fastkd.train.plans import arguments, plan, recipe, teaches_logits
 from fastkd.train.stages import Learner, Stage, parameters
 from fastkd.train.steps import check_amp
 
@@ -81,6 +81,7 @@ def load_data(config: TrainConfig) -> datasets.Data:
         "image_size": config.image_size,
         "augment": config.augment,
         "bad_images": config.bad_images,
+        "variants": config.variants,
     }
     return _load(config.data, tuple(items.items()))
 
@@ -98,6 +99,11 @@ def stage_key(config: TrainConfig, stage: Stage, stages: dict[str, Stage]) -> st
         facts["sync_batch_norm"] = True
     facts |= {name: getattr(stage, name) for name in ("method", "options", "epochs", "views")}
     facts |= {"learners": [dataclasses.asdict(learner) for learner in stage.learners]}
+    # Only where they change something: earlier versions had them not, and their stages are still good.
+    if config.variants and config.augment:
+        facts["variants"] = config.variants
+    if config.logits_cache and config.logits_dtype != "float32" and stage.guides:
+        facts["logits_dtype"] = config.logits_dtype
     # Arguments that are not given have the defaults of this version of the method.
     facts |= {"defaults": {k: repr(v) for k, v in arguments(stage.method).items()}}
     return fingerprint(facts | {"needs": [stage_key(config, stages[name], stages) for name in stage.needs]})
@@ -126,6 +132,11 @@ class Runner:
             config, say = dataclasses.replace(config, quiet=True), lambda text: None
         self.config, self.say = config, say
         self.stages = {stage.name: stage for stage in plan(config)}
+        if config.logits_cache and not any(map(teaches_logits, self.stages.values())):
+            raise UserError(
+                f"--logits-cache: no frozen network of {config.method} teaches by its logits of each image alone: "
+                "leave the option out"
+            )
         check_amp(config.amp, pick_device(config.device))
         self.world.from_first(lambda: batch_norm.check(config, pick_device(config.device), self.world))
         self.data = load_data(config)
@@ -173,6 +184,7 @@ class Runner:
             facts,
             {learner.name: network for learner, network in list(zip(stage.learners, learners, strict=True))[1:]},
             self._curves(stage) if folder is not None else None,
+            self._cache / "logits" if self.config.logits_cache and teaches_logits(stage) else None,
         )
 
     def _curves(self, stage: Stage) -> Path | None:
@@ -202,10 +214,13 @@ class Runner:
             self._share(stage, folder)
         return Result(stage, fit.method.deployable(), fit.rows, folder, fit.others)
 
+    @property
+    def _cache(self) -> Path:
+        return Path(self.config.cache or Path(self.config.out) / "cache")
+
     def _cached(self, stage: Stage) -> Path:
         """The folder of a stage in the cache, made if it is not there."""
-        cache = Path(self.config.cache or Path(self.config.out) / "cache")
-        folder = cache / f"{stage.learners[0].name}-{stage_key(self.config, stage, self.stages)}"
+        folder = self._cache / f"{stage.learners[0].name}-{stage_key(self.config, stage, self.stages)}"
         self.world.from_first(lambda: folder.mkdir(parents=True, exist_ok=True))
         return folder
 

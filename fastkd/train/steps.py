@@ -77,12 +77,16 @@ class Steps:
         how = {"amp": settings.amp, "accumulate": settings.accumulate, "world": world}
         return cls(method, optimizer, device, settings.non_finite, **how)
 
-    def take(self, inputs: Any, target: Tensor) -> Iterator[tuple[Phase, Tensor]]:
-        """(phase, its loss) of one batch, each after its step. The loss is detached, of this process's rows."""
+    def take(self, inputs: Any, target: Tensor, taught: Any = None) -> Iterator[tuple[Phase, Tensor]]:
+        """(phase, its loss) of one batch, each after its step. The loss is detached, of this process's rows.
+
+        `taught`: what frozen networks say of the batch, as `Method.phases` takes it; None runs them.
+        """
         chunks, weight = self._chunks(len(target)), self._weight(target)
         if self.tolerant:
             self._buffers = {n: b.clone() for n, b in self.method.named_buffers() if b.is_floating_point()}
-        phases = self.method.phases(inputs, target, chunks=chunks)
+        known = {} if taught is None else {"taught": taught}
+        phases = self.method.phases(inputs, target, chunks=chunks, **known)
         while (phase := self._run(phases)) is not None:
             self.optimizer.zero_grad(set_to_none=True)
             loss = self._backward(phase, weight)
