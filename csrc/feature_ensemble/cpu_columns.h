@@ -101,7 +101,7 @@ double strip_distance(const Args& args, const Pair& pair, const S* a, const T* b
   column_squares(pair, a, b, n, w, s);
   if (column_scales(pair, a, b, n, w, s)) column_squares(pair, a, b, n, w, s);
   for (int64_t c = 0; c < padded; ++c) {
-    const Factors<A> f = make_factors(w.scale_a[c], w.squares_a[c], w.scale_b[c], w.squares_b[c]);
+    const Factors<A> f = make_factors(w.scale_a[c], double(w.squares_a[c]), w.scale_b[c], double(w.squares_b[c]));
     w.inverse[c] = f.inverse;
     w.ratio[c] = f.ratio;
   }

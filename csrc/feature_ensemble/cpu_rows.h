@@ -8,7 +8,16 @@ namespace fastkd::feature_ensemble {
 inline namespace FASTKD_TARGET {
 namespace {
 
-constexpr int64_t kPiece = 1024;  // elements in one vectorised loop: sums of pieces are added in double
+constexpr int64_t kPiece = 1024;  // elements of a row that are held in scratch memory
+// Elements that are added up in the accumulation type, 32 in each lane of a register; their sums are in double.
+#if defined(__AVX512F__)
+constexpr int64_t kSummed = 512;
+#elif defined(__AVX2__)
+constexpr int64_t kSummed = 256;
+#else
+constexpr int64_t kSummed = 128;
+#endif
+constexpr int64_t kHalfLanes = 64;  // what loops over half precision take at once, at most: the rest is a sum of scalars
 constexpr int64_t kStrip = 256;   // columns that are summed side by side
 constexpr int64_t kBlock = 32;    // rows of a strip between two such additions
 
@@ -81,47 +90,56 @@ Sums<A> differences(const S* a, const T* b, int64_t n, const Factors<A> f) {
   return {distance, inner};
 }
 
-// Adds up `piece(first, n)` over [0, n) in double.
-template <class A, class F>
-Sums<A> in_pieces(int64_t n, const F& piece) {
+// Adds up `piece(a, b, n)` over a group's elements in double. Half precision that does not fill registers goes through
+// scratch memory: one long sum of scalars is slow, and rounds most.
+template <class S, class T, class A, class F>
+Sums<double> in_pieces(const S* a, const T* b, int64_t n, const Scratch<A>& s, const F& piece) {
   double first = 0, second = 0;
-  for (int64_t c = 0; c < n; c += kPiece) {
-    const Sums<A> s = piece(c, least(kPiece, n - c));
-    first += double(s.first);
-    second += double(s.second);
+  for (int64_t c = 0; c < n; c += kSummed) {
+    const int64_t count = least(kSummed, n - c);
+    Sums<A> sums;
+    if ((sizeof(S) < sizeof(A) || sizeof(T) < sizeof(A)) && count % kHalfLanes != 0) {
+      const int64_t padded = padded_length(count);
+      sums = piece(as_row(a + c, count, padded, s.a), as_row(b + c, count, padded, s.b), padded);
+    } else {
+      sums = piece(a + c, b + c, count);
+    }
+    first += double(sums.first);
+    second += double(sums.second);
   }
-  return {A(first), A(second)};
+  return {first, second};
 }
 
 // One group that lies in one piece of memory: its distance; its state is saved.
 template <int P, class S, class T, class A>
-A group_distance(const Args& args, const S* a, const T* b, int64_t n, int64_t group) {
+A group_distance(const Args& args, const S* a, const T* b, int64_t n, int64_t group, const Scratch<A>& scratch) {
   A scale_a = 1, scale_b = 1;
-  const auto both = [&](int64_t c, int64_t m) { return squares<S, T, A>(a + c, b + c, m, scale_a, scale_b); };
-  Sums<A> s = in_pieces<A>(n, both);
-  if (!is_safe(s.first) || !is_safe(s.second)) {
+  const auto both = [&](const auto* x, const auto* y, int64_t m) { return squares(x, y, m, scale_a, scale_b); };
+  Sums<double> s = in_pieces(a, b, n, scratch, both);
+  if (!is_safe(A(s.first)) || !is_safe(A(s.second))) {
     scale_a = scale_of(largest(a, n, A()));
     scale_b = scale_of(largest(b, n, A()));
-    s = in_pieces<A>(n, both);
+    s = in_pieces(a, b, n, scratch, both);
   }
   const Factors<A> f = make_factors(scale_a, s.first, scale_b, s.second);
-  const Sums<A> d = in_pieces<A>(n, [&](int64_t c, int64_t m) { return differences<P>(a + c, b + c, m, f); });
-  save_state(static_cast<A*>(args.state), args.total_groups, group, f, s.first, inner_of(P, f.inverse, d.second));
-  return distance_of(P, f.inverse, d.first);
+  const Sums<double> d =
+      in_pieces(a, b, n, scratch, [&](const auto* x, const auto* y, int64_t m) { return differences<P>(x, y, m, f); });
+  save_state(static_cast<A*>(args.state), args.total_groups, group, f, A(s.first), inner_of(P, f.inverse, A(d.second)));
+  return distance_of(P, f.inverse, A(d.first));
 }
 
 // The rows of a sample (or all of it as one row): the sum of their distances.
 template <int P, class S, class T, class A>
 A rows_distance(const Args& args, const Pair& pair, const S* a, const T* b, int64_t group, const Scratch<A>& s) {
-  if (pair.group == Group::all) return group_distance<P, S, T, A>(args, a, b, pair.elements(), group);
+  if (pair.group == Group::all) return group_distance<P>(args, a, b, pair.elements(), group, s);
   const int64_t n = pair.inner, padded = padded_length(n);
   double total = 0;
   for (int64_t r = 0; r < pair.outer; ++r, a += n, b += n) {
     if (padded <= kPiece) {
       const A *row_a = as_row(a, n, padded, s.a), *row_b = as_row(b, n, padded, s.b);
-      total += double(group_distance<P, A, A, A>(args, row_a, row_b, padded, group + r));
+      total += double(group_distance<P>(args, row_a, row_b, padded, group + r, s));
     } else {
-      total += double(group_distance<P, S, T, A>(args, a, b, n, group + r));
+      total += double(group_distance<P>(args, a, b, n, group + r, s));
     }
   }
   return A(total);

@@ -50,10 +50,11 @@ FASTKD_HD A inverse_norm(A squares) {
   return squares == 0 ? A(1) : A(1) / square_root(squares);
 }
 
-template <class A>
-FASTKD_HD Factors<A> make_factors(A scale_a, A squares_a, A scale_b, A squares_b) {
-  const A inverse = inverse_norm(squares_a);
-  return {scale_a, scale_b, inverse, inverse_norm(squares_b) / inverse};
+// `Sum` may be wider than A: the ratio of the norms is in every element, so that its rounding does not average out.
+template <class A, class Sum>
+FASTKD_HD Factors<A> make_factors(A scale_a, Sum squares_a, A scale_b, Sum squares_b) {
+  const Sum inverse = inverse_norm(squares_a);
+  return {scale_a, scale_b, A(inverse), A(inverse_norm(squares_b) / inverse)};
 }
 
 // u to the power p, and u^(p - 1) * a', whose sum is the inner product of the derivative and the map. 0 stays 0 for p = 1,
