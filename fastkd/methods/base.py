@@ -128,6 +128,7 @@ class Method(nn.Module):
         self._learner_names = tuple(learning)
         self._frozen_names = tuple(frozen or ())
         self._wrapped: dict[str, Any] = {}  # learner's name -> what map_learners made of it; not in the state dict
+        self._teaching: dict[nn.Module, tuple[Any, Any]] = {}  # what map_teachers made of it, and of its features
         self._random = torch.Generator().manual_seed(seed).get_state()  # uint8 on the CPU, whatever the device
         self._unfinished = 0
         self.iterations = 0
@@ -189,6 +190,21 @@ class Method(nn.Module):
         self._wrapped = wrapped
         return self
 
+    def map_teachers(self, wrap: Callable[[nn.Module], Callable]) -> Method:
+        """Run each network that only teaches through wrap(network), as `map_learners` does. Returns the method.
+
+        Of one with `forward_features`, `wrap` is handed a second module, whose call returns its `Outputs`. A second
+        call replaces the first one's wrappers.
+        """
+        networks = [self.get_submodule(name) for name in self.teacher_names]
+        self._teaching = {network: (wrap(network), wrap(giving_outputs(network))) for network in networks}
+        return self
+
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        """Of the networks that only teach: "teacher", "guides.0", ..."""
+        return self._frozen_names
+
     @property
     def learner_names(self) -> tuple[str, ...]:
         """Of the learning networks: "student", "students.0", ..."""
@@ -203,7 +219,8 @@ class Method(nn.Module):
         """The output of a frozen network for `inputs`, or `run(network, inputs)`: in eval mode and without a graph."""
         if network.training:  # an evaluation elsewhere may have put it back to train mode: its statistics would move
             network.eval()
-        return network(inputs) if run is None else run(network, inputs)
+        plain, full = self._teaching.get(network, (network, network))
+        return plain(inputs) if run is None else run(full, inputs)
 
     def train(self, mode: bool = True) -> Method:
         """As in nn.Module; frozen networks stay in eval mode."""
