@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -74,8 +73,7 @@ class Capture:
         # Inside, parameters are leaves of their own over the same storage: what autograd keeps about the real ones,
         # the stream of an earlier pass among it, does not come in, and gradients are this capture's alone.
         self.parameters = [p for p in network.parameters() if self.trains and p.requires_grad]
-        names = {id(p): name for name, p in network.named_parameters()}
-        self.aliases = {names[id(p)]: p.detach().requires_grad_() for p in self.parameters}
+        self.aliases = {p: p.detach().requires_grad_() for p in self.parameters}
         self.output_form: Any = None
         with _untouched(network, recorder.device):
             self._check()
@@ -109,7 +107,8 @@ class Capture:
         # Autocast keeps the weights that it has cast: those from before the run must not come in, its own not get out.
         torch.clear_autocast_cache()
         try:
-            output = functional_call(self.network, self.aliases, args, kwargs)
+            with _with_parameters(self.network, self.aliases):
+                output = self.network(*args, **kwargs)
         finally:
             torch.clear_autocast_cache()
         results, self.output_form = tree_flatten(output)
@@ -247,6 +246,20 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 @contextlib.contextmanager
+def _with_parameters(network: nn.Module, others: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Other tensors in the place of parameters. torch.func.functional_call does not restore a module that is shared."""
+    tables = {id(module._parameters): module._parameters for module in network.modules()}
+    before = [(table, dict(table)) for table in tables.values()]
+    try:
+        for table, parameters in before:
+            table.update({name: others[p] for name, p in parameters.items() if p in others})
+        yield
+    finally:
+        for table, parameters in before:
+            table.update(parameters)
+
+
+@contextlib.contextmanager
 def _untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
     """Afterwards buffers and random numbers are as before."""
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
@@ -257,9 +270,9 @@ def _untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        for buffer, before in buffers:
+            # By .data, which leaves the version alone: an earlier call may still wait for its backward pass.
+            buffer.data.copy_(before)
 
 
 def _cpu_random_state() -> tuple:

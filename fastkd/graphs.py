@@ -48,6 +48,9 @@ class Graphs:
         # For calls without gradients, in all networks: their results are copied before the next replay.
         self.pool = self.recorder.pool()
 
+    def __deepcopy__(self, memo: dict) -> Graphs:
+        return self  # where a method is copied: the device is the same
+
     def wrap(self, method: Method) -> Method:
         """Run every network of the method, those that only teach among them, as `Graphed`. Returns the method.
 
@@ -60,7 +63,7 @@ class Graphs:
             name = names.get(id(network)) or names.get(id(getattr(network, "network", None)))
             if isinstance(network, DistributedDataParallel) or hasattr(network, "_orig_mod"):
                 kind = type(network).__name__
-                raise ValueError(f"Graphs.wrap: networks must be neither compiled nor in parallel, got {kind} ({name})")
+                raise ValueError(f"Graphs.wrap: networks must be neither compiled nor in parallel, got a {kind}")
             return Graphed(network, self, name or type(network).__name__)
 
         return method.map_learners(graphed).map_teachers(graphed)

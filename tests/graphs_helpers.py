@@ -1,9 +1,5 @@
 """A stand-in for CUDA graphs on a CPU: what it records it runs again, into memory that every replay overwrites."""
 
-import contextlib
-import random
-
-import numpy as np
 import torch
 
 from fastkd.graphs import Graphed, Graphs
@@ -37,8 +33,9 @@ class StandIn:
 class Recorded:
     def __init__(self, run, pool):
         self.run, self.pool, self.replays = run, pool, 0
+        live = run()
         with torch.no_grad():
-            self.static = [None if r is None else torch.empty_like(r).copy_(_nothing(r)) for r in (live := run())]
+            self.static = [None if r is None else torch.empty_like(r).copy_(_nothing(r)) for r in live]
         self.results = self._bound(live)
 
     def replay(self):
@@ -89,16 +86,6 @@ def wrappers(method) -> list[Graphed]:
     return [*learners, *(wrapper for pair in method._teaching.values() for wrapper in pair)]
 
 
-def one(network, **options) -> tuple[Graphed, Graphs]:
+def graphed_network(network, **options) -> tuple[Graphed, Graphs]:
     graphs = Graphs(torch.device("cpu"), Notes(), StandIn(**options))
     return Graphed(network, graphs, "net"), graphs
-
-
-@contextlib.contextmanager
-def same_random_numbers():
-    """Both blocks of a comparison draw the same."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])

@@ -182,12 +182,7 @@ class Method(nn.Module):
         A second call wraps the first one's result. State dicts and `deployable()` bear the networks themselves. A
         method that needs features hands `wrap` a module that holds the network and returns its `Outputs`.
         """
-        wrapped = {name: wrap(self._to_wrap(name)) for name in self._learner_names}
-        for name, network in wrapped.items():
-            if not callable(network):
-                expected = f"a function that returns a callable network for {name}"
-                raise common.wrong_type(self._name(), "wrap", expected, type(network).__name__)
-        self._wrapped = wrapped
+        self._wrapped = {name: self._wrap(wrap, name, self._to_wrap(name)) for name in self._learner_names}
         return self
 
     def map_teachers(self, wrap: Callable[[nn.Module], Callable]) -> Method:
@@ -196,8 +191,11 @@ class Method(nn.Module):
         Of one with `forward_features`, `wrap` is handed a second module, whose call returns its `Outputs`. A second
         call replaces the first one's wrappers.
         """
-        networks = [self.get_submodule(name) for name in self.teacher_names]
-        self._teaching = {network: (wrap(network), wrap(giving_outputs(network))) for network in networks}
+        found = {}
+        for name in self.teacher_names:
+            network = self.get_submodule(name)
+            found[network] = self._wrap(wrap, name, network), self._wrap(wrap, name, giving_outputs(network))
+        self._teaching = found
         return self
 
     @property
@@ -239,6 +237,13 @@ class Method(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self._random = state["random"].cpu()  # torch.load's map_location may have moved it
         self.iterations, self.epoch, self.epochs = state["iterations"], state["epoch"], state["epochs"]
+
+    def _wrap(self, wrap: Callable[[nn.Module], Callable], name: str, network: nn.Module) -> Any:
+        wrapped = wrap(network)
+        if not callable(wrapped):
+            expected = f"a function that returns a callable network for {name}"
+            raise common.wrong_type(self._name(), "wrap", expected, type(wrapped).__name__)
+        return wrapped
 
     def _to_wrap(self, name: str) -> Any:
         network = self.learner(name)
