@@ -19,6 +19,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastkd._recorder import Recorder, Recording
 
+CHOICES = 4  # so many recordings has the backward pass of one capture
+
+_Choice = tuple[tuple[int, ...] | None, ...]  # the strides of the outputs' gradients, None for those without
+
 
 class NotCapturedError(RuntimeError):
     """Why a network has no graph."""
@@ -146,6 +150,8 @@ class Capture:
 class TrainingCapture(Capture):
     """Calls with gradients, and their backward passes: one recording for each choice of outputs that have a gradient.
 
+    In which order a gradient's memory is counts, too: another order may be another kernel, and other roundings.
+
     The autograd graph of the recorded forward pass is kept. A choice that was not there before goes through it without
     a recording, and is recorded before the next call. So parameters on which no such output depends have no gradient,
     as without a capture.
@@ -154,10 +160,12 @@ class TrainingCapture(Capture):
     trains = True
 
     def __init__(self, *args: Any) -> None:
-        self.backwards: dict[tuple[bool, ...], tuple[list[Tensor], Recording]] = {}
+        self.backwards: dict[_Choice, tuple[list[Tensor], Recording]] = {}
         super().__init__(*args)
-        differentiable = tuple([result.requires_grad for result in self.results()])
-        self.wanted = {differentiable} if sum(differentiable) == 1 else set()
+        self.wanted: dict[_Choice, list[Tensor]] = {}  # and memory for the gradients of those outputs
+        differentiable = [result if result.requires_grad else None for result in self.results()]
+        if sum(result is not None for result in differentiable) == 1:
+            self._want(differentiable)
 
     def __call__(self, leaves: Sequence[Tensor]) -> Any:
         self._replay(leaves)
@@ -165,26 +173,29 @@ class TrainingCapture(Capture):
 
     def prepare(self) -> None:
         # Not in the backward pass, which runs in a thread of autograd's.
-        for which in self.wanted:
-            slopes = [torch.zeros_like(r) for r, wanted in zip(self.results(), which, strict=True) if wanted]
-            recording = self.recorder.record(partial(self._backward, which, slopes), self.pool)
-            self.backwards[which] = slopes, recording
+        for choice, slopes in self.wanted.items():
+            recording = self.recorder.record(partial(self._backward, choice, slopes), self.pool)
+            self.backwards[choice] = slopes, recording
         self.wanted.clear()
 
     def gradients(self, slopes: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Of the leaves and the parameters, for the gradients of the outputs."""
-        which = tuple([slope is not None for slope in slopes])
-        given = [slope for slope in slopes if slope is not None]
-        if which in self.backwards:
-            own, recording = self.backwards[which]
+        choice, given = _choice(slopes), [slope for slope in slopes if slope is not None]
+        if choice in self.backwards:
+            own, recording = self.backwards[choice]
             torch._foreach_copy_(own, given)
             recording.replay()
             copied = iter(copies([r for r in recording.results if r is not None]))
             found = iter([None if r is None else next(copied) for r in recording.results])
         else:
-            self.wanted.add(which)
-            found = iter(self._backward(which, given))
+            self._want(slopes)
+            found = iter(self._backward(choice, given))
         return [*[next(found) if needed else None for needed in self.needs], *found]
+
+    def _want(self, slopes: Sequence[Tensor | None]) -> None:
+        if len(self.backwards) < CHOICES:
+            with torch.no_grad():
+                self.wanted[_choice(slopes)] = [torch.zeros_like(slope) for slope in slopes if slope is not None]
 
     def _run(self) -> list[Tensor | None]:
         # What autograd saves is written again by every replay and by the optimiser. Its check of that does not look at
@@ -203,10 +214,14 @@ class TrainingCapture(Capture):
     def _sources(self) -> list[Tensor]:
         return [*[own for own, needed in zip(self.inputs, self.needs, strict=True) if needed], *self.aliases.values()]
 
-    def _backward(self, which: Sequence[bool], slopes: Sequence[Tensor]) -> list[Tensor | None]:
-        results = [result for result, wanted in zip(self.results(), which, strict=True) if wanted]
+    def _backward(self, choice: _Choice, slopes: Sequence[Tensor]) -> list[Tensor | None]:
+        results = [result for result, strides in zip(self.results(), choice, strict=True) if strides is not None]
         with torch.autocast(self.recorder.device.type, enabled=False):  # a recording is made under the forward pass's
             return _slopes(results, self._sources(), slopes)
+
+
+def _choice(slopes: Sequence[Tensor | None]) -> _Choice:
+    return tuple([None if slope is None else slope.stride() for slope in slopes])
 
 
 class _HandOver(torch.autograd.Function):

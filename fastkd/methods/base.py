@@ -125,7 +125,7 @@ class Method(nn.Module):
         learning = self._adopt(learners)
         teaching = self._adopt(frozen or {})
         check_apart(self._name(), learning, teaching)
-        self._learner_names = tuple(learning)
+        self._learner_names, self._teacher_names = tuple(learning), tuple(teaching)
         self._frozen_names = tuple(frozen or ())
         self._wrapped: dict[str, Any] = {}  # learner's name -> what map_learners made of it; not in the state dict
         self._teaching: dict[nn.Module, tuple[Any, Any]] = {}  # what map_teachers made of it, and of its features
@@ -201,7 +201,7 @@ class Method(nn.Module):
     @property
     def teacher_names(self) -> tuple[str, ...]:
         """Of the networks that only teach: "teacher", "guides.0", ..."""
-        return self._frozen_names
+        return self._teacher_names
 
     @property
     def learner_names(self) -> tuple[str, ...]:
