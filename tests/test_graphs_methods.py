@@ -7,7 +7,7 @@ import pytest
 import torch
 from graphs_helpers import Notes, StandIn, graphed, wrappers
 from methods_helpers import same, snapshot
-from test_all_methods import EVERY, batch, iterate, method_of, optimizer_of
+from test_all_methods import CASES, batch, iterate, method_of, optimizer_of
 from torch import nn
 from train_helpers import assert_same, config, last_state, one_thread, rows_without_times, run  # noqa: F401
 
@@ -29,8 +29,10 @@ def train(method, case, chunks=1, amp=False, rows=(12, 12, 7, 12)):
     return losses
 
 
-@EVERY
-@pytest.mark.parametrize("how", ["plain", "chunks", "bfloat16", "channels-last"])
+HOW = [(case, how) for case in ("ORC", "CTSLMKT", "DKEL", "FEED") for how in ("chunks", "bfloat16", "channels-last")]
+
+
+@pytest.mark.parametrize("case, how", [*((case, "plain") for case in CASES), *HOW])
 def test_the_same_weights(case, how):
     plain, (other, graphs) = method_of(case), graphed(method_of(case))
     if how == "channels-last":
@@ -111,7 +113,8 @@ def stand_in(monkeypatch):
 
 
 def both(tmp_path, **options):
-    """The same run with and without graphs."""
+    """The same run with and without graphs, in steps of one size."""
+    options = {"batch_size": 12, "guide_epochs": 1, "own_epochs": 1} | options
     for name, on in (("plain", False), ("graphs", True)):
         run(config(tmp_path / name, cuda_graph=on, **options))
     return [tmp_path / name / "run" for name in ("plain", "graphs")]
@@ -142,11 +145,12 @@ def test_runs_are_the_same(tmp_path, stand_in, method, options):
 
 def test_resumed_in_the_middle(tmp_path, stand_in, monkeypatch):
     """A run with graphs that is killed goes on with or without them to the same bits."""
-    whole, _ = both(tmp_path, method="orc", epochs=3, guide_epochs=1)
+    options = {"method": "orc", "guide_epochs": 1, "batch_size": 12}
+    whole, _ = both(tmp_path, epochs=3, **options)
     for on in (True, False):
         out = tmp_path / f"resumed-{on}"
-        run(config(out, method="orc", epochs=1, guide_epochs=1, cuda_graph=True))
-        run(config(out, method="orc", epochs=3, guide_epochs=1, cuda_graph=on, resume=True))
+        run(config(out, epochs=1, cuda_graph=True, **options))
+        run(config(out, epochs=3, cuda_graph=on, resume=True, **options))
         assert rows_without_times(whole) == rows_without_times(out / "run")
         left, right = last_state(whole), last_state(out / "run")
         assert_same(left["method"], right["method"])
