@@ -190,6 +190,7 @@ class TrainingCapture(Capture):
         else:
             self._want(slopes)
             found = iter(self._backward(choice, given))
+            self.recorder.join()
         return [*[next(found) if needed else None for needed in self.needs], *found]
 
     def _want(self, slopes: Sequence[Tensor | None]) -> None:
@@ -207,7 +208,7 @@ class TrainingCapture(Capture):
         results = [r for r in self._run() if r is not None and r.requires_grad]
         if not results:
             raise NotCapturedError("its outputs have no gradient")
-        slopes = _slopes(results, [*self._sources(), *self.parameters], [torch.zeros_like(r) for r in results])
+        slopes = self._slopes_of(results, [*self._sources(), *self.parameters], [torch.zeros_like(r) for r in results])
         if any(slope is not None for slope in slopes[len(self._sources()) :]):
             raise NotCapturedError("it has its parameters from elsewhere than its modules")
 
@@ -216,8 +217,14 @@ class TrainingCapture(Capture):
 
     def _backward(self, choice: _Choice, slopes: Sequence[Tensor]) -> list[Tensor | None]:
         results = [result for result, strides in zip(self.results(), choice, strict=True) if strides is not None]
-        with torch.autocast(self.recorder.device.type, enabled=False):  # a recording is made under the forward pass's
-            return _slopes(results, self._sources(), slopes)
+        return self._slopes_of(results, self._sources(), slopes)
+
+    def _slopes_of(
+        self, results: Sequence[Tensor], sources: Sequence[Tensor], slopes: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        # A recording is made under the autocast of a forward pass.
+        with torch.autocast(self.recorder.device.type, enabled=False):
+            return list(torch.autograd.grad(results, sources, slopes, retain_graph=True, allow_unused=True))
 
 
 def _choice(slopes: Sequence[Tensor | None]) -> _Choice:
@@ -245,10 +252,6 @@ class _HandOver(torch.autograd.Function):
         ctx.capture.flights.land(ctx.flight)
         ctx.saved_tensors  # noqa: B018
         return None, *ctx.capture.gradients(slopes)
-
-
-def _slopes(results: Sequence[Tensor], sources: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor | None]:
-    return list(torch.autograd.grad(results, sources, slopes, retain_graph=True, allow_unused=True))
 
 
 @torch.no_grad()

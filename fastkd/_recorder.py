@@ -34,6 +34,9 @@ class Recorder(Protocol):
     def record(self, run: Run, pool: Any) -> Recording:
         """Record a run. It has not computed anything yet: `results` hold nothing before the first replay."""
 
+    def join(self) -> None:
+        """Let the current stream wait for a backward pass through what was recorded, made without a recording."""
+
 
 class CudaRecorder:
     """Records by torch.cuda.graph on a stream of its own.
@@ -74,6 +77,9 @@ class CudaRecorder:
             self._clear_away(graph, pool)
             raise
         return _Graph(graph, results)
+
+    def join(self) -> None:
+        torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
     def _clear_away(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
         """After a capture that failed: CUDA's own end raises before PyTorch ends what its allocator does for it."""

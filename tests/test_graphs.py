@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from train_helpers import one_thread  # noqa: F401
 
-from fastkd import graphs, methods
+from fastkd import _capture, graphs, methods
+from fastkd._capture import copies
 from fastkd._recorder import CudaRecorder
 from fastkd.graphs import Graphed, Graphs
 from fastkd.models import Outputs, branched, create, with_features
@@ -116,7 +117,7 @@ def test_outputs_are_the_callers_own():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_gradients_are_the_callers_own():
+def test_gradients_are_the_callers_own(monkeypatch):
     """p.grad may be what a backward pass returned: two passes before zero_grad add up, and nothing overwrites one."""
     network, wrapper, _ = pair()
     for passes in (1, 3):
@@ -126,12 +127,23 @@ def test_gradients_are_the_callers_own():
                 x, y = images(seed=i)
                 nn.functional.cross_entropy(one(x), y).backward()
         assert_same_gradients(network, wrapper)
+    places = []
+
+    def noted(tensors):
+        found = copies(tensors)
+        places.append([tensor.data_ptr() for tensor in found])
+        return found
+
+    monkeypatch.setattr(_capture, "copies", noted)
+    wrapper.zero_grad(set_to_none=True)
+    nn.functional.cross_entropy(wrapper(images(seed=8)[0]), images()[1]).backward()
+    assert [p.grad.data_ptr() for p in wrapper.parameters()] == places[-1]  # taken over, not copied once more
     kept = [p.grad.clone() for p in wrapper.parameters()]
     other = [p.grad for p in wrapper.parameters()]
     wrapper.zero_grad(set_to_none=True)
     nn.functional.cross_entropy(wrapper(images(seed=9)[0]), images()[1]).backward()
     assert all(torch.equal(a, b) for a, b in zip(kept, other, strict=True))
-    assert wrapper.replays == 4
+    assert wrapper.replays == 5
 
 
 def test_two_calls_before_a_backward_pass():
@@ -248,6 +260,105 @@ def test_views_lists_and_keywords():
     assert wrapper.replays == 2 and shared.note == []
 
 
+def test_outputs_without_a_gradient():
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(36, 7)
+
+        def forward(self, x):
+            z = self.fc(x.flatten(1))
+            return {"classes": z.argmax(1), "none": None, "seen": z.detach(), "logits": z}
+
+    wrapper, shared = graphed_network(Several())
+    x, y = images()
+    for _ in range(3):
+        found, expected = wrapper(x), wrapper.network(x)
+        assert list(found) == list(expected) and found["none"] is None
+        for name in ("classes", "seen", "logits"):
+            assert torch.equal(found[name], expected[name]), name
+            assert found[name].requires_grad == expected[name].requires_grad, name
+        nn.functional.cross_entropy(found["logits"], y).backward()
+    assert wrapper.replays == 2 and shared.note == []
+
+
+def test_what_is_recorded_of_several_outputs():
+    """Which of them have a gradient shows in the first backward pass; it is recorded before the next call."""
+    wrapper, shared = graphed_network(features())
+    for i in range(5):
+        wrapper(images(seed=i)[0]).features.sum().backward()
+    forward, backward = shared.recorder.recordings
+    assert (forward.replays, backward.replays) == (4, 3)
+
+
+def test_gradients_in_another_order_of_memory_have_a_recording_of_their_own():
+    network, wrapper, shared = pair(lambda: nn.Linear(6, 7))
+    torch.manual_seed(0)
+    x, slope = torch.randn(5, 6), torch.randn(7, 5)
+    for i in range(7):
+        for one in (network, wrapper):
+            one.zero_grad(set_to_none=True)
+            one(x).backward(slope.t() if i % 2 else slope.t().contiguous())
+        assert_same_gradients(network, wrapper)
+    assert len(shared.recorder.recordings) == 3
+    for _ in range(6):  # the number of them is bounded
+        slope = torch.randn(7, len(slope.untyped_storage()) // 28 + 1)
+        wrapper(x).backward(slope[:, :5].t())
+    assert len(shared.recorder.recordings) == 1 + _capture.CHOICES
+
+
+def test_weights_cast_by_autocast_are_those_of_the_call():
+    """Autocast keeps them while its block lasts: neither old ones come into a graph, nor a graph's own get out."""
+    network = nn.Linear(36, 7)
+    wrapper, _ = graphed_network(network)
+    x = images()[0].flatten(1)
+
+    def changed():
+        network.weight.data.add_(1)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            return network(x)
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wrapper(x)
+        for _ in range(2):
+            expected = changed()
+            assert torch.equal(wrapper(x), expected)
+        expected = changed()
+        assert torch.equal(network(x), expected)
+    assert wrapper.replays == 2
+
+
+def test_autocast_is_a_kind_of_its_own_and_does_not_reach_backward_passes():
+    seen = []
+
+    class Spy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            return z.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return grad
+
+    class Spied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(36, 7)
+
+        def forward(self, x):
+            return Spy.apply(self.fc(x.flatten(1)))
+
+    wrapper, _ = graphed_network(Spied())
+    x, _ = images()
+    for i in range(8):
+        with torch.autocast("cpu", torch.bfloat16, enabled=i % 2 == 0):
+            output, expected = wrapper(x), wrapper.network(x)
+        assert output.dtype == expected.dtype == (torch.float32 if i % 2 else torch.bfloat16)
+        output.sum().backward()
+    assert wrapper.replays == 6 and seen and not any(seen)
+
+
 def test_modes_and_frozen_parts_are_kinds_of_their_own():
     network, wrapper, _ = pair()
     x, y = images()
@@ -261,7 +372,7 @@ def test_modes_and_frozen_parts_are_kinds_of_their_own():
     assert wrapper.replays == 4
 
 
-@pytest.mark.parametrize("how", ["to", "buffer", "parameter", "module", "loaded"])
+@pytest.mark.parametrize("how", ["to", "data", "buffer", "parameter", "module", "loaded"])
 def test_tensors_that_moved(how):
     network, wrapper, shared = pair()
     x, y = images()
@@ -270,6 +381,8 @@ def test_tensors_that_moved(how):
             for one in (network, wrapper.network):
                 if how == "to":
                     one.double().float()  # as `method.to`: the same parameters, elsewhere
+                elif how == "data":
+                    one[5].weight.data = one[5].weight.detach().clone()
                 elif how == "buffer":
                     one[1].running_mean = torch.ones(4)
                 elif how == "parameter":
@@ -368,6 +481,17 @@ def test_hooks_and_parameters_from_elsewhere():
             assert torch.equal(step(network, *images(seed=i)), step(wrapper, *images(seed=i)))
         assert len(shared.note) == 1 and reason in shared.note[0]
         assert len(calls) == (4 if how == "hook" else 0)  # the check's run, too
+
+
+def test_hooks_of_modules_that_are_not_called():
+    """A run watches its deployable network, of which a method may run parts only (DKEL)."""
+    network = net()
+    network[3].register_module("other", nn.Linear(1, 1))
+    network[3].other.register_forward_hook(lambda *call: None)
+    wrapper, shared = graphed_network(network)
+    for i in range(3):
+        step(wrapper, *images(seed=i))
+    assert wrapper.replays == 2 and shared.note == []
 
 
 class Functional(nn.Module):
