@@ -1,7 +1,8 @@
 """`python -m benchmarks --steps`: a whole training step of each method, plain PyTorch's losses against the fused ones.
 
 What a user gains: forward passes of all networks, losses, backward passes and the optimiser's step. The share of the
-losses is that of the same calls, recorded in a step and made again by themselves, forward and backward.
+losses is that of the same calls, recorded in a step and made again by themselves, forward and backward. On a GPU the
+fused step is made with the networks replayed from CUDA graphs, too.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import fastkd
 from benchmarks import measure, report
 from fastkd import functional, methods
+from fastkd.graphs import Graphs
 from fastkd.models import branched, create
+from fastkd.train.devices import recorder_for
 
 BACKENDS = {"fused": "native", "reference": "reference"}
+GRAPHS = "fused, CUDA graphs"
 SMALL_SHARE = 0.05
 LEARNING_RATE = 0.01
 
@@ -233,6 +237,10 @@ def measured(name: str, method: str, device: str, seconds: float, least: int = 5
     """One entry of a file's "steps": both backends' steps, and their losses alone, in turns."""
     group = GROUPS[name]
     whole, alone, calls = both(TrainingStep(method, group, device))
+    if (recorder := recorder_for(torch.device(device))) is not None:
+        replayed = TrainingStep(method, group, device)
+        Graphs(recorder.device, recorder=recorder).wrap(replayed.method)
+        whole[GRAPHS] = With(BACKENDS["fused"], replayed)
     others = measure.Others()
     times = measure.interleave(whole | alone, device=device, seconds=seconds, least=least)
     others_cores = others.cores()
@@ -240,6 +248,8 @@ def measured(name: str, method: str, device: str, seconds: float, least: int = 5
     median = {called: measure.quantiles(ts).p50 for called, ts in times.items()}
     shares = {b: measure.paired(times[f"{b} loss"], times[b]).p50 for b in BACKENDS}
     ratios = {"step": ("reference", "fused"), "loss": ("reference loss", "fused loss")}
+    if GRAPHS in whole:
+        ratios["graphs"] = ("fused", GRAPHS)
     return {
         "group": name,
         "networks": str(group),
@@ -265,6 +275,8 @@ def table(result: dict, folder: Path) -> str:
         body = [["method", "networks", "reference ms", "fused ms", "faster", "images/s", "losses", "of the step", "MB"]]
         body += [_row(entry) for entry in own]
         lines += ["", f"A training step, {own[0]['networks']}", "", *report.aligned(body)]
+        graphs = [f"{e['method']} {e['ratios']['graphs']['p50']:.2f}x" for e in own if "graphs" in e["ratios"]]
+        lines += ["", f"Faster than fused with CUDA graphs: {', '.join(graphs)}"] if graphs else []
     lines += [
         "",
         "reference: the same method with fastkd's formulas in plain PyTorch. Medians of steps in turns (p20-p80).",

@@ -15,6 +15,8 @@ from fastkd import _backend, functional
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from graphs_helpers import StandIn  # noqa: E402
+
 from benchmarks import charts, counts, guard, measure, other, peers, registry, report, steps, sweep  # noqa: E402
 from benchmarks.inputs import Embeddings, Logits, Maps, Networks  # noqa: E402
 from benchmarks.registry import OPERATIONS, TRAINING, Case  # noqa: E402
@@ -224,6 +226,15 @@ def test_training_steps_write_their_file_and_chart(tmp_path, tiny_steps, capsys,
         assert entry["losses"] >= 1 and set(entry["milliseconds"]) >= {"fused", "reference", "fused loss"}
         assert 0 < entry["loss_share"]["fused"] and entry["images_per_second"]["fused"] > 0
     assert is_png(file.with_suffix(".png"))
+
+
+def test_on_a_gpu_a_step_is_made_from_graphs_too(tiny_steps, monkeypatch, tmp_path):
+    """By a stand-in for CUDA graphs."""
+    monkeypatch.setattr(steps, "recorder_for", lambda device: StandIn())
+    entry = steps.measured("plain2", "ORC", "cpu", seconds=0, least=2)
+    assert entry["milliseconds"][steps.GRAPHS]["p50"] > 0 and entry["ratios"]["graphs"]["p50"] > 0
+    result = report.result([], "cpu", {}) | {"steps": [entry]}
+    assert f"with CUDA graphs: ORC {entry['ratios']['graphs']['p50']:.2f}x" in steps.table(result, tmp_path)
 
 
 @pytest.mark.parametrize("method", steps.METHODS)

@@ -129,10 +129,10 @@ class Method(nn.Module):
         learning = self._adopt(learners)
         teaching = self._adopt(frozen or {})
         check_apart(self._name(), learning, teaching)
-        self._learner_names = tuple(learning)
+        self._learner_names, self._teaching_names = tuple(learning), tuple(teaching)
         self._frozen_names = tuple(frozen or ())
-        self._teaching_names = tuple(teaching)
         self._wrapped: dict[str, Any] = {}  # learner's name -> what map_learners made of it; not in the state dict
+        self._teaching: dict[nn.Module, tuple[Any, Any]] = {}  # what map_teachers made of it, and of its features
         self._random = torch.Generator().manual_seed(seed).get_state()  # uint8 on the CPU, whatever the device
         self._unfinished = 0
         self._known: Batch | None = None  # the batch whose part is at hand, where it knows what networks say
@@ -196,12 +196,20 @@ class Method(nn.Module):
         A second call wraps the first one's result. State dicts and `deployable()` bear the networks themselves. A
         method that needs features hands `wrap` a module that holds the network and returns its `Outputs`.
         """
-        wrapped = {name: wrap(self._to_wrap(name)) for name in self._learner_names}
-        for name, network in wrapped.items():
-            if not callable(network):
-                expected = f"a function that returns a callable network for {name}"
-                raise common.wrong_type(self._name(), "wrap", expected, type(network).__name__)
-        self._wrapped = wrapped
+        self._wrapped = {name: self._wrap(wrap, name, self._to_wrap(name)) for name in self._learner_names}
+        return self
+
+    def map_teachers(self, wrap: Callable[[nn.Module], Callable]) -> Method:
+        """Run each network that only teaches through wrap(network), as `map_learners` does. Returns the method.
+
+        Of one with `forward_features`, `wrap` is handed a second module, whose call returns its `Outputs`. A second
+        call replaces the first one's wrappers.
+        """
+        found = {}
+        for name in self.teacher_names:
+            network = self.get_submodule(name)
+            found[network] = self._wrap(wrap, name, network), self._wrap(wrap, name, giving_outputs(network))
+        self._teaching = found
         return self
 
     @property
@@ -211,8 +219,13 @@ class Method(nn.Module):
 
     @property
     def frozen_names(self) -> tuple[str, ...]:
-        """Of the networks that only teach: "guides.0", ..."""
+        """Of the networks that never change: "teacher", "guides.0", ..."""
         return self._teaching_names
+
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        """Of the networks that teach without learning by gradients: the frozen ones, and a subclass's mean teachers."""
+        return self.frozen_names
 
     def learner(self, name: str) -> Any:
         """A learning network ("student", "students.0", ...) as it is run: wrapped by `map_learners`."""
@@ -226,12 +239,13 @@ class Method(nn.Module):
         """
         if network.training:  # an evaluation elsewhere may have put it back to train mode: its statistics would move
             network.eval()
+        plain, full = self._teaching.get(network, (network, network))
         if self._known is not None and run is None:
             of_part, rows = self._known.part
             name = next((name for name in self.frozen_names if self.get_submodule(name) is network), None)
             if inputs is of_part and name is not None:  # other inputs than the batch's are not known
-                return self._known.taught(name, rows, lambda: logits_of(network(inputs)))
-        return network(inputs) if run is None else run(network, inputs)
+                return self._known.taught(name, rows, lambda: logits_of(plain(inputs)))
+        return plain(inputs) if run is None else run(full, inputs)
 
     def train(self, mode: bool = True) -> Method:
         """As in nn.Module; frozen networks stay in eval mode."""
@@ -250,6 +264,13 @@ class Method(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self._random = state["random"].cpu()  # torch.load's map_location may have moved it
         self.iterations, self.epoch, self.epochs = state["iterations"], state["epoch"], state["epochs"]
+
+    def _wrap(self, wrap: Callable[[nn.Module], Callable], name: str, network: nn.Module) -> Any:
+        wrapped = wrap(network)
+        if not callable(wrapped):
+            expected = f"a function that returns a callable network for {name}"
+            raise common.wrong_type(self._name(), "wrap", expected, type(wrapped).__name__)
+        return wrapped
 
     def _to_wrap(self, name: str) -> Any:
         network = self.learner(name)

@@ -154,6 +154,10 @@ class DKEL(Method):
             average(self.teacher, self.student, self.momentum_at(self.steps))
             self.steps += 1
 
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        return ("teacher",)
+
     def deployable(self) -> nn.Module:
         """The teacher's first peer (P, PCL): an ordinary network, image -> logits, in the teacher's own storages.
 
@@ -228,7 +232,8 @@ class DKEL(Method):
             raise common.wrong_value(self._name(), "target", "class indices [B]", None)
         # Also where nothing is distilled: its batch statistics follow.
         with torch.no_grad():
-            teachers = [o.logits for o in self.teacher(views)]  # m x [B, C]
+            running, _ = self._teaching.get(self.teacher, (self.teacher, None))
+            teachers = [o.logits for o in running(views)]  # m x [B, C]
         outputs = self.learner("student")(views)
         peers = [o.logits for o in outputs]  # m x [B, C]
         joint = self.learner("classifier")(torch.cat([o.features for o in outputs], 1))  # [B, C]

@@ -150,6 +150,8 @@ class ScaleOptions:
         accumulate: cut each batch into so many parts, one after another, to save memory; relations are within a part
         channels_last: keep feature maps in channels-last order
         compile: compile the networks that learn (torch.compile)
+        cuda_graph: on a GPU, replay the networks' passes from CUDA graphs, where small networks are bound by their many
+            launches; one process, without compile
         deterministic: the same bits from the same seed on a GPU, too; slower
         sync_batch_norm: several processes on GPUs: batch normalisation over the global batch (torch.nn.SyncBatchNorm)
         timeout: seconds after which a process that does not answer ends the run
@@ -159,6 +161,7 @@ class ScaleOptions:
     accumulate: int = 1
     channels_last: bool = False
     compile: bool = False
+    cuda_graph: bool = False
     deterministic: bool = False
     sync_batch_norm: bool = False
     timeout: float = 600.0
@@ -233,6 +236,8 @@ def _check_numbers(config: object) -> None:
         raise UserError(f"--validation must be a fraction from 0 to below 1, got {config.validation!r}")
     if isinstance(config.timeout, bool) or not isinstance(config.timeout, int | float) or not 0 < config.timeout < 1e9:
         raise UserError(f"--timeout must be seconds above 0, got {config.timeout!r}")
+    if config.cuda_graph and config.compile:
+        raise UserError("--cuda-graph and --compile cannot be used together: leave out one of them")
     if config.nesterov and config.momentum == 0:
         raise UserError("--nesterov needs --momentum above 0, got 0")
     if not all(math.isfinite(m) and m > 0 for m in config.milestones):
@@ -295,7 +300,7 @@ class CompareConfig(Settings, CompareOptions):
 # What may differ between the parts of one run without changing what it computes, or only where it goes on to.
 _FREE = {"out", "resume", "cache", "quiet", "keep", "log_every", "workers", "device", "threads", "data_root"}
 _FREE |= {"download", "epochs", "eval_every", "save_every", "bad_images", "non_finite"}
-_FREE |= {"channels_last", "compile", "deterministic", "timeout", "tensorboard", "logits_cache"}
+_FREE |= {"channels_last", "compile", "cuda_graph", "deterministic", "timeout", "tensorboard", "logits_cache"}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

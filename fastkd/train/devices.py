@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastkd._recorder import CudaRecorder, Recorder
+from fastkd.graphs import Graphs
 from fastkd.methods import Method
 from fastkd.methods._batch import IGNORE_INDEX
 from fastkd.train.batch_norm import synchronise, synchronises
 from fastkd.train.config import Settings, UserError
 from fastkd.train.distributed import ALONE, World, launched
+from fastkd.train.progress import note
 
 
 def pick_device(name: str) -> torch.device:
@@ -69,7 +73,7 @@ def rows_of(target: torch.Tensor, world: World) -> int:
 
 
 def prepare(method: Method, settings: Settings, device: torch.device, world: World = ALONE) -> None:
-    """Its networks on the device and its learning ones as they are to be run: in parallel, compiled."""
+    """Its networks on the device and as they are to be run: in parallel, compiled, from CUDA graphs."""
     method.to(device)
     if settings.channels_last:
         method.to(memory_format=torch.channels_last)
@@ -79,6 +83,29 @@ def prepare(method: Method, settings: Settings, device: torch.device, world: Wor
         method.map_learners(lambda network: world.wrap(method, network, device))
     if settings.compile:  # around DistributedDataParallel, whose exchange then overlaps with the backward pass
         method.map_learners(torch.compile)
+    if settings.cuda_graph and (recorder := recorder_for(device)) is not None:
+        Graphs(device, note, recorder).wrap(method)
+
+
+def recorder_for(device: torch.device) -> Recorder | None:
+    """What records CUDA graphs on the device; None where there are none."""
+    return CudaRecorder(device) if device.type == "cuda" else None
+
+
+def check_cuda_graph(settings: Settings, device: torch.device, world: World = ALONE) -> None:
+    """UserError for --cuda-graph in several processes; on a CPU a note."""
+    if not settings.cuda_graph:
+        return
+    if world.size > 1:
+        raise UserError(f"--cuda-graph is for one process, got {world.size}: leave it out")
+    if recorder_for(device) is None:
+        _note_once(f"--cuda-graph needs a GPU: on the {device.type} the run goes on without it")
+
+
+@functools.cache
+def _note_once(text: str) -> None:
+    """A comparison has many runs."""
+    note(text)
 
 
 def run_as(method: Method, network: nn.Module) -> Any:

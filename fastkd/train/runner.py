@@ -23,7 +23,7 @@ from fastkd import data as datasets
 from fastkd import methods, models
 from fastkd.train import batch_norm, checkpoint
 from fastkd.train.config import TrainConfig, UserError, fingerprint
-from fastkd.train.devices import pick_device
+from fastkd.train.devices import check_cuda_graph, pick_device
 from fastkd.train.distributed import world
 from fastkd.train.loop import Fit
 from fastkd.train.metrics import Row
@@ -137,8 +137,10 @@ class Runner:
                 f"--logits-cache: no frozen network of {config.method} teaches by its logits of each image alone: "
                 "leave the option out"
             )
-        check_amp(config.amp, pick_device(config.device))
-        self.world.from_first(lambda: batch_norm.check(config, pick_device(config.device), self.world))
+        device = pick_device(config.device)
+        check_amp(config.amp, device)
+        check_cuda_graph(config, device, self.world)
+        self.world.from_first(lambda: batch_norm.check(config, device, self.world))
         self.data = load_data(config)
         for stage in self.stages.values():  # a wrong name or option shows before anything is trained
             self.build(stage, {name: make_network(self.stages[name].network, self.data) for name in stage.needs})
