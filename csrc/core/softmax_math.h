@@ -2,16 +2,11 @@
 // csrc/multi_teacher/README.md.
 #pragma once
 
-#include <math.h>
-
 #include "core/exp_log.h"
+#include "core/math.h"
 
 namespace fastkd {
 inline namespace FASTKD_TARGET {
-
-// Not std::log: an inline function of the standard library could leak from one CPU level into another.
-FASTKD_HD float natural_log(float x) { return ::logf(x); }
-FASTKD_HD double natural_log(double x) { return ::log(x); }
 
 // KL(p || q) from sums relative to each network's own maximum: z_t = sum e_t, a = sum e_t (x_t - x_s), z_s = sum e_s,
 // with x = (logit - maximum) / T and e = exp(x). Below zero is rounding; NaN stays.
@@ -65,11 +60,6 @@ FASTKD_HD A base_of(A max) {
 template <class A>
 FASTKD_HD A weighted(A weight, A scale, A kl) {
   return weight == 0 && kl == A(__builtin_inff()) ? A(0) : weight * scale * kl;
-}
-
-template <class A>
-FASTKD_HD A magnitude(A x) {
-  return x < 0 ? -x : x;
 }
 
 // A power of two that brings gradients bounded by `bound` near 2^15: stored in float16 without it, small ones are lost.

@@ -4,14 +4,12 @@
 #include <math.h>
 
 #include "core/exp_log.h"
+#include "core/math.h"
 #include "group_stats/op.h"
 
 namespace fastkd::group_stats {
 inline namespace FASTKD_TARGET {
 
-// Not std::log: an inline function of the standard library could leak from one CPU level into another.
-FASTKD_HD float natural_log(float x) { return ::logf(x); }
-FASTKD_HD double natural_log(double x) { return ::log(x); }
 FASTKD_HD float one_minus_exp(float x) { return -::expm1f(x); }
 FASTKD_HD double one_minus_exp(double x) { return -::expm1(x); }
 
