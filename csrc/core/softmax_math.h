@@ -21,13 +21,13 @@ FASTKD_HD A divergence(A a, A z_t, A z_s) {
 template <class A>
 FASTKD_HD A weighted_gap(A e, A x_t, A x_s) {
   const A gap = x_t - x_s;
-  return x_t < kLowestExponent<A> && !(gap == A(__builtin_inff())) ? A(0) : e * gap;
+  return x_t < kLowestExponent<A> && !(gap == A(kInf)) ? A(0) : e * gap;
 }
 
 // p (log p - log q), one class's part of the divergence from a mixture p, by the same rules.
 template <class A>
 FASTKD_HD A mixture_gap(A p, A log_q) {
-  const bool infinite = p > 0 && log_q == -A(__builtin_inff());
+  const bool infinite = p > 0 && log_q == -A(kInf);
   return p < A(0x1p-120) && !infinite ? A(0) : p * (log_positive(p) - log_q);
 }
 
@@ -53,13 +53,13 @@ FASTKD_HD Scale<A> temperature_scale(double t, bool scale_by_t2) {
 // What exponentials are taken relative to: the maximum, or 0 where that is -inf, so that every difference of bases is finite.
 template <class A>
 FASTKD_HD A base_of(A max) {
-  return max == -A(__builtin_inff()) ? A(0) : max;
+  return max == -A(kInf) ? A(0) : max;
 }
 
 // A weight of 0 also removes an infinite divergence.
 template <class A>
 FASTKD_HD A weighted(A weight, A scale, A kl) {
-  return weight == 0 && kl == A(__builtin_inff()) ? A(0) : weight * scale * kl;
+  return weight == 0 && kl == A(kInf) ? A(0) : weight * scale * kl;
 }
 
 // A power of two that brings gradients bounded by `bound` near 2^15: stored in float16 without it, small ones are lost.
