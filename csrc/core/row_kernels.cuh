@@ -102,11 +102,5 @@ void launch_scale(const StoredGradients<A>& p, cudaStream_t stream) {
     launch_scale_vectors<S, A, 1>(p, stream);
 }
 
-// An error of the launch itself, or null.
-inline const char* launch_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 }  // namespace FASTKD_TARGET
 }  // namespace fastkd

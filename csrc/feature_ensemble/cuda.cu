@@ -1,5 +1,6 @@
 // feature_ensemble on CUDA: groups, then samples, then the loss; and the gradient. No torch header.
 #include "core/dispatch.h"
+#include "core/launch.cuh"
 #include "feature_ensemble/forward.cuh"
 
 namespace fastkd::feature_ensemble {
@@ -164,12 +165,6 @@ bool fits(const Args& args) {
   int64_t groups = args.total_groups, tiles = 0;
   for (int k = 0; k < args.pairs; ++k) tiles += args.samples * (args.pair[k].elements() / kGradTile<double> + 1);
   return groups < (int64_t(1) << 31) && tiles < (int64_t(1) << 31);
-}
-
-// An error of the launch itself, or null.
-const char* launch_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // group_stats on CUDA: which policy takes a row, the launches. No torch header.
 #include "core/dispatch.h"
+#include "core/launch.cuh"
 #include "group_stats/row.cuh"
 
 namespace fastkd::group_stats {
@@ -62,8 +63,7 @@ const char* forward_cuda(const Args& args, void* stream_handle) {
       launch_for_length<T, A>(make_params<T>(args, first, networks), networks, stream);
     }
   });
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_error();
 }
 
 }  // namespace fastkd::group_stats

@@ -1,4 +1,5 @@
 // multi_teacher on CUDA: forward, then its reduction over rows, then backward. No torch header.
+#include "core/launch.cuh"
 #include "core/row_kernels.cuh"
 #include "multi_teacher/on_chip.cuh"
 #include "multi_teacher/streaming.cuh"
@@ -28,9 +29,7 @@ void launch_on_chip(const Params<A>& p, cudaStream_t stream) {
 template <class S, class T, class A>
 void launch_stream(const Params<A>& p, cudaStream_t stream) {
   const int bytes = int(TeacherStates<A>::bytes(p.combine == Combine::logits ? 1 : p.teachers));
-  if (bytes > (40 << 10))  // beside the static arrays; above 48 KiB a kernel must ask
-    // A refusal also fails the launch, which is where the error is read.
-    (void)cudaFuncSetAttribute(stream_forward_kernel<S, T, A>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  allow_dynamic_shared(stream_forward_kernel<S, T, A>, bytes);
   SIMT_LAUNCH((stream_forward_kernel<S, T, A>), dim3(unsigned(p.rows)), dim3(kStreamThreads), bytes, stream, p);
 }
 

@@ -1,5 +1,6 @@
 // relational on CUDA: the sides of a network, then the losses of angles or distances and the matrix of their gradient. No
 // torch header.
+#include "core/launch.cuh"
 #include "relational/angles.cuh"
 
 namespace fastkd::relational {
@@ -194,12 +195,6 @@ void launch_angles(const LossArgs& args, cudaStream_t stream) {
 
 void launch_reduce(const LossArgs& args, cudaStream_t stream) {
   if (args.loss) SIMT_LAUNCH(reduce_kernel, dim3(1), dim3(kThreads), 0, stream, args);
-}
-
-// An error of the launch itself, or null.
-const char* launch_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace
