@@ -3,11 +3,9 @@
 
 #include <cstdint>
 
-#include "core/dtype.h"
+#include "core/reduction.h"
 
 namespace fastkd::relational {
-
-enum class Reduction : int { none, sum, mean };
 
 // What is kept of a network's distances, all relative to their mean; [planes, N, padded].
 //   distance: the distances themselves, in double.
