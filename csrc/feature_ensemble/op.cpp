@@ -7,13 +7,10 @@
 #include <tuple>
 #include <vector>
 
-#include "core/tensors.h"
+#include "core/run.h"
 
 #if defined(FASTKD_BACKEND_CPU)
-#include "core/cpu_level.h"
 #include "feature_ensemble/math.h"
-#elif defined(FASTKD_BACKEND_CUDA)
-#include <torch/csrc/stable/accelerator.h>
 #endif
 
 namespace fastkd::feature_ensemble {
@@ -165,17 +162,12 @@ Tensor empty_gradient(const Tensor& student, bool channels_last) {
 
 constexpr bool kStoresGradient = true;
 
-// Samples of about 2^15 elements a chunk, whatever the number of threads: small maps stay on one thread.
-int64_t grain(const Args& args) {
-  int64_t elements = 0;
-  for (int k = 0; k < args.pairs; ++k) elements += 2 * args.pair[k].elements();
-  return 1 + (int64_t(1) << 15) / (elements / (args.shared ? 1 : args.pairs) + 1);
-}
-
 template <class F>
 void over_tasks(const Args& args, const CpuKernels& kernels, const F& run) {
-  const int64_t tasks = args.samples * (args.shared ? 1 : args.pairs);
-  torch::stable::parallel_for(0, tasks, grain(args), [&](int64_t begin, int64_t end) {
+  const int64_t students = args.shared ? 1 : args.pairs;
+  int64_t elements = 0;
+  for (int k = 0; k < args.pairs; ++k) elements += 2 * args.pair[k].elements();
+  torch::stable::parallel_for(0, args.samples * students, grain(elements / students), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<char[]> scratch(new char[kernels.scratch_bytes(args)]);
     run(args, begin, end, scratch.get());
   });
@@ -212,20 +204,10 @@ void run_backward(const Args& args, const Tensor&) {
 
 constexpr bool kStoresGradient = false;  // a block does not keep a sample between the norms and the gradient
 
-void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, "fastkd: feature_ensemble: ", error); }
-
 template <class F>
-void on_stream(const Args& args, const Tensor& like, const F& launch) {
+void launch_pairs(const Args& args, const Tensor& like, const F& launch) {
   STD_TORCH_CHECK(args.pairs <= kMaxLaunchPairs, "fastkd: too many pairs for one launch");
-#if defined(FASTKD_BACKEND_CUDA)
-  torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-  check_launch(launch(args, stream));
-#else
-  (void)like;
-  check_launch(launch(args, nullptr));
-#endif
+  on_stream("feature_ensemble", like, [&](void* stream) { return launch(args, stream); });
 }
 
 void run_forward(Args& args, const Tensor& like) {
@@ -234,10 +216,10 @@ void run_forward(Args& args, const Tensor& like) {
   Tensor groups = empty_like_device(like, {args.norm == Norm::sample ? 0 : args.total_groups}, type);
   args.sample_distance = args.distance;
   if (args.norm != Norm::sample) args.distance = groups.data_ptr();
-  on_stream(args, like, forward_cuda);
+  launch_pairs(args, like, forward_cuda);
 }
 
-void run_backward(const Args& args, const Tensor& like) { on_stream(args, like, backward_cuda); }
+void run_backward(const Args& args, const Tensor& like) { launch_pairs(args, like, backward_cuda); }
 
 #endif
 

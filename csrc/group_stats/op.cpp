@@ -6,13 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "core/tensors.h"
-
-#if defined(FASTKD_BACKEND_CPU)
-#include "core/cpu_level.h"
-#elif defined(FASTKD_BACKEND_CUDA)
-#include <torch/csrc/stable/accelerator.h>
-#endif
+#include "core/run.h"
 
 namespace fastkd::group_stats {
 namespace {
@@ -54,9 +48,7 @@ void fill_inputs(Inputs& in, const std::vector<Tensor>& networks, const std::opt
 
 void run_forward(const Args& args, const Tensor&) {
   const CpuKernels& kernels = FASTKD_KERNELS_OF(group_stats);
-  // Rows of about 2^15 elements a chunk, whatever the number of threads: small batches stay on one thread.
-  const int64_t grain = 1 + (int64_t(1) << 15) / (args.classes + 1);
-  torch::stable::parallel_for(0, args.rows * args.networks, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, args.rows * args.networks, grain(args.classes), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<char[]> scratch(new char[kernels.scratch_bytes(args)]);
     kernels.forward(args, begin, end, scratch.get());
   });
@@ -64,14 +56,8 @@ void run_forward(const Args& args, const Tensor&) {
 
 #else
 
-void run_forward(const Args& args, [[maybe_unused]] const Tensor& like) {
-  void* stream = nullptr;
-#if defined(FASTKD_BACKEND_CUDA)
-  torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-#endif
-  const char* error = forward_cuda(args, stream);
-  STD_TORCH_CHECK(error == nullptr, "fastkd: group_stats: ", error);
+void run_forward(const Args& args, const Tensor& like) {
+  on_stream("group_stats", like, [&](void* stream) { return forward_cuda(args, stream); });
 }
 
 #endif
