@@ -3,7 +3,6 @@
 #include "feature_ensemble/op.h"
 
 #include <algorithm>
-#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -167,10 +166,7 @@ void over_tasks(const Args& args, const CpuKernels& kernels, const F& run) {
   const int64_t students = args.shared ? 1 : args.pairs;
   int64_t elements = 0;
   for (int k = 0; k < args.pairs; ++k) elements += 2 * args.pair[k].elements();
-  torch::stable::parallel_for(0, args.samples * students, grain(elements / students), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[kernels.scratch_bytes(args)]);
-    run(args, begin, end, scratch.get());
-  });
+  run_with_scratch(kernels, args, args.samples * students, grain(elements / students), run);
 }
 
 // In the order of samples and pairs and in double: the same bits for any number of threads.

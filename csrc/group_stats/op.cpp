@@ -2,7 +2,6 @@
 // build of the CUDA kernels.
 #include "group_stats/op.h"
 
-#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -48,10 +47,7 @@ void fill_inputs(Inputs& in, const std::vector<Tensor>& networks, const std::opt
 
 void run_forward(const Args& args, const Tensor&) {
   const CpuKernels& kernels = FASTKD_KERNELS_OF(group_stats);
-  torch::stable::parallel_for(0, args.rows * args.networks, grain(args.classes), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[kernels.scratch_bytes(args)]);
-    kernels.forward(args, begin, end, scratch.get());
-  });
+  run_with_scratch(kernels, args, args.rows * args.networks, grain(args.classes), kernels.forward);
 }
 
 #else

@@ -2,7 +2,6 @@
 // build of the CUDA kernels.
 #include "multi_teacher/op.h"
 
-#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -102,22 +101,8 @@ void fill_inputs(Inputs& in, const Tensor& student, const std::vector<Tensor>& t
 #if defined(FASTKD_BACKEND_CPU)
 
 void run_forward(Args& args, const Tensor&) {
-  const Counts counts = count_rows(args.target, args.rows, args.classes, args.ignore_index);
-  const double factor = counts.factor(args.reduction);
-  // The mean's factor goes into the stored gradient, so that a backward with grad_output 1 has nothing left to do; not in
-  // float16, where it would underflow.
-  args.row_factor = args.student_type == DType::f16 ? 1. : factor;
-  const CpuKernels& kernels = FASTKD_KERNELS_OF(multi_teacher);
-  torch::stable::parallel_for(0, args.rows, grain(args.classes * (args.teachers + 1)), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[kernels.scratch_bytes(args)]);
-    kernels.forward(args, begin, end, scratch.get());
-  });
-  write_aux(args.student_type, factor / args.row_factor, counts.outside, args.aux);
-  if (!args.loss) return;
-  if (args.student_type == DType::f64)
-    reduce_rows<double>(args.row_loss, 1, args.rows, factor, args.loss);
-  else
-    reduce_rows<float>(args.row_loss, 1, args.rows, factor, args.loss);
+  const int64_t work = args.classes * (args.teachers + 1);
+  forward_over_rows(FASTKD_KERNELS_OF(multi_teacher), args, args.student_type, 1, work);
 }
 
 void run_backward(const BackwardArgs& args, const Tensor&) {

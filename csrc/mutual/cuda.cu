@@ -56,11 +56,7 @@ const char* forward_cuda(const Args& args, void* stream_handle) {
   if (args.rows > 0)
     dispatch_pair(args.type, args.teacher_type,
                   [&]<class S, class T, class A>() { launch_forward<S, T, A>(args, stream); });
-  const auto reduce = [&]<class A>(A) {
-    launch_reduce<A>(args.row_loss, args.learners, args.target, args.rows, args.classes, args.ignore_index,
-                     args.reduction, args.loss, args.aux, stream);
-  };
-  args.type == DType::f64 ? reduce(double()) : reduce(float());
+  launch_reduce(args, args.type, args.learners, stream);
   return launch_error();
 }
 

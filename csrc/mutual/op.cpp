@@ -2,7 +2,6 @@
 // of the CUDA kernels.
 #include "mutual/op.h"
 
-#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -62,23 +61,9 @@ Weights make_weights(const Args& args, std::optional<Tensor>& tensor, const std:
 #if defined(FASTKD_BACKEND_CPU)
 
 void run_forward(Args& args, const Tensor&) {
-  const Counts counts = count_rows(args.target, args.rows, args.classes, args.ignore_index);
-  const double factor = counts.factor(args.reduction);
-  // As in multi_teacher: a backward with grad_output 1 has nothing left to do; not in float16, where it would underflow.
-  args.row_factor = args.type == DType::f16 ? 1. : factor;
-  const CpuKernels& kernels = FASTKD_KERNELS_OF(mutual);
   const int64_t networks = args.learners + args.teachers;
   const int64_t work = networks + args.learners * (networks - 1) / 4;  // a pair costs a fourth of an exponential
-  torch::stable::parallel_for(0, args.rows, grain(args.classes * work), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[kernels.scratch_bytes(args)]);
-    kernels.forward(args, begin, end, scratch.get());
-  });
-  write_aux(args.type, factor / args.row_factor, counts.outside, args.aux);
-  if (!args.loss) return;
-  if (args.type == DType::f64)
-    reduce_rows<double>(args.row_loss, args.learners, args.rows, factor, args.loss);
-  else
-    reduce_rows<float>(args.row_loss, args.learners, args.rows, factor, args.loss);
+  forward_over_rows(FASTKD_KERNELS_OF(mutual), args, args.type, args.learners, args.classes * work);
 }
 
 void run_backward(const BackwardArgs& args, const Tensor&) {
