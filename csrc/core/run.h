@@ -14,6 +14,12 @@
 
 namespace fastkd {
 
+// grad_output of L losses, or with Reduction::none of those of their rows.
+inline void check_grad_loss(const Tensor& grad_loss, int64_t losses, int64_t rows, Reduction reduction, ScalarType type) {
+  const int64_t expected = losses * (reduction == Reduction::none ? rows : 1);
+  STD_TORCH_CHECK(grad_loss.numel() == expected && grad_loss.scalar_type() == type, "fastkd: grad_output");
+}
+
 #if defined(FASTKD_BACKEND_CPU)
 
 // Rows of about 2^15 elements a chunk, whatever the number of threads: small batches stay on one thread.

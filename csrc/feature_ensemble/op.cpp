@@ -101,11 +101,8 @@ void add_weights(Inputs& in, const std::optional<Tensor>& weights, const std::ve
     args.host_weight = in.host_weights.data();
     return;
   }
-  in.weights = torch::stable::contiguous(*weights);
-  STD_TORCH_CHECK(in.weights->scalar_type() == accumulate_type(args.student_type), "fastkd: dtype of the weights");
-  STD_TORCH_CHECK(in.weights->size(0) == args.pairs, "fastkd: one weight per pair");
+  in.weights = contiguous_weights(*weights, args.pairs, args.samples, args.student_type);
   const bool per_sample = in.weights->dim() == 2;
-  STD_TORCH_CHECK(!per_sample || in.weights->size(1) == args.samples, "fastkd: one weight per sample");
   args.weight_stride_pair = per_sample ? args.samples : 1;
   args.weight_stride_sample = per_sample ? 1 : 0;
   args.weight = in.weights->data_ptr();
@@ -126,9 +123,7 @@ void fill_inputs(Inputs& in, const std::vector<Tensor>& students, const std::vec
   }
   args.student_type = dtype_of(students[0]);
   args.teacher_type = dtype_of(teachers[0]);
-  STD_TORCH_CHECK(args.teacher_type == args.student_type ||
-                      (args.teacher_type == DType::f32 && args.student_type != DType::f64),
-                  "fastkd: teachers must be of the student's dtype or float32");
+  check_teacher_type(args.teacher_type, args.student_type);
   args.samples = students[0].size(0);
   args.pairs = int(teachers.size());
   args.shared = students.size() == 1 && teachers.size() > 1;
@@ -267,8 +262,7 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const std::vector<Tensor>&
   Inputs in;
   fill_inputs(in, students, teachers, weights, host_weights, {p, norm, mean_elements, reduction});
   Args& args = in.args;
-  const int64_t expected = args.reduction == Reduction::none ? args.samples : 1;
-  STD_TORCH_CHECK(grad_loss.numel() == expected && grad_loss.scalar_type() == state.scalar_type(), "fastkd: grad_output");
+  check_grad_loss(grad_loss, 1, args.samples, args.reduction, state.scalar_type());
   STD_TORCH_CHECK(state.numel() == kStatePlanes * args.total_groups, "fastkd: the state is another call's");
   std::vector<Tensor> grads = add_gradients(in, students);
   args.grad_loss = grad_loss.data_ptr();

@@ -12,34 +12,21 @@ namespace {
 
 // What Args points into, kept alive for the call.
 struct Inputs {
-  std::vector<Tensor> networks;
+  NetworkRows networks;
   std::optional<Tensor> target;
-  std::vector<const void*> data;
-  std::vector<int64_t> strides;
   Args args;
 };
 
 void fill_inputs(Inputs& in, const std::vector<Tensor>& networks, const std::optional<Tensor>& target) {
   STD_TORCH_CHECK(!networks.empty(), "fastkd: no network");
   Args& args = in.args;
-  args.type = dtype_of(networks.front());
+  args.rows = networks.front().size(0);
+  args.classes = networks.front().size(1);
   args.networks = int(networks.size());
-  for (const Tensor& network : networks) {
-    in.networks.push_back(with_contiguous_rows(network));
-    const Tensor& z = in.networks.back();
-    args.rows = in.networks.front().size(0);
-    args.classes = in.networks.front().size(1);
-    STD_TORCH_CHECK(z.size(0) == args.rows && z.size(1) == args.classes, "fastkd: the networks' shapes differ");
-    STD_TORCH_CHECK(dtype_of(z) == args.type, "fastkd: the networks' dtypes differ");
-    in.data.push_back(z.data_ptr());
-    in.strides.push_back(z.stride(0));
-  }
-  if (target) {
-    in.target = torch::stable::contiguous(*target);
-    STD_TORCH_CHECK(target->scalar_type() == ScalarType::Long && target->numel() == args.rows, "fastkd: int64 target [R]");
-  }
-  args.logits = in.data.data();
-  args.stride = in.strides.data();
+  args.type = in.networks.add(networks, args.rows, args.classes);
+  in.target = contiguous_target(target, args.rows);
+  args.logits = in.networks.data.data();
+  args.stride = in.networks.strides.data();
   args.target = optional_data<int64_t>(in.target);
 }
 
