@@ -50,7 +50,8 @@ FASTKD_HD float exp_negative(float x) {
 }
 
 FASTKD_HD double exp_negative(double x) {
-  return x == -__builtin_inf() ? 0. : ::exp(bounded_exponent(x));
+  const double bounded = bounded_exponent(x);
+  return x == -__builtin_inf() ? 0. : ::exp(bounded);
 }
 
 // log(x) for a normal x > 0; x = 0 and NaN give something finite or NaN, to be masked by the caller.
