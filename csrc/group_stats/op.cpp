@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/run.h"
+#include "group_stats/tensors.h"
 
 namespace fastkd::group_stats {
 namespace {
@@ -53,18 +54,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const std::ve
   Args& args = in.args;
   args.ignore_index = ignore_index;
   const Tensor& like = networks.front();
-  const auto empty = [&](ScalarType type) { return empty_like_device(like, {args.networks, args.rows}, type); };
-  const ScalarType type = accumulate_type(args.type);
-  Tensor ce = empty(type), correct = empty(ScalarType::Bool), label_rank = empty(ScalarType::Long),
-         confidence = empty(type), entropy = empty(type), margin = empty(type);
-  args.out.ce = ce.data_ptr();
-  args.out.correct = static_cast<bool*>(correct.data_ptr());
-  args.out.label_rank = static_cast<int64_t*>(label_rank.data_ptr());
-  args.out.confidence = confidence.data_ptr();
-  args.out.entropy = entropy.data_ptr();
-  args.out.margin = margin.data_ptr();
+  const OutputTensors out(like, args.networks, args.rows, accumulate_type(args.type));
+  args.out = out.pointers();
   run_forward(args, like);
-  return {ce, correct, label_rank, confidence, entropy, margin};
+  return out.all();
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/run.h"
+#include "group_stats/tensors.h"
 
 namespace fastkd::multi_teacher {
 namespace {
@@ -158,19 +159,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
               {combine, ce_weight, label_smoothing, ignore_index, scale_by_t2, reduction});
   Args& args = in.args;
   const ScalarType type = accumulate_type(args.student_type);
-  const auto empty = [&](ScalarType t) { return empty_like_device(student, {args.teachers + 1, args.rows}, t); };
   Tensor kl = empty_like_device(student, {args.teachers, args.rows}, type);
-  Tensor ce = empty(type), correct = empty(ScalarType::Bool), label_rank = empty(ScalarType::Long),
-         confidence = empty(type), entropy = empty(type), margin = empty(type);
+  const group_stats::OutputTensors stats(student, args.teachers + 1, args.rows, type);
   args.kl = kl.data_ptr();
-  args.stats.ce = ce.data_ptr();
-  args.stats.correct = static_cast<bool*>(correct.data_ptr());
-  args.stats.label_rank = static_cast<int64_t*>(label_rank.data_ptr());
-  args.stats.confidence = confidence.data_ptr();
-  args.stats.entropy = entropy.data_ptr();
-  args.stats.margin = margin.data_ptr();
-  return std::tuple_cat(forward_of(in, student, need_grad, false),
-                        std::make_tuple(kl, ce, correct, label_rank, confidence, entropy, margin));
+  args.stats = stats.pointers();
+  return std::tuple_cat(forward_of(in, student, need_grad, false), std::make_tuple(kl), stats.all());
 }
 
 Tensor backward(const Tensor& grad_loss, const Tensor& grad_rows, const Tensor& saved, const Tensor& aux, int64_t reduction) {
