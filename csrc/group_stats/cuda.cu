@@ -8,10 +8,10 @@ inline namespace FASTKD_TARGET {
 namespace {
 
 // The policies, smallest first; the last takes rows of any length, tile by tile.
-using Warp = Policy<32, 4, 8>;
-using Small = Policy<128, 1, 8>;
-using Medium = Policy<512, 1, 8>;
-using Stream = Policy<512, 1, 16>;
+using Warp = RowPolicy<32, 4, 8>;
+using Small = RowPolicy<128, 1, 8>;
+using Medium = RowPolicy<512, 1, 8>;
+using Stream = RowPolicy<512, 1, 16>;
 
 template <class T>
 Params make_params(const Args& args, int first, int networks) {

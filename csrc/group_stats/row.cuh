@@ -87,14 +87,6 @@ struct RowPart {
   }
 };
 
-// How a row is spread: threads per row, rows per block, classes per thread at a time.
-template <int ThreadsPerRow, int RowsPerBlock, int Items>
-struct Policy {
-  static constexpr int kThreads = ThreadsPerRow, kRows = RowsPerBlock, kBlock = ThreadsPerRow * RowsPerBlock;
-  static constexpr int kItems = Items;
-  static constexpr int64_t kTile = int64_t(ThreadsPerRow) * Items;
-};
-
 // Blocks are rows times networks. A row of one tile is read once into registers; so is each tile of a longer one.
 template <class T, class A, class P>
 __global__ void __launch_bounds__(P::kBlock) row_kernel(const __grid_constant__ Params p) {

@@ -8,13 +8,13 @@ namespace fastkd::multi_teacher {
 inline namespace FASTKD_TARGET {
 namespace {
 
-// The policies, smallest first. fastkd/ops/multi_teacher.py knows the largest: ON_CHIP_CLASSES.
+// The policies, smallest first: a row is one tile. fastkd/ops/multi_teacher.py knows the largest: ON_CHIP_CLASSES.
 template <class A>
 struct Policies {
-  using Warp = OnChip<32, 4, 8>;
-  using Small = OnChip<128, 1, 8>;
-  using Medium = OnChip<sizeof(A) == 8 ? 256 : 512, 1, 8>;
-  using Large = OnChip<512, 1, 16>;  // too many registers for double
+  using Warp = RowPolicy<32, 4, 8>;
+  using Small = RowPolicy<128, 1, 8>;
+  using Medium = RowPolicy<sizeof(A) == 8 ? 256 : 512, 1, 8>;
+  using Large = RowPolicy<512, 1, 16>;  // too many registers for double
 };
 
 template <class S, class T, class A, class Policy>
@@ -38,11 +38,11 @@ void launch_forward(const Args& args, cudaStream_t stream) {
   using Sizes = Policies<A>;
   const Params<A> p = make_params<S, T, A>(args);
   if (args.stream) return launch_stream<S, T>(p, stream);
-  if (p.classes <= Sizes::Warp::kMostClasses) return launch_on_chip<S, T, A, typename Sizes::Warp>(p, stream);
-  if (p.classes <= Sizes::Small::kMostClasses) return launch_on_chip<S, T, A, typename Sizes::Small>(p, stream);
-  if (p.classes <= Sizes::Medium::kMostClasses) return launch_on_chip<S, T, A, typename Sizes::Medium>(p, stream);
+  if (p.classes <= Sizes::Warp::kTile) return launch_on_chip<S, T, A, typename Sizes::Warp>(p, stream);
+  if (p.classes <= Sizes::Small::kTile) return launch_on_chip<S, T, A, typename Sizes::Small>(p, stream);
+  if (p.classes <= Sizes::Medium::kTile) return launch_on_chip<S, T, A, typename Sizes::Medium>(p, stream);
   if constexpr (sizeof(A) == sizeof(float)) {
-    if (p.classes <= Sizes::Large::kMostClasses) return launch_on_chip<S, T, A, typename Sizes::Large>(p, stream);
+    if (p.classes <= Sizes::Large::kTile) return launch_on_chip<S, T, A, typename Sizes::Large>(p, stream);
   }
   launch_stream<S, T>(p, stream);  // asked for nothing to be saved: without gradient
 }
@@ -52,7 +52,7 @@ void launch_forward(const Args& args, cudaStream_t stream) {
 
 const char* forward_cuda(const Args& args, void* stream_handle) {
   const bool wide = args.student_type == DType::f64;
-  const int64_t most = wide ? Policies<double>::Medium::kMostClasses : Policies<float>::Large::kMostClasses;
+  const int64_t most = wide ? Policies<double>::Medium::kTile : Policies<float>::Large::kTile;
   if (args.kl && args.classes > most) return "statistics of a row that is too long to be on chip";
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (args.rows > 0)

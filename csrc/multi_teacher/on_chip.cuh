@@ -8,14 +8,6 @@
 namespace fastkd::multi_teacher {
 inline namespace FASTKD_TARGET {
 
-// How a row is spread: threads per row, rows per block, classes per thread.
-template <int ThreadsPerRow, int RowsPerBlock, int Items>
-struct OnChip {
-  static constexpr int kThreads = ThreadsPerRow, kRows = RowsPerBlock, kBlock = ThreadsPerRow * RowsPerBlock;
-  static constexpr int kItems = Items;
-  static constexpr int64_t kMostClasses = int64_t(ThreadsPerRow) * Items;
-};
-
 // A row's data in this thread: classes past the end are -inf, like masked ones.
 template <class A, int kItems>
 struct RowState {

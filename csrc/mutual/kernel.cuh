@@ -8,20 +8,19 @@
 namespace fastkd::mutual {
 inline namespace FASTKD_TARGET {
 
-// How a row is spread: threads per row, rows per block, classes per thread and tile; OnChip: one tile holds the row.
+// OnChip: one tile holds the row.
 template <int ThreadsPerRow, int RowsPerBlock, int Items, bool OnChip>
-struct Policy {
-  static constexpr int kThreads = ThreadsPerRow, kRows = RowsPerBlock, kBlock = ThreadsPerRow * RowsPerBlock;
-  static constexpr int kItems = Items, kWarps = ThreadsPerRow / 32;
+struct Policy : RowPolicy<ThreadsPerRow, RowsPerBlock, Items> {
+  using Spread = RowPolicy<ThreadsPerRow, RowsPerBlock, Items>;
+  static constexpr int kWarps = ThreadsPerRow / 32;
   static constexpr bool kOnChip = OnChip;
-  static constexpr int64_t kTile = int64_t(ThreadsPerRow) * Items;
 
   template <class S, class T>
   static constexpr int kWidth = kVector<S, T> < Items ? kVector<S, T> : Items;
 
   // Dynamic shared memory of a block, in numbers.
   static int64_t numbers(int learners, int networks) {
-    return kRows * (RowMemory<double>::numbers(learners, networks, kWarps) + 2 * networks * kTile);
+    return Spread::kRows * (RowMemory<double>::numbers(learners, networks, kWarps) + 2 * networks * Spread::kTile);
   }
 };
 
