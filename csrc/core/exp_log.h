@@ -19,17 +19,10 @@ constexpr A kLowestExponent = A(-708);
 template <>
 constexpr float kLowestExponent<float> = -87.f;
 
-// exp_negative() is never below the smallest normal number for a finite x, so x may not be large in a product with it: a
-// logit of -3e38 (a mask) would add -6 to the sum of e^x x.
-template <class A>
-FASTKD_HD A bounded_exponent(A x) {
-  return x < kLowestExponent<A> ? kLowestExponent<A> : x;
-}
-
 // e^x for x <= 0 (or NaN): 1 ulp. Exactly 0 for -inf; a finite x gives at least the smallest normal number, so that a
 // product with an infinite factor stays infinite.
 FASTKD_HD float exp_negative(float x) {
-  const float bounded = bounded_exponent(x);
+  const float bounded = x < kLowestExponent<float> ? kLowestExponent<float> : x;
 #if defined(__CUDA_ARCH__)
   return x == -kInf ? 0.f : expf(bounded);
 #else
@@ -50,7 +43,7 @@ FASTKD_HD float exp_negative(float x) {
 }
 
 FASTKD_HD double exp_negative(double x) {
-  const double bounded = bounded_exponent(x);
+  const double bounded = x < kLowestExponent<double> ? kLowestExponent<double> : x;
   return x == -__builtin_inf() ? 0. : ::exp(bounded);
 }
 

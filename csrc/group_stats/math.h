@@ -13,6 +13,13 @@ inline namespace FASTKD_TARGET {
 FASTKD_HD float one_minus_exp(float x) { return -::expm1f(x); }
 FASTKD_HD double one_minus_exp(double x) { return -::expm1(x); }
 
+// exp_negative() is never below the smallest normal number for a finite x, so x may not be large in a product with it: a
+// logit of -3e38 (a mask) would add -6 to the sum of e^x x.
+template <class A>
+FASTKD_HD A bounded(A x) {
+  return x < kLowestExponent<A> ? kLowestExponent<A> : x;
+}
+
 // What a row says: from z = sum e^x, s = sum e^x x, with x = logit - maximum, and the second largest x.
 template <class A>
 struct RowStats {

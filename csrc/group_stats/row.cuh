@@ -50,7 +50,7 @@ struct RowPart {
 
   __device__ __forceinline__ void rebase(A fall) {  // <= 0
     const A factor = exp_negative(fall);
-    sums.v[1] = factor * (sums.v[1] + sums.v[0] * bounded_exponent(fall));
+    sums.v[1] = factor * (sums.v[1] + sums.v[0] * bounded(fall));
     sums.v[0] *= factor;
   }
 
@@ -68,7 +68,7 @@ struct RowPart {
       const int c = (i / Width * Threads + thread) * Width + i % Width;
       const A x = logits[i] - base, e = exp_negative(x);
       sums.v[0] += e;
-      sums.v[1] += e * bounded_exponent(x);
+      sums.v[1] += e * bounded(x);
       counts.v[0] += logits[i] > label.logit ? 1 : 0;
       counts.v[1] += logits[i] == label.logit && c < earlier ? 1 : 0;
     }

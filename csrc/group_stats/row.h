@@ -40,7 +40,7 @@ Sums<A> sums_of_block(const A* logits, A max, A label_logit, int64_t begin, int6
   for (int64_t c = begin; c < end; ++c) {
     const A x = logits[c] - max, e = exp_negative(x);
     z += e;
-    s += e * bounded_exponent(x);
+    s += e * bounded(x);
     greater += logits[c] > label_logit ? 1 : 0;
     largest += logits[c] == max ? 1 : 0;
     const A candidate = x < 0 ? x : -A(kInf);
