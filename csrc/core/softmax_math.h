@@ -89,5 +89,11 @@ FASTKD_HD A integer_power(A e, int t) {
   }
 }
 
+// exp(s - max), from e = exp((s - max) / T) where integer_temperature(T) is not 0.
+template <class A>
+FASTKD_HD A exponential_at_one(int integer_t, A above_max, A e) {
+  return integer_t ? integer_power(e, integer_t) : exp_negative(above_max);
+}
+
 }  // namespace FASTKD_TARGET
 }  // namespace fastkd

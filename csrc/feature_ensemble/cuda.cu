@@ -67,7 +67,7 @@ __device__ __forceinline__ void load_teacher(const PairParams<A>& pair, const T*
   }
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    const unsigned c = first + (unsigned(i / kWidth) * kGradThreads + threadIdx.x) * kWidth + i % kWidth;
+    const unsigned c = item_class<kWidth>(first, i, kGradThreads, threadIdx.x);
     b[i] = c < length ? A(load_as(teacher[teacher_index(pair, c)])) : A(0);
   }
 }
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kGradThreads, 2) gradient_kernel(const __grid_
     const int64_t group = pair.first_group + sample * pair.groups;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const unsigned c = first + (unsigned(i / kWidth) * kGradThreads + threadIdx.x) * kWidth + i % kWidth;
+      const unsigned c = item_class<kWidth>(first, i, kGradThreads, threadIdx.x);
       const unsigned at = c < length ? c : 0;
       const unsigned g = pair.group == Group::all ? 0 : pair.group == Group::row ? at / pair.inner : at % pair.inner;
       const Factors<A> f = load_factors(p.state, p.total_groups, group + g);

@@ -29,7 +29,7 @@ struct Row {
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const unsigned c = first + (unsigned(i / kWidth) * Policy::kThreads + thread) * kWidth + i % kWidth;
+      const unsigned c = item_class<kWidth>(first, i, Policy::kThreads, thread);
       tile.b[i] = c < length ? A(load_as(teacher[teacher_index(pair, start + c)])) : A(0);
     }
   }

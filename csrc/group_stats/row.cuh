@@ -65,7 +65,7 @@ struct RowPart {
     const int earlier = int(label.index - first);  // of this tile: classes are fewer than 2^31
 #pragma unroll
     for (int i = 0; i < Items; ++i) {
-      const int c = (i / Width * Threads + thread) * Width + i % Width;
+      const int c = item_class<Width>(0, i, Threads, thread);
       const A x = logits[i] - base, e = exp_negative(x);
       sums.v[0] += e;
       sums.v[1] += e * bounded(x);
