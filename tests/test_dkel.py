@@ -2,15 +2,14 @@
 
 import copy
 import math
-import runpy
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from learning_helpers import accuracy, assert_example_runs
 from methods_helpers import plain_ce, plain_kd, same, snapshot, train
 from torch import nn
 
@@ -538,11 +537,7 @@ def test_digits_are_learnt(make):
     torch.manual_seed(0)
     method = make(branched("resnet8", 10, image_size=8, channels=1, width=0.5))
 
-    @torch.no_grad()
-    def accuracy(network):
-        return (network.eval()(x).argmax(1) == y_test).double().mean().item()
-
-    untrained = accuracy(method.deployable())
+    untrained = accuracy(method.deployable(), x, y_test)
     batches, epochs = data.loader(digits.train, 50, shuffle=True), 8
     method.initialise(batches, lr=0.1)
     optimizer = torch.optim.SGD(method.parameter_groups(0.1), momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -555,12 +550,8 @@ def test_digits_are_learnt(make):
                 phase.loss.backward()
                 optimizer.step()
     constant = max(y_test.bincount()).item() / len(y_test)
-    assert accuracy(method.deployable()) > max(untrained, constant) + 0.4
+    assert accuracy(method.deployable(), x, y_test) > max(untrained, constant) + 0.4
 
 
 def test_the_example_runs(capsys):
-    example = Path(__file__).parents[1] / "examples" / "dkel.py"
-    assert len(example.read_text().splitlines()) < 60
-    result = runpy.run_path(str(example), run_name="__main__")
-    assert result["accuracy"] > 0.5
-    assert "deployed" in capsys.readouterr().out
+    assert_example_runs("dkel", "deployed", capsys)
