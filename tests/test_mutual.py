@@ -8,7 +8,8 @@ import torch.nn.functional as torch_functional
 from conftest import PLACES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from multi_teacher_helpers import LAYOUTS, size_of_gradient_terms, size_of_terms
+from multi_teacher_helpers import size_of_gradient_terms, size_of_terms
+from rows_helpers import LAYOUTS, weighted_sum
 
 import fastkd
 from fastkd.ops import _common as common
@@ -29,8 +30,7 @@ def make(m, rows, classes, n=0, dtype=torch.float32, teacher_dtype=None, scale=3
 def loss_and_grads(logits, target=None, **options):
     """The losses, and each network's gradient of a weighted sum of them."""
     loss = F.mutual_kd(logits, target, **options)
-    weights = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype, device=loss.device).reshape(loss.shape)
-    return loss.detach(), torch.autograd.grad((loss * weights).sum(), logits)
+    return loss.detach(), torch.autograd.grad(weighted_sum(loss), logits)
 
 
 def in_float64(logits, target=None, teachers=(), **options):
