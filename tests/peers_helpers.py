@@ -90,37 +90,3 @@ def assert_gradients(networks, expected, atol=1e-8):
     for network, grads in zip(networks, expected, strict=True):
         for p, grad in zip(network.parameters(), grads, strict=True):
             torch.testing.assert_close(torch.zeros_like(p) if p.grad is None else p.grad, grad, rtol=0, atol=atol)
-
-
-def digits():
-    """(x, y), (x_test, y_test): handwritten digits, 300 of them to learn from."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    x, y = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
-    return (x[:300], y[:300]), (x[300:], y[300:])
-
-
-def fit(method, x, y, epochs=20, lr=0.1):
-    optimizer = torch.optim.SGD(method.parameter_groups(lr), momentum=0.9)
-    order = torch.Generator().manual_seed(0)
-    for epoch in range(epochs):
-        method.start_epoch(epoch, epochs)
-        method.train()
-        for rows in torch.randperm(len(x), generator=order).split(50):
-            for phase in method.phases(x[rows], y[rows]):
-                optimizer.zero_grad(set_to_none=True)
-                phase.loss.backward()
-                optimizer.step()
-    return method.deployable()
-
-
-def assert_learnt(model, untrained, x, y):
-    """Much better than before, than the most frequent digit, and than a linear layer that knows nothing."""
-
-    def accuracy(network):
-        with torch.no_grad():
-            return (network.eval()(x).argmax(1) == y).double().mean().item()
-
-    constant = (y == y.mode().values).double().mean().item()
-    assert accuracy(model) > max(accuracy(untrained), constant) + 0.4

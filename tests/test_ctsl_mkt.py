@@ -1,20 +1,16 @@
 """CTSL-MKT against the formulas of the paper, typed again in plain PyTorch in float64."""
 
 import copy
-import runpy
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from learning_helpers import assert_example_runs, assert_learnt, digits, fit
 from methods_helpers import batch, gradients, images, mlp, plain_ce, plain_kd, run, same, snapshot, train
 from peers_helpers import (
     ConvNet,
     Net,
     assert_gradients,
-    assert_learnt,
-    digits,
-    fit,
     plain_angle,
     plain_distance,
     plain_step,
@@ -414,13 +410,9 @@ def test_digits_are_learnt():
 
     selves = [fit(CE(network(k, 16 + 8 * k)), x, y) for k in range(2)]
     method = CTSLMKT([network(2, 16), network(3, 24)], selves)
-    assert_learnt(fit(method, x, y), network(2, 16), x_test, y_test)
-    assert_learnt(method.peers[1], network(3, 24), x_test, y_test)
+    assert_learnt(fit(method, x, y), x_test, y_test, network(2, 16))
+    assert_learnt(method.peers[1], x_test, y_test, network(3, 24))
 
 
 def test_the_example_runs(capsys):
-    example = Path(__file__).parents[1] / "examples" / "ctsl_mkt.py"
-    assert len(example.read_text().splitlines()) < 60
-    result = runpy.run_path(str(example), run_name="__main__")
-    assert result["accuracy"] > 0.5
-    assert "together" in capsys.readouterr().out
+    assert_example_runs("ctsl_mkt", "together", capsys)

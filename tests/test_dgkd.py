@@ -1,12 +1,11 @@
 """DGKD and its special cases against the formulas of the papers, typed again in plain PyTorch in float64."""
 
 import copy
-import runpy
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from learning_helpers import assert_example_runs, assert_learnt, digits, fit
 from methods_helpers import (
     CLASSES,
     batch,
@@ -321,42 +320,16 @@ def test_the_frozen_teacher_is_the_callers_own_network():
 
 def test_digits_are_learnt():
     """A teacher and an assistant by cross-entropy, then a student by DGKD, on 300 handwritten digits."""
-    digits = pytest.importorskip("sklearn.datasets").load_digits()
-    x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
-    (x, y), (x_test, y_test) = (x[:300], y[:300]), (x[300:], y[300:])
+    (x, y), (x_test, y_test) = digits()
 
     def network(hidden, seed):
         return mlp(seed, 64, 10, hidden).float()
 
-    def accuracy(model):
-        model.eval()
-        with torch.no_grad():
-            return (model(x_test).argmax(1) == y_test).double().mean().item()
-
-    def fit(method, epochs=25):
-        optimizer = torch.optim.SGD(method.parameter_groups(0.1), momentum=0.9)
-        order = torch.Generator().manual_seed(0)
-        for epoch in range(epochs):
-            method.start_epoch(epoch, epochs)
-            method.train()
-            for rows in torch.randperm(len(x), generator=order).split(50):
-                for phase in method.phases(x[rows], y[rows]):
-                    optimizer.zero_grad(set_to_none=True)
-                    phase.loss.backward()
-                    optimizer.step()
-        return method.deployable()
-
-    teacher, assistant = fit(CE(network(64, 1))), network(32, 2)
-    assistant = fit(DGKD(assistant, [teacher], lam=0.5, temperature=4.0))
-    untrained = accuracy(network(12, 3))
+    teacher = fit(CE(network(64, 1)), x, y, epochs=25)
+    assistant = fit(DGKD(network(32, 2), [teacher], lam=0.5, temperature=4.0), x, y, epochs=25)
     student = DGKD(network(12, 3), [teacher, assistant], lam=0.5, temperature=4.0, drop="bernoulli")
-    constant = (y_test == y_test.mode().values).double().mean().item()
-    assert accuracy(fit(student)) > max(untrained, constant, accuracy(nn.Linear(64, 10))) + 0.4
+    assert_learnt(fit(student, x, y, epochs=25), x_test, y_test, network(12, 3), nn.Linear(64, 10))
 
 
 def test_the_example_runs(capsys):
-    example = Path(__file__).parents[1] / "examples" / "dgkd.py"
-    assert len(example.read_text().splitlines()) < 60
-    result = runpy.run_path(str(example), run_name="__main__")
-    assert result["accuracy"] > 0.5
-    assert "student" in capsys.readouterr().out
+    assert_example_runs("dgkd", "student", capsys)

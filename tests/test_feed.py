@@ -1,14 +1,13 @@
 """FEED and FT against the formula of the paper, typed again in plain PyTorch in float64."""
 
 import copy
-import runpy
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as torch_functional
 from feed_helpers import Net, batch, bn_net, images, step
+from learning_helpers import assert_example_runs, assert_learnt, fit
 from methods_helpers import CLASSES, plain_ce, same, snapshot, train
 from torch import nn
 
@@ -346,39 +345,18 @@ def test_digits_are_learnt():
             torch.manual_seed(seed)
             return create("plain2", 10, image_size=8, channels=1, width=width)
 
-    def accuracy(model):
-        with torch.no_grad():
-            return (model.eval()(x_test).argmax(1) == y_test).double().mean().item()
-
-    def fit(method, epochs=8):
-        optimizer = torch.optim.SGD(method.parameter_groups(0.02), momentum=0.9)
-        order = torch.Generator().manual_seed(0)
-        for epoch in range(epochs):
-            method.start_epoch(epoch, epochs)
-            method.train()
-            for rows in torch.randperm(len(x), generator=order).split(50):
-                for phase in method.phases(x[rows], y[rows]):
-                    optimizer.zero_grad(set_to_none=True)
-                    phase.loss.backward()
-                    optimizer.step()
-        return method.deployable()
-
-    constant = (y_test == y_test.mode().values).double().mean().item()
-    teachers = [fit(CE(network(1, 0.5))), fit(CE(network(2, 0.5)))]
+    fitted = partial(fit, x=x, y=y, epochs=8, lr=0.02)
+    teachers = [fitted(CE(network(1, 0.5))), fitted(CE(network(2, 0.5)))]
     method, features = FEED(network(3), teachers), []
     features.append(next(method.phases(x, y)).parts["features"])
-    student = fit(method)
+    student = fitted(method)
     features.append(next(method.phases(x, y)).parts["features"])
     assert features[1] < 0.8 * features[0]  # the maps came nearer
-    assert accuracy(student) > max(constant, accuracy(network(3))) + 0.4
-    chain = [fit(CE(network(4)))]
-    chain.append(fit(FEED(network(5), chain, mode="sequential")))
-    assert accuracy(chain[1]) > max(constant, accuracy(network(5))) + 0.4
+    assert_learnt(student, x_test, y_test, network(3))
+    chain = [fitted(CE(network(4)))]
+    chain.append(fitted(FEED(network(5), chain, mode="sequential")))
+    assert_learnt(chain[1], x_test, y_test, network(5))
 
 
 def test_the_example_runs(capsys):
-    example = Path(__file__).parents[1] / "examples" / "feed.py"
-    assert len(example.read_text().splitlines()) < 60
-    result = runpy.run_path(str(example), run_name="__main__")
-    assert result["accuracy"] > 0.5
-    assert "student" in capsys.readouterr().out
+    assert_example_runs("feed", "student", capsys)

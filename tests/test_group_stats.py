@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as torch_functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows_helpers import LAYOUTS
 
 import fastkd
 from fastkd.ops import group_stats as op
@@ -251,16 +252,6 @@ def test_empty_batch(labels, place, at):
     logits, target = make(0, 20, 2, device=at(place))
     stats = check(logits, target if labels else None)
     assert all(t.shape == (2, 0) for t in stats)
-
-
-LAYOUTS = {
-    "stacked": lambda z: z,
-    "row stride": lambda z: torch.cat([z, z], -1)[..., : z.shape[-1]],
-    "offset": lambda z: torch.cat([z[..., :1], z], -1)[..., 1:],
-    "transposed": lambda z: z.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "every other class": lambda z: z.repeat_interleave(2, -1)[..., ::2],
-    "every other row": lambda z: z.repeat_interleave(2, -2)[..., ::2, :],
-}
 
 
 @pytest.mark.parametrize("place", PLACES)

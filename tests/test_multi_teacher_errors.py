@@ -4,20 +4,23 @@ import math
 
 import pytest
 import torch
+from errors_helpers import Y, assert_told, each_wrong_call, wrong_losses, wrong_targets, wrong_weights
 
 import fastkd
 from fastkd.ops import _common
 
 F = fastkd.functional
-S, T, Y = torch.zeros(4, 6), torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64)
+S, T = torch.zeros(4, 6), torch.zeros(4, 6)
 
 
 def call(student=S, teachers=(T, T), target=None, **options):
     return lambda: F.multi_teacher_kd(student, teachers, target, **options)
 
 
-# what, call, exception, what the sentence holds: argument, expected, got
 WRONG = [
+    *wrong_targets(call, "the student's"),
+    *wrong_losses(call),
+    *wrong_weights(call),
     (
         "shapes differ",
         call(teachers=[T, torch.zeros(4, 7)]),
@@ -37,9 +40,7 @@ WRONG = [
     ("no classes", call(student=torch.zeros(4, 0)), ValueError, "student.*C >= 1"),
     ("temperature 0", call(temperature=0), ValueError, "temperature must be a finite number > 0.*got 0"),
     ("temperature < 0", call(temperature=-1.0), ValueError, "temperature.*got -1"),
-    ("temperature NaN", call(temperature=math.nan), ValueError, "temperature.*got nan"),
     ("temperature infinite", call(temperature=math.inf), ValueError, "temperature.*got inf"),
-    ("temperature tensor", call(temperature=torch.tensor(-2.0)), ValueError, "temperature.*got -2"),
     ("temperature string", call(temperature="4"), TypeError, "temperature.*got str"),
     (
         "temperatures, wrong length",
@@ -54,15 +55,6 @@ WRONG = [
         ValueError,
         "temperature must be one number for combine='probs'",
     ),
-    ("weights, wrong length", call(weights=[1.0]), ValueError, "weights must be 2 numbers.*got 1"),
-    (
-        "weights, wrong shape",
-        call(weights=torch.ones(2, 5)),
-        ValueError,
-        r"weights must be of shape \[2\] or \[2, 4\], got shape \[2, 5\]",
-    ),
-    ("weights, a number", call(weights=0.5), TypeError, "weights must be a sequence.*got float"),
-    ("weights NaN", call(weights=[1.0, math.nan]), ValueError, "weights must be finite.*nan"),
     ("weights tensor infinite", call(weights=torch.tensor([1.0, math.inf])), ValueError, "weights must be finite"),
     ("weights per row NaN", call(weights=torch.full((2, 4), math.nan)), ValueError, "weights must be finite"),
     (
@@ -77,22 +69,12 @@ WRONG = [
         ValueError,
         "weights must be at least 0",
     ),
-    ("bool weights", call(weights=torch.ones(2, dtype=torch.bool)), TypeError, "weights must be.*torch.bool"),
-    ("float target", call(target=Y.float()), TypeError, "target must be class indices of an integer dtype.*float32"),
-    ("bool target", call(target=Y.bool()), TypeError, "target.*torch.bool"),
-    ("target of a wrong type", call(target=[0, 1, 2, 3]), TypeError, "target must be an integer tensor.*got list"),
-    ("target of a wrong shape", call(target=Y[:3]), ValueError, r"target must be of shape \[4\].*got shape \[3\]"),
-    ("target too large", call(target=Y + 6), ValueError, r"target must be class indices in \[0, 6\).*got index 6"),
-    ("target negative", call(target=Y - 1, ce_weight=1.0), ValueError, r"target.*got index -1"),
-    ("no target", call(ce_weight=0.5), ValueError, "target must be given where ce_weight is 0.5"),
     (
         "unknown combine",
         call(combine="mean"),
         ValueError,
         "combine must be one of 'losses', 'probs', 'logits', got 'mean'",
     ),
-    ("unknown reduction", call(reduction="batchmean"), ValueError, "reduction must be one of.*got 'batchmean'"),
-    ("ce_weight NaN", call(target=Y, ce_weight=math.nan), ValueError, "ce_weight must be a finite number, got nan"),
     (
         "ce_weight tensor",
         call(target=Y, ce_weight=torch.tensor(1.0)),
@@ -100,35 +82,17 @@ WRONG = [
         "ce_weight must be a finite number, got Tensor",
     ),
     (
-        "smoothing > 1",
-        call(target=Y, label_smoothing=1.5),
-        ValueError,
-        r"label_smoothing must be a number in \[0, 1\], got 1.5",
-    ),
-    ("ignore_index float", call(target=Y, ignore_index=1.0), TypeError, "ignore_index must be an integer, got float"),
-    (
         "mixed devices",
         call(teachers=[T, T.to("meta")]),
         ValueError,
         r"teachers\[1\] must be on the student's device cpu, got device meta",
     ),
-    ("target elsewhere", call(target=Y.to("meta")), ValueError, "target must be on the student's device"),
-    (
-        "weights elsewhere",
-        call(weights=torch.ones(2, 4, device="meta")),
-        ValueError,
-        "weights must be on the student's device",
-    ),
 ]
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("wrong, exception, sentence", [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
+@each_wrong_call(WRONG)
 def test_wrong_calls(wrong, exception, sentence, backend):
-    with fastkd.use_backend(backend), pytest.raises(exception, match=sentence) as caught:
-        wrong()
-    text = str(caught.value)
-    assert text.startswith("multi_teacher_kd: ") and "\n" not in text and len(text) < 200
+    assert_told(wrong, exception, sentence, backend, "multi_teacher_kd")
 
 
 def test_too_many_classes_are_refused():

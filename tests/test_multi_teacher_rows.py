@@ -7,7 +7,8 @@ import torch
 from conftest import PLACES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from multi_teacher_helpers import LAYOUTS, check, loss_and_grad, make
+from multi_teacher_helpers import check, loss_and_grad, make
+from rows_helpers import LAYOUTS
 
 import fastkd
 from fastkd.ops import multi_teacher as op

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from errors_helpers import assert_told, each_wrong_call, wrong_losses, wrong_targets
 
 import fastkd
 from fastkd.ops import _common
 
 F = fastkd.functional
-Z, T, Y = torch.zeros(4, 6), torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64)
+Z, T = torch.zeros(4, 6), torch.zeros(4, 6)
 NAN = math.nan
 
 
@@ -17,8 +18,9 @@ def call(logits=(Z, Z, Z), target=None, **options):
     return lambda: F.mutual_kd(logits, target, **options)
 
 
-# what, call, exception, what the sentence holds: argument, expected, got
 WRONG = [
+    *wrong_targets(call, "the networks'"),
+    *wrong_losses(call),
     ("one network", call([Z]), ValueError, "logits must be at least two networks' logits, got 1"),
     ("no network", call([]), ValueError, "logits must be at least two"),
     ("one stacked", call(torch.zeros(1, 4, 6)), ValueError, r"logits must be M >= 2 networks stacked.*\[1, 4, 6\]"),
@@ -42,8 +44,6 @@ WRONG = [
         r"teacher_weights\[0\]\[0\] must be a finite number, got nan",
     ),
     ("temperature 0", call(temperature=0), ValueError, "temperature must be a finite number > 0, got 0"),
-    ("temperature NaN", call(temperature=NAN), ValueError, "temperature.*got nan"),
-    ("temperature tensor", call(temperature=torch.tensor(-2.0)), ValueError, "temperature.*got -2"),
     ("temperatures", call(temperature=[1.0, 2.0, 3.0]), TypeError, "temperature.*got list"),
     ("temperatures tensor", call(temperature=torch.ones(3)), ValueError, r"temperature.*shape \[3\]"),
     ("weights, a vector", call(weights=[1.0, 2.0, 3.0]), ValueError, "weights must be 3 rows of 3 numbers.*got"),
@@ -66,27 +66,12 @@ WRONG = [
     ),
     ("bool weights", call(weights=torch.ones(3, 3, dtype=torch.bool)), TypeError, "weights must be.*torch.bool"),
     ("weights elsewhere", call(weights=torch.ones(3, 3, 4, device="meta")), ValueError, "weights must be on the net"),
-    ("float target", call(target=Y.float()), TypeError, "target must be class indices of an integer dtype.*float32"),
-    ("target of a wrong type", call(target=[0, 1, 2, 3]), TypeError, "target must be an integer tensor.*got list"),
-    ("target of a wrong shape", call(target=Y[:3]), ValueError, r"target must be of shape \[4\], the networks'"),
-    ("target too large", call(target=Y + 6), ValueError, r"target must be class indices in \[0, 6\).*got index 6"),
-    ("target negative", call(target=Y - 1, ce_weight=1.0), ValueError, r"target.*got index -1"),
-    ("no target", call(ce_weight=0.5), ValueError, "target must be given where ce_weight is 0.5"),
-    ("target elsewhere", call(target=Y.to("meta")), ValueError, "target must be on the networks' device"),
-    ("unknown reduction", call(reduction="batchmean"), ValueError, "reduction must be one of.*got 'batchmean'"),
-    ("ce_weight NaN", call(target=Y, ce_weight=NAN), ValueError, "ce_weight must be a finite number, got nan"),
-    ("smoothing > 1", call(target=Y, label_smoothing=1.5), ValueError, r"label_smoothing must be a number in \[0, 1\]"),
-    ("ignore_index float", call(target=Y, ignore_index=1.0), TypeError, "ignore_index must be an integer, got float"),
 ]
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("wrong, exception, sentence", [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
+@each_wrong_call(WRONG)
 def test_wrong_calls(wrong, exception, sentence, backend):
-    with fastkd.use_backend(backend), pytest.raises(exception, match=sentence) as caught:
-        wrong()
-    text = str(caught.value)
-    assert text.startswith("mutual_kd: ") and "\n" not in text and len(text) < 200
+    assert_told(wrong, exception, sentence, backend, "mutual_kd")
 
 
 def test_a_diagonal_that_is_not_a_number_is_fine():

@@ -5,8 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+from learning_helpers import assert_learnt, digits, fit
 from methods_helpers import batch, bn_net, gradients, images, mlp, plain_ce, plain_kd, run, same, snapshot, train
-from peers_helpers import assert_gradients, assert_learnt, digits, fit, plain_step
+from peers_helpers import assert_gradients, plain_step
 from torch import nn
 
 from fastkd.methods import CE, CTSLMKT, DML, KDCL
@@ -384,5 +385,5 @@ def test_digits_are_learnt(make):
         return mlp(seed, 64, 10, hidden).float()
 
     method = make([network(1, 12), network(2, 24)])
-    assert_learnt(fit(method, x, y), network(1, 12), x_test, y_test)
-    assert_learnt(method.peers[1], network(2, 24), x_test, y_test)
+    assert_learnt(fit(method, x, y), x_test, y_test, network(1, 12))
+    assert_learnt(method.peers[1], x_test, y_test, network(2, 24))

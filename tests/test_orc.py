@@ -1,11 +1,10 @@
 """ORC against the paper's three updates, typed again in plain PyTorch in float64, with optimiser steps between them."""
 
 import copy
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
+from learning_helpers import assert_example_runs, assert_learnt, digits, fit
 from methods_helpers import batch, bn_net, images, mlp, plain_ce, same, snapshot, train
 from orc_helpers import BETA, bn_mlp, networks_of, next_share, optimizer_of, orc, plain_phases, plain_ranking
 from torch import nn
@@ -183,43 +182,18 @@ def test_parts_are_the_terms_of_the_loss(chunks):
 @pytest.mark.parametrize("intensive", ["pivot", "group"])
 def test_digits_are_learnt(intensive):
     """A pivot by cross-entropy, then three students beside it, on 300 handwritten digits."""
-    digits = pytest.importorskip("sklearn.datasets").load_digits()
-    x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
-    (x, y), (x_test, y_test) = (x[:300], y[:300]), (x[300:], y[300:])
+    (x, y), (x_test, y_test) = digits()
 
     def network(hidden, seed):
         return mlp(seed, 64, 10, hidden).float()
 
-    def accuracy(model):
-        model.eval()
-        with torch.no_grad():
-            return (model(x_test).argmax(1) == y_test).double().mean().item()
-
-    def fit(method, epochs=15):
-        optimizer = torch.optim.SGD(method.parameter_groups(0.1), momentum=0.9)
-        order = torch.Generator().manual_seed(0)
-        for epoch in range(epochs):
-            method.start_epoch(epoch, epochs)
-            method.train()
-            for rows in torch.randperm(len(x), generator=order).split(50):
-                for phase in method.phases(x[rows], y[rows]):
-                    optimizer.zero_grad(set_to_none=True)
-                    phase.loss.backward()
-                    optimizer.step()
-        return method.deployable()
-
-    pivot, students = fit(CE(network(64, 1)), 10), [network(12, 3), network(24, 4), network(32, 5)]
-    before, untrained = snapshot(pivot), accuracy(students[0])
-    constant = (y_test == y_test.mode().values).double().mean().item()
-    method = ORC(pivot, students, intensive=intensive)
-    assert accuracy(fit(method)) > max(untrained, constant) + 0.5
+    pivot = fit(CE(network(64, 1)), x, y, epochs=10)
+    before = snapshot(pivot)
+    method = ORC(pivot, [network(12, 3), network(24, 4), network(32, 5)], intensive=intensive)
+    assert_learnt(fit(method, x, y, epochs=15), x_test, y_test, network(12, 3), margin=0.5)
     assert not same(snapshot(pivot), before)  # it goes on learning
     assert int(method.promotions.sum()) == 15 * 6 and (method.promotions > 0).sum() > 1
 
 
 def test_the_example_runs(capsys):
-    example = Path(__file__).parents[1] / "examples" / "orc.py"
-    assert len(example.read_text().splitlines()) < 60
-    result = runpy.run_path(str(example), run_name="__main__")
-    assert result["accuracy"] > 0.5
-    assert "promot" in capsys.readouterr().out
+    assert_example_runs("orc", "promot", capsys)

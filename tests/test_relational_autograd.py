@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from errors_helpers import assert_told, each_wrong_call, unknown_reduction
 from relational_helpers import FUNCTIONS, PLACES, embeddings
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
@@ -160,33 +161,54 @@ def test_modules_are_the_functions():
 # --- wrong calls ------------------------------------------------------------------------------------------------------
 
 S, T = torch.zeros(4, 6), torch.zeros(4, 5)
-WRONG = [
-    ("student of a wrong type", dict(student=[1.0]), TypeError, "student must be a floating-point tensor.*got list"),
-    ("teacher of a wrong type", dict(teacher=None), TypeError, "teacher must be.*got NoneType"),
-    ("integers", dict(student=S.long()), TypeError, "student must be.*embeddings, got dtype torch.int64"),
-    ("feature maps", dict(teacher=torch.zeros(4, 5, 2)), ValueError, r"teacher .*\[N, D\].*got shape \[4, 5, 2\]"),
-    ("no width", dict(student=torch.zeros(4, 0)), ValueError, r"student .*D >= 1, got shape \[4, 0\]"),
-    ("numbers of rows", dict(teacher=T[:3]), ValueError, r"teacher must be of 4 rows.*got shape \[3, 5\]"),
-    ("devices", dict(teacher=T.to("meta")), ValueError, "teacher must be on the student's device cpu, got device meta"),
-    ("reduction", dict(reduction="batchmean"), ValueError, "reduction must be one of.*got 'batchmean'"),
-    ("process group", dict(process_group="gloo"), TypeError, "process_group must be None or a .*ProcessGroup.*got str"),
-]
+
+
+def calls_of(function):
+    return lambda student=S, teacher=T, **options: lambda: function(student, teacher, **options)
+
+
+def wrong_calls(call):
+    return [
+        (
+            "student of a wrong type",
+            call(student=[1.0]),
+            TypeError,
+            "student must be a floating-point tensor.*got list",
+        ),
+        ("teacher of a wrong type", call(teacher=None), TypeError, "teacher must be.*got NoneType"),
+        ("integers", call(student=S.long()), TypeError, "student must be.*embeddings, got dtype torch.int64"),
+        ("feature maps", call(teacher=torch.zeros(4, 5, 2)), ValueError, r"teacher .*\[N, D\].*got shape \[4, 5, 2\]"),
+        ("no width", call(student=torch.zeros(4, 0)), ValueError, r"student .*D >= 1, got shape \[4, 0\]"),
+        ("numbers of rows", call(teacher=T[:3]), ValueError, r"teacher must be of 4 rows.*got shape \[3, 5\]"),
+        (
+            "devices",
+            call(teacher=T.to("meta")),
+            ValueError,
+            "teacher must be on the student's device cpu, got device meta",
+        ),
+        unknown_reduction(call),
+        (
+            "process group",
+            call(process_group="gloo"),
+            TypeError,
+            "process_group must be None or a .*ProcessGroup.*got str",
+        ),
+    ]
+
+
+@each_wrong_call(wrong_calls(calls_of(F.rkd_distance)))
+def test_wrong_calls_of_distances(wrong, exception, sentence, backend):
+    assert_told(wrong, exception, sentence, backend, "rkd_distance")
+
+
+angles = calls_of(F.rkd_angle)
 WRONG_EPS = [
-    ("eps < 0", dict(eps=-1.0), ValueError, "eps must be a finite number >= 0, got -1.0"),
-    ("eps NaN", dict(eps=math.nan), ValueError, "eps must be.*got nan"),
-    ("eps tensor", dict(eps=torch.tensor(0.1)), TypeError, "eps must be.*got Tensor"),
+    ("eps < 0", angles(eps=-1.0), ValueError, "eps must be a finite number >= 0, got -1.0"),
+    ("eps NaN", angles(eps=math.nan), ValueError, "eps must be.*got nan"),
+    ("eps tensor", angles(eps=torch.tensor(0.1)), TypeError, "eps must be.*got Tensor"),
 ]
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize(
-    "name, arguments, exception, sentence",
-    [(name, *wrong[1:]) for name in FUNCTIONS for wrong in WRONG] + [("rkd_angle", *wrong[1:]) for wrong in WRONG_EPS],
-    ids=[f"{name}, {wrong[0]}" for name in FUNCTIONS for wrong in WRONG] + [wrong[0] for wrong in WRONG_EPS],
-)
-def test_wrong_calls(name, arguments, exception, sentence, backend):
-    arguments = dict(dict(student=S, teacher=T), **arguments)
-    with fastkd.use_backend(backend), pytest.raises(exception, match=sentence) as caught:
-        FUNCTIONS[name](arguments.pop("student"), arguments.pop("teacher"), **arguments)
-    text = str(caught.value)
-    assert text.startswith(f"{name}: ") and "\n" not in text and len(text) < 200
+@each_wrong_call(wrong_calls(angles) + WRONG_EPS)
+def test_wrong_calls_of_angles(wrong, exception, sentence, backend):
+    assert_told(wrong, exception, sentence, backend, "rkd_angle")

@@ -6,14 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from learning_helpers import assert_learnt, digits, fit
 from methods_helpers import CLASSES, batch, gradients, images, mlp, plain_ce, run, same, snapshot, train
 from peers_helpers import (
     ConvNet,
     Net,
     assert_gradients,
-    assert_learnt,
-    digits,
-    fit,
     plain_angle,
     plain_distance,
     plain_step,
@@ -258,4 +256,4 @@ def test_digits_are_learnt():
         return Net(seed, width, classes=10, inputs=64).float()
 
     teacher = fit(CE(network(1, 32)), x, y)
-    assert_learnt(fit(RKD(network(2, 12), teacher), x, y, lr=0.02, epochs=30), network(2, 12), x_test, y_test)
+    assert_learnt(fit(RKD(network(2, 12), teacher), x, y, lr=0.02, epochs=30), x_test, y_test, network(2, 12))

@@ -31,6 +31,13 @@ __device__ __forceinline__ Numbers<A, N> reduce_warp(Numbers<A, N> x, const Merg
   return x;
 }
 
+// How a row is spread: threads per row, rows per block, elements per thread and tile.
+template <int ThreadsPerRow, int RowsPerBlock, int Items>
+struct RowPolicy {
+  static constexpr int kThreads = ThreadsPerRow, kRows = RowsPerBlock, kBlock = ThreadsPerRow * RowsPerBlock;
+  static constexpr int kItems = Items, kTile = ThreadsPerRow * Items;
+};
+
 // The threads of one row. Threads = 32: a warp of a larger block, without shared memory; else: the whole block.
 template <class A, int Threads>
 struct RowThreads {

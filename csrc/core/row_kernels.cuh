@@ -75,12 +75,15 @@ __global__ void __launch_bounds__(kScaleThreads)
   }
 }
 
-template <class A>
-void launch_reduce(const void* row_loss, int learners, const int64_t* target, int64_t rows, int64_t classes,
-                   int64_t ignore_index, Reduction reduction, void* loss, void* aux, cudaStream_t stream) {
-  SIMT_LAUNCH((reduce_kernel<A>), dim3(unsigned(learners)), dim3(kReduceThreads), 0, stream,
-              static_cast<const A*>(row_loss), target, rows, classes, ignore_index, reduction == Reduction::mean,
-              static_cast<A*>(loss), static_cast<A*>(aux));
+// Of an operation's forward; `type` is that of the learners.
+template <class Args>
+void launch_reduce(const Args& args, DType type, int learners, cudaStream_t stream) {
+  const auto reduce = [&]<class A>(A) {
+    SIMT_LAUNCH((reduce_kernel<A>), dim3(unsigned(learners)), dim3(kReduceThreads), 0, stream,
+                static_cast<const A*>(args.row_loss), args.target, args.rows, args.classes, args.ignore_index,
+                args.reduction == Reduction::mean, static_cast<A*>(args.loss), static_cast<A*>(args.aux));
+  };
+  type == DType::f64 ? reduce(double()) : reduce(float());
 }
 
 template <class S, class A, int Width>
@@ -100,12 +103,6 @@ void launch_scale(const StoredGradients<A>& p, cudaStream_t stream) {
     launch_scale_vectors<S, A, kWidth>(p, stream);
   else
     launch_scale_vectors<S, A, 1>(p, stream);
-}
-
-// An error of the launch itself, or null.
-inline const char* launch_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace FASTKD_TARGET

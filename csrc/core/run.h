@@ -1,6 +1,8 @@
 // How op.cpp runs its kernels: rows over the threads of a CPU, or launches on the current stream of a GPU.
 #pragma once
 
+#include <memory>
+
 #include "core/reduction.h"
 #include "core/tensors.h"
 
@@ -12,10 +14,25 @@
 
 namespace fastkd {
 
+// grad_output of L losses, or with Reduction::none of those of their rows.
+inline void check_grad_loss(const Tensor& grad_loss, int64_t losses, int64_t rows, Reduction reduction, ScalarType type) {
+  const int64_t expected = losses * (reduction == Reduction::none ? rows : 1);
+  STD_TORCH_CHECK(grad_loss.numel() == expected && grad_loss.scalar_type() == type, "fastkd: grad_output");
+}
+
 #if defined(FASTKD_BACKEND_CPU)
 
 // Rows of about 2^15 elements a chunk, whatever the number of threads: small batches stay on one thread.
 inline int64_t grain(int64_t row_elements) { return 1 + (int64_t(1) << 15) / (row_elements + 1); }
+
+// run(args, begin, end, scratch) over [0, tasks), each chunk with kernels.scratch_bytes(args) of its own.
+template <class Kernels, class Args, class F>
+void run_with_scratch(const Kernels& kernels, const Args& args, int64_t tasks, int64_t grain, const F& run) {
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<char[]> scratch(new char[kernels.scratch_bytes(args)]);
+    run(args, begin, end, scratch.get());
+  });
+}
 
 struct Counts {
   int64_t valid = 0, outside = 0;
@@ -57,6 +74,24 @@ inline void write_aux(DType type, double missing_factor, int64_t outside, void* 
     else
       static_cast<float*>(aux)[i] = float(value);
   }
+}
+
+// The forward of a loss over rows with stored gradients: the rows, then their reduction. `type` is that of the learners,
+// `work` the elements that a row costs.
+template <class Kernels, class Args>
+void forward_over_rows(const Kernels& kernels, Args& args, DType type, int learners, int64_t work) {
+  const Counts counts = count_rows(args.target, args.rows, args.classes, args.ignore_index);
+  const double factor = counts.factor(args.reduction);
+  // The mean's factor goes into the stored gradients, so that a backward with grad_output 1 has nothing left to do; not in
+  // float16, where it would underflow.
+  args.row_factor = type == DType::f16 ? 1. : factor;
+  run_with_scratch(kernels, args, args.rows, grain(work), kernels.forward);
+  write_aux(type, factor / args.row_factor, counts.outside, args.aux);
+  if (!args.loss) return;
+  if (type == DType::f64)
+    reduce_rows<double>(args.row_loss, learners, args.rows, factor, args.loss);
+  else
+    reduce_rows<float>(args.row_loss, learners, args.rows, factor, args.loss);
 }
 
 #else

@@ -2,16 +2,11 @@
 // csrc/multi_teacher/README.md.
 #pragma once
 
-#include <math.h>
-
 #include "core/exp_log.h"
+#include "core/math.h"
 
 namespace fastkd {
 inline namespace FASTKD_TARGET {
-
-// Not std::log: an inline function of the standard library could leak from one CPU level into another.
-FASTKD_HD float natural_log(float x) { return ::logf(x); }
-FASTKD_HD double natural_log(double x) { return ::log(x); }
 
 // KL(p || q) from sums relative to each network's own maximum: z_t = sum e_t, a = sum e_t (x_t - x_s), z_s = sum e_s,
 // with x = (logit - maximum) / T and e = exp(x). Below zero is rounding; NaN stays.
@@ -26,13 +21,13 @@ FASTKD_HD A divergence(A a, A z_t, A z_s) {
 template <class A>
 FASTKD_HD A weighted_gap(A e, A x_t, A x_s) {
   const A gap = x_t - x_s;
-  return x_t < kLowestExponent<A> && !(gap == A(__builtin_inff())) ? A(0) : e * gap;
+  return x_t < kLowestExponent<A> && !(gap == A(kInf)) ? A(0) : e * gap;
 }
 
 // p (log p - log q), one class's part of the divergence from a mixture p, by the same rules.
 template <class A>
 FASTKD_HD A mixture_gap(A p, A log_q) {
-  const bool infinite = p > 0 && log_q == -A(__builtin_inff());
+  const bool infinite = p > 0 && log_q == -A(kInf);
   return p < A(0x1p-120) && !infinite ? A(0) : p * (log_positive(p) - log_q);
 }
 
@@ -58,18 +53,13 @@ FASTKD_HD Scale<A> temperature_scale(double t, bool scale_by_t2) {
 // What exponentials are taken relative to: the maximum, or 0 where that is -inf, so that every difference of bases is finite.
 template <class A>
 FASTKD_HD A base_of(A max) {
-  return max == -A(__builtin_inff()) ? A(0) : max;
+  return max == -A(kInf) ? A(0) : max;
 }
 
 // A weight of 0 also removes an infinite divergence.
 template <class A>
 FASTKD_HD A weighted(A weight, A scale, A kl) {
-  return weight == 0 && kl == A(__builtin_inff()) ? A(0) : weight * scale * kl;
-}
-
-template <class A>
-FASTKD_HD A magnitude(A x) {
-  return x < 0 ? -x : x;
+  return weight == 0 && kl == A(kInf) ? A(0) : weight * scale * kl;
 }
 
 // A power of two that brings gradients bounded by `bound` near 2^15: stored in float16 without it, small ones are lost.
@@ -97,6 +87,12 @@ FASTKD_HD A integer_power(A e, int t) {
     case 5: return e2 * e2 * e;
     default: return e2 * e2 * e2;
   }
+}
+
+// exp(s - max), from e = exp((s - max) / T) where integer_temperature(T) is not 0.
+template <class A>
+FASTKD_HD A exponential_at_one(int integer_t, A above_max, A e) {
+  return integer_t ? integer_power(e, integer_t) : exp_negative(above_max);
 }
 
 }  // namespace FASTKD_TARGET

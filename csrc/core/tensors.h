@@ -10,6 +10,7 @@
 
 #include <initializer_list>
 #include <optional>
+#include <vector>
 
 #include "core/dtype.h"
 
@@ -73,6 +74,48 @@ inline Tensor with_contiguous_rows(const Tensor& t) {
 template <class T>
 T* optional_data(const std::optional<Tensor>& t) {
   return t ? static_cast<T*>(t->data_ptr()) : nullptr;
+}
+
+// Matrices [R, C] as kernels read them, kept alive for the call.
+struct NetworkRows {
+  std::vector<Tensor> kept;
+  std::vector<const void*> data;
+  std::vector<int64_t> strides;
+
+  // Networks of one dtype, which is returned.
+  DType add(const std::vector<Tensor>& networks, int64_t rows, int64_t classes) {
+    STD_TORCH_CHECK(!networks.empty(), "fastkd: no network");
+    for (const Tensor& network : networks) {
+      kept.push_back(with_contiguous_rows(network));
+      const Tensor& z = kept.back();
+      STD_TORCH_CHECK(z.size(0) == rows && z.size(1) == classes, "fastkd: the networks' shapes differ");
+      STD_TORCH_CHECK(dtype_of(z) == dtype_of(networks.front()), "fastkd: the networks' dtypes differ");
+      data.push_back(z.data_ptr());
+      strides.push_back(z.stride(0));
+    }
+    return dtype_of(networks.front());
+  }
+};
+
+// Those that dispatch_pair() of core/dispatch.h takes.
+inline void check_teacher_type(DType teacher, DType learner) {
+  STD_TORCH_CHECK(teacher == learner || (teacher == DType::f32 && learner != DType::f64),
+                  "fastkd: teachers must be of the learners' dtype or float32");
+}
+
+// The labels of rows, where there are any.
+inline std::optional<Tensor> contiguous_target(const std::optional<Tensor>& target, int64_t rows) {
+  if (!target) return std::nullopt;
+  STD_TORCH_CHECK(target->scalar_type() == ScalarType::Long && target->numel() == rows, "fastkd: int64 target [R]");
+  return torch::stable::contiguous(*target);
+}
+
+// Weights [K], or [K, R] of each row, beside learners of this type.
+inline Tensor contiguous_weights(const Tensor& weights, int64_t networks, int64_t rows, DType learner) {
+  STD_TORCH_CHECK(weights.scalar_type() == accumulate_type(learner), "fastkd: dtype of the weights");
+  STD_TORCH_CHECK(weights.size(0) == networks, "fastkd: one weight per network");
+  STD_TORCH_CHECK(weights.dim() != 2 || weights.size(1) == rows, "fastkd: one weight per row");
+  return torch::stable::contiguous(weights);
 }
 
 }  // namespace fastkd

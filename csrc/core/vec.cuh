@@ -36,8 +36,13 @@ FASTKD_HD bool rows_aligned(const void* data, int64_t stride, int64_t classes, i
   return reinterpret_cast<uintptr_t>(data) % uintptr_t(N * element_bytes) == 0 && stride % N == 0 && classes % N == 0;
 }
 
-// Element i of the thread is class first + (i / N) * threads * N + thread * N + i % N: neighbouring threads read
-// neighbouring vectors. Classes past the row's end load as `pad`.
+// Which class of a row item i of a thread is, in vectors of N: neighbouring threads have neighbouring vectors.
+template <int N, class Index, class Thread>
+__device__ __forceinline__ Index item_class(Index first, int i, int threads, Thread thread) {
+  return first + (Index(i / N) * threads + thread) * N + i % N;
+}
+
+// Items from class `first` on; those past the row's end load as `pad`.
 template <int Items, int N, class T, class A>
 __device__ __forceinline__ void load_items(const T* row, int64_t first, int64_t classes, int threads, int thread,
                                            bool vectors, A pad, A (&to)[Items]) {
@@ -54,6 +59,13 @@ __device__ __forceinline__ void load_items(const T* row, int64_t first, int64_t 
       for (int v = 0; v < N; ++v) to[j * N + v] = c + v < classes ? A(load_as(row[c + v])) : pad;
     }
   }
+}
+
+template <class A, int N>
+__device__ __forceinline__ A max_item(A top, const A (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) top = x[i] > top ? x[i] : top;
+  return top;
 }
 
 template <int Items, int N, class T, class A>

@@ -1,5 +1,6 @@
 // feature_ensemble on the CPU: a sample at a time, which stays in the L2 cache between its passes. Compiled once per
 // instruction set; no headers of the standard library with inline functions here (core/config.h says why).
+#include "core/dispatch.h"
 #include "feature_ensemble/cpu_columns.h"
 
 namespace fastkd::feature_ensemble {
@@ -165,19 +166,8 @@ int64_t scratch_bytes(const Args& args) {
   return (4 * kPiece + 8 * kStrip + transposed_elements(args)) * int64_t(sizeof(double)) + kAlignment;
 }
 
-template <class F>
-void dispatch_types(const Args& args, const F& run) {
-  const bool same = args.student_type == args.teacher_type;
-  switch (args.student_type) {
-    case DType::f32: return run(float(), float(), float());
-    case DType::f64: return run(double(), double(), double());
-    case DType::f16: return same ? run(Half(), Half(), float()) : run(Half(), float(), float());
-    case DType::bf16: return same ? run(BFloat16(), BFloat16(), float()) : run(BFloat16(), float(), float());
-  }
-}
-
 void forward_tasks(const Args& args, int64_t begin, int64_t end, void* memory) {
-  dispatch_types(args, [&]<class S, class T, class A>(S, T, A) {
+  dispatch_pair(args.student_type, args.teacher_type, [&]<class S, class T, class A>() {
     const Scratch<A> s = divide<A>(memory);
     if (args.p == 1)
       forward_typed<1, S, T>(args, begin, end, s);
@@ -187,7 +177,7 @@ void forward_tasks(const Args& args, int64_t begin, int64_t end, void* memory) {
 }
 
 void backward_tasks(const Args& args, int64_t begin, int64_t end, void* memory) {
-  dispatch_types(args, [&]<class S, class T, class A>(S, T, A) {
+  dispatch_pair(args.student_type, args.teacher_type, [&]<class S, class T, class A>() {
     const Scratch<A> s = divide<A>(memory);
     if (args.p == 1)
       backward_typed<1, S, T>(args, begin, end, s);

@@ -1,5 +1,6 @@
 // feature_ensemble on CUDA: groups, then samples, then the loss; and the gradient. No torch header.
 #include "core/dispatch.h"
+#include "core/launch.cuh"
 #include "feature_ensemble/forward.cuh"
 
 namespace fastkd::feature_ensemble {
@@ -66,7 +67,7 @@ __device__ __forceinline__ void load_teacher(const PairParams<A>& pair, const T*
   }
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    const unsigned c = first + (unsigned(i / kWidth) * kGradThreads + threadIdx.x) * kWidth + i % kWidth;
+    const unsigned c = item_class<kWidth>(first, i, kGradThreads, threadIdx.x);
     b[i] = c < length ? A(load_as(teacher[teacher_index(pair, c)])) : A(0);
   }
 }
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kGradThreads, 2) gradient_kernel(const __grid_
     const int64_t group = pair.first_group + sample * pair.groups;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const unsigned c = first + (unsigned(i / kWidth) * kGradThreads + threadIdx.x) * kWidth + i % kWidth;
+      const unsigned c = item_class<kWidth>(first, i, kGradThreads, threadIdx.x);
       const unsigned at = c < length ? c : 0;
       const unsigned g = pair.group == Group::all ? 0 : pair.group == Group::row ? at / pair.inner : at % pair.inner;
       const Factors<A> f = load_factors(p.state, p.total_groups, group + g);
@@ -164,12 +165,6 @@ bool fits(const Args& args) {
   int64_t groups = args.total_groups, tiles = 0;
   for (int k = 0; k < args.pairs; ++k) tiles += args.samples * (args.pair[k].elements() / kGradTile<double> + 1);
   return groups < (int64_t(1) << 31) && tiles < (int64_t(1) << 31);
-}
-
-// An error of the launch itself, or null.
-const char* launch_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace

@@ -7,14 +7,6 @@
 namespace fastkd::feature_ensemble {
 inline namespace FASTKD_TARGET {
 
-// How a row is spread: threads per row, rows per block, elements per thread and tile.
-template <int ThreadsPerRow, int RowsPerBlock, int Items>
-struct RowPolicy {
-  static constexpr int kThreads = ThreadsPerRow, kRows = RowsPerBlock, kBlock = ThreadsPerRow * RowsPerBlock;
-  static constexpr int kItems = Items;
-  static constexpr unsigned kTile = unsigned(ThreadsPerRow * Items);
-};
-
 // One tile of a row of both maps in registers, with zeros past the end.
 template <class A, int kItems>
 struct Tile {
@@ -37,7 +29,7 @@ struct Row {
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const unsigned c = first + (unsigned(i / kWidth) * Policy::kThreads + thread) * kWidth + i % kWidth;
+      const unsigned c = item_class<kWidth>(first, i, Policy::kThreads, thread);
       tile.b[i] = c < length ? A(load_as(teacher[teacher_index(pair, start + c)])) : A(0);
     }
   }

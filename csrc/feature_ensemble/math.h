@@ -1,21 +1,11 @@
 // The arithmetic of one group, shared by CPU and CUDA. Derivation: README.md here.
 #pragma once
 
-#include <math.h>
-
-#include "core/dtype.h"
+#include "core/math.h"
 #include "feature_ensemble/op.h"
 
 namespace fastkd::feature_ensemble {
 inline namespace FASTKD_TARGET {
-
-FASTKD_HD float square_root(float x) { return ::sqrtf(x); }
-FASTKD_HD double square_root(double x) { return ::sqrt(x); }
-
-template <class A>
-FASTKD_HD A magnitude(A x) {
-  return x < 0 ? -x : x;
-}
 
 // Whether a plain sum of squares lost nothing to underflow, and neither it nor that of a difference overflows. Else, also
 // for 0 and NaN, it is taken again of the map times a power of two.

@@ -3,17 +3,13 @@
 #include "feature_ensemble/op.h"
 
 #include <algorithm>
-#include <memory>
 #include <tuple>
 #include <vector>
 
-#include "core/tensors.h"
+#include "core/run.h"
 
 #if defined(FASTKD_BACKEND_CPU)
-#include "core/cpu_level.h"
 #include "feature_ensemble/math.h"
-#elif defined(FASTKD_BACKEND_CUDA)
-#include <torch/csrc/stable/accelerator.h>
 #endif
 
 namespace fastkd::feature_ensemble {
@@ -105,11 +101,8 @@ void add_weights(Inputs& in, const std::optional<Tensor>& weights, const std::ve
     args.host_weight = in.host_weights.data();
     return;
   }
-  in.weights = torch::stable::contiguous(*weights);
-  STD_TORCH_CHECK(in.weights->scalar_type() == accumulate_type(args.student_type), "fastkd: dtype of the weights");
-  STD_TORCH_CHECK(in.weights->size(0) == args.pairs, "fastkd: one weight per pair");
+  in.weights = contiguous_weights(*weights, args.pairs, args.samples, args.student_type);
   const bool per_sample = in.weights->dim() == 2;
-  STD_TORCH_CHECK(!per_sample || in.weights->size(1) == args.samples, "fastkd: one weight per sample");
   args.weight_stride_pair = per_sample ? args.samples : 1;
   args.weight_stride_sample = per_sample ? 1 : 0;
   args.weight = in.weights->data_ptr();
@@ -130,9 +123,7 @@ void fill_inputs(Inputs& in, const std::vector<Tensor>& students, const std::vec
   }
   args.student_type = dtype_of(students[0]);
   args.teacher_type = dtype_of(teachers[0]);
-  STD_TORCH_CHECK(args.teacher_type == args.student_type ||
-                      (args.teacher_type == DType::f32 && args.student_type != DType::f64),
-                  "fastkd: teachers must be of the student's dtype or float32");
+  check_teacher_type(args.teacher_type, args.student_type);
   args.samples = students[0].size(0);
   args.pairs = int(teachers.size());
   args.shared = students.size() == 1 && teachers.size() > 1;
@@ -165,20 +156,12 @@ Tensor empty_gradient(const Tensor& student, bool channels_last) {
 
 constexpr bool kStoresGradient = true;
 
-// Samples of about 2^15 elements a chunk, whatever the number of threads: small maps stay on one thread.
-int64_t grain(const Args& args) {
-  int64_t elements = 0;
-  for (int k = 0; k < args.pairs; ++k) elements += 2 * args.pair[k].elements();
-  return 1 + (int64_t(1) << 15) / (elements / (args.shared ? 1 : args.pairs) + 1);
-}
-
 template <class F>
 void over_tasks(const Args& args, const CpuKernels& kernels, const F& run) {
-  const int64_t tasks = args.samples * (args.shared ? 1 : args.pairs);
-  torch::stable::parallel_for(0, tasks, grain(args), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[kernels.scratch_bytes(args)]);
-    run(args, begin, end, scratch.get());
-  });
+  const int64_t students = args.shared ? 1 : args.pairs;
+  int64_t elements = 0;
+  for (int k = 0; k < args.pairs; ++k) elements += 2 * args.pair[k].elements();
+  run_with_scratch(kernels, args, args.samples * students, grain(elements / students), run);
 }
 
 // In the order of samples and pairs and in double: the same bits for any number of threads.
@@ -212,20 +195,10 @@ void run_backward(const Args& args, const Tensor&) {
 
 constexpr bool kStoresGradient = false;  // a block does not keep a sample between the norms and the gradient
 
-void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, "fastkd: feature_ensemble: ", error); }
-
 template <class F>
-void on_stream(const Args& args, const Tensor& like, const F& launch) {
+void launch_pairs(const Args& args, const Tensor& like, const F& launch) {
   STD_TORCH_CHECK(args.pairs <= kMaxLaunchPairs, "fastkd: too many pairs for one launch");
-#if defined(FASTKD_BACKEND_CUDA)
-  torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-  check_launch(launch(args, stream));
-#else
-  (void)like;
-  check_launch(launch(args, nullptr));
-#endif
+  on_stream("feature_ensemble", like, [&](void* stream) { return launch(args, stream); });
 }
 
 void run_forward(Args& args, const Tensor& like) {
@@ -234,10 +207,10 @@ void run_forward(Args& args, const Tensor& like) {
   Tensor groups = empty_like_device(like, {args.norm == Norm::sample ? 0 : args.total_groups}, type);
   args.sample_distance = args.distance;
   if (args.norm != Norm::sample) args.distance = groups.data_ptr();
-  on_stream(args, like, forward_cuda);
+  launch_pairs(args, like, forward_cuda);
 }
 
-void run_backward(const Args& args, const Tensor& like) { on_stream(args, like, backward_cuda); }
+void run_backward(const Args& args, const Tensor& like) { launch_pairs(args, like, backward_cuda); }
 
 #endif
 
@@ -289,8 +262,7 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const std::vector<Tensor>&
   Inputs in;
   fill_inputs(in, students, teachers, weights, host_weights, {p, norm, mean_elements, reduction});
   Args& args = in.args;
-  const int64_t expected = args.reduction == Reduction::none ? args.samples : 1;
-  STD_TORCH_CHECK(grad_loss.numel() == expected && grad_loss.scalar_type() == state.scalar_type(), "fastkd: grad_output");
+  check_grad_loss(grad_loss, 1, args.samples, args.reduction, state.scalar_type());
   STD_TORCH_CHECK(state.numel() == kStatePlanes * args.total_groups, "fastkd: the state is another call's");
   std::vector<Tensor> grads = add_gradients(in, students);
   args.grad_loss = grad_loss.data_ptr();

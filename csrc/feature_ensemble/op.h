@@ -3,12 +3,11 @@
 
 #include <cstdint>
 
-#include "core/dtype.h"
+#include "core/reduction.h"
 
 namespace fastkd::feature_ensemble {
 
 enum class Norm : int { sample, position, channel };
-enum class Reduction : int { none, sum, mean };
 
 // A sample lies in memory as a dense matrix [outer, inner]: [C, places] when contiguous, [places, C] in channels_last. A
 // group, which is what has one norm, is the whole matrix, one of its rows or one of its columns.

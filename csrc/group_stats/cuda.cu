@@ -1,5 +1,6 @@
 // group_stats on CUDA: which policy takes a row, the launches. No torch header.
 #include "core/dispatch.h"
+#include "core/launch.cuh"
 #include "group_stats/row.cuh"
 
 namespace fastkd::group_stats {
@@ -7,10 +8,10 @@ inline namespace FASTKD_TARGET {
 namespace {
 
 // The policies, smallest first; the last takes rows of any length, tile by tile.
-using Warp = Policy<32, 4, 8>;
-using Small = Policy<128, 1, 8>;
-using Medium = Policy<512, 1, 8>;
-using Stream = Policy<512, 1, 16>;
+using Warp = RowPolicy<32, 4, 8>;
+using Small = RowPolicy<128, 1, 8>;
+using Medium = RowPolicy<512, 1, 8>;
+using Stream = RowPolicy<512, 1, 16>;
 
 template <class T>
 Params make_params(const Args& args, int first, int networks) {
@@ -62,8 +63,7 @@ const char* forward_cuda(const Args& args, void* stream_handle) {
       launch_for_length<T, A>(make_params<T>(args, first, networks), networks, stream);
     }
   });
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_error();
 }
 
 }  // namespace fastkd::group_stats

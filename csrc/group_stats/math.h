@@ -4,21 +4,21 @@
 #include <math.h>
 
 #include "core/exp_log.h"
+#include "core/math.h"
 #include "group_stats/op.h"
 
 namespace fastkd::group_stats {
 inline namespace FASTKD_TARGET {
 
-// Not std::log: an inline function of the standard library could leak from one CPU level into another.
-FASTKD_HD float natural_log(float x) { return ::logf(x); }
-FASTKD_HD double natural_log(double x) { return ::log(x); }
 FASTKD_HD float one_minus_exp(float x) { return -::expm1f(x); }
 FASTKD_HD double one_minus_exp(double x) { return -::expm1(x); }
 
 // exp_negative() is never below the smallest normal number for a finite x, so x may not be large in a product with it: a
 // logit of -3e38 (a mask) would add -6 to the sum of e^x x.
-FASTKD_HD float bounded(float x) { return x < -87.f ? -87.f : x; }
-FASTKD_HD double bounded(double x) { return x < -708. ? -708. : x; }
+template <class A>
+FASTKD_HD A bounded(A x) {
+  return x < kLowestExponent<A> ? kLowestExponent<A> : x;
+}
 
 // What a row says: from z = sum e^x, s = sum e^x x, with x = logit - maximum, and the second largest x.
 template <class A>

@@ -2,51 +2,32 @@
 // build of the CUDA kernels.
 #include "group_stats/op.h"
 
-#include <memory>
 #include <tuple>
 #include <vector>
 
-#include "core/tensors.h"
-
-#if defined(FASTKD_BACKEND_CPU)
-#include "core/cpu_level.h"
-#elif defined(FASTKD_BACKEND_CUDA)
-#include <torch/csrc/stable/accelerator.h>
-#endif
+#include "core/run.h"
+#include "group_stats/tensors.h"
 
 namespace fastkd::group_stats {
 namespace {
 
 // What Args points into, kept alive for the call.
 struct Inputs {
-  std::vector<Tensor> networks;
+  NetworkRows networks;
   std::optional<Tensor> target;
-  std::vector<const void*> data;
-  std::vector<int64_t> strides;
   Args args;
 };
 
 void fill_inputs(Inputs& in, const std::vector<Tensor>& networks, const std::optional<Tensor>& target) {
   STD_TORCH_CHECK(!networks.empty(), "fastkd: no network");
   Args& args = in.args;
-  args.type = dtype_of(networks.front());
+  args.rows = networks.front().size(0);
+  args.classes = networks.front().size(1);
   args.networks = int(networks.size());
-  for (const Tensor& network : networks) {
-    in.networks.push_back(with_contiguous_rows(network));
-    const Tensor& z = in.networks.back();
-    args.rows = in.networks.front().size(0);
-    args.classes = in.networks.front().size(1);
-    STD_TORCH_CHECK(z.size(0) == args.rows && z.size(1) == args.classes, "fastkd: the networks' shapes differ");
-    STD_TORCH_CHECK(dtype_of(z) == args.type, "fastkd: the networks' dtypes differ");
-    in.data.push_back(z.data_ptr());
-    in.strides.push_back(z.stride(0));
-  }
-  if (target) {
-    in.target = torch::stable::contiguous(*target);
-    STD_TORCH_CHECK(target->scalar_type() == ScalarType::Long && target->numel() == args.rows, "fastkd: int64 target [R]");
-  }
-  args.logits = in.data.data();
-  args.stride = in.strides.data();
+  args.type = in.networks.add(networks, args.rows, args.classes);
+  in.target = contiguous_target(target, args.rows);
+  args.logits = in.networks.data.data();
+  args.stride = in.networks.strides.data();
   args.target = optional_data<int64_t>(in.target);
 }
 
@@ -54,24 +35,13 @@ void fill_inputs(Inputs& in, const std::vector<Tensor>& networks, const std::opt
 
 void run_forward(const Args& args, const Tensor&) {
   const CpuKernels& kernels = FASTKD_KERNELS_OF(group_stats);
-  // Rows of about 2^15 elements a chunk, whatever the number of threads: small batches stay on one thread.
-  const int64_t grain = 1 + (int64_t(1) << 15) / (args.classes + 1);
-  torch::stable::parallel_for(0, args.rows * args.networks, grain, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[kernels.scratch_bytes(args)]);
-    kernels.forward(args, begin, end, scratch.get());
-  });
+  run_with_scratch(kernels, args, args.rows * args.networks, grain(args.classes), kernels.forward);
 }
 
 #else
 
-void run_forward(const Args& args, [[maybe_unused]] const Tensor& like) {
-  void* stream = nullptr;
-#if defined(FASTKD_BACKEND_CUDA)
-  torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-#endif
-  const char* error = forward_cuda(args, stream);
-  STD_TORCH_CHECK(error == nullptr, "fastkd: group_stats: ", error);
+void run_forward(const Args& args, const Tensor& like) {
+  on_stream("group_stats", like, [&](void* stream) { return forward_cuda(args, stream); });
 }
 
 #endif
@@ -84,18 +54,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const std::ve
   Args& args = in.args;
   args.ignore_index = ignore_index;
   const Tensor& like = networks.front();
-  const auto empty = [&](ScalarType type) { return empty_like_device(like, {args.networks, args.rows}, type); };
-  const ScalarType type = accumulate_type(args.type);
-  Tensor ce = empty(type), correct = empty(ScalarType::Bool), label_rank = empty(ScalarType::Long),
-         confidence = empty(type), entropy = empty(type), margin = empty(type);
-  args.out.ce = ce.data_ptr();
-  args.out.correct = static_cast<bool*>(correct.data_ptr());
-  args.out.label_rank = static_cast<int64_t*>(label_rank.data_ptr());
-  args.out.confidence = confidence.data_ptr();
-  args.out.entropy = entropy.data_ptr();
-  args.out.margin = margin.data_ptr();
+  const OutputTensors out(like, args.networks, args.rows, accumulate_type(args.type));
+  args.out = out.pointers();
   run_forward(args, like);
-  return {ce, correct, label_rank, confidence, entropy, margin};
+  return out.all();
 }
 
 }  // namespace

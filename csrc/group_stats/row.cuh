@@ -65,7 +65,7 @@ struct RowPart {
     const int earlier = int(label.index - first);  // of this tile: classes are fewer than 2^31
 #pragma unroll
     for (int i = 0; i < Items; ++i) {
-      const int c = (i / Width * Threads + thread) * Width + i % Width;
+      const int c = item_class<Width>(0, i, Threads, thread);
       const A x = logits[i] - base, e = exp_negative(x);
       sums.v[0] += e;
       sums.v[1] += e * bounded(x);
@@ -85,14 +85,6 @@ struct RowPart {
     return row_stats(sums.v[0], sums.v[1], top.v[1] - top.v[0], top.v[0], label, int64_t(counts.v[0]), counts.v[1] > 0,
                      classes);
   }
-};
-
-// How a row is spread: threads per row, rows per block, classes per thread at a time.
-template <int ThreadsPerRow, int RowsPerBlock, int Items>
-struct Policy {
-  static constexpr int kThreads = ThreadsPerRow, kRows = RowsPerBlock, kBlock = ThreadsPerRow * RowsPerBlock;
-  static constexpr int kItems = Items;
-  static constexpr int64_t kTile = int64_t(ThreadsPerRow) * Items;
 };
 
 // Blocks are rows times networks. A row of one tile is read once into registers; so is each tile of a longer one.

@@ -1,4 +1,5 @@
 // multi_teacher on CUDA: forward, then its reduction over rows, then backward. No torch header.
+#include "core/launch.cuh"
 #include "core/row_kernels.cuh"
 #include "multi_teacher/on_chip.cuh"
 #include "multi_teacher/streaming.cuh"
@@ -7,13 +8,13 @@ namespace fastkd::multi_teacher {
 inline namespace FASTKD_TARGET {
 namespace {
 
-// The policies, smallest first. fastkd/ops/multi_teacher.py knows the largest: ON_CHIP_CLASSES.
+// The policies, smallest first: a row is one tile. fastkd/ops/multi_teacher.py knows the largest: ON_CHIP_CLASSES.
 template <class A>
 struct Policies {
-  using Warp = OnChip<32, 4, 8>;
-  using Small = OnChip<128, 1, 8>;
-  using Medium = OnChip<sizeof(A) == 8 ? 256 : 512, 1, 8>;
-  using Large = OnChip<512, 1, 16>;  // too many registers for double
+  using Warp = RowPolicy<32, 4, 8>;
+  using Small = RowPolicy<128, 1, 8>;
+  using Medium = RowPolicy<sizeof(A) == 8 ? 256 : 512, 1, 8>;
+  using Large = RowPolicy<512, 1, 16>;  // too many registers for double
 };
 
 template <class S, class T, class A, class Policy>
@@ -28,9 +29,7 @@ void launch_on_chip(const Params<A>& p, cudaStream_t stream) {
 template <class S, class T, class A>
 void launch_stream(const Params<A>& p, cudaStream_t stream) {
   const int bytes = int(TeacherStates<A>::bytes(p.combine == Combine::logits ? 1 : p.teachers));
-  if (bytes > (40 << 10))  // beside the static arrays; above 48 KiB a kernel must ask
-    // A refusal also fails the launch, which is where the error is read.
-    (void)cudaFuncSetAttribute(stream_forward_kernel<S, T, A>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  allow_dynamic_shared(stream_forward_kernel<S, T, A>, bytes);
   SIMT_LAUNCH((stream_forward_kernel<S, T, A>), dim3(unsigned(p.rows)), dim3(kStreamThreads), bytes, stream, p);
 }
 
@@ -39,11 +38,11 @@ void launch_forward(const Args& args, cudaStream_t stream) {
   using Sizes = Policies<A>;
   const Params<A> p = make_params<S, T, A>(args);
   if (args.stream) return launch_stream<S, T>(p, stream);
-  if (p.classes <= Sizes::Warp::kMostClasses) return launch_on_chip<S, T, A, typename Sizes::Warp>(p, stream);
-  if (p.classes <= Sizes::Small::kMostClasses) return launch_on_chip<S, T, A, typename Sizes::Small>(p, stream);
-  if (p.classes <= Sizes::Medium::kMostClasses) return launch_on_chip<S, T, A, typename Sizes::Medium>(p, stream);
+  if (p.classes <= Sizes::Warp::kTile) return launch_on_chip<S, T, A, typename Sizes::Warp>(p, stream);
+  if (p.classes <= Sizes::Small::kTile) return launch_on_chip<S, T, A, typename Sizes::Small>(p, stream);
+  if (p.classes <= Sizes::Medium::kTile) return launch_on_chip<S, T, A, typename Sizes::Medium>(p, stream);
   if constexpr (sizeof(A) == sizeof(float)) {
-    if (p.classes <= Sizes::Large::kMostClasses) return launch_on_chip<S, T, A, typename Sizes::Large>(p, stream);
+    if (p.classes <= Sizes::Large::kTile) return launch_on_chip<S, T, A, typename Sizes::Large>(p, stream);
   }
   launch_stream<S, T>(p, stream);  // asked for nothing to be saved: without gradient
 }
@@ -53,17 +52,13 @@ void launch_forward(const Args& args, cudaStream_t stream) {
 
 const char* forward_cuda(const Args& args, void* stream_handle) {
   const bool wide = args.student_type == DType::f64;
-  const int64_t most = wide ? Policies<double>::Medium::kMostClasses : Policies<float>::Large::kMostClasses;
+  const int64_t most = wide ? Policies<double>::Medium::kTile : Policies<float>::Large::kTile;
   if (args.kl && args.classes > most) return "statistics of a row that is too long to be on chip";
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (args.rows > 0)
     dispatch_pair(args.student_type, args.teacher_type,
                   [&]<class S, class T, class A>() { launch_forward<S, T, A>(args, stream); });
-  const auto reduce = [&]<class A>(A) {
-    launch_reduce<A>(args.row_loss, 1, args.target, args.rows, args.classes, args.ignore_index, args.reduction, args.loss,
-                     args.aux, stream);
-  };
-  args.student_type == DType::f64 ? reduce(double()) : reduce(float());
+  launch_reduce(args, args.student_type, 1, stream);
   return launch_error();
 }
 

@@ -8,14 +8,6 @@
 namespace fastkd::multi_teacher {
 inline namespace FASTKD_TARGET {
 
-// How a row is spread: threads per row, rows per block, classes per thread.
-template <int ThreadsPerRow, int RowsPerBlock, int Items>
-struct OnChip {
-  static constexpr int kThreads = ThreadsPerRow, kRows = RowsPerBlock, kBlock = ThreadsPerRow * RowsPerBlock;
-  static constexpr int kItems = Items;
-  static constexpr int64_t kMostClasses = int64_t(ThreadsPerRow) * Items;
-};
-
 // A row's data in this thread: classes past the end are -inf, like masked ones.
 template <class A, int kItems>
 struct RowState {
@@ -25,14 +17,6 @@ struct RowState {
   A acc[kItems];    // gradient (losses, logits) or mixture (probs, logits)
   A z_s;
 };
-
-template <class A, int N>
-__device__ __forceinline__ A max_item(const A (&x)[N]) {
-  A top = -A(kInf);
-#pragma unroll
-  for (int i = 0; i < N; ++i) top = x[i] > top ? x[i] : top;
-  return top;
-}
 
 // e_s at inv_t; z_s.
 template <class A, int kItems, class Threads>
@@ -49,7 +33,7 @@ __device__ __forceinline__ void student_exponentials(RowState<A, kItems>& row, A
 // t := exp((t - max) / T), after which {z, a} of the teacher (math.h).
 template <class A, int kItems, class Threads>
 __device__ __forceinline__ Numbers<A, 2> teacher_sums(RowState<A, kItems>& row, A inv_t, Threads& threads) {
-  const A top = threads.max(max_item(row.t));
+  const A top = threads.max(max_item(-A(kInf), row.t));
   Numbers<A, 2> sums{{0, 0}};
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
@@ -83,12 +67,6 @@ __device__ __forceinline__ A mixture_divergence(RowState<A, kItems>& row, A tota
     row.acc[i] = factor * (row.e_s[i] - ratio * p);
   }
   return scale.loss * threads.sum(loss).v[0];
-}
-
-// The class that item i of a thread is (vec.cuh: load_items).
-template <int Width, int ThreadsPerRow>
-__device__ __forceinline__ int64_t class_of(int i, int thread) {
-  return (int64_t(i / Width) * ThreadsPerRow + thread) * Width + i % Width;
 }
 
 // What the statistics need beside the row, where they are wanted: counters of the row's threads.
@@ -168,7 +146,7 @@ __device__ __forceinline__ A distill(const Params<A>& p, RowState<A, kItems>& ro
   if (p.combine == Combine::losses) return loss;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    row.t[i] = class_of<kWidth, kThreads>(i, threads.thread) < p.classes ? row.acc[i] : masked;
+    row.t[i] = item_class<kWidth>(int64_t(0), i, kThreads, threads.thread) < p.classes ? row.acc[i] : masked;
     row.acc[i] = 0;
   }
   return p.scale[0].loss * teach(row, A(1), p.inv_t[0], p.scale[0], threads);
@@ -191,12 +169,6 @@ __device__ __forceinline__ void keep_stats_alone(const Params<A>& p, RowState<A,
   }
 }
 
-// exp(s - max): a power of e_s where it stands at an integer temperature.
-template <class A, int kItems>
-__device__ __forceinline__ A exponential_at_one(const RowState<A, kItems>& row, int i, int integer_t) {
-  return integer_t ? integer_power(row.e_s[i], integer_t) : exp_negative(row.x_s[i]);
-}
-
 // The row's gradient leaves in the student's type, for float16 scaled (math.h, half_scale).
 template <class S, int Width, class A, int kItems, class Threads>
 __device__ __forceinline__ void store_gradient(const Params<A>& p, RowState<A, kItems>& row, int64_t index, int64_t label, A z_one,
@@ -214,8 +186,9 @@ __device__ __forceinline__ void store_gradient(const Params<A>& p, RowState<A, k
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     if (hard) {
-      row.acc[i] += factor * exponential_at_one(row, i, integer_t) - uniform;
-      if (class_of<Width, Threads::kThreads>(i, threads.thread) == label) row.acc[i] -= p.ce_weight * (1 - p.smoothing);
+      row.acc[i] += factor * exponential_at_one(integer_t, row.x_s[i], row.e_s[i]) - uniform;
+      const int64_t c = item_class<Width>(int64_t(0), i, Threads::kThreads, threads.thread);
+      if (c == label) row.acc[i] -= p.ce_weight * (1 - p.smoothing);
     }
     row.acc[i] *= scale;
   }
@@ -229,8 +202,8 @@ __device__ __forceinline__ Numbers<A, 2> label_sums(const Params<A>& p, const Ro
   Numbers<A, 2> sums{{0, 0}};
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    const bool inside = class_of<Width, Threads::kThreads>(i, threads.thread) < p.classes;
-    sums.v[0] += exponential_at_one(row, i, p.integer_t);
+    const bool inside = item_class<Width>(int64_t(0), i, Threads::kThreads, threads.thread) < p.classes;
+    sums.v[0] += exponential_at_one(p.integer_t, row.x_s[i], row.e_s[i]);
     sums.v[1] += inside && p.smoothing > 0 ? row.x_s[i] : A(0);
   }
   return threads.sum(sums);
@@ -263,7 +236,7 @@ __global__ void __launch_bounds__(Policy::kBlock) on_chip_kernel(const __grid_co
   const S* student = p.template student_row<S>(index);
   load_items<kItems, kWidth>(student, 0, p.classes, Policy::kThreads, threads.thread, p.student_vectors, -A(kInf), row.x_s);
   stats.template keep<kWidth>(p, 0, index, student, row.x_s, threads);
-  const A max_student = threads.max(max_item(row.x_s));
+  const A max_student = threads.max(max_item(-A(kInf), row.x_s));
 #pragma unroll
   for (int i = 0; i < kItems; ++i) row.x_s[i] -= max_student;
   student_exponentials(row, p.inv_t[0], threads);

@@ -2,11 +2,11 @@
 // build of the CUDA kernels.
 #include "multi_teacher/op.h"
 
-#include <memory>
 #include <tuple>
 #include <vector>
 
 #include "core/run.h"
+#include "group_stats/tensors.h"
 
 namespace fastkd::multi_teacher {
 namespace {
@@ -14,11 +14,9 @@ namespace {
 // What Args points into, kept alive for the call.
 struct Inputs {
   Tensor student;
-  std::vector<Tensor> teachers;
+  NetworkRows teachers;
   std::optional<Tensor> target, weights;
   std::vector<double> temperatures, host_weights;
-  std::vector<const void*> teacher_data;
-  std::vector<int64_t> teacher_strides;
   Args args;
 };
 
@@ -30,23 +28,6 @@ struct Options {
   int64_t reduction;
 };
 
-void add_teachers(Inputs& in, const std::vector<Tensor>& teachers) {
-  for (const Tensor& teacher : teachers) {
-    in.teachers.push_back(with_contiguous_rows(teacher));
-    const Tensor& t = in.teachers.back();
-    STD_TORCH_CHECK(t.size(0) == in.args.rows && t.size(1) == in.args.classes, "fastkd: a teacher's shape differs");
-    STD_TORCH_CHECK(dtype_of(t) == dtype_of(in.teachers.front()), "fastkd: the teachers' dtypes differ");
-    in.teacher_data.push_back(t.data_ptr());
-    in.teacher_strides.push_back(t.stride(0));
-  }
-  STD_TORCH_CHECK(!in.teachers.empty(), "fastkd: no teacher");
-  const DType type = dtype_of(in.teachers.front()), student = dtype_of(in.student);
-  STD_TORCH_CHECK(type == student || (type == DType::f32 && student != DType::f64),
-                  "fastkd: teachers must be of the student's dtype or float32");
-  in.args.teacher_type = type;
-  in.args.teachers = int(in.teachers.size());
-}
-
 void add_weights(Inputs& in, const std::optional<Tensor>& weights, const std::vector<double>& host) {
   Args& args = in.args;
   if (!weights) {
@@ -54,11 +35,8 @@ void add_weights(Inputs& in, const std::optional<Tensor>& weights, const std::ve
     in.host_weights = host;
     return;
   }
-  in.weights = torch::stable::contiguous(*weights);
-  STD_TORCH_CHECK(in.weights->scalar_type() == accumulate_type(args.student_type), "fastkd: dtype of the weights");
-  STD_TORCH_CHECK(in.weights->size(0) == args.teachers, "fastkd: one weight per teacher");
+  in.weights = contiguous_weights(*weights, args.teachers, args.rows, args.student_type);
   const bool per_row = in.weights->dim() == 2;
-  STD_TORCH_CHECK(!per_row || in.weights->size(1) == args.rows, "fastkd: one weight per row");
   args.weight_stride_teacher = per_row ? args.rows : 1;
   args.weight_stride_row = per_row ? 1 : 0;
 }
@@ -71,21 +49,20 @@ void fill_inputs(Inputs& in, const Tensor& student, const std::vector<Tensor>& t
   args.rows = student.size(0);
   args.classes = student.size(1);
   args.student_type = dtype_of(student);
-  add_teachers(in, teachers);
+  args.teacher_type = in.teachers.add(teachers, args.rows, args.classes);
+  check_teacher_type(args.teacher_type, args.student_type);
+  args.teachers = int(teachers.size());
   add_weights(in, weights, host_weights);
-  if (target) {
-    in.target = torch::stable::contiguous(*target);
-    STD_TORCH_CHECK(target->scalar_type() == ScalarType::Long && target->numel() == args.rows, "fastkd: int64 target [R]");
-  }
+  in.target = contiguous_target(target, args.rows);
   const bool several = temperatures.size() > 1;
-  STD_TORCH_CHECK(temperatures.size() == (several ? in.teachers.size() : 1), "fastkd: one temperature, or one per teacher");
-  in.temperatures = several ? temperatures : std::vector<double>(in.teachers.size(), temperatures[0]);
+  STD_TORCH_CHECK(temperatures.size() == (several ? teachers.size() : 1), "fastkd: one temperature, or one per teacher");
+  in.temperatures = several ? temperatures : std::vector<double>(teachers.size(), temperatures[0]);
   args.several_temperatures = several;
 
   args.student = in.student.data_ptr();
   args.student_stride = in.student.stride(0);
-  args.teacher = in.teacher_data.data();
-  args.teacher_stride = in.teacher_strides.data();
+  args.teacher = in.teachers.data.data();
+  args.teacher_stride = in.teachers.strides.data();
   args.target = optional_data<int64_t>(in.target);
   args.weight = optional_data<void>(in.weights);
   args.host_weight = in.weights ? nullptr : in.host_weights.data();
@@ -102,22 +79,8 @@ void fill_inputs(Inputs& in, const Tensor& student, const std::vector<Tensor>& t
 #if defined(FASTKD_BACKEND_CPU)
 
 void run_forward(Args& args, const Tensor&) {
-  const Counts counts = count_rows(args.target, args.rows, args.classes, args.ignore_index);
-  const double factor = counts.factor(args.reduction);
-  // The mean's factor goes into the stored gradient, so that a backward with grad_output 1 has nothing left to do; not in
-  // float16, where it would underflow.
-  args.row_factor = args.student_type == DType::f16 ? 1. : factor;
-  const CpuKernels& kernels = FASTKD_KERNELS_OF(multi_teacher);
-  torch::stable::parallel_for(0, args.rows, grain(args.classes * (args.teachers + 1)), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[kernels.scratch_bytes(args)]);
-    kernels.forward(args, begin, end, scratch.get());
-  });
-  write_aux(args.student_type, factor / args.row_factor, counts.outside, args.aux);
-  if (!args.loss) return;
-  if (args.student_type == DType::f64)
-    reduce_rows<double>(args.row_loss, 1, args.rows, factor, args.loss);
-  else
-    reduce_rows<float>(args.row_loss, 1, args.rows, factor, args.loss);
+  const int64_t work = args.classes * (args.teachers + 1);
+  forward_over_rows(FASTKD_KERNELS_OF(multi_teacher), args, args.student_type, 1, work);
 }
 
 void run_backward(const BackwardArgs& args, const Tensor&) {
@@ -196,19 +159,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
               {combine, ce_weight, label_smoothing, ignore_index, scale_by_t2, reduction});
   Args& args = in.args;
   const ScalarType type = accumulate_type(args.student_type);
-  const auto empty = [&](ScalarType t) { return empty_like_device(student, {args.teachers + 1, args.rows}, t); };
   Tensor kl = empty_like_device(student, {args.teachers, args.rows}, type);
-  Tensor ce = empty(type), correct = empty(ScalarType::Bool), label_rank = empty(ScalarType::Long),
-         confidence = empty(type), entropy = empty(type), margin = empty(type);
+  const group_stats::OutputTensors stats(student, args.teachers + 1, args.rows, type);
   args.kl = kl.data_ptr();
-  args.stats.ce = ce.data_ptr();
-  args.stats.correct = static_cast<bool*>(correct.data_ptr());
-  args.stats.label_rank = static_cast<int64_t*>(label_rank.data_ptr());
-  args.stats.confidence = confidence.data_ptr();
-  args.stats.entropy = entropy.data_ptr();
-  args.stats.margin = margin.data_ptr();
-  return std::tuple_cat(forward_of(in, student, need_grad, false),
-                        std::make_tuple(kl, ce, correct, label_rank, confidence, entropy, margin));
+  args.stats = stats.pointers();
+  return std::tuple_cat(forward_of(in, student, need_grad, false), std::make_tuple(kl), stats.all());
 }
 
 Tensor backward(const Tensor& grad_loss, const Tensor& grad_rows, const Tensor& saved, const Tensor& aux, int64_t reduction) {
@@ -217,8 +172,7 @@ Tensor backward(const Tensor& grad_loss, const Tensor& grad_rows, const Tensor& 
   args.classes = grad_rows.size(1);
   args.type = dtype_of(grad_rows);
   args.reduction = Reduction(reduction);
-  const int64_t expected = args.reduction == Reduction::none ? args.rows : 1;
-  STD_TORCH_CHECK(grad_loss.numel() == expected && grad_loss.scalar_type() == aux.scalar_type(), "fastkd: grad_output");
+  check_grad_loss(grad_loss, 1, args.rows, args.reduction, aux.scalar_type());
   Tensor grad = empty_like_device(grad_rows, {args.rows, args.classes}, grad_rows.scalar_type());
   args.grad_loss = grad_loss.data_ptr();
   args.grad_rows = grad_rows.data_ptr();
@@ -238,8 +192,7 @@ Tensor stream_backward(const Tensor& grad_loss, const Tensor& student, const std
   fill_inputs(in, student, teachers, target, weights, host_weights, temperatures,
               {combine, ce_weight, label_smoothing, ignore_index, scale_by_t2, reduction});
   Args& args = in.args;
-  const int64_t expected = args.reduction == Reduction::none ? args.rows : 1;
-  STD_TORCH_CHECK(grad_loss.numel() == expected && grad_loss.scalar_type() == aux.scalar_type(), "fastkd: grad_output");
+  check_grad_loss(grad_loss, 1, args.rows, args.reduction, aux.scalar_type());
   STD_TORCH_CHECK(saved.numel() == args.rows * saved_columns(args), "fastkd: the saved states are not streamed ones");
   Tensor grad = empty_like_device(student, {args.rows, args.classes}, student.scalar_type());
   args.grad = grad.data_ptr();

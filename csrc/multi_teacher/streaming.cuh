@@ -49,13 +49,6 @@ struct RunningStudent {
   }
 };
 
-template <class A>
-__device__ __forceinline__ A max_of(A start, const A (&x)[kStreamItems]) {
-#pragma unroll
-  for (int i = 0; i < kStreamItems; ++i) start = x[i] > start ? x[i] : start;
-  return start;
-}
-
 // The weighted sum of the teachers' logits in this tile; -inf where a teacher that counts is masked and past the end.
 template <class S, class T, class A>
 __device__ __forceinline__ void load_mean_logits(const Params<A>& p, int64_t row, int64_t first, A (&u)[kStreamItems]) {
@@ -71,9 +64,7 @@ __device__ __forceinline__ void load_mean_logits(const Params<A>& p, int64_t row
   }
 #pragma unroll
   for (int i = 0; i < kStreamItems; ++i) {
-    constexpr int kWidth = kVector<S, T>;
-    const int64_t c = first + (int64_t(i / kWidth) * kStreamThreads + threadIdx.x) * kWidth + i % kWidth;
-    if (c >= p.classes) u[i] = -A(kInf);
+    if (item_class<kVector<S, T>>(first, i, kStreamThreads, threadIdx.x) >= p.classes) u[i] = -A(kInf);
   }
 }
 
@@ -95,11 +86,11 @@ __device__ __forceinline__ void load_student(const Params<A>& p, int64_t row, in
 // One tile: x becomes s relative to the student's base; returns the growth of that base.
 template <int Width, class A>
 __device__ __forceinline__ A push_student(const Params<A>& p, int64_t first, RunningStudent<A>& student, A (&x)[kStreamItems]) {
-  const A growth = student.rebase(max_of(student.max, x), p.inv_t[0]);
+  const A growth = student.rebase(max_item(student.max, x), p.inv_t[0]);
   const A base = base_of(student.max);
 #pragma unroll
   for (int i = 0; i < kStreamItems; ++i) {
-    const int64_t c = first + (int64_t(i / Width) * kStreamThreads + threadIdx.x) * Width + i % Width;
+    const int64_t c = item_class<Width>(first, i, kStreamThreads, threadIdx.x);
     x[i] -= base;
     student.z += exp_negative(x[i] * p.inv_t[0]);
     if (p.ce_weight != 0) student.z_one += exp_negative(x[i]);
@@ -118,7 +109,7 @@ __device__ __forceinline__ void push_teacher(const Params<A>& p, int k, int64_t 
   load_teacher<S, T>(p, k, row, first, t);
   const A inv_t = p.inv_t[k];
   RunningTeacher<A> state = states.get(k);
-  state.rebase(max_of(state.max, t), growth, inv_t);
+  state.rebase(max_item(state.max, t), growth, inv_t);
   const A base = base_of(state.max);
 #pragma unroll
   for (int i = 0; i < kStreamItems; ++i) state.push((t[i] - base) * inv_t, x_s[i] * inv_t);
@@ -281,7 +272,7 @@ __global__ void __launch_bounds__(kStreamThreads)
       const int64_t label = p.target[row];
 #pragma unroll
       for (int i = 0; i < kStreamItems; ++i) {
-        const int64_t c = first + (int64_t(i / kWidth) * kStreamThreads + threadIdx.x) * kWidth + i % kWidth;
+        const int64_t c = item_class<kWidth>(first, i, kStreamThreads, threadIdx.x);
         grad[i] += factor * exp_negative(x[i]) - uniform - (c == label ? p.ce_weight * (1 - p.smoothing) : A(0));
       }
     }

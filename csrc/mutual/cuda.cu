@@ -1,4 +1,5 @@
 // mutual on CUDA: forward, its reductions over rows, backward. No torch header.
+#include "core/launch.cuh"
 #include "core/row_kernels.cuh"
 #include "mutual/kernel.cuh"
 
@@ -26,9 +27,7 @@ int64_t most_shared_bytes() {
 template <class S, class T, class A, class P>
 void launch(const Args& args, int64_t bytes, cudaStream_t stream) {
   const Params<A> p = make_params<S, T, P::template kWidth<S, T>, A>(args);
-  if (bytes > (40 << 10))  // beside the static arrays; above 48 KiB a kernel must ask
-    // A refusal also fails the launch, which is where the error is read.
-    (void)cudaFuncSetAttribute(mutual_kernel<S, T, A, P>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  allow_dynamic_shared(mutual_kernel<S, T, A, P>, bytes);
   const unsigned blocks = unsigned((p.rows + P::kRows - 1) / P::kRows);
   SIMT_LAUNCH((mutual_kernel<S, T, A, P>), dim3(blocks), dim3(P::kBlock), int(bytes), stream, p);
 }
@@ -57,11 +56,7 @@ const char* forward_cuda(const Args& args, void* stream_handle) {
   if (args.rows > 0)
     dispatch_pair(args.type, args.teacher_type,
                   [&]<class S, class T, class A>() { launch_forward<S, T, A>(args, stream); });
-  const auto reduce = [&]<class A>(A) {
-    launch_reduce<A>(args.row_loss, args.learners, args.target, args.rows, args.classes, args.ignore_index,
-                     args.reduction, args.loss, args.aux, stream);
-  };
-  args.type == DType::f64 ? reduce(double()) : reduce(float());
+  launch_reduce(args, args.type, args.learners, stream);
   return launch_error();
 }
 

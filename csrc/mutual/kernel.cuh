@@ -8,20 +8,19 @@
 namespace fastkd::mutual {
 inline namespace FASTKD_TARGET {
 
-// How a row is spread: threads per row, rows per block, classes per thread and tile; OnChip: one tile holds the row.
+// OnChip: one tile holds the row.
 template <int ThreadsPerRow, int RowsPerBlock, int Items, bool OnChip>
-struct Policy {
-  static constexpr int kThreads = ThreadsPerRow, kRows = RowsPerBlock, kBlock = ThreadsPerRow * RowsPerBlock;
-  static constexpr int kItems = Items, kWarps = ThreadsPerRow / 32;
+struct Policy : RowPolicy<ThreadsPerRow, RowsPerBlock, Items> {
+  using Spread = RowPolicy<ThreadsPerRow, RowsPerBlock, Items>;
+  static constexpr int kWarps = ThreadsPerRow / 32;
   static constexpr bool kOnChip = OnChip;
-  static constexpr int64_t kTile = int64_t(ThreadsPerRow) * Items;
 
   template <class S, class T>
   static constexpr int kWidth = kVector<S, T> < Items ? kVector<S, T> : Items;
 
   // Dynamic shared memory of a block, in numbers.
   static int64_t numbers(int learners, int networks) {
-    return kRows * (RowMemory<double>::numbers(learners, networks, kWarps) + 2 * networks * kTile);
+    return Spread::kRows * (RowMemory<double>::numbers(learners, networks, kWarps) + 2 * networks * Spread::kTile);
   }
 };
 
@@ -46,7 +45,7 @@ struct Row {
   }
 
   __device__ __forceinline__ int64_t class_of(int64_t first, int i) const {
-    return first + (int64_t(i / kWidth) * P::kThreads + threads.thread) * kWidth + i % kWidth;
+    return item_class<kWidth>(first, i, P::kThreads, threads.thread);
   }
 
   // The classes past the end load as -inf, like masked ones.
@@ -60,19 +59,6 @@ struct Row {
                                  vectors, -A(kInf), to);
   }
 };
-
-template <class A, int N>
-__device__ __forceinline__ A max_item(A top, const A (&x)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) top = x[i] > top ? x[i] : top;
-  return top;
-}
-
-// exp(logit - max), from e = exp((logit - max) / T) where T is a small integer.
-template <class A>
-__device__ __forceinline__ A exponential_at_one(const Params<A>& p, A above_max, A e) {
-  return p.integer_t ? integer_power(e, p.integer_t) : exp_negative(above_max);
-}
 
 // {z, z at T = 1, sum of (logit - max)} of a tile relative to `base`; on chip x and e go to shared memory.
 template <bool Keep, class S, class T, class A, class P>
@@ -89,7 +75,7 @@ __device__ __forceinline__ Numbers<A, 3> exponentials(const Row<S, T, A, P>& row
     }
     sums.v[0] += e;
     if (p.ce_weight != 0 && n < p.learners) {
-      sums.v[1] += exponential_at_one(p, above, e);
+      sums.v[1] += exponential_at_one(p.integer_t, above, e);
       if (p.smoothing > 0 && row.class_of(first, i) < p.classes) sums.v[2] += above;
     }
   }
@@ -224,7 +210,7 @@ __device__ __forceinline__ void learn_tile(const Row<S, T, A, P>& row, int m, in
     const int64_t label = p.target[row.index];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      grad[i] += factor * exponential_at_one(p, x_m[i] * t, e_m[i]) - uniform;
+      grad[i] += factor * exponential_at_one(p.integer_t, x_m[i] * t, e_m[i]) - uniform;
       if (row.class_of(first, i) == label) grad[i] -= p.ce_weight * (1 - p.smoothing);
     }
   }
@@ -281,7 +267,8 @@ __global__ void __launch_bounds__(P::kBlock) mutual_kernel(const __grid_constant
   if (index >= p.rows) return;  // whole warps: a row of less than a block needs no barrier
   Threads threads{int(threadIdx.x) % P::kThreads, 0, buffer};
   const int64_t numbers = RowMemory<A>::numbers(p.learners, networks, P::kWarps);
-  const RowMemory<A> memory{dynamic + in_block * (numbers + 2 * networks * P::kTile), p.learners, networks, P::kWarps};
+  A* const start = dynamic + in_block * (numbers + 2 * networks * int64_t(P::kTile));
+  const RowMemory<A> memory{start, p.learners, networks, P::kWarps};
   const Row<S, T, A, P> row{p, threads, memory, memory.start + numbers, index};
   const Label kind = label_kind(p.target, index, p.ignore_index, p.classes);
   if (kind == Label::ignored || kind == Label::outside)

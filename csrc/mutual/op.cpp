@@ -2,7 +2,6 @@
 // of the CUDA kernels.
 #include "mutual/op.h"
 
-#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -13,27 +12,12 @@ namespace {
 
 // What Args points into, kept alive for the call.
 struct Inputs {
-  std::vector<Tensor> networks;
+  NetworkRows networks;
   std::optional<Tensor> target, peers, frozen;
   std::vector<double> host_weights;
-  std::vector<const void*> data;
-  std::vector<int64_t> strides;
   std::vector<int> slots;
   Args args;
 };
-
-// All of one dtype, which is returned.
-DType add_networks(Inputs& in, const std::vector<Tensor>& networks) {
-  for (const Tensor& given : networks) {
-    in.networks.push_back(with_contiguous_rows(given));
-    const Tensor& t = in.networks.back();
-    STD_TORCH_CHECK(t.size(0) == in.args.rows && t.size(1) == in.args.classes, "fastkd: a network's shape differs");
-    STD_TORCH_CHECK(dtype_of(t) == dtype_of(networks.front()), "fastkd: the networks' dtypes differ");
-    in.data.push_back(t.data_ptr());
-    in.strides.push_back(t.stride(0));
-  }
-  return dtype_of(networks.front());
-}
 
 // From the device tensor [M, n] or [M, n, R], or where there is none from the columns [first, first + n) of the host's.
 Weights make_weights(const Args& args, std::optional<Tensor>& tensor, const std::vector<double>& host, int first, int n) {
@@ -62,23 +46,9 @@ Weights make_weights(const Args& args, std::optional<Tensor>& tensor, const std:
 #if defined(FASTKD_BACKEND_CPU)
 
 void run_forward(Args& args, const Tensor&) {
-  const Counts counts = count_rows(args.target, args.rows, args.classes, args.ignore_index);
-  const double factor = counts.factor(args.reduction);
-  // As in multi_teacher: a backward with grad_output 1 has nothing left to do; not in float16, where it would underflow.
-  args.row_factor = args.type == DType::f16 ? 1. : factor;
-  const CpuKernels& kernels = FASTKD_KERNELS_OF(mutual);
   const int64_t networks = args.learners + args.teachers;
   const int64_t work = networks + args.learners * (networks - 1) / 4;  // a pair costs a fourth of an exponential
-  torch::stable::parallel_for(0, args.rows, grain(args.classes * work), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[kernels.scratch_bytes(args)]);
-    kernels.forward(args, begin, end, scratch.get());
-  });
-  write_aux(args.type, factor / args.row_factor, counts.outside, args.aux);
-  if (!args.loss) return;
-  if (args.type == DType::f64)
-    reduce_rows<double>(args.row_loss, args.learners, args.rows, factor, args.loss);
-  else
-    reduce_rows<float>(args.row_loss, args.learners, args.rows, factor, args.loss);
+  forward_over_rows(FASTKD_KERNELS_OF(mutual), args, args.type, args.learners, args.classes * work);
 }
 
 void run_backward(const BackwardArgs& args, const Tensor&) {
@@ -114,22 +84,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   args.classes = like.size(1);
   args.learners = int(logits.size());
   args.teachers = int(teachers.size());
-  args.type = args.teacher_type = add_networks(in, logits);
-  if (!teachers.empty()) args.teacher_type = add_networks(in, teachers);
-  STD_TORCH_CHECK(args.teacher_type == args.type || (args.teacher_type == DType::f32 && args.type != DType::f64),
-                  "fastkd: teachers must be of the networks' dtype or float32");
-  args.logits = in.data.data();
-  args.stride = in.strides.data();
+  args.type = args.teacher_type = in.networks.add(logits, args.rows, args.classes);
+  if (!teachers.empty()) args.teacher_type = in.networks.add(teachers, args.rows, args.classes);
+  check_teacher_type(args.teacher_type, args.type);
+  args.logits = in.networks.data.data();
+  args.stride = in.networks.strides.data();
   in.host_weights = host_weights;
   in.peers = weights;
   in.frozen = teacher_weights;
   args.peers = make_weights(args, in.peers, in.host_weights, 0, args.learners);
   if (args.teachers > 0)
     args.frozen = make_weights(args, in.frozen, in.host_weights, args.learners, args.teachers);
-  if (target) {
-    in.target = torch::stable::contiguous(*target);
-    STD_TORCH_CHECK(target->scalar_type() == ScalarType::Long && target->numel() == args.rows, "fastkd: int64 target [R]");
-  }
+  in.target = contiguous_target(target, args.rows);
   STD_TORCH_CHECK(ce_weight == 0 || target, "fastkd: ce_weight without a target");
   args.target = optional_data<int64_t>(in.target);
   args.temperature = temperature;
@@ -173,9 +139,7 @@ Tensor backward(const Tensor& grad_loss, const Tensor& stored, const Tensor& sav
   args.learner = learners.data();
   STD_TORCH_CHECK(int(learners.size()) == args.slots && args.slots <= grad_loss.size(0), "fastkd: one gradient per learner");
   for (const int64_t m : learners) STD_TORCH_CHECK(m >= 0 && m < grad_loss.size(0), "fastkd: a learner out of range");
-  const int64_t each = args.reduction == Reduction::none ? args.rows : 1;
-  STD_TORCH_CHECK(grad_loss.numel() == grad_loss.size(0) * each && grad_loss.scalar_type() == aux.scalar_type(),
-                  "fastkd: grad_output");
+  check_grad_loss(grad_loss, grad_loss.size(0), args.rows, args.reduction, aux.scalar_type());
   Tensor grad = empty_like_device(stored, {args.slots, args.rows, args.classes}, stored.scalar_type());
   args.grad_loss = grad_loss.data_ptr();
   args.stored = stored.data_ptr();

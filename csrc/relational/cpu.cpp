@@ -1,13 +1,12 @@
 // relational on the CPU. Compiled once per instruction set; no headers of the standard library with inline functions here
 // (core/config.h says why).
-#include "core/dispatch.h"
+#include "core/rows.h"
 #include "relational/cpu_rows.h"
 
 namespace fastkd::relational {
 inline namespace FASTKD_TARGET {
 namespace {
 
-constexpr int64_t kLane = 16;  // floats of an AVX-512 register
 // A tile of the triangle k < i, 5 arrays of kRows x kColumns, stays in the L1 or L2 cache while the vertices pass by.
 constexpr int64_t kRows = 8, kColumns = 256;
 
@@ -294,7 +293,6 @@ struct DistanceRows {
   const LossArgs& args;
   int64_t padded = padded_size(args.n);
 
-  double weight(int64_t a) const { return args.weight ? args.weight[a] : 1.; }
   const double* student(int64_t a) const { return static_cast<const double*>(args.student) + a * padded; }
   const double* teacher(int64_t a) const { return static_cast<const double*>(args.teacher) + a * padded; }
 };
@@ -302,12 +300,12 @@ struct DistanceRows {
 void distances(const LossArgs& args, int64_t begin, int64_t end) {
   const DistanceRows rows{args};
   for (int64_t a = begin; a < end; ++a) {
-    const double *s = rows.student(a), *t = rows.teacher(a), own = rows.weight(a);
+    const double *s = rows.student(a), *t = rows.teacher(a), own = args.weight_of(a);
     double loss = 0, through_mean = 0;
     for (int64_t b = 0; b < args.n; ++b) {
       const double slope = huber_slope(s[b] - t[b]);
       loss += huber(s[b] - t[b], slope);
-      through_mean += (own + rows.weight(b)) * slope * s[b];
+      through_mean += (own + args.weight_of(b)) * slope * s[b];
     }
     args.row_loss[a] = loss / double(args.n);
     args.row_sums[a] = through_mean;
@@ -319,10 +317,10 @@ void distance_pairs(const LossArgs& args, double correction, int64_t begin, int6
   const int64_t n = args.n;
   const double factor = args.factor() / double(n) * element_factor(args.mean[0]);
   for (int64_t a = begin; a < end; ++a) {
-    const double *s = rows.student(a), *t = rows.teacher(a), own = rows.weight(a);
+    const double *s = rows.student(a), *t = rows.teacher(a), own = args.weight_of(a);
     for (int64_t b = 0; b < n; ++b) {
       const double slope = huber_slope(s[b] - t[b]);
-      args.laplacian[a * n + b] = factor * distance_by_square(s[b], slope, own + rows.weight(b), correction);
+      args.laplacian[a * n + b] = factor * distance_by_square(s[b], slope, own + args.weight_of(b), correction);
     }
   }
 }

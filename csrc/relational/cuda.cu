@@ -1,5 +1,6 @@
 // relational on CUDA: the sides of a network, then the losses of angles or distances and the matrix of their gradient. No
 // torch header.
+#include "core/launch.cuh"
 #include "relational/angles.cuh"
 
 namespace fastkd::relational {
@@ -128,8 +129,6 @@ __global__ void __launch_bounds__(kThreads) angle_rows_kernel(const __grid_const
   if (threadIdx.x == 0) args.laplacian[a * n + a] = -sum;
 }
 
-__device__ __forceinline__ double weight_of(const LossArgs& p, int64_t a) { return p.weight ? p.weight[a] : 1.; }
-
 // The loss of anchor a, and its part of the derivative by the mean distance: a block per row.
 __global__ void __launch_bounds__(kThreads) distance_rows_kernel(const __grid_constant__ LossArgs p) {
   RELATIONAL_ROW_SUM(threads);
@@ -139,7 +138,7 @@ __global__ void __launch_bounds__(kThreads) distance_rows_kernel(const __grid_co
   const double loss =
       block_sum(threads, p.n, [&](int64_t b) { return huber(s[b] - t[b], huber_slope(s[b] - t[b])); });
   const double through_mean = block_sum(threads, p.n, [&](int64_t b) {
-    return (weight_of(p, a) + weight_of(p, b)) * huber_slope(s[b] - t[b]) * s[b];
+    return (p.weight_of(a) + p.weight_of(b)) * huber_slope(s[b] - t[b]) * s[b];
   });
   if (threadIdx.x != 0) return;
   p.row_loss[a] = loss / double(p.n);
@@ -157,7 +156,7 @@ __global__ void __launch_bounds__(kThreads) distance_pairs_kernel(const __grid_c
   const double factor = p.factor() / double(n) * element_factor(p.mean[0]);
   const double sum = block_sum(threads, n, [&](int64_t b) {
     if (a == b) return 0.;
-    const double weights = weight_of(p, a) + weight_of(p, b);
+    const double weights = p.weight_of(a) + p.weight_of(b);
     const double element = factor * distance_by_square(s[b], huber_slope(s[b] - t[b]), weights, correction);
     p.laplacian[a * n + b] = element;
     return element;
@@ -194,12 +193,6 @@ void launch_angles(const LossArgs& args, cudaStream_t stream) {
 
 void launch_reduce(const LossArgs& args, cudaStream_t stream) {
   if (args.loss) SIMT_LAUNCH(reduce_kernel, dim3(1), dim3(kThreads), 0, stream, args);
-}
-
-// An error of the launch itself, or null.
-const char* launch_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace

@@ -6,13 +6,7 @@
 
 #include <tuple>
 
-#include "core/tensors.h"
-
-#if defined(FASTKD_BACKEND_CPU)
-#include "core/cpu_level.h"
-#elif defined(FASTKD_BACKEND_CUDA)
-#include <torch/csrc/stable/accelerator.h>
-#endif
+#include "core/run.h"
 
 namespace fastkd::relational {
 namespace {
@@ -23,9 +17,6 @@ double* doubles(const Tensor& t) { return static_cast<double*>(t.data_ptr()); }
 
 const CpuKernels& kernels() { return FASTKD_KERNELS_OF(relational); }
 int64_t partial_elements(int64_t n) { return kernels().partial_elements(n); }
-
-// About 2^15 elements a task: small batches stay on one thread.
-int64_t grain(int64_t row_elements) { return 1 + (int64_t(1) << 15) / (row_elements + 1); }
 
 // In the order of the rows: the same bits for any number of threads.
 double sum_of(const double* values, int64_t n) {
@@ -104,25 +95,12 @@ void run_loss(const LossArgs& args, const Tensor&) {
 
 int64_t partial_elements(int64_t n) { return partial_elements_cuda(n); }
 
-template <class F>
-void on_stream(const Tensor& like, const F& launch) {
-  void* stream = nullptr;
-#if defined(FASTKD_BACKEND_CUDA)
-  torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-#else
-  (void)like;
-#endif
-  const char* error = launch(stream);
-  STD_TORCH_CHECK(error == nullptr, "fastkd: relational: ", error);
-}
-
 void run_sides(const SidesArgs& args, const Tensor& like) {
-  on_stream(like, [&](void* stream) { return sides_cuda(args, stream); });
+  on_stream("relational", like, [&](void* stream) { return sides_cuda(args, stream); });
 }
 
 void run_loss(const LossArgs& args, const Tensor& like) {
-  on_stream(like, [&](void* stream) {
+  on_stream("relational", like, [&](void* stream) {
     return args.kind == Kind::distance ? distances_cuda(args, stream) : angles_cuda(args, stream);
   });
 }

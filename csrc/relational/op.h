@@ -3,11 +3,9 @@
 
 #include <cstdint>
 
-#include "core/dtype.h"
+#include "core/reduction.h"
 
 namespace fastkd::relational {
-
-enum class Reduction : int { none, sum, mean };
 
 // What is kept of a network's distances, all relative to their mean; [planes, N, padded].
 //   distance: the distances themselves, in double.
@@ -77,6 +75,7 @@ struct LossArgs {
   void* partial = nullptr;      // angles: partial_elements of the planes' type
   double* row_sums = nullptr;   // distances: [N]
 
+  FASTKD_HD double weight_of(int64_t a) const { return weight ? weight[a] : 1.; }
   // Of the sum of the row losses in the result, by which their gradients are multiplied as well.
   FASTKD_HD double factor() const { return reduction == Reduction::mean && n > 1 ? 1. / double(n) : 1.; }
 };

@@ -139,3 +139,18 @@ def reduce_rows(rows: Tensor, valid: Tensor | None, reduction: str, leading: Seq
         return rows.sum()
     count = max(1, rows.shape[0]) if valid is None else valid.sum().clamp(min=1)
     return rows.sum() / count
+
+
+def save_for_backward(ctx, tensors: Sequence[Tensor | None]) -> None:
+    """ctx.save_for_backward, which refuses tensors made under torch.inference_mode(): ctx itself keeps these."""
+    kept = None
+    if not torch.compiler.is_compiling() and any([t is not None and t.is_inference() for t in tensors]):
+        kept = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+        tensors = [None if i in kept else t for i, t in enumerate(tensors)]
+    ctx.kept = kept
+    ctx.save_for_backward(*tensors)
+
+
+def with_kept(ctx, saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The tensors that save_for_backward() was given, from ctx.saved_tensors."""
+    return saved if ctx.kept is None else [ctx.kept.get(i, tensor) for i, tensor in enumerate(saved)]

@@ -167,20 +167,17 @@ class _Native(torch.autograd.Function):
         call = Call(maps[:count], maps[count:], weights, *options)
         loss, state, gradients = _forward(call, True, _stores(call))
         ctx.options, ctx.count, ctx.stored = options, count, len(gradients)
-        inputs = (weights, *maps)
-        # save_for_backward refuses tensors made under torch.inference_mode().
-        inference = not torch.compiler.is_compiling() and any([t is not None and t.is_inference() for t in inputs])
-        ctx.kept = inputs if inference else None
-        ctx.save_for_backward(*gradients, state, *(() if inference else inputs))
+        common.save_for_backward(ctx, (*gradients, state, weights, *maps))
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        gradients, (state, *saved) = ctx.saved_tensors[: ctx.stored], ctx.saved_tensors[ctx.stored :]
+        saved = ctx.saved_tensors
+        gradients = saved[: ctx.stored]
         # First the backward of a plain training loop. A fake tensor has no value to look at.
         if gradients and type(grad) is Tensor and not torch.is_grad_enabled():
             return None, None, None, *_times(gradients, grad), *([None] * (len(ctx.needs_input_grad) - 3 - ctx.count))
-        weights, *maps = saved if ctx.kept is None else ctx.kept
+        state, weights, *maps = common.with_kept(ctx, saved)[ctx.stored :]
         students = tuple(maps[: ctx.count])
         call = Call(students, tuple(maps[ctx.count :]), weights, *ctx.options)
         if torch.is_grad_enabled():

@@ -170,16 +170,13 @@ class _Native(torch.autograd.Function):
         # The gradient of N losses with N factors is known in the backward only, which computes all again.
         loss, grad = _forward(call, None, call.reduction != "none")
         ctx.options = options
-        # save_for_backward refuses tensors made under torch.inference_mode().
-        kept = not torch.compiler.is_compiling() and teacher.is_inference()
-        ctx.kept = teacher if kept else None
-        ctx.save_for_backward(student, grad, None if kept else teacher)
+        common.save_for_backward(ctx, (student, grad, teacher))
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        student, grad, teacher = ctx.saved_tensors
-        call = Call(student, teacher if ctx.kept is None else ctx.kept, *ctx.options)
+        student, grad, teacher = common.with_kept(ctx, ctx.saved_tensors)
+        call = Call(student, teacher, *ctx.options)
         if torch.is_grad_enabled():
             (result,) = torch.autograd.grad(reference(call), student, grad_loss, create_graph=True)
         elif grad is None:
