@@ -262,6 +262,19 @@ def test_opcheck(dtype, place, at):
 
 
 @pytest.mark.parametrize("place", ["cpu", "simt", "simt_stream"])
+def test_labels_from_inference_mode(place, at):
+    student, teachers, target = make(device=at(place))
+    expected = F.multi_teacher_kd(student, teachers, target, ce_weight=0.3)
+    with torch.inference_mode():
+        inside = target + 0
+    actual = F.multi_teacher_kd(student, teachers, inside, ce_weight=0.3)
+    for create_graph in (False, True):
+        grads = [torch.autograd.grad(z * 0.7, student, create_graph=create_graph)[0] for z in (actual, expected)]
+        torch.testing.assert_close(*grads, rtol=0, atol=0)
+        actual, expected = (F.multi_teacher_kd(student, teachers, t, ce_weight=0.3) for t in (inside, target))
+
+
+@pytest.mark.parametrize("place", ["cpu", "simt", "simt_stream"])
 def test_teachers_from_inference_mode(place, at):
     student, teachers, target = make(device=at(place))
     expected = F.multi_teacher_kd(student, teachers, target)

@@ -257,10 +257,7 @@ class _Native(torch.autograd.Function):
         call = Call(student, teachers, target, weights, *options)
         loss, rows, saved, aux, *stats = _forward(call, True, with_stats)
         ctx.options, ctx.ready = options, _rows_are_gradient(call)
-        tensors = (student, rows, saved, aux, target, weights, *teachers)
-        # save_for_backward refuses tensors made under torch.inference_mode().
-        ctx.kept = None if torch.compiler.is_compiling() or not _any_inference(teachers, weights) else tensors[4:]
-        ctx.save_for_backward(*(tensors if ctx.kept is None else tensors[:4]))
+        common.save_for_backward(ctx, (student, rows, saved, aux, target, weights, *teachers))
         if not with_stats:
             return loss
         ctx.mark_non_differentiable(*stats)
@@ -268,11 +265,11 @@ class _Native(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        student, rows, saved, aux, *rest = ctx.saved_tensors
+        tensors = ctx.saved_tensors
         # First the backward of a plain training loop. A fake tensor has no value to look at.
         if ctx.ready and type(grad) is Tensor and not torch.is_grad_enabled() and grad.item() == 1.0:
-            return rows, None, None, None, None, *([None] * (len(ctx.needs_input_grad) - 5))
-        target, weights, *teachers = rest if ctx.kept is None else ctx.kept
+            return tensors[1], None, None, None, None, *([None] * (len(ctx.needs_input_grad) - 5))
+        student, rows, saved, aux, target, weights, *teachers = common.with_kept(ctx, tensors)
         call = Call(student, tuple(teachers), target, weights, *ctx.options)
         if torch.is_grad_enabled():
             (result,) = torch.autograd.grad(reference(call), student, grad, create_graph=True)
@@ -297,10 +294,6 @@ def _rows_are_gradient(call: Call) -> bool:
     if torch.compiler.is_compiling() or _backend.device_kind(call.student) != "cpu":
         return False
     return call.reduction != "none" and call.student.dtype != torch.float16
-
-
-def _any_inference(teachers: Sequence[Tensor], weights: Tensor | None) -> bool:
-    return any(t.is_inference() for t in teachers) or (weights is not None and weights.is_inference())
 
 
 # --- public function ------------------------------------------------------------------------------------------------

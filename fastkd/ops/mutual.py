@@ -162,10 +162,7 @@ class _Native(torch.autograd.Function):
         # As tensors of their own, so that autograd sees that they are still saved when they are handed out.
         parts = (rows,) if given == 1 else rows.unbind(0) if ctx.ready else ()
         keep = (*parts, rows, saved, aux, target, weights, teacher_weights, *tensors)
-        # save_for_backward refuses tensors made under torch.inference_mode().
-        compiling = torch.compiler.is_compiling()
-        ctx.kept = {} if compiling else {i: t for i, t in enumerate(keep) if t is not None and t.is_inference()}
-        ctx.save_for_backward(*([None if i in ctx.kept else t for i, t in enumerate(keep)] if ctx.kept else keep))
+        common.save_for_backward(ctx, keep)
         return loss
 
     @staticmethod
@@ -177,8 +174,7 @@ class _Native(torch.autograd.Function):
         plain = ctx.ready and type(grad) is Tensor and not torch.is_grad_enabled()
         if plain and all([g == 1.0 for g in grad.tolist()]):
             return _Native._of_inputs(ctx, parts)
-        saved_tensors = [ctx.kept.get(i, tensor) for i, tensor in enumerate(saved_tensors)]
-        rows, saved, aux, target, weights, teacher_weights, *tensors = saved_tensors[count:]
+        rows, saved, aux, target, weights, teacher_weights, *tensors = common.with_kept(ctx, saved_tensors)[count:]
         call = Call(
             tensors[0] if given == 1 else tuple(tensors[:given]), tuple(tensors[given:]), target, weights,
             teacher_weights, *ctx.options,
