@@ -127,6 +127,16 @@ def test_meter_sees_networks_that_are_asked_for_features():
     assert "forward_features" not in vars(network)
 
 
+def test_meter_counts_a_call_once_that_asks_the_network_for_its_features():
+    """In parts of a batch: an output that was kept twice would push another part's out."""
+    network = models.create("plain2", 10, image_size=8, channels=1, width=0.0625)
+    meter = Meter(torch.device("cpu"), 1)
+    with meter.watch(network):
+        parts = [network(torch.randn(4, 1, 8, 8) * scale).argmax(1) for scale in (1, 100)]
+        meter.end_batch(torch.cat([parts[0], (parts[1] + 1) % 10]))
+    assert meter.means()["accuracy"] == 0.5
+
+
 def fake_phase(loss, parts=(), name=""):
     facts = {"loss": torch.tensor(loss), "parts": dict(parts), "name": name, "networks": (), "skipped": False}
     return type("P", (), facts)()

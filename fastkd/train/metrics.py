@@ -74,21 +74,34 @@ class Meter:
         Where it is run as `wrapped`, what that gives is seen instead: nothing changes inside of what is compiled.
         """
         seen = network if wrapped is None else wrapped
-        hook = seen.register_forward_hook(lambda network, inputs, output: self._keep_output(network, output))
+        within = False  # a call of the network, which may call its own forward_features: one output, not two
+
+        def begin(network, inputs) -> None:
+            nonlocal within
+            within = True
+
+        def end(network, inputs, output) -> None:
+            nonlocal within
+            within = False
+            self._keep_output(network, output)
+
+        hooks = [seen.register_forward_pre_hook(begin), seen.register_forward_hook(end)]
         method = getattr(network, "forward_features", None) if seen is network else None
         if method is not None:
 
             @functools.wraps(method)
             def watched(*args, **kwargs):
                 output = method(*args, **kwargs)
-                self._keep_output(network, output)
+                if not within:
+                    self._keep_output(network, output)
                 return output
 
             network.forward_features = watched  # methods that need features call it past the hooks of the network
         try:
             yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             if method is not None:
                 del network.forward_features
 
