@@ -1,5 +1,6 @@
 // relational on the CPU. Compiled once per instruction set; no headers of the standard library with inline functions here
 // (core/config.h says why).
+#include "core/math.h"
 #include "core/rows.h"
 #include "relational/cpu_rows.h"
 
@@ -22,8 +23,8 @@ double largest(const RowsArgs& args) {
     A most = 0;
 #pragma omp simd reduction(max : most)
     for (int64_t e = 0; e < args.n * args.columns; ++e) {
-      const A magnitude = x[e] < 0 ? -x[e] : x[e];
-      most = magnitude > most ? magnitude : most;
+      const A size = magnitude(x[e]);
+      most = size > most ? size : most;
     }
     top = double(most);
   });
