@@ -19,6 +19,15 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For modules of tiny tensors: threads that wait for each other cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def at(request, monkeypatch):
     """`at(place)` returns the device to make tensors on, with that place's kernels behind fastkd.functional.

@@ -24,12 +24,7 @@ from benchmarks.registry import OPERATIONS, TRAINING, Case  # noqa: E402
 TINY = steps.Group("plain2", 6, 5, image_size=8)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def step_of(function, *arguments, passes=TRAINING):

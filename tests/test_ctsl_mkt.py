@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from group_helpers import group_of_one
 from learning_helpers import assert_example_runs, assert_learnt, digits, fit
 from methods_helpers import batch, gradients, images, mlp, plain_ce, plain_kd, run, same, snapshot, train
 from peers_helpers import (
@@ -324,8 +325,7 @@ def test_relations_of_the_whole_group(tmp_path, monkeypatch):
     for name in ("rkd_distance", "rkd_angle"):
         monkeypatch.setattr(functional, name, partial(spy, getattr(functional, name)))
     x, y = batch()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with group_of_one(tmp_path):
         group = torch.distributed.group.WORLD
         alone = run(CTSLMKT(peers(), former()), x, y)
         assert calls == [None] * 4
@@ -333,8 +333,6 @@ def test_relations_of_the_whole_group(tmp_path, monkeypatch):
         method.map_learners(nn.parallel.DistributedDataParallel)
         assert abs(run(method, x, y) - alone) < 1e-12
         assert calls[4:] == [group] * 4
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 SHARED = Net(4)

@@ -18,6 +18,7 @@ from dkel_helpers import (
     run,
     tiny,
 )
+from group_helpers import assert_states_close, group_of_one
 from learning_helpers import accuracy, assert_example_runs
 from methods_helpers import plain_ce, same, snapshot, train
 from torch import nn
@@ -256,17 +257,10 @@ def test_compiled_networks_give_the_same(backend):
 def test_under_distributed_data_parallel(tmp_path):
     views, y = image_views()
     plain, wrapped = DKEL(bn_student(), init=None), DKEL(bn_student(), init=None)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with group_of_one(tmp_path):
         wrapped.map_learners(nn.parallel.DistributedDataParallel)
         train(plain, views, y, 2), train(wrapped, views, y, 2)
-    finally:
-        torch.distributed.destroy_process_group()
-    first, second = plain.state_dict(), wrapped.state_dict()
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        if torch.is_tensor(value):
-            torch.testing.assert_close(second[key], value, rtol=1e-4, atol=1e-6)
+    assert_states_close(wrapped, plain, rtol=1e-4, atol=1e-6)
 
 
 VIEWS, Y = image_views(rows=2)

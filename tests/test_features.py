@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from group_helpers import group_of_one
 from torch import nn
 
 from fastkd import models
@@ -17,17 +18,12 @@ def images(n: int, size: int = 8, channels: int = 3) -> torch.Tensor:
     return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors are tiny: threads that wait for each other cost more than they bring
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("size", [8, 32])
@@ -211,8 +207,7 @@ def test_outputs_pass_through_compile(name, layers):
 
 
 def test_outputs_pass_through_data_parallel(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with group_of_one(tmp_path):
         for layers in (None, ["layer3"]):
             model = models.create("resnet8", 5, 8)
             parallel = nn.parallel.DistributedDataParallel(models.with_features(model, layers))
@@ -220,5 +215,3 @@ def test_outputs_pass_through_data_parallel(tmp_path):
             assert isinstance(out, models.Outputs)
             (out.logits.sum() + out.features.sum()).backward()
             assert model.conv1.weight.grad is not None
-    finally:
-        torch.distributed.destroy_process_group()

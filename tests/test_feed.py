@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as torch_functional
 from feed_helpers import Net, batch, bn_net, images, step
+from group_helpers import assert_states_close, group_of_one
 from learning_helpers import assert_example_runs, assert_learnt, fit
 from methods_helpers import CLASSES, plain_ce, same, snapshot, train
 from torch import nn
@@ -314,19 +315,12 @@ def test_under_distributed_data_parallel(tmp_path):
     """Student and transforms are wrapped one by one; the maps of the early stages are outputs without a loss."""
     x, y = images()
     plain, wrapped = (FEED(bn_net(1), [bn_net(2)]) for _ in range(2))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with group_of_one(tmp_path):
         wrapped.map_learners(nn.parallel.DistributedDataParallel)
         for method in (plain, wrapped):
             train(method, x, y, steps=2)
             train(method, x, y, steps=1, chunks=2)
-    finally:
-        torch.distributed.destroy_process_group()
-    first, second = plain.state_dict(), wrapped.state_dict()
-    assert first.keys() == second.keys()
-    torch.testing.assert_close(
-        *({k: v for k, v in state.items() if torch.is_tensor(v)} for state in (second, first)), rtol=0, atol=1e-6
-    )
+    assert_states_close(wrapped, plain, rtol=0, atol=1e-6)
 
 
 def tensors(part):

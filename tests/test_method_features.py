@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from group_helpers import group_of_one
 from methods_helpers import batch, mlp, same, snapshot
 from torch import nn
 
@@ -179,8 +180,7 @@ def test_compiled_networks_are_compiled(backend):
 
 
 def test_data_parallel_sees_the_call(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with group_of_one(tmp_path):
         expected, method, calls = step(embedded()), embedded(), []
         method.map_learners(nn.parallel.DistributedDataParallel)
         for i in range(2):  # a hook that runs only where DDP's own backward does
@@ -189,8 +189,6 @@ def test_data_parallel_sees_the_call(tmp_path):
         assert len(calls) == 2
         for grad, other in zip(grads, expected[1], strict=True):
             torch.testing.assert_close(grad, 2 * other, rtol=0, atol=1e-12)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def twice(calls, bucket):

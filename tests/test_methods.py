@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from group_helpers import assert_states_close, group_of_one
 from methods_helpers import (
     MeanTeacher,
     Roles,
@@ -178,20 +179,13 @@ def test_under_distributed_data_parallel(tmp_path):
     """One process; the roles need no find_unused_parameters, since each network is wrapped by itself."""
     x, y = batch()
     plain, wrapped = roles(), roles()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with group_of_one(tmp_path):
         wrapped.map_learners(nn.parallel.DistributedDataParallel)
         train(plain, x, y, steps=3)
         train(wrapped, x, y, steps=3)
         train(plain, x, y, steps=1, chunks=2)
         train(wrapped, x, y, steps=1, chunks=2)
-    finally:
-        torch.distributed.destroy_process_group()
-    first, second = plain.state_dict(), wrapped.state_dict()
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        if torch.is_tensor(value):
-            torch.testing.assert_close(second[key], value, rtol=0, atol=1e-12)
+    assert_states_close(wrapped, plain, rtol=0, atol=1e-12)
 
 
 def in_loop(method, x, y):

@@ -19,17 +19,12 @@ def images(n: int, size: int = 8, channels: int = 3) -> torch.Tensor:
     return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors are tiny: threads that wait for each other cost more than they bring
-    yield
-    torch.set_num_threads(threads)
 
 
 SIZES = [

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from group_helpers import group_of_one
 from methods_helpers import batch, bn_net, images, mlp, same, snapshot, train
 from orc_helpers import bn_mlp, optimizer_of, orc
 from torch import nn
@@ -124,8 +125,7 @@ def test_compiled_and_data_parallel(order, tmp_path):
 
     torch.compiler.reset()
     plain, wrapped = orc(bn_mlp, students=2), orc(bn_mlp, students=2)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with group_of_one(tmp_path):
         wrapped.map_learners(wrap)  # one process: no process group is needed
         assert all(
             type(data_parallel(wrapped.learner(name))) is nn.parallel.DistributedDataParallel
@@ -133,8 +133,6 @@ def test_compiled_and_data_parallel(order, tmp_path):
         )
         for method in (plain, wrapped):
             train(method.train(), *batch(), steps=1)
-    finally:
-        torch.distributed.destroy_process_group()
     assert all(
         torch.allclose(p, q, rtol=0, atol=1e-10) for p, q in zip(plain.parameters(), wrapped.parameters(), strict=True)
     )

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from group_helpers import group_of_one
 from learning_helpers import assert_learnt, digits, fit
 from methods_helpers import CLASSES, batch, gradients, images, mlp, plain_ce, run, same, snapshot, train
 from peers_helpers import (
@@ -212,8 +213,7 @@ def test_networks_of_other_families():
 
 def test_the_group_reaches_the_relations(tmp_path):
     x, y = batch()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with group_of_one(tmp_path):
         alone, grouped = (
             RKD(Net(1), teacher_of()),
             RKD(Net(1), teacher_of(), process_group=torch.distributed.group.WORLD),
@@ -221,8 +221,6 @@ def test_the_group_reaches_the_relations(tmp_path):
         grouped.map_learners(nn.parallel.DistributedDataParallel)
         assert abs(run(alone, x, y) - run(grouped, x, y)) < 1e-12
         assert_gradients([grouped.student], [gradients(alone.student)], 1e-12)
-    finally:
-        torch.distributed.destroy_process_group()
     with pytest.raises((ValueError, TypeError), match="process_group"):
         run(RKD(Net(1), teacher_of(), process_group="all"), x, y)
 
