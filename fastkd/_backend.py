@@ -77,6 +77,10 @@ def _why_not_cuda(index: int) -> str | None:
     return None
 
 
+def note_fallback(operation: str, reason: str) -> None:
+    """Called where an operation goes to the reference."""
+
+
 def device_kind(tensor: Tensor) -> str:
     """ "cpu" or "cuda": whose kernels take this tensor."""
     return _cpu_kind if tensor.device.type == "cpu" else "cuda"
