@@ -19,9 +19,26 @@ FASTKD_HD A divergence(A a, A z_t, A z_s) {
 // e (x_t - x_s), one class's part of a. Where e underflows the class counts 0, however large x_t - x_s is: classes are also
 // masked by the most negative finite number. Infinite where only the student is -inf.
 template <class A>
-FASTKD_HD A weighted_gap(A e, A x_t, A x_s) {
-  const A gap = x_t - x_s;
+FASTKD_HD A masked_gap(A e, A x_t, A gap) {
   return x_t < kLowestExponent<A> && !(gap == A(kInf)) ? A(0) : e * gap;
+}
+
+template <class A>
+FASTKD_HD A weighted_gap(A e, A x_t, A x_s) {
+  return masked_gap(e, x_t, x_t - x_s);
+}
+
+// One class's part of the divergence from a mixture p, as q - p + p (log p - log q): no part is below 0, and none is made
+// of a difference of logarithms where p and q are near. What it adds, 1 - sum p, the sum must lose again.
+// x = (logit - maximum) / T of the student, log_z that of its sum: q = e / z is no good where e underflows.
+template <class A>
+FASTKD_HD A mixture_part(A p, A q, A x, A log_z) {
+  const A log_q = x - log_z;
+  const bool far = x < kLowestExponent<A> / 2;
+  const A log_of = log_positive(far ? p : q / p);
+  const A part = (q - p) - p * (far ? log_q - log_of : log_of);
+  const bool infinite = p > 0 && log_q == -A(kInf);
+  return p < A(0x1p-120) ? (infinite ? A(kInf) : q - p) : part;
 }
 
 // p (log p - log q), one class's part of the divergence from a mixture p, by the same rules.
@@ -38,6 +55,21 @@ FASTKD_HD A cross_entropy(A z, A x_target, A sum, A smoothing, int64_t classes) 
   A value = (1 - smoothing) * (log_z - x_target);
   if (smoothing > 0) value += smoothing * (log_z - sum / A(classes));
   return value;
+}
+
+// The same with probabilities y as labels: mass = sum y, along = sum y (s - max).
+template <class A>
+FASTKD_HD A cross_entropy_of_soft(A z, A mass, A along, A sum, A smoothing, int64_t classes) {
+  const A log_z = natural_log(z);
+  A value = (1 - smoothing) * (mass * log_z - along);
+  if (smoothing > 0) value += smoothing * (log_z - sum / A(classes));
+  return value;
+}
+
+// One class's part of `along`: a class of probability 0 adds nothing, be it masked or not.
+template <class A>
+FASTKD_HD A soft_part(A y, A x) {
+  return y == 0 ? A(0) : y * x;
 }
 
 // The factor of KL in the loss, and of (q - p) in the gradient, at one temperature.

@@ -18,22 +18,23 @@ struct RunningTeacher {
     const A fall = base_of(max) - base_of(new_max);
     const A factor = z == 0 ? A(0) : exp_negative(fall < 0 ? fall * inv_t : A(0));
     a = factor * (z == 0 ? a : a + z * (fall + student_growth) * inv_t);
-    z = z * factor;
+    z = rounded_product(z, factor);
     max = new_max;
   }
 
-  // One class: x_t and x_s relative to the bases, over T.
-  FASTKD_HD void push(A x_t, A x_s) {
-    const A e = exp_negative(x_t);
+  // One class: x_t and x_s relative to the bases, at T = 1. A difference times 1 / T, not a difference of products, which
+  // a fused multiply-add would round apart for equal networks.
+  FASTKD_HD void push(A x_t, A x_s, A inv_t) {
+    const A x = x_t * inv_t, e = exp_negative(x);
     z += e;
-    a += weighted_gap(e, x_t, x_s);
+    a += masked_gap(e, x, (x_t - x_s) * inv_t);
   }
 };
 
-// The largest magnitude that an element of a row's gradient can have; `weights` = sum_k |w_k| scale_k.
+// The largest magnitude that an element of a row's gradient can have; `weights` = sum_k |w_k scale_k|.
 template <class A>
 FASTKD_HD A gradient_bound(Combine combine, A weights, A one_scale, A ce_weight) {
-  return (combine == Combine::logits ? one_scale : weights) + magnitude(ce_weight);
+  return (combine == Combine::logits ? magnitude(one_scale) : weights) + magnitude(ce_weight);
 }
 
 }  // namespace FASTKD_TARGET
