@@ -66,6 +66,13 @@ def check_like(op: str, name: str, value: object, student: Tensor, whose: str = 
         raise wrong_value(op, name, f"on {whose} device {student.device}", f"device {value.device}")
 
 
+def why_learning(name: str, learners: Sequence[Tensor]) -> str:
+    """Why a teacher called `name` that requires grad keeps a call from the kernels, and what to do about it."""
+    if any([z.requires_grad for z in learners]):
+        return f"{name} requires grad, so it gets a gradient too (if it is not to learn: detach it, or torch.no_grad)"
+    return f"{name} requires grad and no student does (are the arguments swapped? The student comes first)"
+
+
 def check_number(
     op: str, name: str, value: object, expected: str, low: float = -LARGEST, high: float = LARGEST
 ) -> float:
