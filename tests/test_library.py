@@ -2,6 +2,7 @@
 
 import pytest
 
+from fastkd import _backend, _library
 from fastkd._library import Library
 
 
@@ -23,3 +24,14 @@ from fastkd._library import Library
 )
 def test_code_for_a_gpu(architectures, capability, serves):
     assert Library(True, architectures=architectures).has_code_for(capability) is serves
+
+
+def test_a_gpu_without_code_goes_to_the_reference(monkeypatch):
+    monkeypatch.setattr(_library, "CUDA", Library(True, architectures=("90-real",)))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: (8, 0))
+    _backend._why_not_cuda.cache_clear()
+    try:
+        reason = _backend._why_not_cuda(0)
+    finally:
+        _backend._why_not_cuda.cache_clear()
+    assert reason == "the library has code for 90-real, the GPU has compute capability 8.0: build it here again"
