@@ -28,26 +28,6 @@ FASTKD_HD A weighted_gap(A e, A x_t, A x_s) {
   return masked_gap(e, x_t, x_t - x_s);
 }
 
-// One class's part of the divergence from a mixture p, as q - p + p (log p - log q): no part is below 0, and none is made
-// of a difference of logarithms where p and q are near. What it adds, 1 - sum p, the sum must lose again.
-// x = (logit - maximum) / T of the student, log_z that of its sum: q = e / z is no good where e underflows.
-template <class A>
-FASTKD_HD A mixture_part(A p, A q, A x, A log_z) {
-  const A log_q = x - log_z;
-  const bool far = x < kLowestExponent<A> / 2;
-  const A log_of = log_positive(far ? p : q / p);
-  const A part = (q - p) - p * (far ? log_q - log_of : log_of);
-  const bool infinite = p > 0 && log_q == -A(kInf);
-  return p < A(0x1p-120) ? (infinite ? A(kInf) : q - p) : part;
-}
-
-// p (log p - log q), one class's part of the divergence from a mixture p, by the same rules.
-template <class A>
-FASTKD_HD A mixture_gap(A p, A log_q) {
-  const bool infinite = p > 0 && log_q == -A(kInf);
-  return p < A(0x1p-120) && !infinite ? A(0) : p * (log_positive(p) - log_q);
-}
-
 // Cross-entropy with label smoothing: z = sum exp(s - max), x_target = s_target - max, sum = sum_c (s_c - max).
 template <class A>
 FASTKD_HD A cross_entropy(A z, A x_target, A sum, A smoothing, int64_t classes) {

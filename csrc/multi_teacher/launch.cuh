@@ -26,7 +26,7 @@ struct Params {
   A host_weight[kMaxLaunchTeachers], inv_t[kMaxLaunchTeachers];
   Scale<A> scale[kMaxLaunchTeachers];  // grad with kd_weight in it
   unsigned host_reads;                 // teachers whose host_weight is not 0
-  A host_excess;                       // sum of host_weight - 1
+  A host_total;                        // the sum of host_weight
   bool uniform;
   int integer_t;  // 0 where the temperature is no small integer
   bool several_temperatures;
@@ -46,15 +46,16 @@ struct Params {
   FASTKD_HD unsigned reads_of(int64_t row) const {
     if (!weight) return host_reads;
     unsigned reads = 0;
+#pragma unroll 1
     for (int k = 0; k < teachers; ++k) reads |= unsigned(weight_of(k, row) != 0) << k;
     return reads;
   }
-  // The sum of the weights less 1, nearly without rounding.
-  FASTKD_HD A excess_of(int64_t row) const {
-    if (!weight) return host_excess;
-    A excess = -1;
-    for (int k = 0; k < teachers; ++k) excess += weight_of(k, row);
-    return excess;
+  FASTKD_HD A total_of(int64_t row) const {
+    if (!weight) return host_total;
+    A total = 0;
+#pragma unroll 1
+    for (int k = 0; k < teachers; ++k) total += weight_of(k, row);
+    return total;
   }
   template <class S>
   FASTKD_HD S* grad_row(int64_t row) const {
@@ -79,7 +80,7 @@ __device__ __forceinline__ int next_teacher(unsigned set, int k) {
   return rest ? __ffs(int(rest)) - 1 : kNoTeacher;
 }
 
-// What both parts of a row's cross-entropy gradient are multiplied by: ce_weight (mass q - y (1 - smoothing) - uniform).
+// The sum of smoothed label probabilities, from the sum of those given.
 template <class A>
 FASTKD_HD A smoothed_mass(A mass, A smoothing) {
   return (1 - smoothing) * mass + smoothing;
@@ -99,13 +100,13 @@ void fill_weights(Params<A>& p, const Args& args) {
   p.weight_stride_teacher = args.weight_stride_teacher;
   p.weight_stride_row = args.weight_stride_row;
   p.uniform = args.uniform;
-  double excess = -1;
+  double total = 0;
   for (int k = 0; k < args.teachers; ++k) {
     p.host_weight[k] = args.host_weight ? A(args.host_weight[k]) : A(0);
     p.host_reads |= unsigned(p.host_weight[k] != 0) << k;
-    excess += args.host_weight ? args.host_weight[k] : 0;
+    total += args.host_weight ? args.host_weight[k] : 0;
   }
-  p.host_excess = args.uniform ? A(0) : A(excess);
+  p.host_total = args.uniform ? A(1) : A(total);
 }
 
 template <class A>

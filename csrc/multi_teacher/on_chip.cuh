@@ -53,20 +53,18 @@ __device__ __forceinline__ void add_gradient(RowState<A, kItems>& row, A weight,
   for (int i = 0; i < kItems; ++i) row.acc[i] += factor * (row.e_s[i] - ratio * row.t[i]);
 }
 
-// combine="probs", after the last teacher: row.acc holds the mixture and becomes the gradient.
+// combine="probs", after the last teacher: row.acc holds the weighted sum and becomes the gradient.
 template <class A, int kItems, class Threads>
-__device__ __forceinline__ A mixture_divergence(const Params<A>& p, RowState<A, kItems>& row, int64_t index, Threads& threads) {
-  const A log_z = natural_log(row.z_s), inv_z = 1 / row.z_s;
-  const A excess = p.excess_of(index), total = excess + 1;
-  Numbers<A, 1> loss{{0}};
+__device__ __forceinline__ A from_mixture(const Params<A>& p, RowState<A, kItems>& row, int64_t index, Threads& threads) {
+  const A total = p.total_of(index), inv_total = 1 / total, inv_z = 1 / row.z_s, factor = p.scale[0].grad * total * inv_z;
+  Numbers<A, 1> gap{{0}};
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    const A probability = row.acc[i], q = row.e_s[i] * inv_z;
-    loss.v[0] += mixture_part(probability, q, row.x_s[i] * p.inv_t[0], log_z);
-    row.acc[i] = p.scale[0].grad * (total * q - probability);
+    const A mixed = row.acc[i] * inv_total;
+    gap.v[0] += mixture_gap(mixed, row.x_s[i] * p.inv_t[0], row.e_s[i], row.z_s, inv_z);
+    row.acc[i] = factor * (row.e_s[i] - row.z_s * mixed);
   }
-  const A parts = threads.sum(loss).v[0];
-  return p.scale[0].loss * ((parts < 0 ? A(0) : parts) + excess);  // below zero is rounding; NaN stays
+  return p.scale[0].loss * mixture_divergence(threads.sum(gap).v[0], total);
 }
 
 // What the statistics need beside the row, where they are wanted: counters of the row's threads.
@@ -101,9 +99,8 @@ struct Statistics {
 };
 
 template <int Width, class A, int kItems, class Threads>
-__device__ __forceinline__ void load_network(const Params<A>& p, int slot, int64_t index, Threads& threads, A (&to)[kItems]) {
-  load_items<kItems, Width>(any_row(p.network[slot], index), 0, p.classes, Threads::kThreads, threads.thread,
-                            p.in_vectors(slot), -A(kInf), to);
+__device__ __forceinline__ void load_row(const Params<A>& p, int slot, const AnyRow& from, Threads& threads, A (&to)[kItems]) {
+  load_items<kItems, Width>(from, 0, p.classes, Threads::kThreads, threads.thread, p.in_vectors(slot), -A(kInf), to);
 }
 
 // Teacher k, in row.t: its part of the distillation term, and of row.acc. `step` is 1 over the teachers so far.
@@ -145,7 +142,7 @@ __device__ __forceinline__ A learn_from_all(const Params<A>& p, RowState<A, kIte
 #pragma unroll
       for (int i = 0; i < kItems; ++i) row.t[i] = next[i];
     }
-    if (following != kNoTeacher) load_network<Width>(p, following + 1, index, threads, next);
+    if (following != kNoTeacher) load_row<Width>(p, following + 1, any_row(p.network[following + 1], index), threads, next);
     if (k >= 0) loss += learn(p, row, k, index, true, 1 / A(++count), threads, stats);
     k = following;
   }
@@ -160,8 +157,9 @@ __device__ __forceinline__ A learn_with_statistics(const Params<A>& p, RowState<
   int count = 0;
 #pragma unroll 1
   for (int k = 0; k < p.teachers; ++k) {
-    load_network<Width>(p, k + 1, index, threads, row.t);
-    stats.template keep<Width>(p, k + 1, index, any_row(p.network[k + 1], index), row.t, threads);
+    const AnyRow from = any_row(p.network[k + 1], index);
+    load_row<Width>(p, k + 1, from, threads, row.t);
+    stats.template keep<Width>(p, k + 1, index, from, row.t, threads);
     const bool counts = reads >> k & 1u;
     count += counts;
     loss += learn(p, row, k, index, counts, 1 / A(count), threads, stats);
@@ -182,7 +180,7 @@ __device__ __forceinline__ A distill(const Params<A>& p, RowState<A, kItems>& ro
   else
     loss = learn_from_all<Width>(p, row, index, reads, threads, stats);
   if (p.combine == Combine::losses || reads == 0) return loss;
-  if (p.combine == Combine::probs) return mixture_divergence(p, row, index, threads);
+  if (p.combine == Combine::probs) return from_mixture(p, row, index, threads);
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     row.t[i] = row.acc[i];
@@ -199,8 +197,9 @@ __device__ __forceinline__ void keep_stats_alone(const Params<A>& p, RowState<A,
                                                  Threads& threads, Stats& stats) {
 #pragma unroll 1
   for (int slot = 0; slot <= p.teachers; ++slot) {
-    load_network<Width>(p, slot, index, threads, row.t);
-    stats.template keep<Width>(p, slot, index, any_row(p.network[slot], index), row.t, threads);
+    const AnyRow from = any_row(p.network[slot], index);
+    load_row<Width>(p, slot, from, threads, row.t);
+    stats.template keep<Width>(p, slot, index, from, row.t, threads);
     if (slot > 0) stats.keep_divergence(p, slot - 1, index, divergences);
   }
 }
@@ -212,10 +211,10 @@ struct LabelTerm {
   int64_t label = -1;
 };
 
-// The cross-entropy; soft labels stay in row.t.
-template <int Width, class A, int kItems, class Threads>
-__device__ __forceinline__ LabelTerm<A> label_term(const Params<A>& p, RowState<A, kItems>& row, int64_t index, A max_student,
-                                                   Threads& threads) {
+// The cross-entropy. row.e_s becomes exp(x_s), and row.t holds soft labels.
+template <int Width, class S, class A, int kItems, class Threads>
+__device__ __forceinline__ LabelTerm<A> label_term(const Params<A>& p, RowState<A, kItems>& row, int64_t index,
+                                                   const S* student, A max_student, Threads& threads) {
   LabelTerm<A> term;
   const bool soft = p.soft.data != nullptr;
   const int integer_t = p.several_temperatures ? 0 : p.integer_t;  // e_s stands at the last temperature
@@ -226,7 +225,8 @@ __device__ __forceinline__ LabelTerm<A> label_term(const Params<A>& p, RowState<
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const bool inside = item_class<Width>(int64_t(0), i, Threads::kThreads, threads.thread) < p.classes;
-    sums.v[0] += exponential_at_one(integer_t, row.x_s[i], row.e_s[i]);
+    row.e_s[i] = exponential_at_one(integer_t, row.x_s[i], row.e_s[i]);
+    sums.v[0] += row.e_s[i];
     sums.v[1] += inside && p.smoothing > 0 ? row.x_s[i] : A(0);
   }
   sums = threads.sum(sums);
@@ -244,20 +244,19 @@ __device__ __forceinline__ LabelTerm<A> label_term(const Params<A>& p, RowState<
     return term;
   }
   term.label = p.target[index];
-  visit(any_row(p.network[0], index), [&](const auto* student) {
-    const A x_label = A(load_as(student[term.label])) - max_student;
-    term.loss = cross_entropy(term.z, x_label, sums.v[1], p.smoothing, p.classes);
-  });
+  const A x_label = A(load_as(student[term.label])) - max_student;
+  term.loss = cross_entropy(term.z, x_label, sums.v[1], p.smoothing, p.classes);
   return term;
 }
 
-// What a float16 gradient is stored times (math.h, half_scale).
+// What a float16 gradient is stored times (core/softmax_math.h, half_scale): its elements are no larger than the bound.
 template <class A>
 __device__ __forceinline__ A storage_scale(const Params<A>& p, int64_t index, A mass) {
   A bound = 0;
+#pragma unroll 1
   for (int k = 0; k < p.teachers; ++k) bound += magnitude(p.weight_of(k, index) * p.scale[k].grad);
-  const A labels = p.ce_weight * (magnitude(mass) > 1 ? mass : A(1));
-  return A(half_scale(float(gradient_bound(p.combine, bound, p.scale[0].grad, labels))));
+  if (p.combine == Combine::logits) bound = magnitude(p.scale[0].grad);
+  return A(half_scale(float(bound + magnitude(p.ce_weight * mass))));
 }
 
 // The row's gradient leaves in the student's type.
@@ -268,13 +267,12 @@ __device__ __forceinline__ void store_gradient(const Params<A>& p, RowState<A, k
   if (p.half_student && threads.thread == 0) p.saved[index] = 1 / scale;
   const A factor = p.ce_weight * mass / term.z, uniform = p.ce_weight * p.smoothing / A(p.classes);
   const A sharp = p.ce_weight * (1 - p.smoothing);
-  const int integer_t = p.several_temperatures ? 0 : p.integer_t;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     if (p.ce_weight != 0) {
       const int64_t c = item_class<Width>(int64_t(0), i, Threads::kThreads, threads.thread);
       const A y = p.soft.data ? row.t[i] : c == term.label ? A(1) : A(0);
-      row.acc[i] += factor * exponential_at_one(integer_t, row.x_s[i], row.e_s[i]) - uniform - sharp * y;
+      row.acc[i] += factor * row.e_s[i] - uniform - sharp * y;
     }
     row.acc[i] *= scale;
   }
@@ -312,16 +310,17 @@ __global__ void __launch_bounds__(Policy::kBlock) on_chip_kernel(const __grid_co
     if constexpr (WithStats) keep_stats_alone<kWidth>(p, row, index, nothing, threads, stats);
     return store_nothing<S, kWidth>(p, row, index, nothing, threads);
   }
-  load_items<kItems, kWidth>(row_of<S>(p.network[0], index), 0, p.classes, Policy::kThreads, threads.thread, p.in_vectors(0),
-                             -A(kInf), row.x_s);
-  stats.template keep<kWidth>(p, 0, index, any_row(p.network[0], index), row.x_s, threads);
+  const S* student = row_in_memory<S>(p.network[0], index);
+  load_items<kItems, kWidth>(student, 0, p.classes, Policy::kThreads, threads.thread, p.in_vectors(0), -A(kInf), row.x_s);
+  stats.template keep<kWidth>(p, 0, index, {student, p.network[0].type}, row.x_s, threads);
   const A max_student = threads.max(max_item(-A(kInf), row.x_s));
 #pragma unroll
   for (int i = 0; i < kItems; ++i) row.x_s[i] -= max_student;
   student_exponentials(row, p.inv_t[0], threads);
 
   const A kd = distill<kWidth>(p, row, index, threads, stats);
-  const LabelTerm<A> term = p.cross_entropy ? label_term<kWidth>(p, row, index, max_student, threads) : LabelTerm<A>{};
+  LabelTerm<A> term;
+  if (p.cross_entropy) term = label_term<kWidth>(p, row, index, student, max_student, threads);
   if (p.need_grad) store_gradient<S, kWidth>(p, row, index, term, threads);
   if (threads.thread == 0) p.store_losses(index, kd, term.loss);
 }

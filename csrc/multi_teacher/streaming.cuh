@@ -11,7 +11,7 @@ inline namespace FASTKD_TARGET {
 constexpr int kStreamThreads = 256, kStreamItems = 8;
 constexpr int64_t kStreamTile = int64_t(kStreamThreads) * kStreamItems;
 
-// Saved per row: max_s, z at T = 1, of soft labels the sum; then for each teacher: max_t, z_t, z_s at its temperature.
+// Saved per row: max_s, z at T = 1, of soft labels, smoothed, the sum; then for each teacher: max_t, z_t, z_s at its temperature.
 // combine="logits" has one teacher, the mixture.
 constexpr int kSavedTeacher = 3;
 template <class A>
@@ -62,7 +62,7 @@ __device__ __forceinline__ void load_network(const Params<A>& p, int slot, int64
 
 template <class S, class A>
 __device__ __forceinline__ void load_student(const Params<A>& p, int64_t row, int64_t first, A (&s)[kStreamItems]) {
-  load_items<kStreamItems, kVector<S, S>>(row_of<S>(p.network[0], row), first, p.classes, kStreamThreads, int(threadIdx.x),
+  load_items<kStreamItems, kVector<S, S>>(row_in_memory<S>(p.network[0], row), first, p.classes, kStreamThreads, int(threadIdx.x),
                                           p.in_vectors(0), -A(kInf), s);
 }
 
@@ -156,13 +156,14 @@ __device__ __forceinline__ void mix_probabilities(const Params<A>& p, int k, int
   for (int i = 0; i < kStreamItems; ++i) mixture[i] += factor * exp_negative((t[i] - base) * p.inv_t[0]);
 }
 
-// The divergence from the mixture over the row for combine="probs": the second read. `final` holds max_t and z_t.
+// combine="probs": the divergence from the mixture, in the second read. `final` holds max_t and z_t of each teacher.
 template <class S, class A, class Threads>
 __device__ __forceinline__ A stream_mixture(const Params<A>& p, int64_t row, unsigned reads, A max_student, A z_student,
                                             const A* final, Threads& threads) {
   constexpr int kWidth = kVector<S, S>;
-  const A base = base_of(max_student), log_z = natural_log(z_student), inv_z = 1 / z_student, inv_t = p.inv_t[0];
-  Numbers<A, 1> loss{{0}};
+  const A base = base_of(max_student), inv_z = 1 / z_student, inv_t = p.inv_t[0];
+  const A total = p.total_of(row), inv_total = 1 / total;
+  Numbers<A, 1> gap{{0}};
   for (int64_t first = 0; first < p.classes; first += kStreamTile) {
     A s[kStreamItems], t[kStreamItems], mixture[kStreamItems];
     load_student<S>(p, row, first, s);
@@ -175,11 +176,10 @@ __device__ __forceinline__ A stream_mixture(const Params<A>& p, int64_t row, uns
 #pragma unroll
     for (int i = 0; i < kStreamItems; ++i) {
       const A x = (s[i] - base) * inv_t;
-      loss.v[0] += mixture_part(mixture[i], exp_negative(x) * inv_z, x, log_z);
+      gap.v[0] += mixture_gap(mixture[i] * inv_total, x, exp_negative(x), z_student, inv_z);
     }
   }
-  const A parts = threads.sum(loss).v[0];
-  return p.scale[0].loss * ((parts < 0 ? A(0) : parts) + p.excess_of(row));
+  return p.scale[0].loss * mixture_divergence(threads.sum(gap).v[0], total);
 }
 
 // The states of a row's teachers, all threads' together, to `saved` and `final`; the sum of their weighted divergences.
@@ -213,7 +213,7 @@ __device__ __forceinline__ A stream_cross_entropy(const Params<A>& p, int64_t ro
                                                   const Numbers<A, 2>& labels) {
   if (p.soft.data)
     return cross_entropy_of_soft(sums.v[1], labels.v[0], labels.v[1], sums.v[2], p.smoothing, p.classes);
-  const A x_label = A(load_as(row_of<S>(p.network[0], row)[p.target[row]])) - base_of(max_student);
+  const A x_label = A(load_as(row_in_memory<S>(p.network[0], row)[p.target[row]])) - base_of(max_student);
   return cross_entropy(sums.v[1], x_label, sums.v[2], p.smoothing, p.classes);
 }
 
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_forward_kernel(const
   if (p.need_grad) {
     saved[0] = student.max;
     saved[1] = sums.v[1];
-    if (head > 2) saved[2] = labels.v[0];
+    if (head > 2) saved[2] = smoothed_mass(labels.v[0], p.smoothing);
   }
   p.store_losses(row, kd, p.cross_entropy ? stream_cross_entropy<S>(p, row, student.max, sums, labels) : A(0));
 }
@@ -273,8 +273,7 @@ template <int Width, class A>
 __device__ __forceinline__ void add_label_gradient(const Params<A>& p, int64_t row, int64_t first, const A* saved,
                                                    const A (&x)[kStreamItems], A (&grad)[kStreamItems]) {
   const bool soft = p.soft.data != nullptr;
-  const A mass = smoothed_mass(soft ? saved[2] : A(1), p.smoothing);
-  const A factor = p.ce_weight * mass / saved[1], uniform = p.ce_weight * p.smoothing / A(p.classes);
+  const A factor = p.ce_weight * (soft ? saved[2] : A(1)) / saved[1], uniform = p.ce_weight * p.smoothing / A(p.classes);
   const A sharp = p.ce_weight * (1 - p.smoothing);
   const int64_t label = soft ? -1 : p.target[row];
   A y[kStreamItems];
@@ -307,7 +306,7 @@ __device__ __forceinline__ void add_teachers_gradient(const Params<A>& p, int64_
       grad[i] += factor * (exp_negative(x[i] * inv_t) - ratio * exp_negative((t[i] - base) * inv_t));
   }
   if (p.combine != Combine::probs || reads == 0) return;
-  const A factor = (p.excess_of(row) + 1) / z_student;
+  const A factor = p.total_of(row) / z_student;
 #pragma unroll
   for (int i = 0; i < kStreamItems; ++i) grad[i] = p.scale[0].grad * (factor * exp_negative(x[i] * p.inv_t[0]) - grad[i]);
 }

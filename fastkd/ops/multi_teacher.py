@@ -175,43 +175,50 @@ def _separate_statistics(call: Call) -> DistillationStats:
 
 # --- native: raw operations, fake kernels, autograd ---------------------------------------------------------------
 
-# csrc/multi_teacher/op.cpp registers, with R rows of C classes and A = float64 for float64 logits, else float32:
-#   forward(...) -> loss A [] or [R]; rows [R, C]: the row's gradient without reduction and grad_output;
-#                   saved A: [R] the power of two that float16 rows were multiplied by, or [R, 3K + 2] states to stream
-#                   again; aux A [2]: the factor that `rows` still lacks (1 / rows that count), targets out of range
-#   forward_stats(...), without `stream` -> these; kl A [K, R]; the GroupStats of student and teachers, each [K + 1, R]
-#   backward(grad_output, rows, saved, aux, reduction) -> [R, C];   stream_backward(...) -> [R, C]
+# csrc/multi_teacher/op.cpp registers, with R rows of C classes, A = float64 for float64 logits, else float32, and L = 3
+# with `terms` (the loss, KD, CE), else one loss without that dimension:
+#   forward(student, teachers, target, soft, weights, scalars, host_weights, temperatures, combine, kd_weight, ce_weight,
+#           label_smoothing, ignore_index, scale_by_t2, reduction, num_items, uniform, labels, terms, need_grad, stream)
+#       logits [..., C], each of its own dtype and strides; `scalars` float64 [3 + temperatures] on the CPU, or None:
+#       kd_weight, ce_weight, num_items (0: none), temperatures, in the place of the numbers; `labels`: the target holds
+#       classes, not only the rows that are ignored
+#    -> losses A [L] or [L, R]; rows [R, C]: the row's gradient without reduction and grad_output;
+#       saved A: [R] the power of two that float16 rows were multiplied by, or [R, 3K + 2] states to stream again
+#       (3K + 3 with soft targets); aux A [2]: the factor that `rows` still lacks (1 / rows that count), targets out of range
+#   forward_stats(...), without `soft` and `stream` -> these; kl A [K, R]; the GroupStats of student and teachers, each
+#       [K + 1, R]
+#   backward(grad_output, rows, saved, aux, reduction) -> [R, C]
+#   stream_backward(grad_output, student, ..., scalars, saved, aux, host_weights, ..., terms) -> [R, C]
 # `namespace` is fastkd, or the test build that runs the CUDA kernels on the host.
 
 
 def register_fakes(namespace: str) -> None:
-    def forward(
-        student, teachers, target, weights, host_weights, temperatures, combine, ce_weight, label_smoothing,
-        ignore_index, scale_by_t2, reduction, need_grad, stream,
-    ):  # fmt: skip
-        (rows, classes), k = student.shape, len(teachers)
-        dtype = common.accumulate_dtype(student.dtype)
+    def forward(student, teachers, target, soft, weights, scalars, *options):
+        *_, reduction, _, _, _, terms, need_grad, stream = options
+        rows, classes = common.count_rows(student), student.shape[-1]
+        dtype, three = common.accumulate_dtype(student.dtype), (3,) if terms else ()
         stored, streamed = need_grad and not stream, need_grad and stream
         scaled = stored and student.dtype == torch.float16
+        states = 3 * len(teachers) + (2 if soft is None else 3)
         return (
-            student.new_empty((rows,) if reduction == 0 else (), dtype=dtype),
+            student.new_empty((*three, rows) if reduction == 0 else three, dtype=dtype),
             student.new_empty((rows, classes) if stored else (0,)),
-            student.new_empty((rows, 3 * k + 2) if streamed else (rows,) if scaled else (0,), dtype=dtype),
+            student.new_empty((rows, states) if streamed else (rows,) if scaled else (0,), dtype=dtype),
             student.new_empty((2,), dtype=dtype),
         )
 
-    def forward_stats(student, teachers, *rest):
-        shape, dtype = (len(teachers) + 1, student.shape[0]), common.accumulate_dtype(student.dtype)
+    def forward_stats(student, teachers, target, weights, scalars, *options):
+        rows, dtype = common.count_rows(student), common.accumulate_dtype(student.dtype)
         dtypes = (dtype, torch.bool, torch.int64, dtype, dtype, dtype)
-        stats = [student.new_empty(shape, dtype=d) for d in dtypes]
-        kl = student.new_empty((len(teachers), student.shape[0]), dtype=dtype)
-        return (*forward(student, teachers, *rest, False), kl, *stats)
+        stats = [student.new_empty((len(teachers) + 1, rows), dtype=d) for d in dtypes]
+        kl = student.new_empty((len(teachers), rows), dtype=dtype)
+        return (*forward(student, teachers, target, None, weights, scalars, *options, False), kl, *stats)
 
     def backward(grad, rows, saved, aux, reduction):
         return torch.empty_like(rows)
 
     def stream_backward(grad, student, *rest):
-        return student.new_empty(student.shape)
+        return student.new_empty((common.count_rows(student), student.shape[-1]))
 
     torch.library.register_fake(f"{namespace}::multi_teacher_forward", forward)
     torch.library.register_fake(f"{namespace}::multi_teacher_forward_stats", forward_stats)
@@ -223,8 +230,8 @@ def _options(call: Call) -> tuple:
     """The arguments that forward and stream_backward share after the tensors."""
     combine, reduction = COMBINE.index(call.combine), common.REDUCTIONS.index(call.reduction)
     return (
-        call.host_weights, call.temperatures, combine, call.ce_weight, call.label_smoothing, call.ignore_index,
-        call.scale_by_t2, reduction,
+        call.host_weights, call.temperatures, combine, 1.0, call.ce_weight, call.label_smoothing, call.ignore_index,
+        call.scale_by_t2, reduction, 0.0, len(set(call.host_weights)) == 1 and call.host_weights[0] * len(call.teachers) == 1, True, False,
     )  # fmt: skip
 
 
@@ -236,9 +243,9 @@ def _streams(call: Call) -> bool:
 
 
 def _forward(call: Call, need_grad: bool, with_stats: bool = False) -> tuple[Tensor, ...]:
-    ops, inputs = _backend.native_ops(call.student), (call.student, call.teachers, call.target, call.weights)
+    ops, inputs = _backend.native_ops(call.student), (call.student, call.teachers, call.target, None, call.weights, None)
     if with_stats:
-        out = ops.multi_teacher_forward_stats(*inputs, *_options(call), need_grad)
+        out = ops.multi_teacher_forward_stats(*inputs[:3], *inputs[4:], *_options(call), need_grad)
     else:
         out = ops.multi_teacher_forward(*inputs, *_options(call), need_grad, _streams(call))
     if call.target is not None and common.may_read_values(call.student) and out[3].tolist()[1] != 0:
@@ -276,7 +283,7 @@ class _Native(torch.autograd.Function):
         elif _streams(call):
             ops = _backend.native_ops(student)
             result = ops.multi_teacher_stream_backward(
-                grad.contiguous(), student, call.teachers, target, weights, saved, aux, *_options(call)
+                grad.contiguous(), student, call.teachers, target, None, weights, None, saved, aux, *_options(call)
             )
         else:
             ops = _backend.native_ops(student)
@@ -355,7 +362,8 @@ def multi_teacher_kd(
 
 
 def _dispatch(call: Call) -> Tensor:
-    if why_reference(call) is not None:
+    if (reason := why_reference(call)) is not None:
+        _backend.note_fallback(OP, reason, call.student)
         return _checked_reference(call)
     if len(call.teachers) > LAUNCH_TEACHERS and _backend.device_kind(call.student) != "cpu":
         return _in_groups(call)
@@ -406,9 +414,9 @@ def why_reference(call: Call) -> str | None:
         return reason
     if common.is_transformed():
         return "a torch.func transform or forward-mode AD is active"
-    for teacher in call.teachers:
+    for k, teacher in enumerate(call.teachers):
         if teacher.requires_grad and torch.is_grad_enabled():
-            return "a teacher requires grad (detach it, or compute it under torch.no_grad, for the native kernel)"
+            return common.why_learning(f"teachers[{k}]", (student,))
         if teacher.dtype != call.teachers[0].dtype:
             return "the teachers' dtypes differ"
     teacher = call.teachers[0]
