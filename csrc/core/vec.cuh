@@ -27,10 +27,16 @@ __device__ __forceinline__ Vec<T, N> load_vec(const T* from) {
   return *reinterpret_cast<const Vec<T, N>*>(from);
 }
 
+// As bits, by an intrinsic: of a struct of small elements nvcc makes as many small stores.
 template <class T, int N>
 __device__ __forceinline__ void store_vec(T* to, const Vec<T, N>& value) {
   SIMT_ASSERT_ALIGNED(to, vector_alignment(N, sizeof(T)));
-  *reinterpret_cast<Vec<T, N>*>(to) = value;
+  if constexpr (sizeof(value) == 16)
+    __stwb(reinterpret_cast<uint4*>(to), __builtin_bit_cast(uint4, value));
+  else if constexpr (sizeof(value) == 8)
+    __stwb(reinterpret_cast<uint2*>(to), __builtin_bit_cast(uint2, value));
+  else
+    *reinterpret_cast<Vec<T, N>*>(to) = value;
 }
 
 // Whether every row of a matrix may be read in vectors of N elements.

@@ -131,8 +131,8 @@ __device__ __forceinline__ A learn(const Params<A>& p, RowState<A, kItems>& row,
 
 // learn() of every teacher in `reads`, the next one's row in flight during the reductions of one.
 template <int Width, class A, int kItems, class Threads, class Stats>
-__device__ __forceinline__ A learn_from_all(const Params<A>& p, RowState<A, kItems>& row, int64_t index, unsigned reads,
-                                            Threads& threads, Stats& stats) {
+__device__ __forceinline__ A learn_one_ahead(const Params<A>& p, RowState<A, kItems>& row, int64_t index, unsigned reads,
+                                             Threads& threads, Stats& stats) {
   A loss = 0, next[kItems];
   int count = 0;
 #pragma unroll 1
@@ -142,25 +142,27 @@ __device__ __forceinline__ A learn_from_all(const Params<A>& p, RowState<A, kIte
 #pragma unroll
       for (int i = 0; i < kItems; ++i) row.t[i] = next[i];
     }
-    if (following != kNoTeacher) load_row<Width>(p, following + 1, any_row(p.network[following + 1], index), threads, next);
+    if (following != kNoTeacher)
+      load_row<Width>(p, following + 1, any_row(p.network[following + 1], index), threads, next);
     if (k >= 0) loss += learn(p, row, k, index, true, 1 / A(++count), threads, stats);
     k = following;
   }
   return loss;
 }
 
-// learn() of every teacher with its statistics: there are no registers for a next one.
+// The same where there are no registers for a next row; with statistics, of those of all teachers.
 template <int Width, class A, int kItems, class Threads, class Stats>
-__device__ __forceinline__ A learn_with_statistics(const Params<A>& p, RowState<A, kItems>& row, int64_t index,
-                                                   unsigned reads, Threads& threads, Stats& stats) {
+__device__ __forceinline__ A learn_in_turn(const Params<A>& p, RowState<A, kItems>& row, int64_t index, unsigned reads,
+                                           Threads& threads, Stats& stats) {
   A loss = 0;
   int count = 0;
 #pragma unroll 1
   for (int k = 0; k < p.teachers; ++k) {
+    const bool counts = reads >> k & 1u;
+    if (!Stats::kWanted && !counts) continue;
     const AnyRow from = any_row(p.network[k + 1], index);
     load_row<Width>(p, k + 1, from, threads, row.t);
     stats.template keep<Width>(p, k + 1, index, from, row.t, threads);
-    const bool counts = reads >> k & 1u;
     count += counts;
     loss += learn(p, row, k, index, counts, 1 / A(count), threads, stats);
   }
@@ -175,10 +177,10 @@ __device__ __forceinline__ A distill(const Params<A>& p, RowState<A, kItems>& ro
 #pragma unroll
   for (int i = 0; i < kItems; ++i) row.acc[i] = 0;
   A loss;
-  if constexpr (Stats::kWanted)
-    loss = learn_with_statistics<Width>(p, row, index, reads, threads, stats);
+  if constexpr (Stats::kWanted || kItems > 8)
+    loss = learn_in_turn<Width>(p, row, index, reads, threads, stats);
   else
-    loss = learn_from_all<Width>(p, row, index, reads, threads, stats);
+    loss = learn_one_ahead<Width>(p, row, index, reads, threads, stats);
   if (p.combine == Combine::losses || reads == 0) return loss;
   if (p.combine == Combine::probs) return from_mixture(p, row, index, threads);
 #pragma unroll

@@ -77,16 +77,17 @@ __device__ __forceinline__ void load_soft(const Params<A>& p, int64_t row, int64
 template <int Width, class A>
 __device__ __forceinline__ void load_teacher(const Params<A>& p, int k, unsigned reads, int64_t row, int64_t first,
                                              A (&t)[kStreamItems]) {
-  if (p.combine != Combine::logits) return load_network<Width>(p, k + 1, row, first, t);
+  const bool mixes = p.combine == Combine::logits;
   A one[kStreamItems];
   int count = 0;
 #pragma unroll
   for (int i = 0; i < kStreamItems; ++i) t[i] = 0;
-  for (int j = next_teacher(reads, -1); j != kNoTeacher; j = next_teacher(reads, j)) {
+#pragma unroll 1
+  for (int j = mixes ? next_teacher(reads, -1) : k; j != kNoTeacher; j = mixes ? next_teacher(reads, j) : kNoTeacher) {
     load_network<Width>(p, j + 1, row, first, one);
     const A weight = p.uniform ? 1 / A(++count) : p.weight_of(j, row);
 #pragma unroll
-    for (int i = 0; i < kStreamItems; ++i) t[i] = mix_logit(t[i], one[i], p.uniform, weight);
+    for (int i = 0; i < kStreamItems; ++i) t[i] = mixes ? mix_logit(t[i], one[i], p.uniform, weight) : one[i];
   }
 }
 
@@ -313,7 +314,7 @@ __device__ __forceinline__ void add_teachers_gradient(const Params<A>& p, int64_
 
 // The gradient of one tile of one row; blocks are rows times tiles.
 template <class S, class A>
-__global__ void __launch_bounds__(kStreamThreads)
+__global__ void __launch_bounds__(kStreamThreads, sizeof(A) == 8 ? 2 : 3)
     stream_backward_kernel(const __grid_constant__ Params<A> p, const A* grad_loss, bool per_row, const A* aux, int64_t tiles) {
   constexpr int kWidth = kVector<S, S>;
   const int64_t row = blockIdx.x / tiles, first = int64_t(blockIdx.x % tiles) * kStreamTile;
