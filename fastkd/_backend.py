@@ -95,6 +95,10 @@ def _why_not_cuda(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < OLDEST_GPU:
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or newer"
+    if not _library.CUDA.has_code_for(capability):
+        built = ", ".join(_library.CUDA.architectures)
+        name = f"{capability[0]}.{capability[1]}"
+        return f"the library has code for {built}, the GPU has compute capability {name}: build it here again"
     return None
 
 

@@ -280,7 +280,7 @@ def _check(logits: object, target: object, ignore_index: object) -> tuple[Sequen
     if target is not None:
         target = common.check_target(OP, target, networks[0], "one network's")
         common.check_range(OP, target, networks[0].shape[-1], ignore_index)
-    return [common.rows_of(z) for z in networks], target
+    return [common.flat_rows(z) for z in networks], target
 
 
 def _check_networks(logits: object, target: object) -> Sequence[Tensor]:

@@ -449,7 +449,7 @@ def _check(
         )
     weights, host_weights = networks.check_weights(OP, weights, len(teachers), student, combine == "probs")
     return Call(
-        common.rows_of(student), tuple([common.rows_of(t) for t in teachers]), target, weights, host_weights,
+        common.flat_rows(student), tuple([common.flat_rows(t) for t in teachers]), target, weights, host_weights,
         temperatures, combine, ce_weight, label_smoothing, ignore_index, bool(scale_by_t2), reduction,
         student.shape[:-1],
     )  # fmt: skip

@@ -370,9 +370,9 @@ def _check(
     if isinstance(logits, Tensor):
         rows = logits if logits.dim() == 3 else logits.reshape(m, -1, logits.shape[-1])
     else:
-        rows = tuple([common.rows_of(z) for z in logits])
+        rows = tuple([common.flat_rows(z) for z in logits])
     call = Call(
-        rows, tuple([common.rows_of(t) for t in teachers]), target, weights, teacher_weights, host_weights,
+        rows, tuple([common.flat_rows(t) for t in teachers]), target, weights, teacher_weights, host_weights,
         _check_temperature(temperature), ce_weight, label_smoothing, ignore_index, bool(scale_by_t2), reduction,
     )  # fmt: skip
     return call, first.shape[:-1]
