@@ -172,5 +172,6 @@ def test_pip_install_without_a_compiler_is_pure_python(tmp_path):
     assert "py3-none-any.whl" in log
     code = "import torch, fastkd; x = torch.ones(2, 3); print(fastkd.functional.multi_teacher_kd(x, [x]).item())"
     told = run(venv.python, "-c", code, cwd=tmp_path)
-    assert told.count("RuntimeWarning: fastkd") == 1
+    assert told.count("FallbackWarning: multi_teacher_kd runs in plain PyTorch") == 1
+    run(venv.python, "-W", "error", "-c", "import fastkd", cwd=tmp_path)
     assert told.strip().splitlines()[-1] == "0.0"
