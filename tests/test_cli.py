@@ -11,6 +11,7 @@ import torch
 
 from fastkd import data as datasets
 from fastkd import models
+from fastkd._extras import require
 from fastkd.cli import main
 from fastkd.train import RECIPES, Runner, TrainConfig, UserError, compare, runner
 from fastkd.train.config import read_yaml
@@ -312,6 +313,24 @@ def test_import_is_light_and_the_module_runs():
     process = subprocess.run([sys.executable, "-m", "fastkd", "train", "--epochs", "x"], capture_output=True, text=True)
     assert process.returncode == 2
     assert process.stderr == "fastkd: --epochs must be an integer, got 'x'\n"
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_without_the_extras_a_command_says_what_to_install(command, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    for argv in ([command, "--help"], [command, "--out", "x"]):
+        assert main(argv) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("fastkd: The command line needs jsonargparse (") and said.count("\n") == 1
+        assert said.endswith('pip install "fastkd[train]"\n')
+
+
+def test_a_package_that_another_one_misses_is_named(tmp_path, monkeypatch):
+    (tmp_path / "outer_module.py").write_text("import yaml\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ImportError, match=r"^Reading needs pyyaml \(.*: pip install \"fastkd\[train\]\"$"):
+        require("outer_module", "Reading")
 
 
 def test_compare_all_takes_every_method(tmp_path, monkeypatch, capfd):
