@@ -1,10 +1,14 @@
 """What the tests of multi_teacher_kd share: inputs, and the comparison with float64."""
 
+import inspect
+
 import torch
 import torch.nn.functional as torch_functional
 from rows_helpers import weighted_sum
 
 import fastkd
+from fastkd.ops import _multi_teacher_kernels as kernels
+from fastkd.ops import multi_teacher as op
 from fastkd.testing import assert_as_accurate, assert_grad_close
 
 F = fastkd.functional
@@ -24,6 +28,15 @@ def loss_and_grad(student, teachers, target=None, **options):
     loss = F.multi_teacher_kd(student, teachers, target, **options)
     (grad,) = torch.autograd.grad(weighted_sum(loss), student)
     return loss.detach(), grad
+
+
+def raw(student, teachers, target=None, **options):
+    """The arguments of the raw operation: tensors, scalars, numbers."""
+    bound = inspect.signature(F.multi_teacher_kd).bind(student, teachers, target, **options)
+    bound.apply_defaults()
+    tensors, checked = op._check(**bound.arguments)
+    checked, scalars = kernels._split(checked)
+    return list(tensors), scalars, kernels._numbers(checked)
 
 
 def in_float64(student, teachers, target=None, **options):
