@@ -96,3 +96,34 @@ def check(student, teachers, target=None, **options):
     terms = max(size_of_gradient_terms(student, teachers, **options), norm) / norm if norm > 0 else 0.0
     eps = torch.finfo(loss.dtype).eps * terms + 2 * torch.finfo(grad.dtype).eps
     assert_grad_close(grad, exact_grad, baseline_grad, floor=4 * eps if student.dtype == torch.float64 else eps)
+
+
+def build_options(device, dtype, rows=5, classes=50, k=3, labels="hard", mask=False, weights=None, **options):
+    student, teachers, target = make(rows, classes, k, dtype, device=device)
+    accumulate = op.common.accumulate_dtype(dtype)
+    if labels == "soft":
+        target = soft_labels(rows, classes, device, dtype)
+    if mask:
+        options["mask"] = torch.arange(rows, device=device) % 3 != 1
+    if weights == "rows":  # the last row has no teacher
+        weights = torch.rand(k, rows, generator=torch.Generator().manual_seed(1)).to(device, accumulate)
+        weights[0, ::2] = weights[1, 1:3] = weights[:, -1] = 0
+    elif weights == "device":
+        weights = torch.tensor([[0.2], [0.0], [0.7]]).expand(k, rows).to(device, accumulate)
+    return student, teachers, target if labels else None, dict(options, weights=weights)
+
+
+def soft_labels(rows, classes, device="cpu", dtype=torch.float32):
+    """Mixed-up labels, with zeros; one row that sums to 0.9."""
+    g = torch.Generator().manual_seed(5)
+    one_hot = torch_functional.one_hot(torch.randint(0, classes, (2, rows), generator=g), classes).double()
+    soft = 0.7 * one_hot[0] + 0.3 * one_hot[1]
+    soft[0] = torch.softmax(torch.randn(classes, generator=g).double(), -1) * 0.9
+    return soft.to(device, dtype)
+
+
+def both(function):
+    """The results by the kernels of the place, then by the reference."""
+    for backend in ("auto", "reference"):
+        with fastkd.use_backend(backend):
+            yield function()
