@@ -195,7 +195,8 @@ class _Native(torch.autograd.Function):
             result = _second_derivative(ctx.options, grad, *ctx.inputs.unchanged(ctx.options.operation))
         else:
             result = _backward_of_rows(ctx, grad, *tensors)
-        return None, None, result.view(ctx.shape), *([None] * (len(ctx.needs_input_grad) - 3))
+        result = result if result.shape == ctx.shape else result.view(ctx.shape)
+        return None, None, result, *([None] * (len(ctx.needs_input_grad) - 3))
 
 
 def _second_derivative(options, grad, student, target, soft, weights, scalars, *teachers) -> Tensor:

@@ -184,4 +184,5 @@ def label_losses(student: Tensor, target: Tensor | None, soft: Tensor | None, sm
     if soft is None:
         return torch_functional.cross_entropy(student, target, reduction="none", label_smoothing=smoothing)
     soft = soft.to(student.dtype) * (1 - smoothing) + smoothing / student.shape[-1]
-    return -(soft * torch.log_softmax(student, -1).masked_fill(soft == 0, 0)).sum(-1)
+    log_q = torch.log_softmax(student, -1)
+    return -(soft * log_q.masked_fill((soft == 0) & (log_q == -math.inf), 0)).sum(-1)

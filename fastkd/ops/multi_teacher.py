@@ -148,13 +148,15 @@ def _check(
     student, teachers, target, weights, kd_weight, temperature, combine, ce_weight, label_smoothing, ignore_index,
     mask, class_dim, scale_by_t2, reduction, num_items, return_terms=False, return_stats=False,
 ) -> tuple[Tensors, Options]:  # fmt: skip
-    class_dim = _check_layout(OP, "student", student, target, class_dim)
+    _check_tensor(OP, "student", student)
+    class_dim = common.check_layout(OP, student, class_dim, target is not None, "student")
     teachers = networks.check_teachers(OP, teachers, student)
     if class_dim != -1:
         student, teachers = student.movedim(class_dim, -1), [t.movedim(class_dim, -1) for t in teachers]
     tensors, options = _check_rows(
         OP, "student", student, target, label_smoothing, ignore_index, mask, class_dim, reduction, num_items
     )
+    common.check_not_probabilities(OP, "teachers", teachers)
     common.check_choice(OP, "combine", combine, COMBINE)
     kd_weight = common.check_scalar(OP, "kd_weight", kd_weight, "a finite number")
     ce_weight = common.check_scalar(OP, "ce_weight", ce_weight, "a finite number")
@@ -176,7 +178,8 @@ def _check(
 
 def _check_one(logits, target, label_smoothing, ignore_index, mask, class_dim, reduction, num_items):
     op = "cross_entropy"
-    class_dim = _check_layout(op, "logits", logits, target, class_dim)
+    _check_tensor(op, "logits", logits)
+    class_dim = common.check_layout(op, logits, class_dim, target is not None)
     logits = common.classes_last(logits, class_dim)
     if target is None:
         raise common.wrong_type(op, "target", "class indices or probabilities", "None")
@@ -185,10 +188,9 @@ def _check_one(logits, target, label_smoothing, ignore_index, mask, class_dim, r
     )
 
 
-def _check_layout(op, name, logits, target, class_dim) -> int:
+def _check_tensor(op, name, logits) -> None:
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         common.check_logits(op, name, logits)  # which raises
-    return common.check_layout(op, logits, class_dim, target is not None, name)
 
 
 def _check_rows(
@@ -196,6 +198,7 @@ def _check_rows(
 ) -> tuple[Tensors, Options]:
     """One network, its classes last, and its labels: a call without teachers."""
     common.check_logits(op, name, student)
+    common.check_not_probabilities(op, name, student)
     common.check_choice(op, "reduction", reduction, common.REDUCTIONS)
     label_smoothing = common.check_number(op, "label_smoothing", label_smoothing, "a number in [0, 1]", 0, 1)
     common.check_index(op, "ignore_index", ignore_index)
