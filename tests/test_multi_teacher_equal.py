@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import PLACES
 from multi_teacher_helpers import loss_and_grad, make
 
