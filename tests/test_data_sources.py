@@ -151,6 +151,7 @@ def test_resized_crops_are_reproducible_and_differ(folder):
 def test_large_pictures_default_to_224(tmp_path):
     for part in ("train", "test"):
         write_images(tmp_path / part / "a", 1, (120, 100))
+        write_images(tmp_path / part / "b", 1, (12, 12))
     assert data.load(f"imagefolder:{tmp_path}").image_size == 224
 
 

@@ -303,9 +303,13 @@ _FREE |= {"download", "epochs", "eval_every", "save_every", "bad_images", "non_f
 _FREE |= {"channels_last", "compile", "cuda_graph", "deterministic", "timeout", "tensorboard", "logits_cache"}
 
 
+_GROWING = ("methods", "seeds")  # of a comparison: more may come, and none may go
+
+
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The options that hold a run to its results and that differ: "lr was 0.1, now 0.05"."""
     names = [name for name in new if name not in _FREE and name in old and old[name] != new[name]]
+    names = [name for name in names if not (name in _GROWING and set(old[name]) <= set(new[name]))]
     return [f"--{_flag(name)} was {old[name]}, now {new[name]}" for name in names]
 
 
