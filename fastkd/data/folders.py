@@ -58,7 +58,7 @@ def check_several(folder: Path, classes: Sequence[str]) -> None:
         return
     only = folder / classes[0]
     within, _ = _contents(only, LeftOut(folder))
-    deeper = [path for path in within if _holds_images(path)]
+    deeper = [path for path in within if os.path.basename(path) != NESTED and _holds_images(path)]
     if deeper:
         names = listed([os.path.basename(path) for path in deeper])
         raise ValueError(

@@ -99,8 +99,8 @@ def _check_size(config: TrainConfig, data: datasets.Data) -> None:
     """Of images whose size nobody gave."""
     if config.image_size is None and data.image_size < SMALLEST_IMAGE:
         raise UserError(
-            f"--data {config.data}: the first image has {data.image_size} x {data.image_size} pixels after cropping, "
-            f"networks need {SMALLEST_IMAGE} x {SMALLEST_IMAGE}: give --image-size, to which all images are resized"
+            f"--data {config.data}: the shorter side of the first image has {data.image_size} of the {SMALLEST_IMAGE} "
+            "pixels that networks need: give --image-size, to which all images are resized"
         )
 
 
