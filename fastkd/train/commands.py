@@ -98,6 +98,7 @@ def compare(config: CompareConfig, command: str, say=print) -> comparing.Compari
         board.writer_type()
     out = _open(config)
     with lock(out), cpu_threads(config.threads), deterministic(config.deterministic):
+        comparing.check_data(config)
         _keep_config(out, config)
         comparison = comparing.run(config, say=say if not config.quiet else lambda text: None)
         paths = comparing.write(comparison, command)

@@ -38,6 +38,15 @@ class Comparison:
         return [final(results["student"]) for results in self.results[method].values()]
 
 
+def check_data(config: CompareConfig) -> None:
+    """UserError where one of the runs that go on has trained on other data: before any of them is trained."""
+    for seed in config.seeds:
+        runs = [config.run(method, seed, {}) for method in config.methods]
+        folders = [folder for folder in (Path(one.out) for one in runs) if same_data.has_state(folder)]
+        if folders:
+            same_data.go_on(folders, load_data(runs[0], note=lambda text: None).description)
+
+
 def run(config: CompareConfig, say) -> Comparison:
     """Run what is not there yet; what several methods share is trained once a seed."""
     check_options(config.methods, config.options)
@@ -47,7 +56,6 @@ def run(config: CompareConfig, say) -> Comparison:
         stages = plan(one)  # what cannot be planned shows before anything is trained
         if one.logits_cache and not any(map(teaches_logits, stages)):
             runs[method, seed] = dataclasses.replace(one, logits_cache=False)
-    _go_on(runs)
     for number, seed in enumerate(config.seeds):
         told = {} if number == 0 else {"note": lambda text: None}  # once, not for each seed
         data = load_data(runs[config.methods[0], seed], **told)
@@ -60,15 +68,6 @@ def run(config: CompareConfig, say) -> Comparison:
         results = comparison.results[method][config.seeds[0]]
         comparison.seconds[method] = time_steps(comparison.runners[method], results)
     return comparison
-
-
-def _go_on(runs: dict[tuple[str, int], TrainConfig]) -> None:
-    """UserError where one of the runs that go on has trained on other data: before any is trained."""
-    for seed in dict.fromkeys(seed for _, seed in runs):
-        mine = [one for (_, other), one in runs.items() if other == seed]
-        folders = [folder for folder in (Path(one.out) for one in mine) if same_data.has_state(folder)]
-        if folders:
-            same_data.go_on(folders, load_data(mine[0], note=lambda text: None).description)
 
 
 def time_steps(runner: Runner, results: dict[str, Result], rounds: int = ROUNDS) -> dict[str, float]:
