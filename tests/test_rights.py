@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from rights_helpers import read_only, without_privileges
+from rights_helpers import read_only
 from train_helpers import assert_same, config, last_state, one_thread, rows_without_times, run  # noqa: F401
 
 from fastkd.cli import main
@@ -119,12 +119,13 @@ def test_lock_of_a_folder_that_may_not_be_written(tmp_path):
     assert why_not_writable(tmp_path / "new") == "" and (tmp_path / "new").is_dir()
 
 
-def test_a_file_that_may_not_be_read_is_no_lost_run(tmp_path, capfd):
-    (tmp_path / "a.yaml").write_text("epochs: 1\n")
-    (tmp_path / "a.yaml").chmod(0)
-    with without_privileges():
-        assert main(words(tmp_path / "run", "--config", tmp_path / "a.yaml")) == 2
-    assert "Permission denied" in one_line(capfd)
+def test_a_report_that_may_not_be_written_is_no_stopped_run(tmp_path, capfd):
+    run(config(tmp_path, epochs=1))
+    (tmp_path / "run" / "config.yaml").write_text("method: ce\nepochs: 1\n")
+    with read_only(tmp_path / "run"):
+        assert main(["report", str(tmp_path / "run")]) == 2
+    error = one_line(capfd)
+    assert "Permission denied" in error and "give the right to it" in error and "--resume" not in error
 
 
 def raising(error):

@@ -17,6 +17,7 @@ from fastkd.data import catalog, description
 from fastkd.data.description import changes
 from fastkd.train import Runner, UserError, same_data
 from fastkd.train.config import CompareConfig, differences
+from fastkd.train.distributed import World
 from fastkd.train.runner import stage_key
 
 
@@ -369,6 +370,32 @@ def test_another_split_stops_a_run_from_python(tmp_path):
     with pytest.raises(UserError, match="the split: other images are in train"):
         run(config(tmp_path, resume=True, epochs=3, seed=5))
     assert last_state(tmp_path / "run")["epoch"] == 2
+
+
+# Several processes.
+
+
+class Two(World):
+    """Two processes, the other one with data of its own."""
+
+    def collect(self, value):
+        return [value, same_data._without_times(self.group)]
+
+    def from_first(self, function):
+        return function()
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_processes_have_the_same_data(tmp_path, monkeypatch, folder, many):
+    if many:
+        monkeypatch.setattr(description, "BY_CONTENT", -1)
+    mine = described(f"imagefolder:{folder}")
+    copy = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)  # with other times
+    same_data.check_alike(Two(0, 2, described(f"imagefolder:{copy}")), mine)
+    file_less(copy)
+    message = r"process 1 of this run has other data than the first one \(train: class light has 5 files, had 6\)"
+    with pytest.raises(UserError, match=message):
+        same_data.check_alike(Two(0, 2, described(f"imagefolder:{copy}")), mine)
 
 
 # Comparisons.

@@ -169,6 +169,8 @@ class Runner:
 
     def run(self) -> dict[str, Result]:
         """Train what is not there yet; the results by the stages' names."""
+        if self.world.size > 1:
+            same_data.check_alike(self.world, self.data.description)
         self.world.from_first(self._record_data)
         results: dict[str, Result] = {}
         for stage in self.stages.values():

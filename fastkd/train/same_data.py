@@ -11,6 +11,7 @@ from fastkd.data.description import changes
 from fastkd.data.folders import listed
 from fastkd.train import checkpoint
 from fastkd.train.config import UserError
+from fastkd.train.distributed import World
 from fastkd.train.progress import note
 
 FILE = "data.json"
@@ -30,6 +31,31 @@ def go_on(folders: Sequence[Path], description: dict[str, Any]) -> None:
             f"{names}: no {FILE} tells on which data this has trained so far; it goes on with the present ones, which "
             "are recorded from now on"
         )
+
+
+def check_alike(world: World, description: dict[str, Any]) -> None:
+    """UserError where another process of the run has other data. Times, which differ between machines, do not count."""
+    found = world.collect(_without_times(description))
+
+    def compare() -> None:
+        for rank, other in enumerate(found):
+            differing = changes(found[0], other)
+            if differing:
+                raise UserError(
+                    f"process {rank} of this run has other data than the first one ({_listed(differing)}): put "
+                    "the same data on every machine"
+                )
+
+    world.from_first(compare)
+
+
+def _without_times(description: dict[str, Any]) -> dict[str, Any]:
+    parts = {}
+    for name, part in description["parts"].items():
+        if part.get("compared") == "times":
+            part = part | {"files": {key: [*facts[:-1], ""] for key, facts in part["files"].items()}}
+        parts[name] = part
+    return description | {"parts": parts}
 
 
 def keep(folder: Path, description: dict[str, Any]) -> None:
@@ -65,11 +91,11 @@ def _is_of(folder: Path, description: dict[str, Any]) -> bool:
         raise UserError(f"{path} is damaged: delete it to go on with the present data, or name a new --out") from error
     if differing:
         raise UserError(
-            f"{folder} has trained on other data ({'; '.join(differing[:3])}{_more(differing)}): put them back, or "
+            f"{folder} has trained on other data ({_listed(differing)}): put them back, or "
             f"name a new --out; where you know that they are the same, delete {path} and repeat the command"
         )
     return True
 
 
-def _more(differing: list[str]) -> str:
-    return f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+def _listed(differing: list[str], most: int = 3) -> str:
+    return "; ".join(differing[:most]) + (f"; and {len(differing) - most} more" if len(differing) > most else "")
