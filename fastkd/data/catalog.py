@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from . import sources
 from .images import ImageSet
+from .kept_images import keep
 from .seeding import check_seed, stratified_order
 from .sources import Part, Source
 
@@ -70,6 +71,7 @@ def load(
     views: int = 1,
     bad_images: str = "error",
     variants: int = 0,
+    keep_images: bool = False,
     **options,
 ) -> Data:
     """The data set `name` as `Data`.
@@ -90,6 +92,7 @@ def load(
                 (`loader` says more)
     variants    0: each epoch augments the images anew; K: the epochs cycle through K augmentations, epoch e has that
                 of epoch e % K
+    keep_images image files cut to fewer than 96 pixels are decoded once and stay in memory (in each worker, for a pass)
     options     fake only: num_classes, channels, train_images, test_images
 
     Pixels are normalised by the data set's mean and standard deviation (imagefolder: ImageNet's).
@@ -102,6 +105,7 @@ def load(
     if isinstance(variants, bool) or not isinstance(variants, int) or variants < 0:
         raise ValueError(f"load: variants must be an integer of at least 0, got {variants!r}")
     source = _source(name, Path(root).expanduser(), download, image_size, bad_images, options)
+    source = keep(source) if keep_images else source
     train, held_out = _split(source, train_size, validation, seed)
 
     def make(part: Part, **extra) -> ImageSet:
