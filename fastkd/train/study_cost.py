@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastkd.train.devices import batch_on
@@ -35,7 +37,7 @@ def costs(runner: Runner, results: dict[str, Result]) -> dict[str, float]:
     """Columns of a run's row: what the student's stage cost, and with `_before` all that was trained for it."""
     row = {}
     for column in ("seconds", "cpu_seconds"):
-        each = {name: sum(r[column] for r in result.rows) for name, result in results.items()}
+        each = {name: sum(r.get(column, math.nan) for r in result.rows) for name, result in results.items()}
         row |= {column: each.pop("student"), f"{column}_before": sum(each.values())}
     counted = {name: flops(runner, result.stage, results) for name, result in results.items() if result.rows}
     return row | {"flops": counted.pop("student"), "flops_before": sum(counted.values())}
