@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastkd._extras import require
 from fastkd.train import checkpoint, environment
 from fastkd.train.config import to_yaml
 from fastkd.train.devices import pick_device
@@ -36,7 +37,7 @@ def tables(rows: Rows, facts: Facts) -> str:
         there = f"{len(own)} of {facts.planned[setting]} runs" if setting in facts.planned else f"{len(own)} runs"
         parts += [f"## {setting}: {there}", "", accuracies(own), ""]
         for baseline in facts.baselines:
-            parts += [gains(own, baseline), ""] if by_seed(own, baseline) else []
+            parts += [gains(own, baseline), ""] if differences(own, baseline) else []
         parts += [_pairs(own, facts.pairs), ""] if facts.pairs else []
     return "\n".join(parts).rstrip()
 
@@ -44,7 +45,7 @@ def tables(rows: Rows, facts: Facts) -> str:
 def accuracies(rows: Rows) -> str:
     part = rows[0].get("judged_on", "test")
     header = ["method", "seeds", f"{part} accuracy [%]", "95 % interval", "teacher [%]", "training images right [%]"]
-    header += ["CPU min", "with guides", "TFLOPs", "with guides"]
+    header += ["CPU min", "with guides", "TFLOP", "with guides"]
     cells = []
     for method in _methods(rows):
         values = [100 * v for v in by_seed(rows, method).values()]
@@ -63,7 +64,7 @@ def gains(rows: Rows, baseline: str) -> str:
     adjusted = holm([each.p for each in found.values()])
     header = [f"method - {baseline}", "points", "95 % interval", "p", "p (Holm)", "seeds better"]
     cells = [[name, *_difference(each, p)] for (name, each), p in zip(found.items(), adjusted, strict=True)]
-    return table(header, cells) if cells else f"Nothing can be compared to {baseline} yet."
+    return table(header, cells)
 
 
 def differences(rows: Rows, baseline: str) -> dict[str, Difference]:
@@ -106,8 +107,8 @@ def draw_gains(rows: Rows, baselines: tuple[str, ...], path: Path) -> None:
     plt = pyplot()
     shown = [name for name in baselines if differences(rows, name)]
     height = 1.5 + 0.32 * len(_methods(rows))
-    figure, axes = plt.subplots(1, max(1, len(shown)), figsize=(6 * max(1, len(shown)), height), layout="constrained")
-    for axis, baseline in zip([axes] if len(shown) < 2 else axes, shown, strict=False):
+    figure, axes = plt.subplots(1, len(shown), figsize=(6 * len(shown), height), layout="constrained", squeeze=False)
+    for axis, baseline in zip(axes[0], shown, strict=True):
         found = dict(reversed(differences(rows, baseline).items()))
         for place, (name, each) in enumerate(found.items()):
             ours, theirs = by_seed(rows, name), by_seed(rows, baseline)
@@ -127,28 +128,38 @@ def draw_costs(rows: Rows, path: Path) -> None:
     """Accuracy against training cost: of the student's stage (hollow) and with all that was trained for it (full)."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
-    for axis, column, unit, label in ((axes[0], "flops", 1e12, "TFLOPs"), (axes[1], "cpu_seconds", 60, "CPU minutes")):
+    for axis, column, unit, label in ((axes[0], "flops", 1e12, "TFLOP"), (axes[1], "cpu_seconds", 60, "CPU minutes")):
         for number, method in enumerate(_methods(rows)):
             values = [100 * v for v in by_seed(rows, method).values()]
             mean, half, style = statistics.fmean(values), half_width(values), dict(color=f"C{number % 10}")
             total, own = _total(rows, method, column) / unit, mean_of(rows, method, column) / unit
+            if not total > 0:  # not counted
+                continue
             axis.errorbar(total, mean, yerr=0 if math.isnan(half) else half, fmt="o", capsize=3, **style)
             axis.plot([own, total], [mean, mean], linewidth=0.8, alpha=0.6, **style)
             axis.scatter(own, mean, s=30, facecolor="white", zorder=3, edgecolor=style["color"])
             axis.annotate(method, (total, mean), xytext=(5, 3), textcoords="offset points", fontsize=8, **style)
-        axis.set_xscale("log")
-        axis.set_xlabel(f"training cost of a run [{label}]: hollow the student's stage, full with all networks before")
+        if axis.lines:
+            _log_scale(axis)
+        axis.set_xlabel(f"training [{label}]: hollow the student's stage, full with all before it")
         axis.set_ylabel(f"{rows[0].get('judged_on', 'test')} accuracy, last epoch [%]")
         axis.grid(alpha=0.3, which="both")
     save_figure(figure, path)
     plt.close(figure)
 
 
+def _log_scale(axis) -> None:
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(require("matplotlib.ticker", "Drawing").LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
+
+
 READING = f"""Accuracies are those after the last epoch; within the study nothing was chosen by the images they are of.
 Intervals are Student's of the mean over seeds. Differences are those of the same seed, that is of the same initial
 weights, images and order; p is that of the {TEST}, "p (Holm)" that corrected for the number of methods in the table.
 "holds" and "does not" say that the interval lies above or below 0, "cannot tell" that it does not exclude it.
-Cost is that of a run that trains all by itself: teachers that several methods share count in each. TFLOPs are those of
+Cost is that of a run that trains all by itself: teachers that several methods share count in each. TFLOP are those of
 the networks' convolutions and products over all training steps, from {{steps}} counted steps of each stage; CPU minutes
 are the processor time of the epochs, evaluation among them."""
 
@@ -160,9 +171,11 @@ def write(out: Path, rows: Rows, facts: Facts, command: str, study: Study | None
     lines = [f"# {facts.name}", "", tables(rows, facts), ""]
     for setting in dict.fromkeys(row["setting"] for row in rows):
         own = [row for row in rows if row["setting"] == setting]
-        draw_gains(own, facts.baselines, out / f"gains-{setting}.png")
         draw_costs(own, out / f"costs-{setting}.png")
-        lines += [f"![gains, {setting}](gains-{setting}.png)", "", f"![costs, {setting}](costs-{setting}.png)", ""]
+        lines += [f"![costs, {setting}](costs-{setting}.png)", ""]
+        if any(differences(own, baseline) for baseline in facts.baselines):
+            draw_gains(own, facts.baselines, out / f"gains-{setting}.png")
+            lines += [f"![gains, {setting}](gains-{setting}.png)", ""]
     lines += ["## How to read this", "", READING.format(steps=STEPS), "", "## How to repeat it", "", f"`{command}`", ""]
     lines += _protocol(study) if study else []
     checkpoint.write_atomic(out / "report.md", "\n".join(lines).encode())
