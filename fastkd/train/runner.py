@@ -83,12 +83,13 @@ def load_data(config: TrainConfig, note: Callable[[str], None] = note) -> datase
         "root": config.data_root,
         "download": config.download,
         "train_size": config.train_size,
-        "validation": config.validation,
+        "validation": config.validation if config.validation < 1 else int(config.validation),
         "seed": config.seed,
         "image_size": config.image_size,
         "augment": config.augment,
         "bad_images": config.bad_images,
         "variants": config.variants,
+        "keep_images": config.keep_images,
     }
     if config.data in _FIXED:
         return _load_once(config.data, tuple(items.items()))
