@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fastkd import functional
 from fastkd.methods._batch import IGNORE_INDEX
-from fastkd.methods._checks import check_apart, check_integer, check_network, check_temperature
+from fastkd.methods._checks import check_apart, check_integer, check_network, check_number, check_temperature
 from fastkd.methods._fresh import weights_from
 from fastkd.methods._mean_teacher import average, average_gradients, check_precision, fresh_like, shapes
 from fastkd.methods.base import Batch, Method, Phase
@@ -90,6 +90,8 @@ class DKEL(Method):
     inputs that are not m views and for a missing target. RuntimeWarning at the first batch without `initialise`.
     """
 
+    one_loss = False  # the average follows the step
+
     def __init__(
         self,
         student: Branched,
@@ -109,16 +111,16 @@ class DKEL(Method):
     ):
         name = self._name()
         self._check_branched("student", student)
-        check_integer(name, "seed", seed)
+        seed = check_integer(name, "seed", seed)
         common.check_choice(name, "variant", variant, ("intended", "released"))
         temperature = check_temperature(name, temperature)
-        ce_weight = common.check_number(name, "ce_weight", ce_weight, "a finite number >= 0", 0)
-        c = common.check_number(name, "c", c, "a finite number >= 0", 0)
-        ramp = common.check_number(name, "ramp", ramp, "a finite number >= 0", 0)
-        of = None if of is None else common.check_number(name, "of", of, "a number >= 1, or None", 1)
-        decay = None if decay is None else common.check_number(name, "decay", decay, "a number >= 0, or None", 0)
+        ce_weight = check_number(name, "ce_weight", ce_weight, "a finite number >= 0", 0)
+        c = check_number(name, "c", c, "a finite number >= 0", 0)
+        ramp = check_number(name, "ramp", ramp, "a finite number >= 0", 0)
+        of = None if of is None else check_number(name, "of", of, "a number >= 1, or None", 1)
+        decay = None if decay is None else check_number(name, "decay", decay, "a number >= 0, or None", 0)
         init = None if init is None else check_integer(name, "init", init, 0)
-        momentum = common.check_number(name, "momentum", momentum, "a number in [0, 1]", 0, 1)
+        momentum = check_number(name, "momentum", momentum, "a number in [0, 1]", 0, 1)
         with weights_from(seed):  # the classifier first: the same one whatever the teacher
             classifier = _classifier_of(name, student) if classifier is None else classifier
             if teacher is None:
@@ -129,7 +131,7 @@ class DKEL(Method):
         if shapes(teacher) != shapes(student):
             raise common.wrong_value(name, "teacher", "a network of the student's shapes", "one of other shapes")
         learners = {"student": student, "classifier": classifier}
-        check_apart(name, learners, {"teacher": teacher})
+        check_apart(name, learners, {"teacher": teacher}, tied=False)
         super().__init__(learners=learners, seed=seed)
         self.teacher = teacher.requires_grad_(False)
         self.temperature, self.ce_weight, self.momentum, self.variant = temperature, ce_weight, momentum, variant
@@ -175,7 +177,7 @@ class DKEL(Method):
         """
         if self.init is None or self.initialised:
             return
-        lr = common.check_number(self._name(), "lr", lr, "a finite number >= 0", 0)
+        lr = check_number(self._name(), "lr", lr, "a finite number >= 0", 0)
         device, training, done = next(self.teacher.parameters()).device, self.teacher.training, 0
         self.teacher.requires_grad_(True).train()
         optimizer = torch.optim.SGD(self.teacher.parameters(), lr * INIT_LR_FACTOR, weight_decay=INIT_WEIGHT_DECAY)
@@ -220,12 +222,12 @@ class DKEL(Method):
             return min(1 - 1 / (step + 1), self.momentum)
         return self.momentum
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return super().get_extra_state() | {"steps": self.steps, "initialised": self.initialised}
+    def extra(self) -> dict[str, Any]:
+        return super().extra() | {"steps": self.steps, "initialised": self.initialised}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        super().set_extra_state(state)
-        self.steps, self.initialised = state["steps"], state["initialised"]
+    def set_extra(self, extra: dict[str, Any]) -> None:
+        super().set_extra(extra)
+        self.steps, self.initialised = extra["steps"], extra["initialised"]
 
     def _terms(self, weight: float, ensemble: float, views: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
         if target is None:
@@ -236,7 +238,7 @@ class DKEL(Method):
             teachers = [o.logits for o in running(views)]  # m x [B, C]
         outputs = self.learner("student")(views)
         peers = [o.logits for o in outputs]  # m x [B, C]
-        joint = self.learner("classifier")(torch.cat([o.features for o in outputs], 1))  # [B, C]
+        joint = self.learned_logits("classifier", torch.cat([o.features for o in outputs], 1))  # [B, C]
         if joint.shape != peers[0].shape:
             expected = f"a network whose logits have the peers' shape {list(peers[0].shape)}"
             raise common.wrong_value(self._name(), "classifier", expected, f"logits of shape {list(joint.shape)}")
