@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -56,15 +57,10 @@ class Phase:
     def before_backward(self, check: Callable[[], None]) -> None:
         """Call check() whenever a backward pass through one of the losses begins."""
 
-        def watched(loss: Tensor) -> Tensor:
-            if loss.requires_grad:
-                loss.register_hook(lambda grad: check())
-            return loss
-
-        if self.chunks == 1:
-            watched(self._loss)
-        else:
-            self.losses = map(watched, self.losses)
+        if self.chunks > 1:
+            self.losses = _watched(self.losses, check)
+        elif self._loss.requires_grad:
+            self._loss.register_hook(lambda grad: check())
 
     def _losses(self, loss_of: Callable[[Any, Any], Terms], batch: Batch) -> Iterator[Tensor]:
         for inputs, target, share in batch:
@@ -73,3 +69,11 @@ class Phase:
                 part = batch.weigh(part, share)
                 self.parts[name] = self.parts[name] + part if name in self.parts else part
             yield batch.weigh(loss, share)
+
+
+def _watched(losses: Iterator[Tensor], check: Callable[[], None]) -> Iterator[Tensor]:
+    with contextlib.closing(losses):
+        for loss in losses:
+            if loss.requires_grad:
+                loss.register_hook(lambda grad: check())
+            yield loss

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastkd._outputs import find_logits
+
 Norm = Callable[[int], nn.Module]
 
 
@@ -31,12 +33,8 @@ def logits_of(output: object) -> Tensor:
 
     Raises TypeError for anything else.
     """
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if logits is None and isinstance(output, Mapping):
-        logits = output.get("logits")
-    if isinstance(logits, Tensor):
+    logits = find_logits(output)
+    if logits is not None:
         return logits
     raise TypeError(
         f"logits_of: output must be a Tensor or have a Tensor in `.logits`, got {type(output).__name__}; "
