@@ -15,11 +15,11 @@ constexpr unsigned kScaleVectors = 1024;  // of a block, four of a thread
 constexpr int kMostLearners = 16;         // of one launch
 
 // Block l: the sum of the losses row_loss[l, :] in double. The first one also counts rows: aux = {factor that the stored
-// gradients lack, targets out of range}.
+// gradients lack, targets out of range}. `items` > 0 divides instead of the rows that count.
 template <class A>
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_kernel(const A* row_loss, const int64_t* target, int64_t rows, int64_t classes, int64_t ignore_index, bool mean,
-                  A* loss, A* aux) {
+                  double items, A* loss, A* aux) {
   using Threads = RowThreads<double, kReduceThreads>;
   SIMT_SHARED(double, buffer, 2 * Threads::kWarps * Threads::kMost);
   Threads threads{int(threadIdx.x), 0, buffer};
@@ -33,12 +33,12 @@ __global__ void __launch_bounds__(kReduceThreads)
   }
   sums = threads.sum(sums);
   if (threadIdx.x != 0) return;
-  const double count = sums.v[1] > 1 ? sums.v[1] : 1;
+  const double count = items > 0 ? items : !mean ? 1 : sums.v[1] > 1 ? sums.v[1] : 1;
   if (blockIdx.x == 0) {
-    aux[0] = mean ? A(1 / count) : A(1);
+    aux[0] = A(1 / count);
     aux[1] = A(sums.v[2]);
   }
-  if (loss) loss[blockIdx.x] = A(mean ? sums.v[0] / count : sums.v[0]);
+  if (loss) loss[blockIdx.x] = A(sums.v[0] / count);
 }
 
 // Stored gradients [S, R, C], what they lack, and where they go. Slot s belongs to learner learner[s].
@@ -75,13 +75,13 @@ __global__ void __launch_bounds__(kScaleThreads)
   }
 }
 
-// Of an operation's forward; `type` is that of the learners.
+// Of an operation's forward; `type` is that of the learners, `losses` as for forward_over_rows() in core/run.h.
 template <class Args>
-void launch_reduce(const Args& args, DType type, int learners, cudaStream_t stream) {
+void launch_reduce(const Args& args, DType type, int losses, cudaStream_t stream) {
   const auto reduce = [&]<class A>(A) {
-    SIMT_LAUNCH((reduce_kernel<A>), dim3(unsigned(learners)), dim3(kReduceThreads), 0, stream,
+    SIMT_LAUNCH((reduce_kernel<A>), dim3(unsigned(losses)), dim3(kReduceThreads), 0, stream,
                 static_cast<const A*>(args.row_loss), args.target, args.rows, args.classes, args.ignore_index,
-                args.reduction == Reduction::mean, static_cast<A*>(args.loss), static_cast<A*>(args.aux));
+                args.reduction == Reduction::mean, args.items, static_cast<A*>(args.loss), static_cast<A*>(args.aux));
   };
   type == DType::f64 ? reduce(double()) : reduce(float());
 }

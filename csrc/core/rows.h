@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/exp_log.h"
+#include "core/network.h"
 
 namespace fastkd {
 inline namespace FASTKD_TARGET {
@@ -49,6 +50,24 @@ A load_row(const T* from, int64_t n, int64_t padded, A* to) {
     top = most > top ? most : top;
   });
   return top;
+}
+
+// load_row() of a network of any dtype, converted on the way.
+template <class A>
+A load_row(const Network& from, int64_t row, int64_t n, int64_t padded, A* to) {
+  switch (from.type) {
+    case DType::f64: return load_row(row_of<double>(from, row), n, padded, to);
+    case DType::f16: return load_row(row_of<Half>(from, row), n, padded, to);
+    case DType::bf16: return load_row(row_of<BFloat16>(from, row), n, padded, to);
+    default: return load_row(row_of<float>(from, row), n, padded, to);
+  }
+}
+
+FASTKD_HD int64_t bytes_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
+
+inline void prefetch_row(const Network& from, int64_t row, int64_t n) {
+  const int64_t bytes = bytes_of(from.type);
+  prefetch_row(static_cast<const char*>(from.data) + row_offset(from.rows, row) * bytes, n * bytes);
 }
 
 // to = from * factor; `to` is other memory than `from`.

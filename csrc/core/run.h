@@ -37,8 +37,9 @@ void run_with_scratch(const Kernels& kernels, const Args& args, int64_t tasks, i
 struct Counts {
   int64_t valid = 0, outside = 0;
 
-  // What the reduction multiplies the sum of the rows' losses by.
-  double factor(Reduction reduction) const {
+  // What the reduction multiplies the sum of the rows' losses by. `items` > 0 divides instead of the rows that count.
+  double factor(Reduction reduction, double items = 0) const {
+    if (items > 0) return 1. / items;
     return reduction == Reduction::mean ? 1. / double(valid > 1 ? valid : 1) : 1.;
   }
 };
@@ -77,11 +78,11 @@ inline void write_aux(DType type, double missing_factor, int64_t outside, void* 
 }
 
 // The forward of a loss over rows with stored gradients: the rows, then their reduction. `type` is that of the learners,
-// `work` the elements that a row costs.
+// `losses` how many there are of a row (row_loss A [losses, R], loss A [losses]), `work` the elements that a row costs.
 template <class Kernels, class Args>
-void forward_over_rows(const Kernels& kernels, Args& args, DType type, int learners, int64_t work) {
+void forward_over_rows(const Kernels& kernels, Args& args, DType type, int losses, int64_t work) {
   const Counts counts = count_rows(args.target, args.rows, args.classes, args.ignore_index);
-  const double factor = counts.factor(args.reduction);
+  const double factor = counts.factor(args.reduction, args.items);
   // The mean's factor goes into the stored gradients, so that a backward with grad_output 1 has nothing left to do; not in
   // float16, where it would underflow.
   args.row_factor = type == DType::f16 ? 1. : factor;
@@ -89,9 +90,9 @@ void forward_over_rows(const Kernels& kernels, Args& args, DType type, int learn
   write_aux(type, factor / args.row_factor, counts.outside, args.aux);
   if (!args.loss) return;
   if (type == DType::f64)
-    reduce_rows<double>(args.row_loss, learners, args.rows, factor, args.loss);
+    reduce_rows<double>(args.row_loss, losses, args.rows, factor, args.loss);
   else
-    reduce_rows<float>(args.row_loss, learners, args.rows, factor, args.loss);
+    reduce_rows<float>(args.row_loss, losses, args.rows, factor, args.loss);
 }
 
 #else

@@ -12,7 +12,7 @@
 #include <optional>
 #include <vector>
 
-#include "core/dtype.h"
+#include "core/network.h"
 
 // The namespace and dispatch key that a build of op.cpp registers its operation under.
 #if defined(FASTKD_BACKEND_CUDA)
@@ -94,6 +94,62 @@ struct NetworkRows {
       strides.push_back(z.stride(0));
     }
     return dtype_of(networks.front());
+  }
+};
+
+// How the rows of [..., C] lie, or nothing where they have no layout that kernels know: too many dimensions that do not
+// merge, or classes that are not next to each other.
+inline std::optional<RowLayout> row_layout(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  STD_TORCH_CHECK(last >= 0, "fastkd: expected logits [..., C]");
+  if (t.size(last) > 1 && t.stride(last) != 1) return std::nullopt;
+  RowLayout rows;
+  rows.dims = 0;
+  for (int64_t d = 0; d < last; ++d) {
+    const int64_t size = t.size(d), stride = t.stride(d);
+    if (size == 1) continue;
+    const int inner = rows.dims - 1;
+    if (inner >= 0 && rows.stride[inner] == size * stride) {  // one dimension with the one before
+      rows.size[inner] *= size;
+      rows.stride[inner] = stride;
+      continue;
+    }
+    if (rows.dims == kMostRowDims) return std::nullopt;
+    rows.size[rows.dims] = size;
+    rows.stride[rows.dims++] = stride;
+  }
+  if (rows.dims == 0) rows = {1, {1}, {t.size(last)}};
+  return rows;
+}
+
+// Logits [..., C] of R rows as kernels read them, each of its own dtype and layout, kept alive for the call. Nothing is
+// copied where row_layout() knows the rows.
+struct Networks {
+  std::vector<Tensor> kept;
+  std::vector<Network> list;
+
+  const Network& add(const Tensor& tensor, int64_t rows, int64_t classes) {
+    std::optional<RowLayout> layout = row_layout(tensor);
+    kept.push_back(layout ? tensor : torch::stable::contiguous(tensor));
+    if (!layout) layout = row_layout(kept.back());
+    const Tensor& z = kept.back();
+    STD_TORCH_CHECK(z.size(z.dim() - 1) == classes && z.numel() == rows * classes, "fastkd: the networks' shapes differ");
+    STD_TORCH_CHECK(same_device(z, kept.front()), "fastkd: the networks' devices differ");
+    list.push_back({z.data_ptr(), dtype_of(z), *layout});
+    return list.back();
+  }
+
+  void add(const std::vector<Tensor>& tensors, int64_t rows, int64_t classes) {
+    for (const Tensor& tensor : tensors) add(tensor, rows, classes);
+  }
+
+  static bool same_device(const Tensor& a, const Tensor& b) {
+    int32_t types[2], indices[2];
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &types[0]));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &types[1]));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(a.get(), &indices[0]));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(b.get(), &indices[1]));
+    return types[0] == types[1] && indices[0] == indices[1];
   }
 };
 

@@ -32,6 +32,7 @@ struct Args {
 
   Combine combine = Combine::losses;
   Reduction reduction = Reduction::mean;
+  double items = 0;  // > 0: what the sum of the rows is divided by, instead of those that count
   double ce_weight = 0, label_smoothing = 0;
   int64_t ignore_index = -100;
   bool scale_by_t2 = true;

@@ -32,6 +32,7 @@ struct Args {
   int64_t ignore_index = -100;
   bool scale_by_t2 = true;
   Reduction reduction = Reduction::mean;
+  double items = 0;  // > 0: what the sum of the rows is divided by, instead of those that count
   const int* slot = nullptr;  // M: which of the S gradients is the learner's, or -1
   int slots = 0;
   bool stream = false;  // CUDA: as if the row did not fit on chip

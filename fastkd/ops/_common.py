@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from numbers import Real
 
@@ -42,13 +43,16 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+ONE_LOGIT = "of shape [..., C] with C >= 2 classes (a network of one logit has a sigmoid, not a softmax)"
+
+
 def check_logits(op: str, name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise wrong_type(op, name, "a floating-point tensor [..., C]", type(value).__name__)
     if not value.is_floating_point():
         raise wrong_type(op, name, "a floating-point tensor (logits, not labels)", f"dtype {value.dtype}")
-    if value.dim() == 0 or value.shape[-1] == 0:
-        raise wrong_value(op, name, "of shape [..., C] with C >= 1", f"shape {list(value.shape)}")
+    if value.dim() == 0 or value.shape[-1] < 2:
+        raise wrong_value(op, name, ONE_LOGIT, f"shape {list(value.shape)}")
     if value.shape[-1] >= MOST_CLASSES:
         raise wrong_value(op, name, "of fewer than 2**31 classes", value.shape[-1])
     return value
@@ -63,12 +67,38 @@ def check_like(op: str, name: str, value: object, student: Tensor, whose: str = 
         raise wrong_value(op, name, f"on {whose} device {student.device}", f"device {value.device}")
 
 
+def check_not_probabilities(op: str, name: str, logits: Tensor | Sequence[Tensor]) -> None:
+    """With FASTKD_CHECKS=1: refuses logits [..., C], one tensor or several, whose rows all are probabilities."""
+    if not CHECK_VALUES_EVERYWHERE:
+        return
+    for k, z in enumerate([logits] if isinstance(logits, Tensor) else logits):
+        if may_read_values(z) and z.numel() > 0 and _are_probabilities(z.detach()):
+            name = name if isinstance(logits, Tensor) else f"{name}[{k}]"
+            raise wrong_value(op, name, "logits", "probabilities (rows >= 0 that sum to 1): take their logarithm")
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    rounding = 1e-2 if logits.dtype.itemsize == 2 else 1e-4
+    sums = logits.sum(-1, dtype=torch.float64)
+    return bool((logits >= 0).all() & ((sums - 1).abs() <= rounding).all())
+
+
+def why_learning(name: str, learners: Sequence[Tensor]) -> str:
+    """Why a teacher called `name` that requires grad keeps a call from the kernels, and what to do about it."""
+    if any([z.requires_grad for z in learners]):
+        return f"{name} requires grad, so it gets a gradient too (if it is not to learn: detach it, or torch.no_grad)"
+    return f"{name} requires grad and no student does (are the arguments swapped? The student comes first)"
+
+
 def check_number(
     op: str, name: str, value: object, expected: str, low: float = -LARGEST, high: float = LARGEST
 ) -> float:
     """A finite Python number within [low, high]; a tensor is refused, since its gradient would be lost."""
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
-        raise wrong_type(op, name, expected, type(value).__name__)
+    if type(value) is not float:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise wrong_type(op, name, expected, type(value).__name__)
+        if hasattr(value, "dtype"):  # np.float32 compares in its own dtype, in which LARGEST overflows
+            value = float(value)
     if not low <= value <= high:  # comparisons only: NaN fails them, and torch.compile traces them for a dynamic float
         raise wrong_value(op, name, expected, value)
     return float(value)
@@ -77,6 +107,120 @@ def check_number(
 def check_index(op: str, name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise wrong_type(op, name, "an integer", type(value).__name__)
+
+
+def check_scalar(
+    op: str, name: str, value: object, expected: str, low: float = -LARGEST, high: float = LARGEST
+) -> float | Tensor:
+    """A finite number within [low, high]; a 0-d tensor where its value may not be read or must be differentiated."""
+    if not isinstance(value, Tensor):
+        return check_number(op, name, value, expected, low, high)
+    if value.numel() != 1 or value.dim() > 1 or value.dtype == torch.bool or value.is_complex():
+        raise wrong_value(op, name, expected, f"a tensor of {value.dtype} and shape {list(value.shape)}")
+    if not may_read_values(value):
+        return value.reshape(())
+    number = check_number(op, name, value.item(), expected, low, high)
+    return value.reshape(()) if value.requires_grad and torch.is_grad_enabled() else number
+
+
+def on_host(scalars: Sequence[float | Tensor]) -> bool:
+    """Whether native kernels of any device can take these: numbers, or 0-d tensors on the CPU that need no gradient.
+
+    Inside a compiled graph a CPU tensor is an input like any other, so that a schedule needs no second graph.
+    """
+    return all(
+        [
+            not isinstance(s, Tensor) or (s.device.type == "cpu" and not (s.requires_grad and torch.is_grad_enabled()))
+            for s in scalars
+        ]
+    )
+
+
+def host_scalars(scalars: Sequence[float | Tensor]) -> Tensor | None:
+    """None where all are numbers; else float64 [n] on the CPU, in their order, for the kernels to read."""
+    if not any([isinstance(s, Tensor) for s in scalars]):
+        return None
+    tensors = [s if isinstance(s, Tensor) else torch.tensor(s, dtype=torch.float64) for s in scalars]
+    return torch.stack([t.detach().to(torch.float64) for t in tensors])
+
+
+def check_class_dim(op: str, class_dim: object, dims: int) -> int:
+    """The dimension of the classes of logits of `dims` dimensions, counted from the end: -1 is the last one."""
+    check_index(op, "class_dim", class_dim)
+    if not -dims <= class_dim < dims:
+        raise wrong_value(op, "class_dim", f"a dimension of the logits, in [{-dims}, {dims})", class_dim)
+    return class_dim - dims if class_dim >= 0 else class_dim
+
+
+_warned_of_maps: set[str] = set()
+
+
+def check_layout(op: str, logits: Tensor, class_dim: object, labelled: bool, name: str = "logits") -> int:
+    """check_class_dim() for one network's logits, and what can only be a mistake where no labels tell the layout.
+
+    Without labels, a vector is refused, and maps whose classes are taken from the last dimension are warned of, once.
+    """
+    dims = logits.dim()
+    if dims == 0:
+        raise wrong_value(op, name, ONE_LOGIT, "shape []")
+    class_dim = check_class_dim(op, class_dim, dims)
+    if labelled or dims not in (1, 4) or is_transformed():  # inside vmap a vector is one sample of a batch
+        return class_dim
+    if dims == 1:
+        expected = "of shape [..., C] with samples before the classes, or come with labels (one sample is logits[None])"
+        raise wrong_value(op, name, expected, f"shape {list(logits.shape)}")
+    if class_dim == -1 and not torch.compiler.is_compiling() and op not in _warned_of_maps:
+        _warned_of_maps.add(op)
+        warnings.warn(
+            f"{op}: the classes of {name} {list(logits.shape)} were taken from the last dimension; "
+            "class_dim=1 is for maps [B, C, H, W]",
+            UserWarning,
+            stacklevel=4,  # the caller of the public function, which calls a check that calls this
+        )
+    return class_dim
+
+
+def classes_last(logits: Tensor, class_dim: int) -> Tensor:
+    """Logits with their classes in the last dimension: a view. `class_dim` < 0, as check_class_dim() gives it."""
+    return logits if class_dim == -1 else logits.movedim(class_dim, -1)
+
+
+def check_mask(op: str, mask: object, leading: Sequence[int], device: torch.device) -> Tensor | None:
+    """bool [R], or None: which rows count."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise wrong_type(op, "mask", "a bool tensor, True where a row counts", got)
+    if mask.shape != torch.Size(leading):
+        raise wrong_value(op, "mask", f"of shape {list(leading)}, one value per row", f"shape {list(mask.shape)}")
+    if mask.device != device:
+        raise wrong_value(op, "mask", f"on the device {device}", f"device {mask.device}")
+    return mask.reshape(-1)
+
+
+def with_mask(target: Tensor | None, mask: Tensor | None, ignore_index: int) -> Tensor | None:
+    """The target [R] with rows outside the mask [R] ignored; without labels, one of zeros and `ignore_index`."""
+    if mask is None:
+        return target
+    if target is None:
+        target = torch.zeros_like(mask, dtype=torch.int64)
+        if ignore_index == 0:
+            target = target + 1
+    return target.masked_fill(~mask, ignore_index)
+
+
+def check_num_items(op: str, num_items: object, reduction: str) -> float | Tensor | None:
+    """What the sum of the rows is divided by: None for the reduction's own; a number or a 0-d tensor."""
+    if num_items is None:
+        return None
+    if reduction == "none":
+        raise wrong_value(op, "num_items", "None for reduction='none', which divides nothing", num_items)
+    expected = "a finite number > 0 (or a 0-d tensor)"
+    items = check_scalar(op, "num_items", num_items, expected)
+    if not isinstance(items, Tensor) and items <= 0:
+        raise wrong_value(op, "num_items", expected, items)
+    return items
 
 
 def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:
@@ -93,13 +237,31 @@ def check_target(op: str, target: object, student: Tensor, whose: str = "the stu
     ):
         raise wrong_type(op, "target", "class indices of an integer dtype (int64)", f"dtype {target.dtype}")
     if target.shape != student.shape[:-1]:
-        expected = f"of shape {list(student.shape[:-1])}, {whose} without its last dimension"
-        raise wrong_value(op, "target", expected, f"shape {list(target.shape)}")
+        raise wrong_value(op, "target", _target_shape(target, student, whose), f"shape {list(target.shape)}")
     if target.device != student.device:
         raise wrong_value(op, "target", f"on {whose} device {student.device}", f"device {target.device}")
     if target.dtype != torch.int64:
         target = target.long()
     return target if target.dim() == 1 else target.reshape(-1)
+
+
+def _target_shape(target: Tensor, student: Tensor, whose: str) -> str:
+    expected = f"of shape {list(student.shape[:-1])}, {whose} without its last dimension"
+    if student.dim() > 2 and target.shape == student.shape[:1] + student.shape[2:]:
+        expected += " (classes must be last, or say class_dim=1)"
+    return expected
+
+
+def check_soft_target(op: str, target: Tensor, student: Tensor, whose: str = "the student's") -> Tensor:
+    """Probabilities of the student's shape, of a floating dtype, as rows of rows_of()."""
+    if target.shape != student.shape:
+        expected = f"class indices {list(student.shape[:-1])}, or probabilities of {whose} shape {list(student.shape)}"
+        raise wrong_value(op, "target", expected, f"shape {list(target.shape)} of {target.dtype}")
+    if target.device != student.device:
+        raise wrong_value(op, "target", f"on {whose} device {student.device}", f"device {target.device}")
+    if may_read_values(target) and target.numel() and not float(target.detach().min()) >= 0:
+        raise wrong_value(op, "target", "probabilities, at least 0", "a negative one or NaN")
+    return rows_of(target)
 
 
 def out_of_range(op: str, target: Tensor, classes: int, ignore_index: int) -> ValueError:
@@ -122,8 +284,31 @@ def check_range(op: str, target: Tensor | None, classes: int, ignore_index: int)
 
 
 def rows_of(logits: Tensor) -> Tensor:
-    """[..., C] as [R, C]."""
+    """[..., C] as [R, C] where that is a view; else as it is: the kernels read rows anywhere in memory (flat_rows)."""
+    if logits.dim() == 2:
+        return logits
+    if logits.dim() == 1 or _rows_merge(logits.shape, logits.stride()):
+        return logits.view(-1, logits.shape[-1])
+    return logits if logits.stride(-1) == 1 else logits.reshape(-1, logits.shape[-1])
+
+
+def _rows_merge(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether the leading dimensions of a tensor can be seen as one."""
+    dims = [(n, s) for n, s in zip(shape[:-1], stride[:-1], strict=True) if n != 1]
+    return 0 in shape or all([s == inner_n * inner_s for (_, s), (inner_n, inner_s) in zip(dims, dims[1:])])  # noqa: B905
+
+
+def flat_rows(logits: Tensor) -> Tensor:
+    """[..., C] as [R, C], copied where no view can be: for the reference."""
     return logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+
+
+def count_rows(logits: Tensor) -> int:
+    """R of logits [..., C]."""
+    rows = 1
+    for size in logits.shape[:-1]:
+        rows = rows * size
+    return rows
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -131,14 +316,25 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def reduce_rows(rows: Tensor, valid: Tensor | None, reduction: str, leading: Sequence[int]) -> Tensor:
-    """Row losses [R] by "none" | "sum" | "mean"; the mean is over max(1, rows that count)."""
+def reduce_rows(
+    rows: Tensor,
+    valid: Tensor | None,
+    reduction: str,
+    leading: Sequence[int],
+    num_items: float | Tensor | None = None,
+) -> Tensor:
+    """Row losses [R] by "none" | "sum" | "mean"; the mean is over max(1, rows that count), or num_items."""
     if reduction == "none":
         return rows.reshape(leading)
+    if num_items is not None:
+        return rows.sum() / num_items
     if reduction == "sum":
         return rows.sum()
     count = max(1, rows.shape[0]) if valid is None else valid.sum().clamp(min=1)
     return rows.sum() / count
+
+
+# --- what autograd functions keep between forward and backward ------------------------------------------------------
 
 
 def save_for_backward(ctx, tensors: Sequence[Tensor | None]) -> None:
@@ -154,3 +350,44 @@ def save_for_backward(ctx, tensors: Sequence[Tensor | None]) -> None:
 def with_kept(ctx, saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The tensors that save_for_backward() was given, from ctx.saved_tensors."""
     return saved if ctx.kept is None else [ctx.kept.get(i, tensor) for i, tensor in enumerate(saved)]
+
+
+class Inputs:
+    """The inputs of an operation whose first derivative does not read them: only a second one does.
+
+    They may be changed in place between the loss and its backward, which tensors of save_for_backward may not.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None]):
+        self._tensors = tuple(tensors)
+        self._versions = tuple([_version(t) for t in tensors])
+
+    def unchanged(self, op: str) -> tuple[Tensor | None, ...]:
+        for tensor, version in zip(self._tensors, self._versions, strict=True):
+            if _version(tensor) != version:
+                raise RuntimeError(
+                    f"{op}: a second derivative (create_graph=True) needs the inputs as they were, but one of them was "
+                    "changed in place after the loss was computed; give the operation a clone of it"
+                )
+        return self._tensors
+
+
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def graph_is_kept() -> bool:
+    """Inside a backward: whether the graph will be gone through again (retain_graph or create_graph)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def hand_out(ctx, name: str) -> Tensor:
+    """The stored gradient `ctx.<name>` as the caller's own tensor: given away with the last pass, else copied.
+
+    Read ctx.saved_tensors before: it raises where the graph was freed already.
+    """
+    gradient = getattr(ctx, name)
+    if graph_is_kept():
+        return gradient.clone()
+    setattr(ctx, name, None)
+    return gradient

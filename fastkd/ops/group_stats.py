@@ -116,7 +116,8 @@ def register_fakes(namespace: str) -> None:
 def statistics(networks: Sequence[Tensor], target: Tensor | None, ignore_index: int) -> GroupStats:
     """GroupStats of checked logits M x [R, C] and labels int64 [R], by the kernels where they can take them."""
     networks = [z.detach() if z.requires_grad else z for z in networks]
-    if why_reference(networks) is not None:
+    if (reason := why_reference(networks)) is not None:
+        _backend.note_fallback(OP, reason, networks[0])
         with forward_ad._set_fwd_grad_enabled(False):  # a detached tensor would keep its tangent
             return reference_stats(networks, target, ignore_index)
     return GroupStats(*_backend.native_ops(networks[0]).group_stats(networks, target, ignore_index))
@@ -275,11 +276,12 @@ def _hardest(stats: GroupStats) -> tuple[Tensor, Tensor]:
 def _check(logits: object, target: object, ignore_index: object) -> tuple[Sequence[Tensor], Tensor | None]:
     """The networks' rows M x [R, C] and the target int64 [R]."""
     networks = _check_networks(logits, target)
+    common.check_not_probabilities(OP, "logits", networks)
     common.check_index(OP, "ignore_index", ignore_index)
     if target is not None:
         target = common.check_target(OP, target, networks[0], "one network's")
         common.check_range(OP, target, networks[0].shape[-1], ignore_index)
-    return [common.rows_of(z) for z in networks], target
+    return [common.flat_rows(z) for z in networks], target
 
 
 def _check_networks(logits: object, target: object) -> Sequence[Tensor]:
