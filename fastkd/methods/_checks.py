@@ -45,20 +45,6 @@ def check_integer(method: str, argument: str, value: object, low: int | None = N
     return value
 
 
-def check_number(
-    method: str,
-    argument: str,
-    value: object,
-    expected: str,
-    low: float = -common.LARGEST,
-    high: float = common.LARGEST,
-) -> float:
-    """A finite number within [low, high] as Python's float: NumPy's float32 overflows beside `common.LARGEST`."""
-    if isinstance(value, Real) and not isinstance(value, bool):
-        value = float(value)
-    return common.check_number(method, argument, value, expected, low, high)
-
-
 def check_temperature(method: str, value: object, argument: str = "temperature") -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise common.wrong_type(method, argument, "a finite number > 0", type(value).__name__)

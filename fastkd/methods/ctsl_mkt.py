@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
-from fastkd.methods._checks import check_networks, check_number, check_temperature
+from fastkd.methods._checks import check_networks, check_temperature
 from fastkd.methods._features import outputs_of
 from fastkd.methods._peers import Peers, check_peers, per_peer
 from fastkd.methods._relations import rows_that_count, select
@@ -93,7 +93,7 @@ class CTSLMKT(Peers):
     ):
         name, count = self._name(), len(check_peers(self._name(), peers))
         numbers = {"alpha": alpha, "beta": beta, "beta1": beta1, "beta2": beta2, "gamma": gamma}
-        numbers = {key: check_number(name, key, value, "a number >= 0", 0) for key, value in numbers.items()}
+        numbers = {key: common.check_number(name, key, value, "a number >= 0", 0) for key, value in numbers.items()}
         switches = {"mutual_response": mutual_response, "mutual_relation": mutual_relation}
         switches |= {"self_learning": self_learning}
         switches = {

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
-from fastkd.methods._checks import check_integer, check_network, check_networks, check_number, check_temperature
+from fastkd.methods._checks import check_integer, check_network, check_networks, check_temperature
 from fastkd.methods.base import Batch, Method, Phase, cross_entropy
 from fastkd.ops import _common as common
 
@@ -80,8 +80,8 @@ class DGKD(Method):
             expected = f"less than the number of guides, {len(guides)} (one is always kept)"
             raise common.wrong_value(name, "drop_num", expected, drop_num)
         temperature = check_temperature(name, temperature)
-        lam = check_number(name, "lam", lam, "a number in [0, 1]", 0, 1)
-        survival = check_number(name, "survival", survival, "a number in [0, 1]", 0, 1)
+        lam = common.check_number(name, "lam", lam, "a number in [0, 1]", 0, 1)
+        survival = common.check_number(name, "survival", survival, "a number in [0, 1]", 0, 1)
         super().__init__(learners={"student": student}, frozen={"guides": guides}, seed=seed)
         self.temperature, self.lam, self.scale = temperature, lam, scale
         self.drop, self.survival, self.drop_num = drop, survival, drop_num

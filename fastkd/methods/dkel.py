@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fastkd import functional
 from fastkd.methods._batch import IGNORE_INDEX
-from fastkd.methods._checks import check_apart, check_integer, check_network, check_number, check_temperature
+from fastkd.methods._checks import check_apart, check_integer, check_network, check_temperature
 from fastkd.methods._fresh import weights_from
 from fastkd.methods._mean_teacher import average, average_gradients, check_precision, fresh_like, shapes
 from fastkd.methods.base import Batch, Method, Phase
@@ -114,13 +114,13 @@ class DKEL(Method):
         seed = check_integer(name, "seed", seed)
         common.check_choice(name, "variant", variant, ("intended", "released"))
         temperature = check_temperature(name, temperature)
-        ce_weight = check_number(name, "ce_weight", ce_weight, "a finite number >= 0", 0)
-        c = check_number(name, "c", c, "a finite number >= 0", 0)
-        ramp = check_number(name, "ramp", ramp, "a finite number >= 0", 0)
-        of = None if of is None else check_number(name, "of", of, "a number >= 1, or None", 1)
-        decay = None if decay is None else check_number(name, "decay", decay, "a number >= 0, or None", 0)
+        ce_weight = common.check_number(name, "ce_weight", ce_weight, "a finite number >= 0", 0)
+        c = common.check_number(name, "c", c, "a finite number >= 0", 0)
+        ramp = common.check_number(name, "ramp", ramp, "a finite number >= 0", 0)
+        of = None if of is None else common.check_number(name, "of", of, "a number >= 1, or None", 1)
+        decay = None if decay is None else common.check_number(name, "decay", decay, "a number >= 0, or None", 0)
         init = None if init is None else check_integer(name, "init", init, 0)
-        momentum = check_number(name, "momentum", momentum, "a number in [0, 1]", 0, 1)
+        momentum = common.check_number(name, "momentum", momentum, "a number in [0, 1]", 0, 1)
         with weights_from(seed):  # the classifier first: the same one whatever the teacher
             classifier = _classifier_of(name, student) if classifier is None else classifier
             if teacher is None:
@@ -177,7 +177,7 @@ class DKEL(Method):
         """
         if self.init is None or self.initialised:
             return
-        lr = check_number(self._name(), "lr", lr, "a finite number >= 0", 0)
+        lr = common.check_number(self._name(), "lr", lr, "a finite number >= 0", 0)
         device, training, done = next(self.teacher.parameters()).device, self.teacher.training, 0
         self.teacher.requires_grad_(True).train()
         optimizer = torch.optim.SGD(self.teacher.parameters(), lr * INIT_LR_FACTOR, weight_decay=INIT_WEIGHT_DECAY)

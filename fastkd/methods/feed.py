@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastkd import functional
 from fastkd.methods._batch import IGNORE_INDEX
-from fastkd.methods._checks import check_integer, check_network, check_networks, check_number, is_sequence
+from fastkd.methods._checks import check_integer, check_network, check_networks, is_sequence
 from fastkd.methods._features import outputs_of
 from fastkd.methods._fresh import beside, weights_from
 from fastkd.methods._map_channels import map_channels
@@ -103,7 +103,7 @@ class FEED(Method):
             raise common.wrong_value(name, "teachers", expected, len(teachers))
         self._check_options(beta, reduction, p, norm)
         layers = check_integer(name, "layers", layers, 1)
-        negative_slope = check_number(name, "negative_slope", negative_slope, "a number in [0, 1]", 0, 1)
+        negative_slope = common.check_number(name, "negative_slope", negative_slope, "a number in [0, 1]", 0, 1)
         if not isinstance(batch_norm, bool):
             raise common.wrong_type(name, "batch_norm", "True or False", type(batch_norm).__name__)
         seed = check_integer(name, "seed", seed)
@@ -165,7 +165,7 @@ class FEED(Method):
 
     def _check_options(self, beta: float, reduction: str, p: int, norm: str) -> None:
         name = self._name()
-        check_number(name, "beta", beta, "a number >= 0", 0)
+        common.check_number(name, "beta", beta, "a number >= 0", 0)
         common.check_choice(name, "reduction", reduction, ("mean", "sum"))
         if isinstance(p, bool) or p not in (1, 2):
             raise common.wrong_value(name, "p", "1 or 2", repr(p))

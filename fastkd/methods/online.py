@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastkd import functional
 from fastkd.methods._batch import IGNORE_INDEX
-from fastkd.methods._checks import check_integer, check_number, check_temperature
+from fastkd.methods._checks import check_integer, check_temperature
 from fastkd.methods._peers import Peers, check_peers, per_peer
 from fastkd.methods.base import Batch, Phase
 from fastkd.methods.ctsl_mkt import CTSLMKT
@@ -210,4 +210,4 @@ def _loss_and_slope(a: Tensor, z: Tensor, share: Tensor) -> tuple[Tensor, Tensor
 
 
 def _check_weight(method: str, argument: str, value: object) -> float:
-    return check_number(method, argument, value, "a number >= 0, or one of them per peer", 0)
+    return common.check_number(method, argument, value, "a number >= 0, or one of them per peer", 0)

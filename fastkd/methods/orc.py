@@ -28,7 +28,7 @@ from fastkd import functional
 from fastkd.functional import GroupStats
 from fastkd.methods._batch import IGNORE_INDEX, map_tree
 from fastkd.methods._calls import as_argument, logits_in
-from fastkd.methods._checks import check_integer, check_network, check_networks, check_number, check_temperature
+from fastkd.methods._checks import check_integer, check_network, check_networks, check_temperature
 from fastkd.methods._observe import observe, read_later
 from fastkd.methods._pool import Pool, gather_pool
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
@@ -129,9 +129,9 @@ class ORC(Method):
         _check_one_process(name, process_group)
         common.check_choice(name, "feedback", feedback, ("local", "global"))
         temperature = check_temperature(name, temperature)
-        beta = check_number(name, "beta", beta, "a number in [0, 1]", 0, 1)
-        alpha = check_number(name, "alpha", alpha, "a finite number > 0", sys.float_info.min)
-        pivot_lr = check_number(name, "pivot_lr", pivot_lr, "a finite number >= 0", 0)
+        beta = common.check_number(name, "beta", beta, "a number in [0, 1]", 0, 1)
+        alpha = common.check_number(name, "alpha", alpha, "a finite number > 0", sys.float_info.min)
+        pivot_lr = common.check_number(name, "pivot_lr", pivot_lr, "a finite number >= 0", 0)
         super().__init__(learners={"pivot": pivot, "students": students}, seed=seed)
         self.temperature, self.beta, self.alpha, self.promote = temperature, beta, alpha, promote
         self.rank_by, self.intensive, self.errors_only = rank_by, intensive, errors_only
