@@ -167,28 +167,29 @@ class DKEL(Method):
         """
         return self.teacher.peer(0)
 
-    def initialise(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]], lr: float) -> None:
+    def initialise(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]], lr: float, *, chunks: int = 1) -> None:
         """The teacher's first steps: SGD on the mean of its peers' cross-entropies, for init + 1 of `batches`.
 
         To be called before the first epoch, with the training set's (views, target) and the base learning rate: steps
         of lr / 100, weight decay 5e-4, no momentum (P, code). It takes no batch and returns at once where it has run
         before (saved in the state dict), and with init=None. With several processes every rank calls it: gradients are
-        those of the mean over the rows of the default group.
+        those of the mean over the rows of the default group. `chunks` as in `phases`, each of two rows at least.
         """
         if self.init is None or self.initialised:
             return
         lr = common.check_number(self._name(), "lr", lr, "a finite number >= 0", 0)
+        check_integer(self._name(), "chunks", chunks, 1)
         device, training, done = next(self.teacher.parameters()).device, self.teacher.training, 0
         self.teacher.requires_grad_(True).train()
         optimizer = torch.optim.SGD(self.teacher.parameters(), lr * INIT_LR_FACTOR, weight_decay=INIT_WEIGHT_DECAY)
         try:
             for views, target in islice(batches, self.init + 1):
                 self._check_views("batches", views)
-                outputs = self.teacher([view.to(device, non_blocking=True) for view in views])
-                target = target.to(device, non_blocking=True)
-                losses = self._cross_entropies([o.logits for o in outputs], target, 1.0)
+                views, target = [view.to(device, non_blocking=True) for view in views], target.to(device)
                 optimizer.zero_grad(set_to_none=True)
-                losses.mean().backward()
+                for part, labels, share in Batch(views, target, max(1, min(chunks, len(target) // 2))):
+                    losses = self._cross_entropies([o.logits for o in self.teacher(part)], labels, 1.0)
+                    Batch.weigh(losses.mean(), share).backward()
                 average_gradients(self.teacher, (target != IGNORE_INDEX).sum())
                 optimizer.step()
                 done += 1
@@ -278,53 +279,6 @@ class DKEL(Method):
             raise common.wrong_type(self._name(), argument, expected, got)
         if len(views) != m:
             raise common.wrong_value(self._name(), argument, expected, f"{len(views)} views")
-
-
-class PCL(DKEL):
-    """Peer Collaborative Learning (AAAI 2021): DKEL without initialisation and decaying ensemble, and with c = 1.
-
-        L = CE(z_e) + sum_j [ CE(z_j) + w * KD(z_j, z_e) + w * mean over k != j of KD(z_j, t_k) ]
-
-    The teacher starts as a copy of the student and averages with a = min(1 - 1 / (g + 1), momentum) after step g, so
-    that it is the student after the first one (P). `initialise` does nothing.
-
-    Args:
-        student, teacher, classifier, temperature, ce_weight, ramp, of, momentum, seed: as in `DKEL`; T = 3, ramp = 80
-            epochs of 300, momentum = 0.999 (P); the scaling to other lengths of a run is ours (C).
-        c: weight of the distillation after the ramp-up; 1 (P).
-        variant: "intended" | "released": the ramp-up of the reproduction that the authors of DKEL released.
-    """
-
-    def __init__(
-        self,
-        student: Branched,
-        *,
-        teacher: Branched | None = None,
-        classifier: nn.Module | None = None,
-        temperature: float = 3.0,
-        ce_weight: float = 1.0,
-        c: float = 1.0,
-        ramp: float = 80,
-        of: float | None = 300,
-        variant: str = "intended",
-        momentum: float = 0.999,
-        seed: int = 0,
-    ):
-        super().__init__(
-            student,
-            teacher=teacher,
-            classifier=classifier,
-            temperature=temperature,
-            ce_weight=ce_weight,
-            c=c,
-            ramp=ramp,
-            of=of,
-            decay=None,
-            init=None,
-            variant=variant,
-            momentum=momentum,
-            seed=seed,
-        )
 
 
 def _teaching(teachers: list[Tensor], weight: float, ensemble: float) -> tuple[list[Tensor], list[list[float]]]:
