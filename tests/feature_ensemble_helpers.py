@@ -66,7 +66,7 @@ def sizes(
     students, teachers, weights=None, p=1, norm="sample", elements="mean", reduction="mean", mask=None, num_items=None
 ):
     """The largest sample's sum of the magnitudes that its loss adds up; the same of each gradient, as an L2 norm."""
-    from fastkd.ops.feature_ensemble import _normalised
+    from fastkd.ops._feature_maps import normalised
 
     one, k = isinstance(students, torch.Tensor), len(teachers)
     batch = as_list(students)[0].shape[0]
@@ -78,7 +78,7 @@ def sizes(
     loss, grads = torch.zeros(batch, dtype=torch.float64), []
     for student, teacher, weight in zip(as_list(students) * (k if one else 1), teachers, weights, strict=True):
         a, b = student.detach().double().cpu(), teacher.detach().double().cpu()
-        x, y = (_normalised(z, norm).abs() for z in (a, b))  # [B, C, places]
+        x, y = (normalised(z, norm).abs() for z in (a, b))  # [B, C, places]
         slope = torch.ones_like(x) if p == 1 else 2 * (x + y)
         dims = {"sample": (1, 2), "position": (1,), "channel": (2,)}[norm]
         count = x[0].numel() if elements == "mean" else 1

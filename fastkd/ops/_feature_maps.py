@@ -1,4 +1,4 @@
-"""Feature maps [B, C, ...]: the checks of pairs of them, and how they lie in memory."""
+"""Feature maps [B, C, ...]: the checks of pairs of them, their norms, and how they lie in memory."""
 
 from __future__ import annotations
 
@@ -62,6 +62,17 @@ def check_pairs(op: str, students: object, teachers: object) -> tuple[tuple[Tens
         if teacher.device != student.device:
             raise common.wrong_value(op, f"teachers[{k}]", f"on the student's device {student.device}", teacher.device)
     return students, teachers
+
+
+def normalised(x: Tensor, norm: str) -> Tensor:
+    """x [B, C, ...] over its L2 norm; scaled by its largest magnitude first, so that no square over- or underflows."""
+    x = x.reshape(*x.shape[:2], -1)  # [B, C, places]
+    dims = {"sample": (1, 2), "position": (1,), "channel": (2,)}[norm]
+    largest = x.detach().abs().amax(dims, keepdim=True)
+    x = x / largest.where((largest > 0) & largest.isfinite(), 1)
+    squares = x.square().sum(dims, keepdim=True)
+    empty = squares == 0
+    return x * squares.masked_fill(empty, 1).rsqrt().masked_fill(empty, 0)
 
 
 def norms_of_a_sample(map: Tensor, norm: str) -> int:

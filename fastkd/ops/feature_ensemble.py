@@ -52,10 +52,8 @@ class Options(NamedTuple):
 
     def native(self) -> tuple:
         """The arguments that the raw forward and backward share after the tensors."""
-        return (
-            self.host_weights, self.p, NORMS.index(self.norm), self.elements == "mean",
-            common.REDUCTIONS.index(self.reduction), self.num_items or 0.0,
-        )  # fmt: skip
+        norm, reduction = NORMS.index(self.norm), common.REDUCTIONS.index(self.reduction)
+        return self.host_weights, self.p, norm, self.elements == "mean", reduction, self.num_items or 0.0
 
 
 # --- public function ------------------------------------------------------------------------------------------------
@@ -210,17 +208,6 @@ def _check(students, teachers, weights, p, norm, elements, mask, reduction, num_
 # --- reference ------------------------------------------------------------------------------------------------------
 
 
-def _normalised(x: Tensor, norm: str) -> Tensor:
-    """x [B, C, ...] over its L2 norm; scaled by its largest magnitude first, so that no square over- or underflows."""
-    x = x.reshape(*x.shape[:2], -1)  # [B, C, places]
-    dims = {"sample": (1, 2), "position": (1,), "channel": (2,)}[norm]
-    largest = x.detach().abs().amax(dims, keepdim=True)
-    x = x / largest.where((largest > 0) & largest.isfinite(), 1)
-    squares = x.square().sum(dims, keepdim=True)
-    empty = squares == 0
-    return x * squares.masked_fill(empty, 1).rsqrt().masked_fill(empty, 0)
-
-
 def _skipped(weight: float | Tensor, mask: Tensor | None) -> Tensor | None:
     """bool [B] or []: the samples that a pair is not read at; None for none. A weight that learns has a derivative."""
     skipped = None if mask is None else ~mask
@@ -238,7 +225,7 @@ def _pair(student: Tensor, teacher: Tensor, weight: float | Tensor, mask: Tensor
     if skipped is not None:
         skipped = skipped.reshape(-1, *[1] * (x.dim() - 1))
         x, y = x.masked_fill(skipped, 0), y.masked_fill(skipped, 0)
-    difference = _normalised(x, options.norm) - _normalised(y, options.norm)
+    difference = maps.normalised(x, options.norm) - maps.normalised(y, options.norm)
     # Times 1, or NaN: the derivative of |NaN| is 0 in torch.
     powers = difference.abs() * (difference.detach() * 0 + 1) if options.p == 1 else difference.square()
     distances = powers.mean((1, 2)) if options.elements == "mean" else powers.sum((1, 2))
