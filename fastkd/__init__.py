@@ -6,16 +6,17 @@ import importlib
 from typing import TYPE_CHECKING
 
 from fastkd import functional, losses
-from fastkd._backend import backend_info, explain, use_backend
+from fastkd._backend import FallbackWarning, backend_info, explain, use_backend
 from fastkd._version import __version__
 from fastkd.losses import FeatureEnsemble, MultiTeacherKD, MutualKD, RKDAngle, RKDDistance
 
 if TYPE_CHECKING:
-    from fastkd import data, methods, models, nn, testing, train
+    from fastkd import data, graphs, methods, models, nn, testing, train
 
-_ON_FIRST_USE = ("data", "methods", "models", "nn", "testing", "train")
+_ON_FIRST_USE = ("data", "graphs", "methods", "models", "nn", "testing", "train")
 
 __all__ = [
+    "FallbackWarning",
     "FeatureEnsemble",
     "MultiTeacherKD",
     "MutualKD",
@@ -26,6 +27,7 @@ __all__ = [
     "data",
     "explain",
     "functional",
+    "graphs",
     "losses",
     "methods",
     "models",
@@ -40,3 +42,7 @@ def __getattr__(name: str):
     if name in _ON_FIRST_USE:
         return importlib.import_module(f"fastkd.{name}")
     raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -113,9 +113,8 @@ def feature_ensemble(
 
 
 def _dispatch(tensors: Tensors, options: Options) -> Tensor:
-    reason = why_reference(tensors)
-    if reason is not None:
-        _backend.note_fallback(OP, reason)
+    if (reason := why_reference(tensors)) is not None:
+        _backend.note_fallback(OP, reason, tensors.students[0])
         return reference(tensors, options)
     divisor = options.num_items
     if not isinstance(divisor, Tensor):
@@ -172,8 +171,9 @@ def why_reference(tensors: Tensors) -> str | None:
     if common.is_transformed():
         return "a torch.func transform or forward-mode AD is active"
     if torch.is_grad_enabled():
-        if any([t.requires_grad for t in tensors.teachers]):
-            return "a teacher requires grad (detach it, or compute it under torch.no_grad, for the native kernel)"
+        for k, teacher in enumerate(tensors.teachers):
+            if teacher.requires_grad:
+                return common.why_learning(f"teachers[{k}]", tensors.students)
         if tensors.weights is not None and tensors.weights.requires_grad:
             return "the weights require grad"
     for map in (*tensors.students, *tensors.teachers):

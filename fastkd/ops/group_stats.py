@@ -115,6 +115,7 @@ def _check(logits, target, ignore_index, mask, class_dim) -> tuple[Sequence[Tens
     """The networks' rows as rows_of() gives them, and their labels."""
     common.check_index(OP, "ignore_index", ignore_index)
     networks, class_dim = _check_networks(logits, target, class_dim)
+    common.check_not_probabilities(OP, "logits", networks)
     first, soft = networks[0], None
     mask = common.check_mask(OP, mask, first.shape[:-1], first.device)
     if isinstance(target, Tensor) and target.is_floating_point():
@@ -231,9 +232,8 @@ def statistics(
 ) -> GroupStats:
     """GroupStats of checked logits M x [R, C] and Labels, by the kernels where they can take them."""
     networks = [z.detach() if z.requires_grad else z for z in networks]
-    reason = why_reference(networks, soft)
-    if reason is not None:
-        _backend.note_fallback(OP, reason)
+    if (reason := why_reference(networks, soft)) is not None:
+        _backend.note_fallback(OP, reason, networks[0])
         with forward_ad._set_fwd_grad_enabled(False):  # a detached tensor would keep its tangent
             return reference_stats(networks, target, ignore_index, soft)
     return GroupStats(*_backend.native_ops(networks[0]).group_stats(networks, target, soft, ignore_index))

@@ -125,9 +125,8 @@ def _run(tensors: Tensors, options: Options, num_items: float | Tensor | None, p
         tensors = Tensors(*_gather.gather_pair(options.op, *tensors, process_group))
     if num_items is not None:
         options = options._replace(reduction="sum")
-    reason = why_reference(tensors)
-    if reason is not None:
-        _backend.note_fallback(options.op, reason)
+    if (reason := why_reference(tensors)) is not None:
+        _backend.note_fallback(options.op, reason, tensors.student)
         loss = reference(tensors, options)
     else:
         loss = _native(tensors, options)
@@ -161,7 +160,7 @@ def why_reference(tensors: Tensors) -> str | None:
     if common.is_transformed():
         return "a torch.func transform or forward-mode AD is active"
     if tensors.teacher.requires_grad and torch.is_grad_enabled():
-        return "the teacher requires grad (detach it, or compute it under torch.no_grad, for the native kernel)"
+        return common.why_learning("teacher", (tensors.student,))
     return None
 
 
