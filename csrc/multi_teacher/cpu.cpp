@@ -206,10 +206,11 @@ A kd_probs(Row<A>& row) {
   const double t = row.args.temperature[0];
   const A total = mix_probabilities(row, t);
   if (total == 0) return 0;
-  const A *p = s.mixture, z = row.z_student, inv_z = 1 / z;
+  const A *p = s.mixture, *x = s.student_x, *e = s.student_exp;  // loaded in the loop, they would keep it scalar
+  const A z = row.z_student, inv_z = 1 / z;
   A gap = 0;
 #pragma omp simd reduction(+ : gap)
-  for (int64_t c = 0; c < row.padded; ++c) gap += mixture_gap(p[c], s.student_x[c], s.student_exp[c], z, inv_z);
+  for (int64_t c = 0; c < row.padded; ++c) gap += mixture_gap(p[c], x[c], e[c], z, inv_z);
   const Scale<A> scale = temperature_scale<A>(t, row.args.scale_by_t2);
   if (row.args.need_grad)
     add_difference(s.grad, A(row.args.kd_weight) * scale.grad * total / z, s.student_exp, z, p, row.padded);

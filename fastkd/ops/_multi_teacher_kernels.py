@@ -69,7 +69,8 @@ def _in_groups(tensors: Tensors, options: Options) -> Sequence[Tensor]:
         if k > 0:
             some, rest = some._replace(soft=None), rest._replace(ce_weight=0.0, labels=False)
         losses = _native(some, rest, False)[0]
-        total = [a + b for a, b in zip(total, losses, strict=True)] if total else losses
+        # The loss and KD add up; CE is the first group's.
+        total = [*(a + b for a, b in zip(total[:2], losses, strict=False)), *total[2:]] if total else losses
     return total
 
 
