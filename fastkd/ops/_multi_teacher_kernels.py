@@ -67,7 +67,7 @@ def _in_groups(tensors: Tensors, options: Options) -> Sequence[Tensor]:
             temperatures=temperatures if len(temperatures) == 1 else temperatures[part],
         )
         if k > 0:
-            some, rest = some._replace(soft=None), rest._replace(ce_weight=0.0, labels=False)
+            some, rest = some._replace(soft=None), rest._replace(ce_weight=0.0)
         losses = _native(some, rest, False)[0]
         # The loss and KD add up; CE is the first group's.
         total = [*(a + b for a, b in zip(total[:2], losses, strict=False)), *total[2:]] if total else losses
