@@ -225,16 +225,21 @@ def test_teachers_of_any_dtype_each_its_own(dtype, combine, place, at):
         assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def test_no_teacher_is_copied_whatever_its_dtype():
+@pytest.mark.parametrize("form", ["bfloat16", "sliced", "channels_last"])
+def test_no_teacher_is_copied_whatever_its_dtype_and_layout(form):
     student, teachers, target = make(64, 1000, 3)
-    teachers = [t.bfloat16() for t in teachers]
-    sliced = [torch.cat([z.detach(), z.detach()], -1).reshape(4, 16, 2000)[:, :-1, :1000] for z in (student, *teachers)]
-    for networks, labels in (([student, *teachers], target), (sliced, target.reshape(4, 16)[:, :-1])):
-        z = networks[0].detach().requires_grad_()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-            F.multi_teacher_kd(z, networks[1:], labels, ce_weight=0.5)
-        taken = sum(e.self_cpu_memory_usage for e in profiler.events() if e.self_cpu_memory_usage > 0)
-        assert taken <= z.numel() * 4 * 1.1
+    networks, options = [student.detach(), *[t.bfloat16() for t in teachers]], {}
+    if form == "sliced":  # rows that merge into no matrix
+        networks = [torch.cat([z, z], -1).reshape(4, 16, 2000)[:, :-1, :1000] for z in networks]
+        target = target.reshape(4, 16)[:, :-1]
+    elif form == "channels_last":
+        networks, target = [z.reshape(4, 4, 4, 1000).movedim(-1, 1) for z in networks], target.reshape(4, 4, 4)
+        options = dict(class_dim=1)
+    student = networks[0].requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        F.multi_teacher_kd(student, networks[1:], target, ce_weight=0.5, **options)
+    taken = sum(e.self_cpu_memory_usage for e in profiler.events() if e.self_cpu_memory_usage > 0)
+    assert taken <= student.numel() * 4 * 1.1  # one gradient
 
 
 @pytest.mark.parametrize("place", PLACES)
