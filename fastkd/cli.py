@@ -21,6 +21,7 @@ Knowledge distillation with several networks.
 
   fastkd train     train one student by one method, and the other networks that the method needs
   fastkd compare   several methods and seeds: a table, a picture, a report
+  fastkd study     methods, seeds and settings of a file: resumable, in several processes, with intervals and tests
   fastkd report    report and pictures of a run, finished or not, or of several side by side
   fastkd info      versions, devices, and which backend each operation uses and why
   fastkd bench     what the fused operations gain on this machine (in the source tree)
@@ -29,7 +30,7 @@ Knowledge distillation with several networks.
   Try: fastkd train --method dgkd --epochs 30 --out runs/first
 """
 
-COMMANDS = ("train", "compare", "report", "info", "bench")
+COMMANDS = ("train", "compare", "study", "report", "info", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,6 +91,10 @@ def _dispatch(argv: list[str]) -> int:
         from fastkd.train import revisit
 
         return revisit.main(argv[1:], _command_line(argv))
+    if command == "study":
+        from fastkd.train import study_command
+
+        return study_command.main(argv[1:], _command_line(argv))
     config = parse(command, argv[1:])
     if config is None:
         return 0

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from . import sources
 from .description import describe
 from .images import ImageSet
+from .kept_images import keep
 from .seeding import check_seed, stratified_order
 from .sources import Part, Source
 
@@ -90,6 +91,7 @@ def load(
     bad_images: str = "error",
     variants: int = 0,
     note: Callable[[str], None] = warnings.warn,
+    keep_images: bool = False,
     **options,
 ) -> Data:
     """The data set `name` as `Data`.
@@ -112,6 +114,7 @@ def load(
                 of epoch e % K
     note        told in a sentence what an imagefolder or tiny-imagenet holds and is not used: hidden files and folders,
                 files that do not end as images do, links to a folder that they stand in
+    keep_images image files cut to fewer than 96 pixels are decoded once and stay in memory (in each worker, for a pass)
     options     fake only: num_classes, channels, train_images, test_images
 
     Pixels are normalised by the data set's mean and standard deviation (imagefolder: ImageNet's). Image files of any
@@ -129,6 +132,7 @@ def load(
     source = _source(name, Path(root).expanduser(), download, image_size, bad_images, options)
     if source.left_out:
         note(source.left_out)
+    source = keep(source) if keep_images else source
     train, held_out = _split(source, train_size, validation, seed)
 
     def make(part: Part, **extra) -> ImageSet:

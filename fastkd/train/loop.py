@@ -177,7 +177,7 @@ class Fit:
         if hasattr(self.method, "initialise"):
             self.train_batches.sampler.set_epoch(0)
             batches = batches_on(self.train_batches, self.device, self.data.num_classes)
-            self.method.initialise(batches, self.settings.lr)
+            self.method.initialise(batches, self.settings.lr, chunks=self.settings.accumulate)
 
     def _keep_logits(self) -> KeptLogits:
         images = image_set(self.data.train)
@@ -196,7 +196,7 @@ class Fit:
 
     def _run_epoch(self, epoch: int, interrupted: Callable[[], bool], kept: KeptLogits | None = None) -> None:
         self.method.start_epoch(epoch, self.epochs)
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         meter = Meter(self.device, self.settings.log_every, self._describe, self.world)
         batches = self._batches(epoch, meter)
         self.board.watch(meter)
@@ -232,6 +232,7 @@ class Fit:
                     f"try a smaller --lr or --warmup-epochs{skip}"
                 ) from error
             row = self._row(epoch, meter, meter.images - resumed, time.perf_counter() - started)
+            row["cpu_seconds"] = time.process_time() - worked  # of all threads; other processes do not change it
             progress.finish(row)
         self._end_epoch(epoch, row)
         if self.world.any(interrupted()):

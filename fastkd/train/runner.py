@@ -26,6 +26,7 @@ from fastkd.train import batch_norm, checkpoint, same_data
 from fastkd.train.config import TrainConfig, UserError, fingerprint
 from fastkd.train.devices import check_cuda_graph, pick_device
 from fastkd.train.distributed import world
+from fastkd.train.given import load_weights
 from fastkd.train.locks import NotWritable, why_not_writable
 from fastkd.train.loop import Fit
 from fastkd.train.metrics import Row
@@ -83,12 +84,13 @@ def load_data(config: TrainConfig, note: Callable[[str], None] = note) -> datase
         "root": config.data_root,
         "download": config.download,
         "train_size": config.train_size,
-        "validation": config.validation,
+        "validation": config.validation if config.validation < 1 else int(config.validation),
         "seed": config.seed,
         "image_size": config.image_size,
         "augment": config.augment,
         "bad_images": config.bad_images,
         "variants": config.variants,
+        "keep_images": config.keep_images,
     }
     if config.data in _FIXED:
         return _load_once(config.data, tuple(items.items()))
@@ -309,14 +311,5 @@ class Runner:
 
     def _given(self, stage: Stage, path: str) -> Result:
         network = make_network(stage.network, self.data)
-        state = checkpoint.load(path, sealed=False)
-        state = state.get("network", state)  # one of ours, or a plain state dict
-        try:
-            network.load_state_dict(state)
-        except (RuntimeError, AttributeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(
-                f"--checkpoint.{stage.name}: {path} does not fit the network {stage.network} ({reason}): "
-                f"name the network it was saved from"
-            ) from error
+        load_weights(network, path, f"--checkpoint.{stage.name}", stage.network)
         return Result(stage, network, [], None)
