@@ -247,7 +247,7 @@ def test_images_that_cannot_be_read(folder):
 
 def test_one_process_writes(folder):
     names = {path.name for path in (folder / "two-orc").iterdir()} - {".lock"}
-    assert names == {"cache", "checkpoints", "metrics.csv"}
+    assert names == {"cache", "checkpoints", "data.json", "metrics.csv"}
     assert len(list((folder / "two-orc" / "checkpoints").iterdir())) == 4
 
 
