@@ -177,7 +177,7 @@ class Fit:
         if hasattr(self.method, "initialise"):
             self.train_batches.sampler.set_epoch(0)
             batches = batches_on(self.train_batches, self.device, self.data.num_classes)
-            self.method.initialise(batches, self.settings.lr)
+            self.method.initialise(batches, self.settings.lr, chunks=self.settings.accumulate)
 
     def _keep_logits(self) -> KeptLogits:
         images = image_set(self.data.train)

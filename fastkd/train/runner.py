@@ -26,6 +26,7 @@ from fastkd.train import batch_norm, checkpoint, same_data
 from fastkd.train.config import TrainConfig, UserError, fingerprint
 from fastkd.train.devices import check_cuda_graph, pick_device
 from fastkd.train.distributed import world
+from fastkd.train.given import load_weights
 from fastkd.train.locks import NotWritable, why_not_writable
 from fastkd.train.loop import Fit
 from fastkd.train.metrics import Row
@@ -310,14 +311,5 @@ class Runner:
 
     def _given(self, stage: Stage, path: str) -> Result:
         network = make_network(stage.network, self.data)
-        state = checkpoint.load(path, sealed=False)
-        state = state.get("network", state)  # one of ours, or a plain state dict
-        try:
-            network.load_state_dict(state)
-        except (RuntimeError, AttributeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(
-                f"--checkpoint.{stage.name}: {path} does not fit the network {stage.network} ({reason}): "
-                f"name the network it was saved from"
-            ) from error
+        load_weights(network, path, f"--checkpoint.{stage.name}", stage.network)
         return Result(stage, network, [], None)
