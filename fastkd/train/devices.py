@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,7 +127,9 @@ def _check_labels(target: torch.Tensor, classes: int) -> None:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A tensor, or a list of them (several views of the images)."""
+    """A tensor, or a list (several views of the images) or dict of them."""
+    if isinstance(batch, Mapping):
+        return {name: to_device(item, device) for name, item in batch.items()}
     if isinstance(batch, (list, tuple)):
         return [to_device(item, device) for item in batch]
     return batch.to(device, non_blocking=True)
