@@ -1,5 +1,6 @@
 """Studies: what a file asks for, runs that are stopped and go on, their rows, and the statistics over them."""
 
+import contextlib
 import csv
 import math
 from pathlib import Path
@@ -157,6 +158,12 @@ def test_a_run_that_is_stopped_in_time_goes_on_to_the_same_end(tmp_path, capsys)
     with cpu_threads(1):
         Runner(run.config(tmp_path / "whole"), say=lambda text: None).run()
     assert_same(last_state(out / "runs" / run.name), last_state(tmp_path / "whole" / "runs" / run.name))
+
+
+def test_ctrl_c_starts_no_other_run_and_is_told_by_the_exit_status(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study_pool, "catch_interrupt", lambda: contextlib.nullcontext(lambda: True))
+    assert main(["study", str(written(tmp_path)), "--out", str(tmp_path / "out")]) == 130
+    assert "stopped with 0 of 4 runs finished; the same command goes on" in capsys.readouterr().out
 
 
 def test_a_failed_run_does_not_stop_the_others(tmp_path, capsys):
