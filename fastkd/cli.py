@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import shlex
@@ -127,12 +128,30 @@ def _explain(error: Exception) -> str | None:
         return _explain_option(str(error))
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full: use a smaller --batch-size, or --device cpu"
+    if _memory_is_full(error):
+        return (
+            "the memory is full: use a smaller --batch-size or --image-size, or fewer --workers; what was saved before "
+            "is whole, --resume goes on from it"
+        )
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"{error.strerror}{where}: give the right to it, or name another file or folder"
         return f"{error.strerror}{where}: the run stopped; what was saved before is whole, --resume goes on from it"
     if isinstance(error, (UserError, ValueError, TypeError, FileNotFoundError, ImportError)):
         return str(error).replace("pass download=True", "add --download")
     return None
+
+
+# What PyTorch says on the CPU, and of a loader's process that the system has ended for it.
+_FULL = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+_FULL += ("is killed by signal: Killed", "is killed by signal: Bus error", "unable to allocate shared memory")
+
+
+def _memory_is_full(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _FULL)
 
 
 def _explain_option(message: str) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from fastkd.train.option_types import settle
+
 
 class UserError(Exception):
     """Something that whoever started the run can put right: one sentence, no traceback. `status` is the exit status."""
@@ -216,11 +218,12 @@ _LEAST |= {"log_every": 1, "workers": 0, "train_size": 1, "image_size": 1, "seed
 _LEAST |= {"accumulate": 1, "variants": 0}
 _OPTIONAL = ("train_size", "image_size", "threads", "num_teachers", "seed")  # a comparison has no seed of its own
 _FINITE = ("lr", "momentum", "weight_decay", "gamma")  # >= 0
-_CHOICES = {"bad_images": ("error", "skip"), "non_finite": ("stop", "skip"), "amp": ("none", "bf16", "fp16")}
-_CHOICES |= {"logits_dtype": ("float32", "float16")}
 
 
-def _check_numbers(config: object) -> None:
+def _check_values(config: object) -> None:
+    wrong = settle(config)
+    if wrong:
+        raise UserError(wrong)
     for name, least in _LEAST.items():
         value = getattr(config, name, None)
         if value is None and name in _OPTIONAL:
@@ -231,9 +234,6 @@ def _check_numbers(config: object) -> None:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
             raise UserError(f"--{_flag(name)} must be a finite number >= 0, got {value!r}")
-    for name, choices in _CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise UserError(f"--{_flag(name)} must be {' or '.join(choices)}, got {getattr(config, name)!r}")
     if not (0 <= config.validation < 1 or config.validation > 1 and config.validation % 1 == 0):
         raise UserError(
             f"--validation must be a fraction from 0 to below 1 or a number of images, got {config.validation!r}"
@@ -259,7 +259,7 @@ class Settings(DataOptions, NetworkOptions, OptimizationOptions, LoopOptions, Sc
     """What `train` and `compare` have in common."""
 
     def __post_init__(self):
-        _check_numbers(self)
+        _check_values(self)
         if self.threads is None and self.data == "digits":
             self.threads = 1
         if self.num_teachers is None:
@@ -309,9 +309,13 @@ _FREE |= {"download", "keep_images", "epochs", "eval_every", "save_every", "bad_
 _FREE |= {"channels_last", "compile", "cuda_graph", "deterministic", "timeout", "tensorboard", "logits_cache"}
 
 
+_GROWING = ("methods", "seeds")  # of a comparison: more may come, and none may go
+
+
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The options that hold a run to its results and that differ: "lr was 0.1, now 0.05"."""
     names = [name for name in new if name not in _FREE and name in old and old[name] != new[name]]
+    names = [name for name in names if not (name in _GROWING and set(old[name]) <= set(new[name]))]
     return [f"--{_flag(name)} was {old[name]}, now {new[name]}" for name in names]
 
 
