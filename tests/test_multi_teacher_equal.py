@@ -39,7 +39,5 @@ def test_the_same_with_fused_products_and_sums():
     if " fma " not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this processor fuses nothing")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "simt", __file__]
-    done = subprocess.run(
-        command, env=os.environ | {"FASTKD_SIMT_FMA": "1"}, cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=os.environ | {"FASTKD_SIMT_FMA": "1"}, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:]

@@ -11,8 +11,8 @@ inline namespace FASTKD_TARGET {
 constexpr int kStreamThreads = 256, kStreamItems = 8;
 constexpr int64_t kStreamTile = int64_t(kStreamThreads) * kStreamItems;
 
-// Saved per row: max_s, z at T = 1, of soft labels, smoothed, the sum; then for each teacher: max_t, z_t, z_s at its temperature.
-// combine="logits" has one teacher, the mixture.
+// Saved per row: max_s, z at T = 1, of soft labels, smoothed, the sum; then for each teacher: max_t, z_t, z_s at its
+// temperature. combine="logits" has one teacher, the mixture.
 constexpr int kSavedTeacher = 3;
 template <class A>
 FASTKD_HD int saved_head(const Params<A>& p) {
