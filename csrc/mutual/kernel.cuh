@@ -15,8 +15,9 @@ struct Policy : RowPolicy<ThreadsPerRow, RowsPerBlock, Items> {
   static constexpr int kWarps = ThreadsPerRow / 32;
   static constexpr bool kOnChip = OnChip;
 
-  template <class S, class T>
-  static constexpr int kWidth = kVector<S, T> < Items ? kVector<S, T> : Items;
+  // Classes that lie together in a thread, whatever a network's dtype: the widest vector of a learner.
+  template <class S>
+  static constexpr int kWidth = kVector<S, S> < Items ? kVector<S, S> : Items;
 
   // Dynamic shared memory of a block, in numbers.
   static int64_t numbers(int learners, int networks) {
@@ -24,15 +25,16 @@ struct Policy : RowPolicy<ThreadsPerRow, RowsPerBlock, Items> {
   }
 };
 
-template <class S, class T, class A, class P>
+template <class S, class A, class P>
 struct Row {
-  static constexpr int kItems = P::kItems, kWidth = P::template kWidth<S, T>;
+  static constexpr int kItems = P::kItems, kWidth = P::template kWidth<S>;
   using Items = A[kItems];
   const Params<A>& p;
   RowThreads<A, P::kThreads>& threads;
   RowMemory<A> memory;
   A* tile;  // [networks][x, e][item][thread]: a thread reads what it wrote itself
   int64_t index;
+  A mass;  // sum of the soft target
 
   __device__ __forceinline__ A& x(int n, int i) const { return tile[((2 * n) * kItems + i) * P::kThreads + threads.thread]; }
   __device__ __forceinline__ A& e(int n, int i) const { return tile[((2 * n + 1) * kItems + i) * P::kThreads + threads.thread]; }
@@ -48,23 +50,76 @@ struct Row {
     return item_class<kWidth>(first, i, P::kThreads, threads.thread);
   }
 
+  // Whether the row of network n is read: by a learner, or for its own cross-entropy.
+  __device__ __forceinline__ bool read(int n) const {
+    const bool learns = n < p.learners;
+    bool any = learns && p.cross_entropy;
+    for (int m = 0; m < p.learners; ++m) any = any || memory.weight(m, n) != 0;
+    for (int k = 0; learns && k < p.networks(); ++k) any = any || memory.weight(n, k) != 0;
+    return any;
+  }
+
+  // The first network from n on that is read.
+  __device__ __forceinline__ int next_read(int n) const {
+    while (n < p.networks() && !read(n)) ++n;
+    return n;
+  }
+
+  template <class T>
+  __device__ __forceinline__ void load_as_type(const Network& from, int64_t first, bool vectors, A pad, Items& to) const {
+    load_items<kItems, kWidth>(row_of<T>(from, index), first, p.classes, P::kThreads, threads.thread, vectors, pad, to);
+  }
+
+  __device__ __forceinline__ void load_any(const Network& from, int64_t first, bool vectors, A pad, Items& to) const {
+    switch (from.type) {
+      case DType::f64: return load_as_type<double>(from, first, vectors, pad, to);
+      case DType::f16: return load_as_type<Half>(from, first, vectors, pad, to);
+      case DType::bf16: return load_as_type<BFloat16>(from, first, vectors, pad, to);
+      default: return load_as_type<float>(from, first, vectors, pad, to);
+    }
+  }
+
   // The classes past the end load as -inf, like masked ones.
   __device__ __forceinline__ void load(int n, int64_t first, Items& to) const {
     const bool vectors = p.vectors >> n & 1u;
     if (n < p.learners)
-      load_items<kItems, kWidth>(p.template logits_row<S>(n, index), first, p.classes, P::kThreads, threads.thread,
-                                 vectors, -A(kInf), to);
+      load_as_type<S>(p.network[n], first, vectors, -A(kInf), to);
     else
-      load_items<kItems, kWidth>(p.template logits_row<T>(n, index), first, p.classes, P::kThreads, threads.thread,
-                                 vectors, -A(kInf), to);
+      load_any(p.network[n], first, vectors, -A(kInf), to);
+  }
+
+  // The soft target, smoothed, 0 past the end.
+  __device__ __forceinline__ void load_soft(int64_t first, Items& to) const {
+    load_any(p.soft, first, p.soft_vectors, A(0), to);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) to[i] = class_of(first, i) < p.classes ? smoothed(to[i], p.smoothing, p.classes) : A(0);
+  }
+
+  // The logit of a learner's label.
+  __device__ __forceinline__ A label_logit(int m) const {
+    return A(load_as(row_of<S>(p.network[m], index)[p.target[index]]));
   }
 };
 
-// {z, z at T = 1, sum of (logit - max)} of a tile relative to `base`; on chip x and e go to shared memory.
-template <bool Keep, class S, class T, class A, class P>
-__device__ __forceinline__ Numbers<A, 3> exponentials(const Row<S, T, A, P>& row, int n, int64_t first, A base,
+template <class S, class A, class P>
+__device__ __forceinline__ A soft_mass(const Row<S, A, P>& row) {
+  Numbers<A, 1> mass{{0}};
+  for (int64_t first = 0; first < row.p.classes; first += P::kTile) {
+    A soft[P::kItems];
+    row.load_soft(first, soft);
+#pragma unroll
+    for (int i = 0; i < P::kItems; ++i) mass.v[0] += soft[i];
+  }
+  return row.threads.sum(mass).v[0];
+}
+
+// {z, z at T = 1, sum of (logit - max), weighted by a soft target} of a tile relative to `base`; on chip x and e go to
+// shared memory.
+template <bool Keep, class S, class A, class P>
+__device__ __forceinline__ Numbers<A, 3> exponentials(const Row<S, A, P>& row, int n, int64_t first, A base,
                                                       const A (&logits)[P::kItems]) {
   const Params<A>& p = row.p;
+  const bool cross_entropy = p.cross_entropy && n < p.learners;
   Numbers<A, 3> sums{{0, 0, 0}};
 #pragma unroll
   for (int i = 0; i < P::kItems; ++i) {
@@ -74,17 +129,23 @@ __device__ __forceinline__ Numbers<A, 3> exponentials(const Row<S, T, A, P>& row
       row.e(n, i) = e;
     }
     sums.v[0] += e;
-    if (p.ce_weight != 0 && n < p.learners) {
+    if (cross_entropy) {
       sums.v[1] += exponential_at_one(p.integer_t, above, e);
-      if (p.smoothing > 0 && row.class_of(first, i) < p.classes) sums.v[2] += above;
+      if (p.smoothing > 0 && !p.soft.data && row.class_of(first, i) < p.classes) sums.v[2] += above;
     }
+  }
+  if (cross_entropy && p.soft.data) {
+    A soft[P::kItems];
+    row.load_soft(first, soft);
+#pragma unroll
+    for (int i = 0; i < P::kItems; ++i) sums.v[2] += soft_part(soft[i], logits[i] - base);
   }
   return sums;
 }
 
 // Of a network whose row lies in one tile.
-template <class S, class T, class A, class P>
-__device__ __forceinline__ void keep_network(const Row<S, T, A, P>& row, int n, const A (&logits)[P::kItems]) {
+template <class S, class A, class P>
+__device__ __forceinline__ void keep_network(const Row<S, A, P>& row, int n, const A (&logits)[P::kItems]) {
   const A max = row.threads.max(max_item(-A(kInf), logits));
   const Numbers<A, 3> sums = row.threads.sum(exponentials<true>(row, n, 0, max, logits));
   if (row.threads.thread == 0) {
@@ -96,8 +157,8 @@ __device__ __forceinline__ void keep_network(const Row<S, T, A, P>& row, int n, 
 }
 
 // The same over tiles: the maximum first, then the sums, so that equal networks have equal sums.
-template <class S, class T, class A, class P>
-__device__ __forceinline__ void stream_network(const Row<S, T, A, P>& row, int n) {
+template <class S, class A, class P>
+__device__ __forceinline__ void stream_network(const Row<S, A, P>& row, int n) {
   A logits[P::kItems], max = -A(kInf);
   for (int64_t first = 0; first < row.p.classes; first += P::kTile) {
     row.load(n, first, logits);
@@ -120,60 +181,99 @@ __device__ __forceinline__ void stream_network(const Row<S, T, A, P>& row, int n
   }
 }
 
-// First pass: every network's maximum and sums, and on chip its x and e.
-template <class S, class T, class A, class P>
-__device__ __forceinline__ void read_networks(const Row<S, T, A, P>& row) {
+// The weights of the row, each loaded once.
+template <class S, class A, class P>
+__device__ __forceinline__ void read_weights(const Row<S, A, P>& row) {
+  const int networks = row.p.networks(), pairs = row.p.learners * networks;
+  for (int i = row.threads.thread; i < pairs; i += P::kThreads)
+    row.memory.weight(i / networks, i % networks) = row.p.weight_of(i / networks, i % networks, row.index);
+}
+
+// First pass: the maximum and the sums of every network that is read, and on chip its x and e.
+template <class S, class A, class P>
+__device__ __forceinline__ void read_networks(const Row<S, A, P>& row) {
   const int networks = row.p.networks();
+  int n = row.next_read(0);
   if constexpr (P::kOnChip) {
     A next[P::kItems], now[P::kItems];
-    row.load(0, 0, next);
+    if (n < networks) row.load(n, 0, next);
 #pragma unroll 1
-    for (int n = 0; n < networks; ++n) {
+    while (n < networks) {
 #pragma unroll
       for (int i = 0; i < P::kItems; ++i) now[i] = next[i];
-      if (n + 1 < networks) row.load(n + 1, 0, next);  // in flight during the reductions of this network
+      const int after = row.next_read(n + 1);
+      if (after < networks) row.load(after, 0, next);  // in flight during the reductions of this network
       keep_network(row, n, now);
+      n = after;
     }
   } else {
 #pragma unroll 1
-    for (int n = 0; n < networks; ++n) stream_network(row, n);
+    for (; n < networks; n = row.next_read(n + 1)) stream_network(row, n);
   }
 }
 
-// The pulls of all pairs, each computed once; that of a network on itself is 0 and its weight is never read.
-template <class S, class T, class A, class P>
-__device__ __forceinline__ void compute_pulls(const Row<S, T, A, P>& row) {
+// The pulls of all pairs, each computed once.
+template <class S, class A, class P>
+__device__ __forceinline__ void compute_pulls(const Row<S, A, P>& row) {
   const Params<A>& p = row.p;
   const int networks = p.networks(), pairs = p.learners * networks;
   for (int i = row.threads.thread; i < pairs; i += P::kThreads) {
     const int m = i / networks, n = i % networks;
-    const A weight = m == n ? A(0) : p.weight_of(m, n, row.index);
-    const Pull<A> one = pull(weight, p.scale.grad, row.memory.stat(m, kZ), row.memory.stat(n, kZ));
+    const A weight = row.memory.weight(m, n);
+    for (int warp = 0; warp < P::kWarps; ++warp) row.memory.sum(warp, m, n) = 0;
+    if (weight == 0) continue;
+    const Pull<A> one = pull(weight, p.kd_weight * p.scale.grad, row.memory.stat(m, kZ), row.memory.stat(n, kZ));
     row.memory.factor(m, n) = one.factor;
     row.memory.ratio(m, n) = one.ratio;
-    for (int warp = 0; warp < P::kWarps; ++warp) row.memory.sum(warp, m, n) = 0;
   }
 }
 
 // The power of two that a learner's float16 gradient is stored with.
-template <class A>
-__device__ __forceinline__ A gradient_scale(const Params<A>& p, int m, int64_t row) {
+template <class S, class A, class P>
+__device__ __forceinline__ A gradient_scale(const Row<S, A, P>& row, int m) {
+  const Params<A>& p = row.p;
   A bound = 0;
-  for (int n = 0; n < p.networks(); ++n) bound += n == m ? A(0) : magnitude(p.weight_of(m, n, row));
-  return A(half_scale(float(bound * p.scale.grad + magnitude(p.ce_weight))));
+  for (int n = 0; n < p.networks(); ++n) bound += magnitude(row.memory.weight(m, n));
+  const A mass = row.mass > 1 ? row.mass : A(1);
+  return A(half_scale(float(bound * p.scale.grad * magnitude(p.kd_weight) + magnitude(p.ce_weight) * mass)));
+}
+
+// The gradient of ce_weight times the cross-entropy, added to a tile's.
+template <class S, class A, class P>
+__device__ __forceinline__ void add_cross_entropy(const Row<S, A, P>& row, int m, int64_t first, const A (&x)[P::kItems],
+                                                  const A (&e)[P::kItems], A (&grad)[P::kItems]) {
+  const Params<A>& p = row.p;
+  const A t = 1 / p.inv_t;
+  if (p.soft.data) {
+    A soft[P::kItems];
+    row.load_soft(first, soft);
+    const A factor = p.ce_weight * row.mass / row.memory.stat(m, kZOne);
+#pragma unroll
+    for (int i = 0; i < P::kItems; ++i)
+      grad[i] += factor * exponential_at_one(p.integer_t, x[i] * t, e[i]) - p.ce_weight * soft[i];
+    return;
+  }
+  const A factor = p.ce_weight / row.memory.stat(m, kZOne), uniform = p.ce_weight * p.smoothing / A(p.classes);
+  const int64_t label = p.target[row.index];
+#pragma unroll
+  for (int i = 0; i < P::kItems; ++i) {
+    grad[i] += factor * exponential_at_one(p.integer_t, x[i] * t, e[i]) - uniform;
+    if (row.class_of(first, i) == label) grad[i] -= p.ce_weight * (1 - p.smoothing);
+  }
 }
 
 // Second pass, one tile of learner m: what the others say, four at a time, to the warps' sums and to the gradient.
-template <class S, class T, class A, class P>
-__device__ __forceinline__ void learn_tile(const Row<S, T, A, P>& row, int m, int64_t first, A scale) {
+template <class S, class A, class P>
+__device__ __forceinline__ void learn_tile(const Row<S, A, P>& row, int m, int64_t first, A scale) {
   constexpr int kItems = P::kItems, kTogether = 4;
   const Params<A>& p = row.p;
   const int networks = p.networks(), lane = row.threads.thread % 32, warp = row.threads.thread / 32;
+  const bool read = row.read(m);
   A x_m[kItems], e_m[kItems], grad[kItems];
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    x_m[i] = row.x(m, i);
-    e_m[i] = row.e(m, i);
+    x_m[i] = read ? row.x(m, i) : A(0);
+    e_m[i] = read ? row.e(m, i) : A(0);
     grad[i] = 0;
   }
 #pragma unroll 1
@@ -182,7 +282,7 @@ __device__ __forceinline__ void learn_tile(const Row<S, T, A, P>& row, int m, in
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) {
       const int n = from + j;
-      if (n >= networks || n == m) continue;
+      if (n >= networks || row.memory.weight(m, n) == 0) continue;
       const A factor = row.memory.factor(m, n), ratio = row.memory.ratio(m, n);
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
@@ -204,48 +304,49 @@ __device__ __forceinline__ void learn_tile(const Row<S, T, A, P>& row, int m, in
     }
   }
   if (p.slot[m] < 0) return;
-  if (p.ce_weight != 0) {
-    const A factor = p.ce_weight / row.memory.stat(m, kZOne), uniform = p.ce_weight * p.smoothing / A(p.classes);
-    const A t = 1 / p.inv_t;
-    const int64_t label = p.target[row.index];
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      grad[i] += factor * exponential_at_one(p.integer_t, x_m[i] * t, e_m[i]) - uniform;
-      if (row.class_of(first, i) == label) grad[i] -= p.ce_weight * (1 - p.smoothing);
-    }
-  }
+  if (p.ce_weight != 0) add_cross_entropy(row, m, first, x_m, e_m, grad);
 #pragma unroll
   for (int i = 0; i < kItems; ++i) grad[i] *= scale;
-  store_items<kItems, Row<S, T, A, P>::kWidth>(p.template grad_row<S>(m, row.index), first, p.classes, P::kThreads,
+  store_items<kItems, Row<S, A, P>::kWidth>(p.template grad_row<S>(m, row.index), first, p.classes, P::kThreads,
                                                row.threads.thread, p.grad_vectors, grad);
 }
 
-// The loss of learner m, by one thread, from the sums of all warps.
-template <class S, class T, class A, class P>
-__device__ __forceinline__ A learner_loss(const Row<S, T, A, P>& row, int m) {
+// A learner's cross-entropy at weight 1, by one thread.
+template <class S, class A, class P>
+__device__ __forceinline__ A learner_cross_entropy(const Row<S, A, P>& row, int m) {
   const Params<A>& p = row.p;
-  A loss = 0;
-  if (p.ce_weight != 0) {
-    const A label = A(load_as(p.template logits_row<S>(m, row.index)[p.target[row.index]]));
-    loss = p.ce_weight * cross_entropy(row.memory.stat(m, kZOne), label - row.memory.stat(m, kMax),
-                                       row.memory.stat(m, kSum), p.smoothing, p.classes);
-  }
-  const A z_m = row.memory.stat(m, kZ);
+  const A z = row.memory.stat(m, kZOne), sum = row.memory.stat(m, kSum);
+  if (p.soft.data) return row.mass * natural_log(z) - sum;
+  return cross_entropy(z, row.label_logit(m) - row.memory.stat(m, kMax), sum, p.smoothing, p.classes);
+}
+
+// The loss of learner m and its terms, by one thread, from the sums of all warps.
+template <class S, class A, class P>
+__device__ __forceinline__ void store_loss(const Row<S, A, P>& row, int m) {
+  const Params<A>& p = row.p;
+  const A ce = p.cross_entropy ? learner_cross_entropy(row, m) : A(0);
+  A kd = 0;
   for (int n = 0; n < p.networks(); ++n) {
-    if (n == m) continue;
+    const A weight = row.memory.weight(m, n);
+    if (weight == 0) continue;
     A a = 0;
     for (int warp = 0; warp < P::kWarps; ++warp) a += row.memory.sum(warp, m, n);
-    loss += weighted(p.weight_of(m, n, row.index), p.scale.loss, divergence(a, row.memory.stat(n, kZ), z_m));
+    kd += weight * p.scale.loss * divergence(a, row.memory.stat(n, kZ), row.memory.stat(m, kZ));
   }
-  return loss;
+  const int64_t at = m * p.rows + row.index;
+  p.row_loss[at] = weigh(p.kd_weight, kd, p.ce_weight, ce);
+  if (!p.row_terms) return;
+  p.row_terms[at] = kd;
+  p.row_terms[p.learners * p.rows + at] = ce;
 }
 
 // A row that counts nowhere, or whose target is out of range.
-template <class S, class T, class A, class P>
-__device__ __forceinline__ void leave_out(const Row<S, T, A, P>& row, A nothing) {
+template <class S, class A, class P>
+__device__ __forceinline__ void leave_out(const Row<S, A, P>& row, A nothing) {
   const Params<A>& p = row.p;
   for (int m = row.threads.thread; m < p.learners; m += P::kThreads) {
     p.row_loss[m * p.rows + row.index] = nothing;
+    for (int i = 0; p.row_terms && i < 2; ++i) p.row_terms[(i * p.learners + m) * p.rows + row.index] = nothing;
     if (p.half && p.slot[m] >= 0) p.saved[p.slot[m] * p.rows + row.index] = 1;
   }
   A grad[P::kItems];
@@ -253,11 +354,11 @@ __device__ __forceinline__ void leave_out(const Row<S, T, A, P>& row, A nothing)
   for (int i = 0; i < P::kItems; ++i) grad[i] = nothing;
   for (int m = 0; m < p.learners; ++m)
     for (int64_t first = 0; p.slot[m] >= 0 && first < p.classes; first += P::kTile)
-      store_items<P::kItems, Row<S, T, A, P>::kWidth>(p.template grad_row<S>(m, row.index), first, p.classes, P::kThreads,
+      store_items<P::kItems, Row<S, A, P>::kWidth>(p.template grad_row<S>(m, row.index), first, p.classes, P::kThreads,
                                                       row.threads.thread, p.grad_vectors, grad);
 }
 
-template <class S, class T, class A, class P>
+template <class S, class A, class P>
 __global__ void __launch_bounds__(P::kBlock) mutual_kernel(const __grid_constant__ Params<A> p) {
   using Threads = RowThreads<A, P::kThreads>;
   SIMT_DYNAMIC_SHARED(A, dynamic);
@@ -269,18 +370,21 @@ __global__ void __launch_bounds__(P::kBlock) mutual_kernel(const __grid_constant
   const int64_t numbers = RowMemory<A>::numbers(p.learners, networks, P::kWarps);
   A* const start = dynamic + in_block * (numbers + 2 * networks * int64_t(P::kTile));
   const RowMemory<A> memory{start, p.learners, networks, P::kWarps};
-  const Row<S, T, A, P> row{p, threads, memory, memory.start + numbers, index};
+  Row<S, A, P> row{p, threads, memory, memory.start + numbers, index, A(0)};
   const Label kind = label_kind(p.target, index, p.ignore_index, p.classes);
   if (kind == Label::ignored || kind == Label::outside)
     return leave_out(row, kind == Label::ignored ? A(0) : A(__builtin_nanf("")));
 
+  read_weights(row);
+  if (p.soft.data) row.mass = soft_mass(row);
+  row.sync();  // the weights
   read_networks(row);
   row.sync();  // the statistics
   compute_pulls(row);
   row.sync();
   for (int64_t first = 0; first < p.classes; first += P::kTile) {
     if constexpr (!P::kOnChip) {
-      for (int n = 0; n < networks; ++n) {
+      for (int n = row.next_read(0); n < networks; n = row.next_read(n + 1)) {
         A logits[P::kItems];
         row.load(n, first, logits);
         exponentials<true>(row, n, first, row.memory.stat(n, kMax), logits);
@@ -288,13 +392,13 @@ __global__ void __launch_bounds__(P::kBlock) mutual_kernel(const __grid_constant
     }
 #pragma unroll 1
     for (int m = 0; m < p.learners; ++m) {
-      const A scale = p.half && p.slot[m] >= 0 ? gradient_scale(p, m, index) : A(1);
+      const A scale = p.half && p.slot[m] >= 0 ? gradient_scale(row, m) : A(1);
       if (p.half && p.slot[m] >= 0 && threads.thread == 0) p.saved[p.slot[m] * p.rows + index] = 1 / scale;
       learn_tile(row, m, first, scale);
     }
   }
   row.sync();  // the sums
-  for (int m = threads.thread; m < p.learners; m += P::kThreads) p.row_loss[m * p.rows + index] = learner_loss(row, m);
+  for (int m = threads.thread; m < p.learners; m += P::kThreads) store_loss(row, m);
 }
 
 }  // namespace FASTKD_TARGET
