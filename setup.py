@@ -77,13 +77,17 @@ class BuildNative(build_ext):
             return options | {"FASTKD_SANITIZE": "ON"}
         if toolchain.with_cuda() == "0":
             return options
-        nvcc = toolchain.nvcc()
-        if nvcc.path:
+        wanted, nvcc = toolchain.wanted_architectures(), toolchain.nvcc()
+        if nvcc.path and wanted:
             cuda = {"FASTKD_WITH_CUDA": "ON", "CMAKE_CUDA_COMPILER": nvcc.path}
-            return options | cuda | {"CMAKE_CUDA_ARCHITECTURES": ";".join(toolchain.architectures())}
+            known = toolchain.known_architectures(nvcc.path, wanted)
+            return options | cuda | {"CMAKE_CUDA_ARCHITECTURES": ";".join(known)}
         if toolchain.with_cuda() == "1":
             raise SetupError(f"FASTKD_WITH_CUDA=1, but {nvcc.reason}")
-        warn(f"{nvcc.reason}: building the CPU kernels only (FASTKD_WITH_CUDA=0 silences this)")
+        if nvcc.path:
+            warn("nvcc is here but no GPU is: CUDA kernels were left out; FASTKD_WITH_CUDA=1 builds them for all GPUs")
+        elif wanted:
+            warn(f"{nvcc.reason}: building the CPU kernels only (FASTKD_WITH_CUDA=0 silences this)")
         return options
 
     def _configure(self, cmake: str, folder: Path, options: dict[str, str]) -> None:

@@ -25,7 +25,7 @@ from fastkd.graphs import Graphs
 from fastkd.models import branched, create
 from fastkd.train.devices import recorder_for
 
-BACKENDS = {"fused": "native", "reference": "reference"}
+BACKENDS = {"fused": "auto", "reference": "reference"}
 GRAPHS = "fused, CUDA graphs"
 SMALL_SHARE = 0.05
 LEARNING_RATE = 0.01

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from fastkd import functional, losses
-from fastkd._backend import backend_info, explain, use_backend
+from fastkd._backend import FallbackWarning, backend_info, explain, use_backend
 from fastkd._version import __version__
 from fastkd.losses import FeatureEnsemble, MultiTeacherKD, MutualKD, RKDAngle, RKDDistance
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _ON_FIRST_USE = ("data", "methods", "models", "nn", "testing", "train")
 
 __all__ = [
+    "FallbackWarning",
     "FeatureEnsemble",
     "MultiTeacherKD",
     "MutualKD",

@@ -1,4 +1,7 @@
-"""Which backend an operation uses, why, and how to choose: native kernels or the reference in plain PyTorch."""
+"""Which backend an operation uses, why, and how to choose: native kernels or the reference in plain PyTorch.
+
+"auto", the default, takes the kernels where they can take a call and says once where they cannot (FallbackWarning).
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,42 @@ import contextlib
 import functools
 import inspect
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastkd import _library
 
-BACKENDS = ("native", "reference")
+BACKENDS = ("auto", "native", "reference")
 OLDEST_GPU = (8, 0)
 
 
 def _validated(name: str, source: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{source} must be 'native' or 'reference', got {name!r}")
+        raise ValueError(f"{source} must be 'auto', 'native' or 'reference', got {name!r}")
     return name
 
 
-_chosen = _validated(os.environ.get("FASTKD_BACKEND", "native"), "FASTKD_BACKEND")
+_chosen = _validated(os.environ.get("FASTKD_BACKEND", "auto"), "FASTKD_BACKEND")
+_warns = os.environ.get("FASTKD_WARN", "1") != "0"
+_warned: set[tuple[str, str]] = set()  # operation, reason
 _operations: dict[Callable, tuple[str, Callable]] = {}
 _fakes: list[Callable] = []
 # The operations of the library; the tests put the host build of the CUDA kernels in their place.
 _cpu_namespace, _cpu_kind = "fastkd", "cpu"
+
+
+class FallbackWarning(UserWarning):
+    """An operation runs in plain PyTorch instead of a native kernel: told once per operation and reason.
+
+    FASTKD_WARN=0 in the environment, or use_backend("reference"), silences it; use_backend("native") makes it an error.
+    """
 
 
 class Explanation(NamedTuple):
@@ -44,7 +60,12 @@ class Explanation(NamedTuple):
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs the body with "native" kernels (where they can) or with the "reference"; FASTKD_BACKEND sets the default."""
+    """Runs the body with one backend; FASTKD_BACKEND sets the default.
+
+    "auto": native kernels, and plain PyTorch with a FallbackWarning where they cannot take a call. "native": a
+    RuntimeError there, at the call; the backward of a backward, which has no kernels, still goes through PyTorch.
+    "reference": plain PyTorch, without a word.
+    """
     global _chosen
     before, _chosen = _chosen, _validated(name, "use_backend: name")
     try:
@@ -74,11 +95,45 @@ def _why_not_cuda(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < OLDEST_GPU:
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or newer"
+    if not _library.CUDA.has_code_for(capability):
+        built = ", ".join(_library.CUDA.architectures)
+        name = f"{capability[0]}.{capability[1]}"
+        return f"the library has code for {built}, the GPU has compute capability {name}: build it here again"
     return None
 
 
-def note_fallback(operation: str, reason: str) -> None:
-    """Called where an operation goes to the reference."""
+def note_fallback(operation: str, reason: str, like: Tensor | None = None) -> None:
+    """Says that this call goes to the reference: an error under "native", a warning under "auto", each reason once.
+
+    `like`, an input: nothing is said of a fake or a meta tensor, with which nobody waits for the result.
+    """
+    if _chosen == "native":
+        raise RuntimeError(f"{operation}: the native backend was chosen, and this call needs plain PyTorch: {reason}")
+    if _chosen == "reference" or torch.compiler.is_compiling():  # before the set, on which a trace would depend
+        return
+    if not _warns or (operation, reason) in _warned or _is_fake(like):
+        return
+    text = f"{operation} runs in plain PyTorch, slower than its kernels: {reason}. {_SILENCE}"
+    warnings.warn(text, FallbackWarning, stacklevel=_users_level())
+    _warned.add((operation, reason))  # after the warning: where warnings are errors, every call raises
+
+
+_SILENCE = 'Told once; FASTKD_WARN=0 or fastkd.use_backend("reference") silences it.'
+_LIBRARY_FOLDERS = tuple(f"{Path(file).resolve().parent}{os.sep}" for file in (__file__, torch.__file__))
+
+
+def _is_fake(tensor: Tensor | None) -> bool:
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return True
+    return tensor is not None and (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def _users_level() -> int:
+    """The stacklevel, for a warning by the caller, of the innermost line outside of fastkd and torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARY_FOLDERS):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def device_kind(tensor: Tensor) -> str:
@@ -111,7 +166,8 @@ def register_all_fakes(namespace: str) -> None:
 def explain(function: Callable, *args, **kwargs) -> Explanation:
     """Which backend `function(*args, **kwargs)` would use, and why; runs the call's checks, not its kernels.
 
-    `function` is one of fastkd.functional. Raises what the call itself would raise for wrong arguments.
+    `function` is one of fastkd.functional. Raises what the call itself would raise for wrong arguments; where "native"
+    was chosen and cannot take the call, the explanation says so, and only the call raises.
     """
     if function not in _operations:
         known = ", ".join(name for name, _ in _operations.values())
@@ -121,6 +177,8 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
     bound.apply_defaults()
     reason = why_reference(bound.arguments)
     if reason is not None:
+        if _chosen == "native":
+            reason += "; the call raises, since the native backend was chosen"
         return Explanation(operation, "reference", reason)
     learner = bound.args[0]
     while not isinstance(learner, Tensor):  # several learners
@@ -143,9 +201,12 @@ def backend_info() -> dict[str, str]:
     else:
         cuda = "CUDA kernels built, no GPU here" if _library.CUDA.loaded else _library.CUDA.reason
     info = {"backend": _chosen, "cpu": cpu, "cuda": cuda}
-    for operation, _ in _operations.values():
-        native = _chosen == "native"
-        on_cpu = "native" if native and _library.CPU.loaded else "reference"
-        on_cuda = "native" if native and _library.CUDA.loaded else "reference"
-        info[operation] = f"cpu: {on_cpu}, cuda: {on_cuda}"
-    return info
+    kernels = {"cpu": _library.CPU.loaded, "cuda": _library.CUDA.loaded}
+    uses = ", ".join(f"{kind}: {_used(loaded)}" for kind, loaded in kernels.items())
+    return info | {operation: uses for operation, _ in _operations.values()}
+
+
+def _used(has_kernels: bool) -> str:
+    if _chosen != "reference" and has_kernels:
+        return "native"
+    return "an error (no kernels)" if _chosen == "native" else "reference"

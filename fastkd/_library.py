@@ -22,6 +22,22 @@ class Library:
     loaded: bool
     reason: str = ""
     cpu_level: int = 0  # libfastkd_cpu.so: 1, 3, 4 for x86-64, x86-64-v3, x86-64-v4; 0 for the CUDA library
+    architectures: tuple[str, ...] = ()  # libfastkd_cuda.so: what it has code for, "90-real" or, as PTX, "90-virtual"
+
+    def has_code_for(self, capability: tuple[int, int]) -> bool:
+        """Whether a GPU of this compute capability can run the CUDA library."""
+        return any(_runs_on(architecture, capability) for architecture in self.architectures)
+
+
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Machine code runs on its major version from its minor version on; PTX on all that is newer; 90a on 9.0 alone."""
+    number, kind = architecture.split("-")
+    code = divmod(int(number.rstrip("af")), 10)
+    if number.endswith("a"):
+        return code == capability
+    if kind == "virtual":
+        return code <= capability
+    return code[0] == capability[0] and code[1] <= capability[1]
 
 
 def _load(name: str) -> Library:
@@ -39,6 +55,12 @@ def _cpu_level() -> int:
     function = ctypes.CDLL(str(FOLDER / "libfastkd_cpu.so")).fastkd_cpu_level
     function.restype = ctypes.c_int
     return function()
+
+
+def _cuda_architectures() -> tuple[str, ...]:
+    function = ctypes.CDLL(str(FOLDER / "libfastkd_cuda.so")).fastkd_cuda_architectures
+    function.restype = ctypes.c_char_p
+    return tuple(function().decode().split(","))
 
 
 def _load_cpu() -> Library:
@@ -59,7 +81,13 @@ def _load_cuda(cpu: Library) -> Library:
         return Library(False, "the CPU library, which declares the operations, is missing")
     if torch.version.cuda is None:
         return Library(False, f"torch {torch.__version__} has no CUDA")
-    return _load("libfastkd_cuda.so")
+    library = _load("libfastkd_cuda.so")
+    if not library.loaded:
+        return library
+    try:
+        return Library(True, architectures=_cuda_architectures())
+    except AttributeError:
+        return Library(False, "libfastkd_cuda.so is of an older version than this package: build it again")
 
 
 CPU = _load_cpu()

@@ -69,7 +69,7 @@ def test_explain_names_the_reason():
     assert explain(students, teachers).backend == "native"
     assert explain(students[0], [teachers[0]] * 3).backend == "native"
     reasons = {
-        "a teacher requires grad": explain(students, [teachers[0], teachers[1].clone().requires_grad_()]),
+        "teachers[1] requires grad": explain(students, [teachers[0], teachers[1].clone().requires_grad_()]),
         "weights require grad": explain(students, teachers, weights=torch.ones(2, requires_grad=True)),
         "students' dtypes differ": explain([students[0].double(), students[1]], teachers),
         "teachers' dtypes differ": explain(students, [teachers[0].double(), teachers[1]]),

@@ -106,7 +106,7 @@ def test_explain_names_the_reason():
     explain = lambda *a, **k: fastkd.explain(F.multi_teacher_kd, *a, **k)  # noqa: E731
     assert explain(student, teachers).backend == "native"
     reasons = {
-        "a teacher requires grad": explain(student, [teachers[0].clone().requires_grad_(), *teachers[1:]]),
+        "teachers[0] requires grad": explain(student, [teachers[0].clone().requires_grad_(), *teachers[1:]]),
         "weights require grad": explain(student, teachers, weights=torch.ones(3, requires_grad=True)),
         "temperature": explain(student, teachers, temperature=torch.tensor(2.0, requires_grad=True)),
         "dtypes differ": explain(student, [teachers[0].double(), *teachers[1:]]),

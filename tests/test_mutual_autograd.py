@@ -167,7 +167,7 @@ def test_explain_names_the_reason():
     assert explain(logits, target, teachers=teachers).backend == "native"
     assert explain(torch.stack(logits)).backend == "native"
     reasons = {
-        "a teacher requires grad": explain(logits, teachers=[teachers[0].clone().requires_grad_()]),
+        "teachers[0] requires grad": explain(logits, teachers=[teachers[0].clone().requires_grad_()]),
         "the weights require grad": explain(logits, weights=torch.ones(3, 3, requires_grad=True)),
         "weights require grad": explain(
             logits, teachers=teachers, teacher_weights=torch.ones(3, 2, requires_grad=True)

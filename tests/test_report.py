@@ -137,8 +137,8 @@ def test_steps_are_timed_with_both_backends_and_change_no_guide(tmp_path, monkey
     monkeypatch.setattr(fastkd, "use_backend", lambda name: used.append(name) or original(name))
     seconds = comparing.time_steps(runner, {"teacher": Result(runner.stages["teacher"], teacher, [], None)}, rounds=4)
     assert set(seconds) == {"native", "reference"} and all(0 < s < 10 for s in seconds.values())
-    assert used.count("native") == used.count("reference") == 4 + comparing.WARM_UP
-    assert used[:4] != sorted(used[:4]) and {used[0], used[1]} == {"native", "reference"}  # in turns
+    assert used.count("auto") == used.count("reference") == 4 + comparing.WARM_UP
+    assert used[:4] != sorted(used[:4]) and {used[0], used[1]} == {"auto", "reference"}  # in turns
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 

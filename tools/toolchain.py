@@ -21,7 +21,7 @@ OLDEST_TORCH = (2, 11)
 OLDEST_CMAKE = (3, 24)
 OLDEST_GPU = 80
 LAUNCHERS = ("ccache", "sccache")  # in front of the compiler in CXX="ccache g++"; CMake finds ccache by itself
-DEFAULT_ARCHITECTURES = ["80-real", "90-real", "90-virtual"]
+ALL_ARCHITECTURES = ["80-real", "90-real", "100-real", "120-real", "90-virtual"]  # of which nvcc knows what it knows
 
 # Inline namespaces, std::bit_cast and template lambdas: what the sources need of C++20 (GCC 11, Clang 14).
 CXX_PROBE = """
@@ -175,7 +175,7 @@ def architectures(text: str | None = None) -> list[str]:
     text = os.environ.get("TORCH_CUDA_ARCH_LIST", "") if text is None else text
     items = text.replace(";", " ").replace(",", " ").split()
     if not items:
-        return list(DEFAULT_ARCHITECTURES)
+        return list(ALL_ARCHITECTURES)
     result = []
     for item in items:
         match = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", item)
@@ -189,6 +189,36 @@ def architectures(text: str | None = None) -> list[str]:
     if not result:
         raise ConfigurationError(f"TORCH_CUDA_ARCH_LIST: expected 8.0 or newer somewhere in it, got {text!r}")
     return list(dict.fromkeys(result))
+
+
+@functools.cache
+def gpus() -> list[str]:
+    """The architectures of this machine's GPUs that the kernels serve, in CMake's words."""
+    program = shutil.which("nvidia-smi")
+    works, output = _run([program, "--query-gpu=compute_cap", "--format=csv,noheader"]) if program else (False, "")
+    found = re.findall(r"^\s*(\d+)\.(\d)\s*$", output, re.MULTILINE) if works else []
+    numbers = sorted({int(major + minor) for major, minor in found})
+    return [f"{number}-real" for number in numbers if number >= OLDEST_GPU]
+
+
+def wanted_architectures() -> list[str]:
+    """What CUDA kernels are built for: with FASTKD_WITH_CUDA=1 all, or what TORCH_CUDA_ARCH_LIST says; with auto this
+    machine's GPUs, so nothing where there is none.
+    """
+    if with_cuda() == "0":
+        return []
+    if with_cuda() == "1" or os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return architectures()
+    return gpus()
+
+
+def known_architectures(nvcc: str, asked: list[str]) -> list[str]:
+    """Those of the default list that this nvcc knows; what was asked for by name stays: its absence is an error."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST") or asked != ALL_ARCHITECTURES:
+        return asked
+    works, output = _run([nvcc, "--list-gpu-code"])
+    known = re.findall(r"sm_(\d+)", output) if works else []
+    return [name for name in asked if name.split("-")[0] in known] or asked
 
 
 def gencode(architecture: str) -> list[str]:
@@ -218,11 +248,12 @@ def _real_nvcc(path: str) -> str:
 
 @functools.cache
 def nvcc() -> Found:
-    """An nvcc that compiles for all architectures asked for."""
-    flags = [part for architecture in architectures() for part in gencode(architecture)]
+    """An nvcc that compiles for all architectures wanted (where none are: for all that there are)."""
+    wanted = wanted_architectures() or architectures()
     reason = "no nvcc was found (CUDACXX, CUDA_HOME, PATH, /usr/local/cuda)"
     for candidate in _nvcc_candidates():
         path = _real_nvcc(candidate)
+        flags = [part for architecture in known_architectures(path, wanted) for part in gencode(architecture)]
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cu")
             source.write_text(CUDA_PROBE)
@@ -230,7 +261,7 @@ def nvcc() -> Found:
             works, output = _run([path, "-std=c++20", *host, *flags, "-c", str(source), "-o", f"{source}.o"])
         if works:
             return Found(path)
-        reason = f"{candidate} does not compile CUDA C++20 for {' '.join(architectures())} ({_first_line(output)})"
+        reason = f"{candidate} does not compile CUDA C++20 for {' '.join(wanted)} ({_first_line(output)})"
     return Found(None, reason)
 
 

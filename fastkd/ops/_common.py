@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from numbers import Real
 
@@ -64,6 +65,13 @@ def check_like(op: str, name: str, value: object, student: Tensor, whose: str = 
         raise wrong_value(op, name, f"of {whose} shape {list(student.shape)}", f"shape {list(value.shape)}")
     if value.device != student.device:
         raise wrong_value(op, name, f"on {whose} device {student.device}", f"device {value.device}")
+
+
+def why_learning(name: str, learners: Sequence[Tensor]) -> str:
+    """Why a teacher called `name` that requires grad keeps a call from the kernels, and what to do about it."""
+    if any([z.requires_grad for z in learners]):
+        return f"{name} requires grad, so it gets a gradient too (if it is not to learn: detach it, or torch.no_grad)"
+    return f"{name} requires grad and no student does (are the arguments swapped? The student comes first)"
 
 
 def check_number(
@@ -123,6 +131,34 @@ def check_class_dim(op: str, class_dim: object, dims: int) -> int:
     if not -dims <= class_dim < dims:
         raise wrong_value(op, "class_dim", f"a dimension of the logits, in [{-dims}, {dims})", class_dim)
     return class_dim - dims if class_dim >= 0 else class_dim
+
+
+_warned_of_maps: set[str] = set()
+
+
+def check_layout(op: str, logits: Tensor, class_dim: object, labelled: bool, name: str = "logits") -> int:
+    """check_class_dim() for one network's logits, and what can only be a mistake where no labels tell the layout.
+
+    Without labels, a vector is refused, and maps whose classes are taken from the last dimension are warned of, once.
+    """
+    dims = logits.dim()
+    if dims == 0:
+        raise wrong_value(op, name, ONE_LOGIT, "shape []")
+    class_dim = check_class_dim(op, class_dim, dims)
+    if labelled or dims not in (1, 4) or is_transformed():  # inside vmap a vector is one sample of a batch
+        return class_dim
+    if dims == 1:
+        expected = "of shape [..., C] with samples before the classes, or come with labels (one sample is logits[None])"
+        raise wrong_value(op, name, expected, f"shape {list(logits.shape)}")
+    if class_dim == -1 and not torch.compiler.is_compiling() and op not in _warned_of_maps:
+        _warned_of_maps.add(op)
+        warnings.warn(
+            f"{op}: the classes of {name} {list(logits.shape)} were taken from the last dimension; "
+            "class_dim=1 is for maps [B, C, H, W]",
+            UserWarning,
+            stacklevel=4,  # the caller of the public function, which calls a check that calls this
+        )
+    return class_dim
 
 
 def classes_last(logits: Tensor, class_dim: int) -> Tensor:

@@ -237,7 +237,8 @@ def feature_ensemble(
 
 
 def _dispatch(call: Call) -> Tensor:
-    if why_reference(call) is not None:
+    if (reason := why_reference(call)) is not None:
+        _backend.note_fallback(OP, reason, call.students[0])
         return reference(call)
     if len(call.teachers) > LAUNCH_PAIRS and _backend.device_kind(call.students[0]) != "cpu":
         return _in_groups(call)
@@ -264,19 +265,21 @@ def _in_groups(call: Call) -> Tensor:
 
 def why_reference(call: Call) -> str | None:
     """Why this call goes to plain PyTorch, or None where the native kernels take it."""
-    student, teacher = call.students[0], call.teachers[0]
+    student = call.students[0]
     reason = _backend.why_not_native(student)
     if reason is not None:
         return reason
     if common.is_transformed():
         return "a torch.func transform or forward-mode AD is active"
     if torch.is_grad_enabled():
-        if any([t.requires_grad for t in call.teachers]):
-            return "a teacher requires grad (detach it, or compute it under torch.no_grad, for the native kernel)"
+        for k, teacher in enumerate(call.teachers):
+            if teacher.requires_grad:
+                return common.why_learning(f"teachers[{k}]", call.students)
         if call.weights is not None and call.weights.requires_grad:
             return "the weights require grad"
     if any([s.dtype != student.dtype for s in call.students]):
         return "the students' dtypes differ"
+    teacher = call.teachers[0]
     if any([t.dtype != teacher.dtype for t in call.teachers]):
         return "the teachers' dtypes differ"
     if teacher.dtype != student.dtype and (teacher.dtype != torch.float32 or student.dtype == torch.float64):

@@ -116,7 +116,8 @@ def register_fakes(namespace: str) -> None:
 def statistics(networks: Sequence[Tensor], target: Tensor | None, ignore_index: int) -> GroupStats:
     """GroupStats of checked logits M x [R, C] and labels int64 [R], by the kernels where they can take them."""
     networks = [z.detach() if z.requires_grad else z for z in networks]
-    if why_reference(networks) is not None:
+    if (reason := why_reference(networks)) is not None:
+        _backend.note_fallback(OP, reason, networks[0])
         with forward_ad._set_fwd_grad_enabled(False):  # a detached tensor would keep its tangent
             return reference_stats(networks, target, ignore_index)
     return GroupStats(*_backend.native_ops(networks[0]).group_stats(networks, target, ignore_index))

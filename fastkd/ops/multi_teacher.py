@@ -355,7 +355,8 @@ def multi_teacher_kd(
 
 
 def _dispatch(call: Call) -> Tensor:
-    if why_reference(call) is not None:
+    if (reason := why_reference(call)) is not None:
+        _backend.note_fallback(OP, reason, call.student)
         return _checked_reference(call)
     if len(call.teachers) > LAUNCH_TEACHERS and _backend.device_kind(call.student) != "cpu":
         return _in_groups(call)
@@ -406,9 +407,9 @@ def why_reference(call: Call) -> str | None:
         return reason
     if common.is_transformed():
         return "a torch.func transform or forward-mode AD is active"
-    for teacher in call.teachers:
+    for k, teacher in enumerate(call.teachers):
         if teacher.requires_grad and torch.is_grad_enabled():
-            return "a teacher requires grad (detach it, or compute it under torch.no_grad, for the native kernel)"
+            return common.why_learning(f"teachers[{k}]", (student,))
         if teacher.dtype != call.teachers[0].dtype:
             return "the teachers' dtypes differ"
     teacher = call.teachers[0]

@@ -271,7 +271,8 @@ def mutual_kd(
 
 
 def _dispatch(call: Call) -> Tensor:
-    if why_reference(call) is not None:
+    if (reason := why_reference(call)) is not None:
+        _backend.note_fallback(OP, reason, call.first)
         return _checked_reference(call)
     if call.total > LAUNCH_NETWORKS and _backend.device_kind(call.first) != "cpu":
         return _in_groups(call)
@@ -322,9 +323,9 @@ def why_reference(call: Call) -> str | None:
         return "a torch.func transform or forward-mode AD is active"
     if not isinstance(call.logits, Tensor) and any([z.dtype != first.dtype for z in call.logits]):
         return "the networks' dtypes differ"
-    for teacher in call.teachers:
+    for k, teacher in enumerate(call.teachers):
         if teacher.requires_grad and learning:
-            return "a teacher requires grad (detach it, or compute it under torch.no_grad, for the native kernel)"
+            return common.why_learning(f"teachers[{k}]", call.logits)
         if teacher.dtype != call.teachers[0].dtype:
             return "the teachers' dtypes differ"
         if teacher.dtype != first.dtype and (teacher.dtype != torch.float32 or first.dtype == torch.float64):

@@ -253,7 +253,8 @@ def _run(call: Call, process_group) -> Tensor:
     if process_group is not None:
         student, teacher = _gather.gather_pair(call.op, call.student, call.teacher, process_group)
         call = call._replace(student=student, teacher=teacher)
-    if why_reference(call) is not None:
+    if (reason := why_reference(call)) is not None:
+        _backend.note_fallback(call.op, reason, call.student)
         return reference(call)
     if not (torch.is_grad_enabled() and call.student.requires_grad):
         return _forward(call, None, False)[0]
@@ -268,7 +269,7 @@ def why_reference(call: Call) -> str | None:
     if common.is_transformed():
         return "a torch.func transform or forward-mode AD is active"
     if call.teacher.requires_grad and torch.is_grad_enabled():
-        return "the teacher requires grad (detach it, or compute it under torch.no_grad, for the native kernel)"
+        return common.why_learning("teacher", (call.student,))
     return None
 
 

@@ -80,9 +80,10 @@ def time_steps(runner: Runner, results: dict[str, Result], rounds: int = ROUNDS)
 
 
 def _time_step(fit: Fit, inputs, target, backend: str) -> float:
+    """Seconds of one step; "native" is the backend "auto": a method may ask for something that has no kernel."""
     fit.method.train()
     wait = torch.cuda.synchronize if fit.device.type == "cuda" else lambda: None
-    with fastkd.use_backend(backend):
+    with fastkd.use_backend("auto" if backend == "native" else backend):
         wait()
         started = time.perf_counter()
         for phase in fit.method.phases(inputs, target):

@@ -49,6 +49,7 @@ def info() -> str:
     lines = [f"{name:<8} {version}" for name, version in versions().items()]
     lines += [f"{'platform':<8} {platform.platform()}", "", "Devices", *(f"  {line}" for line in devices())]
     facts = fastkd.backend_info()
-    lines += ["", "Backends (FASTKD_BACKEND=native|reference chooses; FASTKD_CPU_LEVEL=1|3|4 forces a lower CPU level)"]
+    settings = "FASTKD_BACKEND=auto|native|reference chooses, FASTKD_WARN=0 silences fallbacks"
+    lines += ["", f"Backends ({settings}, FASTKD_CPU_LEVEL=1|3|4 forces a lower CPU level)"]
     lines += [f"  {name:<18} {fact}" for name, fact in facts.items()]
     return "\n".join(lines)
