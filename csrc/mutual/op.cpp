@@ -179,7 +179,7 @@ Results forward(const std::vector<Tensor>& logits, const std::vector<Tensor>& te
     args.frozen = make_weights(args, in.frozen, in.host_weights, args.learners, args.teachers);
   set_target(in, target, soft, cross_entropy);
   set_scalars(args, temperature, kd_weight, ce_weight, num_items, scalars);
-  STD_TORCH_CHECK(args.ce_weight == 0 || cross_entropy, "fastkd: ce_weight without a cross-entropy");
+  if (!cross_entropy) args.ce_weight = 0;
   args.label_smoothing = label_smoothing;
   args.ignore_index = ignore_index;
   args.scale_by_t2 = scale_by_t2;

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as torch_functional
 from torch import Tensor
 
 from fastkd.ops import _common as common
 
 POSITIVE = "a finite number > 0, or one per teacher"
+
+
+class LossTerms(NamedTuple):
+    """The two parts of a loss without their weights, detached, reduced as the loss is."""
+
+    kd: Tensor
+    ce: Tensor
 
 
 def check_teachers(op: str, teachers: object, student: Tensor, whose: str = "the student's") -> Sequence[Tensor]:
@@ -142,3 +151,16 @@ def weighted_divergence(log_p: Tensor, log_q: Tensor, weight, scale) -> Tensor:
     kl = kl.masked_fill((weight == 0) & kl.isinf(), 0)  # a weight of 0 removes an infinite divergence as well
     # A KL below zero is rounding. The gradient is kept, which clamp would drop.
     return (weight * scale) * (kl - kl.detach().clamp(max=0))
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+    """That of F.cross_entropy with probabilities [R, C], [R]; a masked class of probability 0 counts 0."""
+    target = target.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / logits.shape[1]
+    log_q = torch.log_softmax(logits, -1)
+    return -(target * log_q.masked_fill((target == 0) & log_q.isinf(), 0)).sum(-1)
+
+
+def hard_cross_entropy(logits: Tensor, target: Tensor, inside: Tensor, label_smoothing: float) -> Tensor:
+    """That of labels [R], [R]; anything for those that are no class."""
+    labels = target.where(inside, 0)
+    return torch_functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
