@@ -35,7 +35,9 @@ void launch(const Args& args, int64_t bytes, cudaStream_t stream) {
 // Whether the policy took the call.
 template <class S, class A, class P>
 bool try_launch(const Args& args, int64_t most_bytes, cudaStream_t stream) {
-  const int64_t bytes = P::numbers(args.learners, args.learners + args.teachers) * int64_t(sizeof(A));
+  const bool soft = args.soft && args.cross_entropy;
+  const int64_t bytes =
+      P::kRows * P::template numbers<A>(args.learners, args.learners + args.teachers, soft) * int64_t(sizeof(A));
   if (P::kOnChip && (args.stream || args.classes > P::kTile || bytes > most_bytes)) return false;
   launch<S, A, P>(args, bytes, stream);
   return true;

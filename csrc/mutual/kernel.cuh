@@ -19,9 +19,10 @@ struct Policy : RowPolicy<ThreadsPerRow, RowsPerBlock, Items> {
   template <class S>
   static constexpr int kWidth = kVector<S, S> < Items ? kVector<S, S> : Items;
 
-  // Dynamic shared memory of a block, in numbers.
-  static int64_t numbers(int learners, int networks) {
-    return Spread::kRows * (RowMemory<double>::numbers(learners, networks, kWarps) + 2 * networks * Spread::kTile);
+  // Dynamic shared memory of a row, in numbers: x and e of each network's tile, and the tile of a soft target.
+  template <class A>
+  static FASTKD_HD int64_t numbers(int learners, int networks, bool soft) {
+    return RowMemory<A>::numbers(learners, networks, kWarps) + (2 * networks + (soft ? 1 : 0)) * Spread::kTile;
   }
 };
 
@@ -34,10 +35,12 @@ struct Row {
   RowMemory<A> memory;
   A* tile;  // [networks][x, e][item][thread]: a thread reads what it wrote itself
   int64_t index;
-  A mass;  // sum of the soft target
+  unsigned read;  // a bit per network: by a learner, or for its own cross-entropy
+  A mass;         // sum of the soft target
 
   __device__ __forceinline__ A& x(int n, int i) const { return tile[((2 * n) * kItems + i) * P::kThreads + threads.thread]; }
   __device__ __forceinline__ A& e(int n, int i) const { return tile[((2 * n + 1) * kItems + i) * P::kThreads + threads.thread]; }
+  __device__ __forceinline__ A& soft(int i) const { return x(p.networks(), i); }
 
   __device__ __forceinline__ void sync() const {
     if constexpr (P::kWarps > 1)
@@ -50,54 +53,57 @@ struct Row {
     return item_class<kWidth>(first, i, P::kThreads, threads.thread);
   }
 
-  // Whether the row of network n is read: by a learner, or for its own cross-entropy.
-  __device__ __forceinline__ bool read(int n) const {
-    const bool learns = n < p.learners;
-    bool any = learns && p.cross_entropy;
-    for (int m = 0; m < p.learners; ++m) any = any || memory.weight(m, n) != 0;
-    for (int k = 0; learns && k < p.networks(); ++k) any = any || memory.weight(n, k) != 0;
-    return any;
-  }
-
   // The first network from n on that is read.
   __device__ __forceinline__ int next_read(int n) const {
-    while (n < p.networks() && !read(n)) ++n;
+    while (n < p.networks() && !(read >> n & 1u)) ++n;
     return n;
   }
 
   template <class T>
-  __device__ __forceinline__ void load_as_type(const Network& from, int64_t first, bool vectors, A pad, Items& to) const {
-    load_items<kItems, kWidth>(row_of<T>(from, index), first, p.classes, P::kThreads, threads.thread, vectors, pad, to);
+  __device__ __forceinline__ void load_scalars(int n, int64_t first, A pad, Items& to) const {
+    const T* row = static_cast<const T*>(memory.data(n));
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const int64_t c = class_of(first, i);
+      to[i] = c < p.classes ? A(load_as(row[c])) : pad;
+    }
   }
 
-  __device__ __forceinline__ void load_any(const Network& from, int64_t first, bool vectors, A pad, Items& to) const {
-    switch (from.type) {
-      case DType::f64: return load_as_type<double>(from, first, vectors, pad, to);
-      case DType::f16: return load_as_type<Half>(from, first, vectors, pad, to);
-      case DType::bf16: return load_as_type<BFloat16>(from, first, vectors, pad, to);
-      default: return load_as_type<float>(from, first, vectors, pad, to);
+  __device__ __forceinline__ void load_any(int n, DType type, int64_t first, A pad, Items& to) const {
+    switch (type) {
+      case DType::f64: return load_scalars<double>(n, first, pad, to);
+      case DType::f16: return load_scalars<Half>(n, first, pad, to);
+      case DType::bf16: return load_scalars<BFloat16>(n, first, pad, to);
+      default: return load_scalars<float>(n, first, pad, to);
     }
   }
 
   // The classes past the end load as -inf, like masked ones.
   __device__ __forceinline__ void load(int n, int64_t first, Items& to) const {
-    const bool vectors = p.vectors >> n & 1u;
-    if (n < p.learners)
-      load_as_type<S>(p.network[n], first, vectors, -A(kInf), to);
-    else
-      load_any(p.network[n], first, vectors, -A(kInf), to);
+    if (!(p.vectors >> n & 1u)) return load_any(n, p.network[n].type, first, -A(kInf), to);
+    const S* row = static_cast<const S*>(memory.data(n));
+#pragma unroll
+    for (int j = 0; j < kItems / kWidth; ++j) {
+      const int64_t c = class_of(first, j * kWidth);
+      Vec<S, kWidth> part{};
+      if (c < p.classes) part = load_vec<S, kWidth>(row + c);
+#pragma unroll
+      for (int v = 0; v < kWidth; ++v) to[j * kWidth + v] = c < p.classes ? A(load_as(part.v[v])) : -A(kInf);
+    }
   }
 
-  // The soft target, smoothed, 0 past the end.
-  __device__ __forceinline__ void load_soft(int64_t first, Items& to) const {
-    load_any(p.soft, first, p.soft_vectors, A(0), to);
+  // A tile of the soft target, smoothed, to shared memory; 0 past the end.
+  __device__ __forceinline__ void load_soft(int64_t first) const {
+    Items probability;
+    load_any(p.networks(), p.soft.type, first, A(0), probability);
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) to[i] = class_of(first, i) < p.classes ? smoothed(to[i], p.smoothing, p.classes) : A(0);
+    for (int i = 0; i < kItems; ++i)
+      soft(i) = class_of(first, i) < p.classes ? smoothed(probability[i], p.smoothing, p.classes) : A(0);
   }
 
   // The logit of a learner's label.
   __device__ __forceinline__ A label_logit(int m) const {
-    return A(load_as(row_of<S>(p.network[m], index)[p.target[index]]));
+    return A(load_as(static_cast<const S*>(memory.data(m))[p.target[index]]));
   }
 };
 
@@ -105,10 +111,9 @@ template <class S, class A, class P>
 __device__ __forceinline__ A soft_mass(const Row<S, A, P>& row) {
   Numbers<A, 1> mass{{0}};
   for (int64_t first = 0; first < row.p.classes; first += P::kTile) {
-    A soft[P::kItems];
-    row.load_soft(first, soft);
+    row.load_soft(first);
 #pragma unroll
-    for (int i = 0; i < P::kItems; ++i) mass.v[0] += soft[i];
+    for (int i = 0; i < P::kItems; ++i) mass.v[0] += row.soft(i);
   }
   return row.threads.sum(mass).v[0];
 }
@@ -135,10 +140,8 @@ __device__ __forceinline__ Numbers<A, 3> exponentials(const Row<S, A, P>& row, i
     }
   }
   if (cross_entropy && p.soft.data) {
-    A soft[P::kItems];
-    row.load_soft(first, soft);
 #pragma unroll
-    for (int i = 0; i < P::kItems; ++i) sums.v[2] += soft_part(soft[i], logits[i] - base);
+    for (int i = 0; i < P::kItems; ++i) sums.v[2] += soft_part(row.soft(i), logits[i] - base);
   }
   return sums;
 }
@@ -168,6 +171,7 @@ __device__ __forceinline__ void stream_network(const Row<S, A, P>& row, int n) {
   Numbers<A, 3> sums{{0, 0, 0}};
   for (int64_t first = 0; first < row.p.classes; first += P::kTile) {
     row.load(n, first, logits);
+    if (row.p.soft.data) row.load_soft(first);
     const Numbers<A, 3> part = exponentials<false>(row, n, first, max, logits);
 #pragma unroll
     for (int i = 0; i < 3; ++i) sums.v[i] += part.v[i];
@@ -181,12 +185,31 @@ __device__ __forceinline__ void stream_network(const Row<S, A, P>& row, int n) {
   }
 }
 
-// The weights of the row, each loaded once.
+// Where the rows lie and their weights, each found once.
 template <class S, class A, class P>
-__device__ __forceinline__ void read_weights(const Row<S, A, P>& row) {
-  const int networks = row.p.networks(), pairs = row.p.learners * networks;
+__device__ __forceinline__ void find_row(const Row<S, A, P>& row) {
+  const Params<A>& p = row.p;
+  const int networks = p.networks(), pairs = p.learners * networks;
+#pragma unroll 1
+  for (int n = row.threads.thread; n <= networks; n += P::kThreads) {
+    const Network& network = n < networks ? p.network[n] : p.soft;
+    row.memory.data(n) =
+        static_cast<const char*>(network.data) + row_offset(network.rows, row.index) * bytes_of(network.type);
+  }
+#pragma unroll 1
   for (int i = row.threads.thread; i < pairs; i += P::kThreads)
-    row.memory.weight(i / networks, i % networks) = row.p.weight_of(i / networks, i % networks, row.index);
+    row.memory.weight(i / networks, i % networks) = p.weight_of(i / networks, i % networks, row.index);
+}
+
+// Which networks are read, a bit each: lane n looks for network n.
+template <class S, class A, class P>
+__device__ __forceinline__ unsigned networks_read(const Row<S, A, P>& row) {
+  const Params<A>& p = row.p;
+  const int n = row.threads.thread % 32;
+  bool any = n < p.learners && p.cross_entropy;
+  for (int m = 0; n < p.networks() && m < p.learners; ++m) any = any || row.memory.weight(m, n) != 0;
+  for (int k = 0; n < p.learners && k < p.networks(); ++k) any = any || row.memory.weight(n, k) != 0;
+  return __ballot_sync(kFullWarp, any);
 }
 
 // First pass: the maximum and the sums of every network that is read, and on chip its x and e.
@@ -245,12 +268,10 @@ __device__ __forceinline__ void add_cross_entropy(const Row<S, A, P>& row, int m
   const Params<A>& p = row.p;
   const A t = 1 / p.inv_t;
   if (p.soft.data) {
-    A soft[P::kItems];
-    row.load_soft(first, soft);
     const A factor = p.ce_weight * row.mass / row.memory.stat(m, kZOne);
 #pragma unroll
     for (int i = 0; i < P::kItems; ++i)
-      grad[i] += factor * exponential_at_one(p.integer_t, x[i] * t, e[i]) - p.ce_weight * soft[i];
+      grad[i] += factor * exponential_at_one(p.integer_t, x[i] * t, e[i]) - p.ce_weight * row.soft(i);
     return;
   }
   const A factor = p.ce_weight / row.memory.stat(m, kZOne), uniform = p.ce_weight * p.smoothing / A(p.classes);
@@ -268,7 +289,7 @@ __device__ __forceinline__ void learn_tile(const Row<S, A, P>& row, int m, int64
   constexpr int kItems = P::kItems, kTogether = 4;
   const Params<A>& p = row.p;
   const int networks = p.networks(), lane = row.threads.thread % 32, warp = row.threads.thread / 32;
-  const bool read = row.read(m);
+  const bool read = row.read >> m & 1u;
   A x_m[kItems], e_m[kItems], grad[kItems];
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
@@ -367,23 +388,26 @@ __global__ void __launch_bounds__(P::kBlock) mutual_kernel(const __grid_constant
   const int64_t index = int64_t(blockIdx.x) * P::kRows + in_block;
   if (index >= p.rows) return;  // whole warps: a row of less than a block needs no barrier
   Threads threads{int(threadIdx.x) % P::kThreads, 0, buffer};
-  const int64_t numbers = RowMemory<A>::numbers(p.learners, networks, P::kWarps);
-  A* const start = dynamic + in_block * (numbers + 2 * networks * int64_t(P::kTile));
+  A* const start = dynamic + in_block * P::template numbers<A>(p.learners, networks, p.soft.data);
   const RowMemory<A> memory{start, p.learners, networks, P::kWarps};
-  Row<S, A, P> row{p, threads, memory, memory.start + numbers, index, A(0)};
+  A* const tile = start + RowMemory<A>::numbers(p.learners, networks, P::kWarps);
+  Row<S, A, P> row{p, threads, memory, tile, index, 0, A(0)};
   const Label kind = label_kind(p.target, index, p.ignore_index, p.classes);
   if (kind == Label::ignored || kind == Label::outside)
     return leave_out(row, kind == Label::ignored ? A(0) : A(__builtin_nanf("")));
 
-  read_weights(row);
-  if (p.soft.data) row.mass = soft_mass(row);
+  find_row(row);
   row.sync();  // the weights
+  row.read = networks_read(row);
+  if (p.soft.data) row.mass = soft_mass(row);
   read_networks(row);
   row.sync();  // the statistics
   compute_pulls(row);
   row.sync();
   for (int64_t first = 0; first < p.classes; first += P::kTile) {
     if constexpr (!P::kOnChip) {
+      if (p.soft.data) row.load_soft(first);
+#pragma unroll 1
       for (int n = row.next_read(0); n < networks; n = row.next_read(n + 1)) {
         A logits[P::kItems];
         row.load(n, first, logits);
@@ -398,6 +422,7 @@ __global__ void __launch_bounds__(P::kBlock) mutual_kernel(const __grid_constant
     }
   }
   row.sync();  // the sums
+#pragma unroll 1
   for (int m = threads.thread; m < p.learners; m += P::kThreads) store_loss(row, m);
 }
 

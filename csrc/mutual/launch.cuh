@@ -13,8 +13,8 @@ struct Params {
   int64_t rows, classes;
   int learners, teachers;
   Network network[kMaxLaunchNetworks];
-  unsigned vectors;  // a bit per network: its rows allow vector accesses
-  bool grad_vectors, soft_vectors;
+  unsigned vectors;  // a bit per network: its rows are of the learners' dtype and allow vector accesses
+  bool grad_vectors;
   const int64_t* target;
   int64_t ignore_index;
   Network soft;  // without data: labels
@@ -49,29 +49,36 @@ struct Params {
 // Of one network in one row.
 enum Stat { kMax, kZ, kZOne, kSum, kStats };
 
-// A row's numbers in shared memory: each network's statistics, the pulls between them, the sums `a` of each warp.
+// A row's numbers in shared memory: where each network's row and the soft target's lie, each network's statistics, the
+// pulls between them, the sums `a` of each warp.
 template <class A>
 struct RowMemory {
-  A* start;
+  static constexpr int kPointer = int(sizeof(const void*) / sizeof(A));
+  A* start;  // aligned to a pointer
   int learners, networks, warps;
 
   static FASTKD_HD int64_t numbers(int learners, int networks, int warps) {
-    return kStats * networks + int64_t(3 + warps) * learners * networks;
+    const int64_t all = kPointer * (networks + 1) + kStats * networks + int64_t(3 + warps) * learners * networks;
+    return (all + 1) / 2 * 2;
   }
-  __device__ A& stat(int n, int which) const { return start[n * kStats + which]; }
-  __device__ A& weight(int m, int n) const { return start[kStats * networks + (m * networks + n) * 3]; }
-  __device__ A& factor(int m, int n) const { return start[kStats * networks + (m * networks + n) * 3 + 1]; }
-  __device__ A& ratio(int m, int n) const { return start[kStats * networks + (m * networks + n) * 3 + 2]; }
+  __device__ const void*& data(int n) const { return reinterpret_cast<const void**>(start)[n]; }
+  __device__ A* stats() const { return start + kPointer * (networks + 1); }
+  __device__ A* pairs() const { return stats() + kStats * networks; }
+  __device__ A& stat(int n, int which) const { return stats()[n * kStats + which]; }
+  __device__ A& weight(int m, int n) const { return pairs()[(m * networks + n) * 3]; }
+  __device__ A& factor(int m, int n) const { return pairs()[(m * networks + n) * 3 + 1]; }
+  __device__ A& ratio(int m, int n) const { return pairs()[(m * networks + n) * 3 + 2]; }
   __device__ A& sum(int warp, int m, int n) const {
-    return start[(kStats + 3 * learners) * networks + (warp * learners + m) * networks + n];
+    return pairs()[(3 * learners + warp * learners + m) * networks + n];
   }
 };
 
-template <int Width>
-bool vectors_of(const Network& network, int64_t classes) {
+// Whether a network of the learners' dtype S may be read in vectors.
+template <class S, int Width>
+bool vectors_of(const Network& network, DType type, int64_t classes) {
   for (int d = 0; d < network.rows.dims; ++d)
-    if (!rows_aligned<Width>(network.data, network.rows.stride[d], classes, int(bytes_of(network.type)))) return false;
-  return true;
+    if (!rows_aligned<Width>(network.data, network.rows.stride[d], classes, sizeof(S))) return false;
+  return network.type == type;
 }
 
 template <class S, int Width, class A>
@@ -84,12 +91,9 @@ Params<A> make_params(const Args& args) {
   p.grad_vectors = rows_aligned<Width>(args.grad, args.classes, args.classes, sizeof(S));
   for (int n = 0; n < p.networks(); ++n) {
     p.network[n] = args.networks[n];
-    p.vectors |= unsigned(vectors_of<Width>(args.networks[n], args.classes)) << n;
+    p.vectors |= unsigned(vectors_of<S, Width>(args.networks[n], args.type, args.classes)) << n;
   }
-  if (args.soft && args.cross_entropy) {
-    p.soft = *args.soft;
-    p.soft_vectors = vectors_of<Width>(p.soft, args.classes);
-  }
+  if (args.soft && args.cross_entropy) p.soft = *args.soft;
   const Weights* weights[2] = {&args.peers, &args.frozen};
   p.peers = static_cast<const A*>(args.peers.data);
   p.frozen = static_cast<const A*>(args.frozen.data);

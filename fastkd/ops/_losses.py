@@ -56,3 +56,8 @@ def mapped(losses: Tensor, whole: Callable[[Tensor], Tensor], one: Callable[[Ten
     """whole(losses), whose m-th loss is one(losses[m])."""
     result = whole(losses)
     return with_graphs(result, lambda m: one(losses[m])) if type(losses) is Losses else result
+
+
+def the_only(losses: Tensor) -> Tensor:
+    """losses[0] of one loss [1] or [1, ...]."""
+    return losses.squeeze(0)

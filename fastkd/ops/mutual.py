@@ -189,13 +189,16 @@ def _check(
 
 
 def with_labels(
-    op, tensors: Tensors, options: Options, target, mask, class_dim, label_smoothing, ignore_index, reduction, num_items
+    op, tensors: Tensors, options: Options, target, mask, class_dim, label_smoothing, ignore_index, reduction,
+    num_items, whose=WHOSE, required=False,
 ) -> tuple[Tensors, Options]:  # fmt: skip
     """With what is checked of labels and reduction, and networks as rows_of()."""
     common.check_choice(op, "reduction", reduction, common.REDUCTIONS)
     label_smoothing = common.check_number(op, "label_smoothing", label_smoothing, "a number in [0, 1]", 0, 1)
     items = common.check_num_items(op, num_items, reduction)
-    target, soft = common.check_labels(op, target, mask, ignore_index, tensors.logits[0], class_dim, WHOSE)
+    if required and target is None:
+        raise common.wrong_type(op, "target", "class indices or probabilities", None)
+    target, soft = common.check_labels(op, target, mask, ignore_index, tensors.logits[0], class_dim, whose)
     tensors = tensors._replace(
         logits=tuple([common.rows_of(z) for z in tensors.logits]),
         teachers=tuple([common.rows_of(t) for t in tensors.teachers]),
@@ -212,7 +215,7 @@ def with_labels(
 
 
 def check_networks(
-    op: str, logits: object, class_dim: object, labelled: bool, least: int
+    op: str, logits: object, class_dim: object, labelled: bool, least: int, name: str = "logits[0]"
 ) -> tuple[tuple[Tensor, ...], Tensor | None, int]:
     """Logits of one shape and device with their classes last; the tensor that they are stacked in; their class_dim."""
     stacked = None
@@ -232,10 +235,10 @@ def check_networks(
         raise common.wrong_value(op, "logits", f"at least {many} logits", len(logits))
     first = logits[0]
     if not isinstance(first, Tensor):
-        common.check_logits(op, "logits[0]", first)
-    class_dim = common.check_layout(op, first, class_dim, labelled, "logits[0]")
+        common.check_logits(op, name, first)
+    class_dim = common.check_layout(op, first, class_dim, labelled, name)
     networks = [z if class_dim == -1 or not isinstance(z, Tensor) else _moved(z, class_dim) for z in logits]
-    first = common.check_logits(op, "logits[0]", networks[0])
+    first = common.check_logits(op, name, networks[0])
     for k, z in enumerate(networks):
         # The usual case in one look: this runs for every network of every step.
         if not (
