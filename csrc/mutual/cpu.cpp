@@ -21,10 +21,13 @@ template <class A>
 struct Row {
   const Args& args;
   int64_t index, n, padded;
-  Softmax<A>* networks;         // M + N
-  A *logits, *soft, *grad;      // [padded], the soft target smoothed; [M, padded]
-  A* weights;                   // [M, M + N], 0 on the diagonal
-  A mass = 0;                   // sum of `soft`
+  Softmax<A>* networks;     // M + N
+  A *logits, *soft, *grad;  // [padded], the soft target smoothed; [M, padded]
+  A* weights;               // [M, M + N], 0 on the diagonal
+  A inv_t;
+  Scale<A> scale;
+  int integer_t;
+  A mass = 0;  // sum of `soft`
 
   int total() const { return args.learners + args.teachers; }
   A weight(int m, int n) const { return weights[m * total() + n]; }
@@ -80,7 +83,7 @@ void load_soft(Row<A>& row) {
 // The exponentials at temperature 1 and their sum z; e stands at T. Those that are not there already go to `to`.
 template <class A>
 const A* at_one(const Row<A>& row, const Softmax<A>& learner, A max, A* to, A& z) {
-  const int t = integer_temperature(row.args.temperature);
+  const int t = row.integer_t;
   z = learner.z;
   if (t == 1) return learner.e;
   if (t > 1)
@@ -173,7 +176,7 @@ void teach(int k, const Softmax<A>& learner, const Softmax<A>* const* by, const 
 // What learner m learns from those that it reads: the sum of its weighted divergences.
 template <bool Grad, class A>
 A learn(const Row<A>& row, int m, A* grad) {
-  const Scale<A> scale = temperature_scale<A>(row.args.temperature, row.args.scale_by_t2);
+  const Scale<A>& scale = row.scale;
   const Softmax<A>& learner = row.networks[m];
   const int networks = row.total();
   const A factor = A(row.args.kd_weight) * scale.grad;
@@ -206,7 +209,7 @@ void store_gradient(const Row<A>& row, int m, const A* grad) {
   if (args.type == DType::f16) {
     A bound = 0;
     for (int n = 0; n < row.total(); ++n) bound += magnitude(row.weight(m, n));
-    bound *= temperature_scale<A>(args.temperature, args.scale_by_t2).grad * magnitude(A(args.kd_weight));
+    bound *= row.scale.grad * magnitude(A(args.kd_weight));
     const A mass = row.mass > 1 ? row.mass : A(1);
     scale = A(half_scale(float(bound + magnitude(A(args.ce_weight)) * mass)));
     static_cast<A*>(args.saved)[at] = 1 / scale;
@@ -246,7 +249,7 @@ A read_network(const Row<A>& row, int n, A* grad) {
   Softmax<A>& network = row.networks[n];
   prefetch_next(row, n);
   const A max = load_row(args.networks[n], row.index, row.n, row.padded, row.logits);
-  network.z = exponentials(row.logits, max, A(1 / args.temperature), row.padded, network.x, network.e);
+  network.z = exponentials(row.logits, max, row.inv_t, row.padded, network.x, network.e);
   if (n >= args.learners || !args.cross_entropy) return 0;
   return args.soft ? soft_label(row, network, max, grad) : hard_label(row, network, max, grad);
 }
@@ -295,7 +298,9 @@ void forward_typed(const Args& args, int64_t begin, int64_t end, void* memory) {
   A* const logits = p + 2 * networks * padded;
   A* const weights = logits + (3 + args.learners) * padded;
   for (int n = 0; n < networks; ++n, p += 2 * padded) table[n] = {p, p + padded, A(0), false};
-  Row<A> row{args, begin, args.classes, padded, table, logits, logits + 2 * padded, logits + 3 * padded, weights};
+  Row<A> row{args, begin, args.classes, padded, table, logits, logits + 2 * padded, logits + 3 * padded, weights,
+             A(1 / args.temperature), temperature_scale<A>(args.temperature, args.scale_by_t2),
+             integer_temperature(args.temperature)};
   const bool each_row = args.peers.stride_row != 0 || args.frozen.stride_row != 0;
   for (; row.index < end; ++row.index) {
     if (each_row || row.index == begin) load_weights(row);

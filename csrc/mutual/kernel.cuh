@@ -14,6 +14,7 @@ struct Policy : RowPolicy<ThreadsPerRow, RowsPerBlock, Items> {
   using Spread = RowPolicy<ThreadsPerRow, RowsPerBlock, Items>;
   static constexpr int kWarps = ThreadsPerRow / 32;
   static constexpr bool kOnChip = OnChip;
+  static constexpr int kBlocks = 512 / Spread::kBlock;  // of a multiprocessor: lets a thread have 128 registers
 
   // Classes that lie together in a thread, whatever a network's dtype: the widest vector of a learner.
   template <class S>
@@ -380,7 +381,7 @@ __device__ __forceinline__ void leave_out(const Row<S, A, P>& row, A nothing) {
 }
 
 template <class S, class A, class P>
-__global__ void __launch_bounds__(P::kBlock) mutual_kernel(const __grid_constant__ Params<A> p) {
+__global__ void __launch_bounds__(P::kBlock, P::kBlocks) mutual_kernel(const __grid_constant__ Params<A> p) {
   using Threads = RowThreads<A, P::kThreads>;
   SIMT_DYNAMIC_SHARED(A, dynamic);
   SIMT_SHARED(A, buffer, 2 * Threads::kWarps * Threads::kMost);

@@ -72,7 +72,7 @@ def forward(op: str, tensors: Tensors, options: Options, learners: Sequence[int]
     return out
 
 
-def losses(op: str, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
+def losses(op: str, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor | None]:
     """As reference(): the losses and their terms, from one launch, or from several where one does not take all."""
     first = tensors.logits[0]
     if any([z.dtype != first.dtype for z in tensors.logits]) or _exceeds_a_launch(tensors):
@@ -84,9 +84,11 @@ def losses(op: str, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]
         elif tensors.stacked.requires_grad:
             learners = list(range(len(tensors.logits)))
     if not learners:
-        return forward(op, tensors, options, learners)[:2]
+        loss, terms = forward(op, tensors, options, learners)[:2]
+        return loss, terms if options.return_terms else None
     given = len(tensors.logits) if tensors.stacked is None else 0
-    loss, terms = _Native.apply(op, options, learners, given, *_flat(tensors))
+    loss = _Native.apply(op, options, learners, given, *_flat(tensors))
+    loss, terms = loss if options.return_terms else (loss, None)
     if not torch.compiler.is_compiling():
         state = loss.grad_fn.state
         loss = _losses.with_graphs(loss, lambda m: state.alone(loss, m))
@@ -96,6 +98,7 @@ def losses(op: str, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]
 # --- autograd -------------------------------------------------------------------------------------------------------
 
 BEFORE_NETWORKS = 5  # of _flat()
+NOTHING = (None,) * (4 + BEFORE_NETWORKS)  # the gradients of what comes before the networks in _Native
 
 
 def _flat(tensors: Tensors) -> tuple[Tensor | None, ...]:
@@ -123,25 +126,27 @@ class _State:
         self.op, self.options, self.learners, self.given = op, options, learners, given
         self.rows, self.saved, self.aux = rows, saved, aux
         self.inputs = common.Inputs(flat)
-        self.networks = flat[BEFORE_NETWORKS : BEFORE_NETWORKS + max(1, given)]
+        self.networks = _networks(flat, given)
+        self.teachers = len(flat) - BEFORE_NETWORKS - len(self.networks)
         self.graphs = [z.grad_fn for z in self.networks]
         # Whether the stored rows are the gradients of a plain `losses.sum().backward()`.
         scaled = options.reduction == "none" or rows.dtype == torch.float16
         self.ready = not scaled and _backend.device_kind(rows) == "cpu"
-        self.waiting: weakref.WeakSet = weakref.WeakSet()  # the graphs of networks alone that were not gone through
-        self.done: set[int] = set()
+        self.waiting: weakref.WeakSet | None = None  # the graphs of networks alone that were not gone through
+        self.done: set[int] | None = None
 
     def gradients(self, grad: Tensor) -> Sequence[Tensor]:
         """Of the networks that learn; the stored rows themselves where nobody will ask for them again."""
-        rows, kept = self._stored(), common.graph_is_kept() or len(self.waiting) > 0
+        rows = self.rows if self.rows is not None else self._stored()
+        kept = common.graph_is_kept() or bool(self.waiting)
         if self.ready and type(grad) is Tensor and all([g == 1.0 for g in grad.tolist()]):
             result = rows.clone() if kept else rows
         else:
             result = _scaled(grad, rows, self.saved, self.aux, self.learners, self.options)
-        shapes = [z.shape for z in self.networks]
+        networks = self.networks
         if not kept:
             self._release()
-        return _as_given(result, shapes, self.learners, self.given)
+        return _as_given(result, networks, self.learners, self.given)
 
     def alone(self, losses: Tensor, m: int) -> Tensor | None:
         """Loss m with a graph of its own; None where the network is not what it was, or the graph was freed."""
@@ -153,6 +158,8 @@ class _State:
         z = self.networks[place]
         if not z.requires_grad or z.grad_fn is not self.graphs[place]:
             return None
+        if self.waiting is None:
+            self.waiting, self.done = weakref.WeakSet(), set()
         return _Alone.apply(self, m, losses.detach()[m], z)
 
     def gradient(self, m: int, grad: Tensor) -> Tensor:
@@ -199,35 +206,40 @@ class _Native(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, options, learners, given, *flat):
         loss, terms, rows, saved, aux = forward(op, _tensors(flat, given), options, learners)
-        ctx.options, ctx.learners, ctx.given, ctx.inputs = options, learners, given, len(flat)
         if torch.compiler.is_compiling():
             ctx.state = None
+            ctx.options, ctx.learners, ctx.given = options, learners, given
             common.save_for_backward(ctx, (rows, saved, aux, *flat))
         else:
             ctx.state = _State(op, options, learners, given, flat, rows, saved, aux)
             ctx.save_for_backward(aux)  # by which a second backward is told that the graph was freed
-        ctx.mark_non_differentiable(terms)
         ctx.set_materialize_grads(False)
+        if not options.return_terms:
+            return loss
+        ctx.mark_non_differentiable(terms)
         return loss, terms
 
     @staticmethod
-    def backward(ctx, grad, _):
-        saved_tensors, learners, given = ctx.saved_tensors, ctx.learners, ctx.given
-        gradients: list[Tensor | None] = [None] * (4 + ctx.inputs)
+    def backward(ctx, grad, *_):
+        saved_tensors, state = ctx.saved_tensors, ctx.state
         if grad is None:
-            return tuple(gradients)
-        if ctx.state is not None:
-            result = ctx.state.second(grad) if torch.is_grad_enabled() else ctx.state.gradients(grad)
+            return (None,) * len(ctx.needs_input_grad)
+        if state is not None:
+            learners, given = state.learners, state.given
+            result = state.second(grad) if torch.is_grad_enabled() else state.gradients(grad)
+            if given and len(learners) == given:  # all networks learn
+                return (*NOTHING, *result, *([None] * state.teachers))
         else:
+            learners, given = ctx.learners, ctx.given
             rows, saved, aux, *flat = common.with_kept(ctx, saved_tensors)
             if torch.is_grad_enabled():
                 result = _differentiable(flat, given, ctx.options, learners, grad)
             else:
-                shapes = [z.shape for z in flat[BEFORE_NETWORKS : BEFORE_NETWORKS + max(1, given)]]
                 result = _scaled(grad, rows, saved, aux, learners, ctx.options)
-                result = _as_given(result, shapes, learners, given)
+                result = _as_given(result, _networks(flat, given), learners, given)
+        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         for place, gradient in zip(learners if given else [0], result, strict=True):
-            gradients[4 + BEFORE_NETWORKS + place] = gradient
+            gradients[len(NOTHING) + place] = gradient
         return tuple(gradients)
 
 
@@ -258,12 +270,18 @@ def _scaled(grad, rows, saved, aux, learners, options: Options) -> Tensor:
     return _backend.native_ops(rows).mutual_backward(grad.contiguous(), rows, saved, aux, learners, reduction)
 
 
-def _as_given(result: Tensor, shapes: Sequence[torch.Size], learners: Sequence[int], given: int) -> Sequence[Tensor]:
-    """[S, R, C] as the gradients of the tensors that were given, of these shapes."""
+def _networks(flat: Sequence[Tensor | None], given: int) -> Sequence[Tensor]:
+    return flat[BEFORE_NETWORKS : BEFORE_NETWORKS + max(1, given)]
+
+
+def _as_given(result: Tensor, networks: Sequence[Tensor], learners: Sequence[int], given: int) -> Sequence[Tensor]:
+    """[S, R, C] as the gradients of the networks as they were given."""
     if given == 0:
-        return (result if result.shape == shapes[0] else result.view(shapes[0]),)
+        return (result if networks[0].dim() == 3 else result.view(networks[0].shape),)
     parts = result.unbind(0)
-    return [g if len(shapes[m]) == 2 else g.view(shapes[m]) for g, m in zip(parts, learners, strict=True)]
+    if all([z.dim() == 2 for z in networks]):
+        return parts
+    return [g.view(networks[m].shape) for g, m in zip(parts, learners, strict=True)]
 
 
 def _differentiable(flat, given: int, options: Options, learners, grad: Tensor, m: int | None = None):
@@ -285,7 +303,7 @@ def _exceeds_a_launch(tensors: Tensors) -> bool:
     return (m > LAUNCH_LEARNERS or total > LAUNCH_NETWORKS) and _backend.device_kind(tensors.logits[0]) != "cpu"
 
 
-def _of_groups(op: str, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
+def _of_groups(op: str, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor | None]:
     """Learners of one dtype, and no more than a launch takes, learn together; the others are teachers to them."""
     if tensors.stacked is not None:
         rows = [common.rows_of(z) for z in tensors.stacked.unbind(0)]
@@ -299,13 +317,12 @@ def _of_groups(op: str, tensors: Tensors, options: Options) -> tuple[Tensor, Ten
     results = [_of_group(op, tensors, options, group, limited) for group in groups]
     places = {m: (g, k) for g, group in enumerate(groups) for k, m in enumerate(group)}
     order = [list(places).index(m) for m in range(len(tensors.logits))]
-    loss, terms = torch.cat([loss for loss, _ in results]), torch.cat([terms for _, terms in results], 1)
-    if order != sorted(order):
-        loss, terms = loss[order], terms[:, order]
+    loss = torch.cat([loss for loss, _ in results])[order]
+    terms = torch.cat([terms for _, terms in results], 1)[:, order] if options.return_terms else None
     return _losses.with_graphs(loss, lambda m: results[places[m][0]][0][places[m][1]]), terms
 
 
-def _of_group(op: str, tensors: Tensors, options: Options, group: list[int], limited: bool) -> tuple[Tensor, Tensor]:
+def _of_group(op, tensors: Tensors, options: Options, group: list[int], limited: bool) -> tuple[Tensor, Tensor | None]:
     """More teachers than a launch takes: their terms add up; the group's own and its labels go with the first."""
     networks = (*tensors.logits, *tensors.teachers)
     others = [n for n in range(len(networks)) if n not in group and _is_read(tensors, options, group, n)]
@@ -324,7 +341,8 @@ def _of_group(op: str, tensors: Tensors, options: Options, group: list[int], lim
         results.append(losses(op, part, chosen))
     if len(results) == 1:
         return results[0]
-    loss, terms = sum(loss for loss, _ in results), sum(terms for _, terms in results)
+    loss = sum(loss for loss, _ in results)
+    terms = sum(terms for _, terms in results) if options.return_terms else None
     return _losses.with_graphs(loss, lambda m: sum(loss[m] for loss, _ in results)), terms
 
 

@@ -53,8 +53,11 @@ def weight_of(tensors: Tensors, options: Options, m: int, n: int):
     return options.host_weights[m * total + n] if tensor is None else tensor[m, at].reshape(-1)
 
 
-def reference(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
-    """The specification in plain PyTorch: losses and terms, differentiable in all inputs but peers."""
+def reference(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor | None]:
+    """The specification in plain PyTorch: losses and terms, differentiable in all inputs but peers.
+
+    ([M] or [M, R]; with return_terms [2, M] or [2, M, R], detached).
+    """
     dtype, result_dtype = _widest(tensors.logits + tensors.teachers), _widest(tensors.logits)
     if tensors.scalars is not None:
         options = options._replace(**dict(zip(SCALARS, tensors.scalars.unbind(0), strict=True)))
@@ -84,7 +87,7 @@ def reference(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
             kds.append(reduced(kd.detach()))
             ces.append(reduced(ce.detach()))
     loss = torch.stack(losses)
-    terms = torch.stack([torch.stack(kds), torch.stack(ces)]) if options.return_terms else loss.new_empty(0)
+    terms = torch.stack([torch.stack(kds), torch.stack(ces)]) if options.return_terms else None
     return _losses.with_graphs(loss, losses.__getitem__), terms
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastkd import _backend
+from fastkd.ops import _common as common
 from fastkd.ops import _losses, mutual
 from fastkd.ops._peer_losses import Options, Tensors
 
@@ -63,13 +64,21 @@ def _check(logits, target, class_dim, label_smoothing, ignore_index, mask, reduc
     name = "logits" if one else "logits[0]"
     given = (logits,) if one else logits
     networks, _, class_dim = mutual.check_networks(OP, given, class_dim, target is not None, least=1, name=name)
-    count = len(networks)
-    options = Options((0.0,) * (count * count), kd_weight=0.0, ce_weight=1.0, cross_entropy=True)
-    tensors, options = mutual.with_labels(
-        OP, Tensors(networks), options, target, mask, class_dim, label_smoothing, ignore_index, reduction, num_items,
-        "the logits'" if one else mutual.WHOSE, required=True,
-    )  # fmt: skip
-    return tensors, options, networks[0].shape[:-1]
+    if target is None:
+        raise common.wrong_type(OP, "target", "class indices or probabilities", None)
+    whose = "the logits'" if one else mutual.WHOSE
+    target, soft = common.check_labels(OP, target, mask, ignore_index, networks[0], class_dim, whose)
+    options = Options(
+        (0.0,) * len(networks) ** 2,
+        kd_weight=0.0,
+        ce_weight=1.0,
+        cross_entropy=True,
+        num_items=mutual.check_reduction(OP, reduction, num_items),
+        label_smoothing=mutual.check_smoothing(OP, label_smoothing),
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    return Tensors(mutual.rows_of(networks), target=target, soft=soft), options, networks[0].shape[:-1]
 
 
 _backend.register(

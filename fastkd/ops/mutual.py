@@ -107,25 +107,28 @@ def mutual_kd(
 def dispatch(op: str, tensors: Tensors, options: Options, leading: Sequence[int]):
     """The losses of a checked call, and with return_terms their terms."""
     items = options.num_items
-    if isinstance(items, Tensor) and not common.on_host([items]):  # divided outside of the kernels
+    outside = isinstance(items, Tensor) and not common.on_host([items])  # divided outside of the kernels
+    if outside:
         options = options._replace(num_items=0.0, reduction="sum")
-        loss, terms = _losses_and_terms(op, tensors, options)
-        loss, terms = _losses.mapped(loss, lambda x: x / items, lambda x: x / items), terms / items
-    else:
-        loss, terms = _losses_and_terms(op, tensors, options)
+    loss, terms = _losses_and_terms(op, tensors, options)
+    if outside:
+        loss = _losses.mapped(loss, lambda x: x / items, lambda x: x / items)
     if options.reduction == "none" and len(leading) != 1:
         loss = _losses.mapped(loss, lambda x: x.reshape(-1, *leading), lambda x: x.reshape(leading))
-        terms = terms.reshape(terms.shape[0], -1, *leading) if options.return_terms else terms
-    return (loss, LossTerms(*terms.detach().unbind(0))) if options.return_terms else loss
+    if not options.return_terms:
+        return loss
+    terms = (terms / items if outside else terms).detach()
+    return loss, LossTerms(*[t.reshape(loss.shape) for t in terms.unbind(0)])
 
 
-def _losses_and_terms(op: str, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
-    """([M] or [M, R]; terms [2, M] or [2, M, R], of which nothing is to be read without return_terms)."""
+def _losses_and_terms(op: str, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor | None]:
+    """([M] or [M, R]; with return_terms the terms [2, M] or [2, M, R])."""
     if (reason := why_reference(tensors, options)) is not None:
         _backend.note_fallback(op, reason, tensors.logits[0])
         common.check_range(op, tensors.target, tensors.logits[0].shape[-1], options.ignore_index)
         return reference(tensors, options)
-    scalars = common.host_scalars([getattr(options, name) for name in SCALARS])
+    numbers = (options.temperature, options.kd_weight, options.ce_weight, options.num_items)
+    scalars = common.host_scalars(numbers)
     if scalars is not None:
         tensors = tensors._replace(scalars=scalars)
         options = options._replace(temperature=1.0, kd_weight=1.0, ce_weight=0.0, num_items=0.0)
@@ -148,9 +151,9 @@ def why_reference(tensors: Tensors, options: Options) -> str | None:
             return "the weights require grad"
     if tensors.soft is not None and tensors.soft.requires_grad and learning:
         return "the target's probabilities require grad"
-    for name in SCALARS[:3]:
-        if not common.on_host([getattr(options, name)]):
-            return f"the {name} is a tensor that requires grad or lies on another device than the CPU"
+    if not common.on_host((options.temperature, options.kd_weight, options.ce_weight)):
+        name = next(name for name in SCALARS if not common.on_host([getattr(options, name)]))
+        return f"the {name} is a tensor that requires grad or lies on another device than the CPU"
     return None
 
 
@@ -167,51 +170,44 @@ def _check(
     teachers = _check_teachers(teachers, first, class_dim)
     kd_weight = common.check_scalar(OP, "kd_weight", kd_weight, "a finite number")
     ce_weight = common.check_scalar(OP, "ce_weight", ce_weight, "a finite number")
-    if target is None and (isinstance(ce_weight, Tensor) or ce_weight != 0):
+    weighted = isinstance(ce_weight, Tensor) or ce_weight != 0
+    if target is None and weighted:
         raise common.wrong_value(OP, "target", f"given where ce_weight is {ce_weight}", None)
+    cross_entropy = target is not None and (weighted or bool(return_terms))
     weights, teacher_weights, teachers, numbers = _check_all_weights(
         weights, teacher_weights, kd_weight, logits, teachers
     )
+    target, soft = common.check_labels(OP, target, mask, ignore_index, first, class_dim, WHOSE)
+    tensors = Tensors(rows_of(logits), rows_of(teachers), stacked, target, soft, weights, teacher_weights)
     options = Options(
         numbers,
         _check_temperature(temperature),
         kd_weight,
         ce_weight,
-        cross_entropy=target is not None and (return_terms or isinstance(ce_weight, Tensor) or ce_weight != 0),
-        scale_by_t2=bool(scale_by_t2),
-        return_terms=bool(return_terms),
+        check_reduction(OP, reduction, num_items),
+        cross_entropy,
+        check_smoothing(OP, label_smoothing),
+        ignore_index,
+        bool(scale_by_t2),
+        reduction,
+        bool(return_terms),
     )
-    tensors, options = with_labels(
-        OP, Tensors(logits, teachers, stacked, weights=weights, teacher_weights=teacher_weights), options, target, mask,
-        class_dim, label_smoothing, ignore_index, reduction, num_items,
-    )  # fmt: skip
     return tensors, options, first.shape[:-1]
 
 
-def with_labels(
-    op, tensors: Tensors, options: Options, target, mask, class_dim, label_smoothing, ignore_index, reduction,
-    num_items, whose=WHOSE, required=False,
-) -> tuple[Tensors, Options]:  # fmt: skip
-    """With what is checked of labels and reduction, and networks as rows_of()."""
+def rows_of(networks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple([z if z.dim() == 2 else common.rows_of(z) for z in networks])
+
+
+def check_smoothing(op: str, label_smoothing: object) -> float:
+    return common.check_number(op, "label_smoothing", label_smoothing, "a number in [0, 1]", 0, 1)
+
+
+def check_reduction(op: str, reduction: object, num_items: object) -> float | Tensor:
+    """What the sum of the rows is divided by, 0: the reduction's own."""
     common.check_choice(op, "reduction", reduction, common.REDUCTIONS)
-    label_smoothing = common.check_number(op, "label_smoothing", label_smoothing, "a number in [0, 1]", 0, 1)
     items = common.check_num_items(op, num_items, reduction)
-    if required and target is None:
-        raise common.wrong_type(op, "target", "class indices or probabilities", None)
-    target, soft = common.check_labels(op, target, mask, ignore_index, tensors.logits[0], class_dim, whose)
-    tensors = tensors._replace(
-        logits=tuple([common.rows_of(z) for z in tensors.logits]),
-        teachers=tuple([common.rows_of(t) for t in tensors.teachers]),
-        target=target,
-        soft=soft,
-    )
-    options = options._replace(
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        num_items=0.0 if items is None else items,
-    )
-    return tensors, options
+    return 0.0 if items is None else items
 
 
 def check_networks(
@@ -237,7 +233,7 @@ def check_networks(
     if not isinstance(first, Tensor):
         common.check_logits(op, name, first)
     class_dim = common.check_layout(op, first, class_dim, labelled, name)
-    networks = [z if class_dim == -1 or not isinstance(z, Tensor) else _moved(z, class_dim) for z in logits]
+    networks = logits if class_dim == -1 else [_moved(z, class_dim) for z in logits]
     first = common.check_logits(op, name, networks[0])
     for k, z in enumerate(networks):
         # The usual case in one look: this runs for every network of every step.
@@ -248,8 +244,9 @@ def check_networks(
     return tuple(networks), stacked, class_dim
 
 
-def _moved(logits: Tensor, class_dim: int) -> Tensor:
-    return common.classes_last(logits, class_dim) if logits.dim() >= -class_dim else logits
+def _moved(logits: object, class_dim: int) -> object:
+    movable = isinstance(logits, Tensor) and logits.dim() >= -class_dim
+    return common.classes_last(logits, class_dim) if movable else logits
 
 
 def _check_teachers(teachers: object, first: Tensor, class_dim: int) -> Sequence[Tensor]:
@@ -259,7 +256,7 @@ def _check_teachers(teachers: object, first: Tensor, class_dim: int) -> Sequence
         if len(teachers) == 0:
             return ()
         if class_dim != -1:
-            teachers = [_moved(t, class_dim) if isinstance(t, Tensor) else t for t in teachers]
+            teachers = [_moved(t, class_dim) for t in teachers]
     return networks.check_teachers(OP, teachers, first, WHOSE)
 
 
