@@ -243,12 +243,14 @@ void leave_out(const Args& args, int64_t index, A nothing) {
 }
 
 // Loads network n and what every pair needs of it; a learner's cross-entropy, whose gradient goes to `grad`.
-template <class A>
+template <class S, class A>
 A read_network(const Row<A>& row, int n, A* grad) {
   const Args& args = row.args;
   Softmax<A>& network = row.networks[n];
   prefetch_next(row, n);
-  const A max = load_row(args.networks[n], row.index, row.n, row.padded, row.logits);
+  const bool like_learners = args.networks[n].type == args.type;
+  const A max = like_learners ? load_row(row_of<S>(args.networks[n], row.index), row.n, row.padded, row.logits)
+                              : load_row(args.networks[n], row.index, row.n, row.padded, row.logits);
   network.z = exponentials(row.logits, max, row.inv_t, row.padded, network.x, network.e);
   if (n >= args.learners || !args.cross_entropy) return 0;
   return args.soft ? soft_label(row, network, max, grad) : hard_label(row, network, max, grad);
@@ -262,7 +264,7 @@ void forward_row(Row<A>& row, A* entropies) {
   if (kind == Label::outside) return leave_out<S>(args, row.index, A(__builtin_nanf("")));
   if (args.soft && args.cross_entropy) load_soft(row);
   for (int n = 0; n < row.total(); ++n) {
-    const A entropy = row.networks[n].read ? read_network(row, n, row.grad + n * row.padded) : A(0);
+    const A entropy = row.networks[n].read ? read_network<S>(row, n, row.grad + n * row.padded) : A(0);
     if (n < args.learners) entropies[n] = entropy;
   }
   for (int m = 0; m < args.learners; ++m) {
