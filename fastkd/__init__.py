@@ -11,9 +11,9 @@ from fastkd._version import __version__
 from fastkd.losses import FeatureEnsemble, MultiTeacherKD, MutualKD, RKDAngle, RKDDistance
 
 if TYPE_CHECKING:
-    from fastkd import data, methods, models, nn, testing, train
+    from fastkd import data, graphs, methods, models, nn, testing, train
 
-_ON_FIRST_USE = ("data", "methods", "models", "nn", "testing", "train")
+_ON_FIRST_USE = ("data", "graphs", "methods", "models", "nn", "testing", "train")
 
 __all__ = [
     "FallbackWarning",
@@ -27,6 +27,7 @@ __all__ = [
     "data",
     "explain",
     "functional",
+    "graphs",
     "losses",
     "methods",
     "models",
@@ -41,3 +42,7 @@ def __getattr__(name: str):
     if name in _ON_FIRST_USE:
         return importlib.import_module(f"fastkd.{name}")
     raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

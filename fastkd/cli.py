@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ Knowledge distillation with several networks.
 
   fastkd train     train one student by one method, and the other networks that the method needs
   fastkd compare   several methods and seeds: a table, a picture, a report
+  fastkd study     methods, seeds and settings of a file: resumable, in several processes, with intervals and tests
   fastkd report    report and pictures of a run, finished or not, or of several side by side
   fastkd info      versions, devices, and which backend each operation uses and why
   fastkd bench     what the fused operations gain on this machine (in the source tree)
@@ -28,7 +30,7 @@ Knowledge distillation with several networks.
   Try: fastkd train --method dgkd --epochs 30 --out runs/first
 """
 
-COMMANDS = ("train", "compare", "report", "info", "bench")
+COMMANDS = ("train", "compare", "study", "report", "info", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,6 +91,10 @@ def _dispatch(argv: list[str]) -> int:
         from fastkd.train import revisit
 
         return revisit.main(argv[1:], _command_line(argv))
+    if command == "study":
+        from fastkd.train import study_command
+
+        return study_command.main(argv[1:], _command_line(argv))
     config = parse(command, argv[1:])
     if config is None:
         return 0
@@ -122,12 +128,30 @@ def _explain(error: Exception) -> str | None:
         return _explain_option(str(error))
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full: use a smaller --batch-size, or --device cpu"
+    if _memory_is_full(error):
+        return (
+            "the memory is full: use a smaller --batch-size or --image-size, or fewer --workers; what was saved before "
+            "is whole, --resume goes on from it"
+        )
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"{error.strerror}{where}: give the right to it, or name another file or folder"
         return f"{error.strerror}{where}: the run stopped; what was saved before is whole, --resume goes on from it"
     if isinstance(error, (UserError, ValueError, TypeError, FileNotFoundError, ImportError)):
         return str(error).replace("pass download=True", "add --download")
     return None
+
+
+# What PyTorch says on the CPU, and of a loader's process that the system has ended for it.
+_FULL = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+_FULL += ("is killed by signal: Killed", "is killed by signal: Bus error", "unable to allocate shared memory")
+
+
+def _memory_is_full(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _FULL)
 
 
 def _explain_option(message: str) -> str:

@@ -1,21 +1,102 @@
-"""One nn.Module per operation: hyper-parameters in the constructor, tensors in the call, no mathematics."""
+"""One nn.Module per operation: hyper-parameters in the constructor, tensors in the call, no mathematics.
+
+Logits may come as what a network returned: a tensor, or an object or dict with one in `logits`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
 
 from fastkd import functional
+from fastkd._outputs import find_logits
+from fastkd.ops.multi_teacher import DistillationStats
+
+Logits = Any  # Tensor [..., C], or an object or dict with one in `logits`
+Loss = TypeVar("Loss")
 
 
-class MultiTeacherKD(nn.Module):
-    """`fastkd.functional.multi_teacher_kd` with its hyper-parameters fixed; see there for what they mean.
+class _Fixed(_Loss):
+    """A loss whose hyper-parameters are attributes: each may be set anew at any time.
 
-    A tensor of weights or temperatures is a buffer: it moves with the module and is in its state dict. Weights that
-    change per call go into the call.
+    Those in `_tensors` may be numbers, lists or tensors, one in the place of another. A tensor is a buffer, a parameter
+    a parameter. A state dict that has no entry for a buffer leaves it as it is; one that has an entry where the module
+    has no tensor brings a buffer.
     """
 
+    _tensors: tuple[str, ...] = ()
+    _shown: tuple[str, ...] = ()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in self._tensors:
+            return super().__setattr__(name, value)
+        for table in (self._parameters, self._buffers, self.__dict__):
+            table.pop(name, None)
+        if isinstance(value, nn.Parameter):
+            self.register_parameter(name, value)
+        elif isinstance(value, Tensor):
+            self.register_buffer(name, value)
+        else:
+            self.__dict__[name] = value
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest) -> None:
+        for name in self._tensors:
+            saved = state_dict.get(prefix + name)
+            if saved is not None and not isinstance(getattr(self, name), Tensor):
+                setattr(self, name, saved.detach().clone())
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
+        kept = {prefix + name for name in self._tensors if name in self._buffers}
+        missing_keys += [key for key in missing if key not in kept]
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={_told(getattr(self, name))}" for name in self._shown)
+
+
+class MultiTeacherKD(_Fixed, Generic[Loss]):
+    """`fastkd.functional.multi_teacher_kd` with its hyper-parameters fixed; see there for what they mean.
+
+    A tensor of weights or temperatures is a buffer: it moves with the module and is in its state dict. It may be set
+    anew, also to a number, and older states load. Weights that change per call go into the call.
+    """
+
+    _tensors = ("weights", "temperature")
+    _shown = (
+        "weights", "temperature", "combine", "ce_weight", "label_smoothing", "ignore_index", "scale_by_t2", "reduction",
+        "return_stats",
+    )  # fmt: skip
+
+    @overload
+    def __init__(
+        self: MultiTeacherKD[Tensor],
+        *,
+        weights: Tensor | Sequence[float] | None = None,
+        temperature: float | Tensor | Sequence[float] = 4.0,
+        combine: str = "losses",
+        ce_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        scale_by_t2: bool = True,
+        reduction: str = "mean",
+        return_stats: Literal[False] = False,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: MultiTeacherKD[tuple[Tensor, DistillationStats]],
+        *,
+        weights: Tensor | Sequence[float] | None = None,
+        temperature: float | Tensor | Sequence[float] = 4.0,
+        combine: str = "losses",
+        ce_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        scale_by_t2: bool = True,
+        reduction: str = "mean",
+        return_stats: Literal[True],
+    ) -> None: ...
     def __init__(
         self,
         *,
@@ -29,23 +110,22 @@ class MultiTeacherKD(nn.Module):
         reduction: str = "mean",
         return_stats: bool = False,
     ) -> None:
-        super().__init__()
-        _keep(self, "weights", weights)
-        _keep(self, "temperature", temperature)
+        super().__init__(reduction=reduction)
+        self.weights, self.temperature = weights, temperature
         self.combine, self.ce_weight, self.label_smoothing = combine, ce_weight, label_smoothing
-        self.ignore_index, self.scale_by_t2 = ignore_index, scale_by_t2
-        self.reduction, self.return_stats = reduction, return_stats
+        self.ignore_index, self.scale_by_t2, self.return_stats = ignore_index, scale_by_t2, return_stats
 
     def forward(
         self,
-        student: Tensor,  # [..., C]
-        teachers: Tensor | Sequence[Tensor],  # K x [..., C]
+        student: Logits,  # [..., C]
+        teachers: Logits | Sequence[Logits],  # K x [..., C]
         target: Tensor | None = None,  # [...]
         weights: Tensor | Sequence[float] | None = None,
-    ) -> Tensor:
+    ) -> Loss:
+        """The loss, a Tensor; with return_stats=True the loss and `DistillationStats`."""
         return functional.multi_teacher_kd(
-            student,
-            teachers,
+            _logits(student),
+            _several(teachers),
             target,
             weights=self.weights if weights is None else weights,
             temperature=self.temperature,
@@ -58,17 +138,29 @@ class MultiTeacherKD(nn.Module):
             return_stats=self.return_stats,
         )
 
-    def extra_repr(self) -> str:
-        shown = ("temperature", "combine", "ce_weight", "label_smoothing", "ignore_index", "scale_by_t2", "reduction")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            student: Logits,
+            teachers: Logits | Sequence[Logits],
+            target: Tensor | None = None,
+            weights: Tensor | Sequence[float] | None = None,
+        ) -> Loss: ...
 
 
-class MutualKD(nn.Module):
+class MutualKD(_Fixed):
     """`fastkd.functional.mutual_kd` with its hyper-parameters fixed; see there for what they mean.
 
-    A tensor of weights or a temperature tensor is a buffer: it moves with the module and is in its state dict.
-    Weights that change per call go into the call.
+    A tensor of weights or a temperature tensor is a buffer: it moves with the module and is in its state dict. It may
+    be set anew, also to a number, and older states load. Weights that change per call go into the call.
     """
+
+    _tensors = ("weights", "teacher_weights", "temperature")
+    _shown = (
+        "weights", "teacher_weights", "temperature", "ce_weight", "label_smoothing", "ignore_index", "scale_by_t2",
+        "reduction",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -82,26 +174,24 @@ class MutualKD(nn.Module):
         scale_by_t2: bool = True,
         reduction: str = "mean",
     ) -> None:
-        super().__init__()
-        _keep(self, "weights", weights)
-        _keep(self, "teacher_weights", teacher_weights)
-        _keep(self, "temperature", temperature)
+        super().__init__(reduction=reduction)
+        self.weights, self.teacher_weights, self.temperature = weights, teacher_weights, temperature
         self.ce_weight, self.label_smoothing, self.ignore_index = ce_weight, label_smoothing, ignore_index
-        self.scale_by_t2, self.reduction = scale_by_t2, reduction
+        self.scale_by_t2 = scale_by_t2
 
     def forward(
         self,
-        logits: Tensor | Sequence[Tensor],  # M x [..., C]
+        logits: Logits | Sequence[Logits],  # M x [..., C]
         target: Tensor | None = None,  # [...]
         weights: Tensor | Sequence[Sequence[float]] | None = None,
-        teachers: Tensor | Sequence[Tensor] = (),  # N x [..., C]
+        teachers: Logits | Sequence[Logits] = (),  # N x [..., C]
         teacher_weights: Tensor | Sequence[Sequence[float]] | None = None,
     ) -> Tensor:
         return functional.mutual_kd(
-            logits,
+            _several(logits),
             target,
             weights=self.weights if weights is None else weights,
-            teachers=teachers,
+            teachers=_several(teachers),
             teacher_weights=self.teacher_weights if teacher_weights is None else teacher_weights,
             temperature=self.temperature,
             ce_weight=self.ce_weight,
@@ -111,47 +201,44 @@ class MutualKD(nn.Module):
             reduction=self.reduction,
         )
 
-    def extra_repr(self) -> str:
-        shown = ("temperature", "ce_weight", "label_smoothing", "ignore_index", "scale_by_t2", "reduction")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
 
-
-class RKDDistance(nn.Module):
+class RKDDistance(_Fixed):
     """`fastkd.functional.rkd_distance` with its hyper-parameters fixed; see there for what they mean."""
 
+    _shown = ("reduction",)
+
     def __init__(self, *, reduction: str = "mean", process_group=None) -> None:
-        super().__init__()
-        self.reduction, self.process_group = reduction, process_group
+        super().__init__(reduction=reduction)
+        self.process_group = process_group
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:  # [N, D], [N, E]
         return functional.rkd_distance(student, teacher, reduction=self.reduction, process_group=self.process_group)
 
-    def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}"
 
-
-class RKDAngle(nn.Module):
+class RKDAngle(_Fixed):
     """`fastkd.functional.rkd_angle` with its hyper-parameters fixed; see there for what they mean."""
 
+    _shown = ("reduction", "eps")
+
     def __init__(self, *, reduction: str = "mean", eps: float = 1e-6, process_group=None) -> None:
-        super().__init__()
-        self.reduction, self.eps, self.process_group = reduction, eps, process_group
+        super().__init__(reduction=reduction)
+        self.eps, self.process_group = eps, process_group
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:  # [N, D], [N, E]
         return functional.rkd_angle(
             student, teacher, reduction=self.reduction, eps=self.eps, process_group=self.process_group
         )
 
-    def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}, eps={self.eps!r}"
 
-
-class FeatureEnsemble(nn.Module):
+class FeatureEnsemble(_Fixed):
     """`fastkd.functional.feature_ensemble` with its hyper-parameters fixed; see there for what they mean.
 
-    A tensor of weights is a buffer: it moves with the module and is in its state dict. Weights that change per call go
-    into the call.
+    A tensor of weights is a buffer: it moves with the module and is in its state dict. It may be set anew, and older
+    states load. Weights that change per call go into the call.
     """
+
+    _tensors = ("weights",)
+    _shown = ("weights", "p", "norm", "elements", "reduction")
 
     def __init__(
         self,
@@ -162,9 +249,9 @@ class FeatureEnsemble(nn.Module):
         elements: str = "mean",
         reduction: str = "mean",
     ) -> None:
-        super().__init__()
-        _keep(self, "weights", weights)
-        self.p, self.norm, self.elements, self.reduction = p, norm, elements, reduction
+        super().__init__(reduction=reduction)
+        self.weights = weights
+        self.p, self.norm, self.elements = p, norm, elements
 
     def forward(
         self,
@@ -182,15 +269,22 @@ class FeatureEnsemble(nn.Module):
             reduction=self.reduction,
         )
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in ("p", "norm", "elements", "reduction"))
+
+def _logits(output: Logits) -> Any:
+    """The logits of a network's output; what holds none as it is, for the operation to say what is wrong with it."""
+    logits = find_logits(output)
+    return output if logits is None else logits
 
 
-def _keep(module: nn.Module, name: str, value: object) -> None:
-    """A parameter as a parameter, a tensor as a buffer, anything else as it is."""
-    if isinstance(value, nn.Parameter):
-        module.register_parameter(name, value)
-    elif isinstance(value, Tensor):
-        module.register_buffer(name, value)
-    else:
-        setattr(module, name, value)
+def _several(outputs: Logits | Sequence[Logits]) -> Any:
+    """Those of several networks; a NamedTuple or dict with logits is the output of one."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    logits = find_logits(outputs)
+    if logits is not None:
+        return [logits]
+    return [_logits(output) for output in outputs] if isinstance(outputs, Sequence) else outputs
+
+
+def _told(value: object) -> str:
+    return f"tensor{list(value.shape)}" if isinstance(value, Tensor) and value.dim() > 0 else repr(value)

@@ -8,6 +8,7 @@ from methods_helpers import CLASSES, mlp, plain_ce, plain_kd
 from torch import nn
 
 from fastkd.methods import ORC
+from fastkd.methods._state import unpack
 
 T, BETA = 3.0, 0.3
 
@@ -34,7 +35,7 @@ def optimizer_of(method: ORC, lr: float = 0.3) -> torch.optim.Optimizer:
 def next_share(method: ORC) -> float:
     """The l of the method's next iteration, drawn again from a copy of its random state."""
     generator = torch.Generator()
-    generator.set_state(method.get_extra_state()["random"])
+    generator.set_state(unpack("ORC", method.get_extra_state())[1])
     return random.Random(int(torch.randint(2**63 - 1, (), generator=generator))).betavariate(method.alpha, method.alpha)
 
 

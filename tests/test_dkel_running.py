@@ -118,6 +118,18 @@ def test_initialise_takes_plain_sgd_steps(variant):
     assert len(taken) == 3 and same(snapshot(restored), snapshot(method))
 
 
+def test_initialise_in_chunks_takes_the_same_steps():
+    views, y = rows_of_views()
+    y[[0, 3]] = -100
+    seen, methods = [], [DKEL(tiny(1), teacher=tiny(2)) for _ in range(2)]
+    methods[1].teacher.register_forward_hook(lambda module, args, out: seen.append(len(args[0][0])))
+    for method, chunks in zip(methods, (1, 3), strict=True):
+        method.initialise([(views, y)] * 2, lr=30.0, chunks=chunks)
+    assert seen == [3, 3, 4] * 2
+    for p, q in zip(methods[0].teacher.parameters(), methods[1].teacher.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
 def test_a_forgotten_initialisation_is_told():
     views, y = image_views()
     with pytest.warns(RuntimeWarning, match=r"^DKEL: initialise\(batches, lr\) was not called"):

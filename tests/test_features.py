@@ -181,7 +181,7 @@ class Branching(nn.Module):
         (lambda: models.with_features(nn.Sequential(nn.Flatten()), "0"), TypeError, ["list", "'0'"]),
         (lambda: models.with_features(nn.Sequential(nn.Flatten()), []), ValueError, ["empty"]),
         (lambda: models.with_features("resnet8"), TypeError, ["nn.Module", "str"]),
-        (lambda: models.with_features(Branching(), ["x"]), ValueError, ["Branching", "torch.fx", "Outputs"]),
+        (lambda: models.with_features(Branching(), ["x"]), ValueError, ["Branching", "cannot trace", "no layer 'x'"]),
         (
             lambda: models.with_features(nn.Sequential(nn.Flatten(2), nn.Flatten()), ["0"])(images(1)),
             ValueError,

@@ -331,9 +331,10 @@ def test_the_key_changes_with_image_files(tmp_path):
     from PIL import Image
 
     for part in ("train", "test"):
-        (tmp_path / part / "a").mkdir(parents=True)
-        for number in range(2):
-            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / part / "a" / f"{number}.png")
+        for number in range(4):
+            path = tmp_path / part / "ab"[number // 2] / f"{number % 2}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
 
     def key():
         return keys(datasets.load(f"imagefolder:{tmp_path}"))

@@ -71,7 +71,9 @@ def test_an_iteration_left_half_way_leaves_no_trace(taken):
     before = snapshot(method)
     phases = method.phases(x, y)
     for _ in range(taken):
-        next(phases).loss.backward()
+        phase = next(phases)
+        method.zero_grad(set_to_none=True)
+        phase.loss.backward()
     phases.close()
     assert same(snapshot(method), before)
     for _ in range(6):
@@ -231,7 +233,7 @@ def test_state_is_the_methods_own(tmp_path):
     train(method, *batch(), steps=2)
     torch.save(method.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert state["_extra_state"]["random"].dtype == torch.uint8
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
     other = roles(seed=6)
     other.load_state_dict(state)
     assert same(snapshot(other), snapshot(method)) and other.iterations == 2

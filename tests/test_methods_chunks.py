@@ -49,21 +49,21 @@ def test_the_loss_of_a_batch_in_chunks_is_refused():
 
 
 class Named(nn.Module):
-    """Takes its inputs as a dict."""
+    """Takes its inputs by name."""
 
     def __init__(self, network):
         super().__init__()
         self.network = network
 
-    def forward(self, inputs):
-        return self.network(inputs["x"])
+    def forward(self, x, scale):
+        return self.network(x * scale)
 
 
 def test_inputs_may_be_a_dict():
     x, y = batch()
-    plain = run(CE(mlp(1)), x, y)
-    assert run(CE(Named(mlp(1))), {"x": x}, y) == plain
-    assert abs(run(CE(Named(mlp(1))), {"x": x}, y, chunks=3) - plain) < 1e-12
+    plain, named = run(CE(mlp(1)), x, y), {"scale": torch.full((10, 1), 0.5), "x": 2 * x}
+    assert run(CE(Named(mlp(1))), named, y) == plain
+    assert abs(run(CE(Named(mlp(1))), named, y, chunks=3) - plain) < 1e-12
 
 
 @pytest.mark.parametrize("chunks, inputs, target, message", [

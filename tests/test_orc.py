@@ -126,6 +126,7 @@ def test_an_iteration_left_half_way_leaves_no_trace(taken, chunks):
     before, modes = snapshot(method), [m.training for m in method.modules()]
     phases = method.phases(x, y, chunks=chunks)
     for _ in range(taken):
+        method.zero_grad(set_to_none=True)
         for loss in next(phases).losses:
             loss.backward()
     phases.close()

@@ -14,8 +14,9 @@ def worker(rank, store, failures):
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
     )
     try:
-        promote_by_the_global_batch(rank)
-        train_as_one_process(rank)
+        alone = [torch.distributed.new_group([one]) for one in range(2)][rank]
+        promote_by_the_global_batch(rank, alone)
+        train_as_one_process(rank, alone)
         leave_buffers_alone(rank)
         refuse_local_rankings()
     except BaseException as error:
@@ -35,14 +36,14 @@ def gathered(value):
 BY_RANK = ([1.0] * 6 + [3.0] * 2, [3.0] * 6 + [0.1] * 2, [2.0] * 6 + [0.5] * 2)
 
 
-def promote_by_the_global_batch(rank):
+def promote_by_the_global_batch(rank, alone):
     """Six rows on rank 0, two on rank 1, which would promote another network and take other proportions."""
     x, y = rows_of_table(8)
     mine = slice(0, 6) if rank == 0 else slice(6, 8)
     group = torch.distributed.group.WORLD
     method = Mixed(table([1.0] * 8), [table(ces) for ces in BY_RANK], process_group=group)
     list(method.phases(x[mine], y[mine]))
-    local = Mixed(table([1.0] * 8), [table(ces) for ces in BY_RANK])
+    local = Mixed(table([1.0] * 8), [table(ces) for ces in BY_RANK], process_group=alone)
     list(local.phases(x[mine], y[mine]))
     assert method.promotions.tolist() == [1, 0, 0]
     assert local.promotions.tolist() == ([1, 0, 0] if rank == 0 else [0, 1, 0])
@@ -53,10 +54,10 @@ def promote_by_the_global_batch(rank):
     assert method.share == gathered(torch.tensor(method.share, dtype=torch.float64))[1 - rank]
 
 
-def train_as_one_process(rank):
+def train_as_one_process(rank, alone):
     """With a pivot that stands still, two ranks of one half each do what one process does with the whole batch."""
     options = {"pivot_lr": 0.0, "promote": 2, "students": 4}
-    whole, parts = orc(**options), orc(**options, process_group=torch.distributed.group.WORLD)
+    whole, parts = (orc(**options, process_group=group) for group in (alone, torch.distributed.group.WORLD))
     parts.map_learners(nn.parallel.DistributedDataParallel)
     steps = [optimizer_of(m) for m in (whole, parts)]
     for step in range(4):
@@ -89,12 +90,16 @@ def leave_buffers_alone(rank):
 
 
 def refuse_local_rankings():
-    try:
-        orc().map_learners(nn.parallel.DistributedDataParallel)
-    except ValueError as error:
-        assert str(error).startswith("ORC: process_group must be given where networks"), error
-    else:
-        raise AssertionError("DistributedDataParallel without a process group was taken")
+    """However the networks are made parallel: by FSDP2, or by an exchange of gradients that nobody sees."""
+    made_before = orc(process_group=torch.distributed.group.WORLD)
+    made_before.process_group = None
+    for action in (orc, lambda: next(made_before.phases(*batch()))):
+        try:
+            action()
+        except ValueError as error:
+            assert str(error).startswith("ORC: process_group must be given where torch.distributed has"), error
+        else:
+            raise AssertionError("several processes without a process group were taken")
 
 
 def test_two_processes(tmp_path):

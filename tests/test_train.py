@@ -82,7 +82,7 @@ def test_student_learns_and_metrics_have_a_row_an_epoch(tmp_path):
         rows = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in rows] == list(range(1, 16))
     expected = ["epoch", "lr", "train_loss", "train_ce", "train_accuracy", "validation_loss", "validation_accuracy"]
-    assert list(rows[0]) == [*expected, "test_loss", "test_accuracy", "images_per_s", "seconds"]
+    assert list(rows[0]) == [*expected, "test_loss", "test_accuracy", "images_per_s", "seconds", "cpu_seconds"]
     assert float(rows[-1]["test_accuracy"]) > 0.8 > float(rows[0]["test_accuracy"])
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     network, data = results["student"].network, Runner(config(tmp_path, train_size=200, validation=0.2)).data

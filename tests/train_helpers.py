@@ -64,5 +64,5 @@ def last_state(folder) -> dict:
 
 
 def rows_without_times(folder) -> list[dict]:
-    timed = ("images_per_s", "seconds")
+    timed = ("images_per_s", "seconds", "cpu_seconds")
     return [{k: v for k, v in row.items() if k not in timed} for row in read_csv(Path(folder) / "metrics.csv")]

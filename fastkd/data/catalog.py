@@ -2,16 +2,22 @@
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from . import sources
+from .description import describe
 from .images import ImageSet
+from .kept_images import keep
 from .seeding import check_seed, stratified_order
 from .sources import Part, Source
 
@@ -46,6 +52,20 @@ class Data:
             if isinstance(labels, np.ndarray) and len(labels):
                 _check_labels(part, labels, self.num_classes)
 
+    @functools.cached_property
+    def description(self) -> dict[str, Any]:
+        """What the data consist of, JSON-like: equal for equal images, labels and splits, wherever they stand.
+
+        Reads images in memory, and of image files the names, sizes and times, and up to 64 MB of contents.
+        """
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        facts: dict[str, Any] = {"image_size": self.image_size, "channels": self.channels}
+        if isinstance(self.train, ImageSet):
+            change = self.train.augmentation
+            facts |= {"mean": self.train.mean.flatten().tolist(), "std": self.train.std.flatten().tolist()}
+            facts |= {"augmentation": None if change is None else dataclasses.asdict(change)}
+        return describe(parts, self.classes, facts)
+
     def with_views(self, views: int) -> "Data":
         """The same data with so many independent augmentations of each training image, in the same memory."""
         _check_number("Data.with_views", "views", views)
@@ -70,6 +90,8 @@ def load(
     views: int = 1,
     bad_images: str = "error",
     variants: int = 0,
+    note: Callable[[str], None] = warnings.warn,
+    keep_images: bool = False,
     **options,
 ) -> Data:
     """The data set `name` as `Data`.
@@ -90,9 +112,15 @@ def load(
                 (`loader` says more)
     variants    0: each epoch augments the images anew; K: the epochs cycle through K augmentations, epoch e has that
                 of epoch e % K
+    note        told in a sentence what an imagefolder or tiny-imagenet holds and is not used: hidden files and folders,
+                files that do not end as images do, links to a folder that they stand in
+    keep_images image files cut to fewer than 96 pixels are decoded once and stay in memory (in each worker, for a pass)
     options     fake only: num_classes, channels, train_images, test_images
 
-    Pixels are normalised by the data set's mean and standard deviation (imagefolder: ImageNet's).
+    Pixels are normalised by the data set's mean and standard deviation (imagefolder: ImageNet's). Image files of any
+    mode become 8-bit RGB, as a viewer on white paper shows them: 16-bit grey keeps its order and range (v / 257),
+    transparency is laid over white, EXIF's rotation is carried out; 32-bit integers and floats, whose range nothing
+    tells, count as files that cannot be read.
 
     Raises ValueError for a bad argument, FileNotFoundError for missing data, ImportError for a missing package.
     """
@@ -102,6 +130,9 @@ def load(
     if isinstance(variants, bool) or not isinstance(variants, int) or variants < 0:
         raise ValueError(f"load: variants must be an integer of at least 0, got {variants!r}")
     source = _source(name, Path(root).expanduser(), download, image_size, bad_images, options)
+    if source.left_out:
+        note(source.left_out)
+    source = keep(source) if keep_images else source
     train, held_out = _split(source, train_size, validation, seed)
 
     def make(part: Part, **extra) -> ImageSet:

@@ -1,10 +1,9 @@
 """Images in memory or in files, and the dataset that augments and normalises them."""
 
 import copy
-import errno
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .._extras import require
+from .decoding import VERSION, UnreadableImage, open_image
 from .seeding import AUGMENT, stream
 
 LARGE = 96  # from this image_size on, files are cropped as ImageNet's are
@@ -33,6 +33,12 @@ class InMemory:
 
     def render(self, raw: Tensor, keys: np.ndarray | None) -> Tensor:
         return raw
+
+    def blocks(self, rows: np.ndarray, step: int = 4096) -> Iterator[bytes | np.ndarray]:
+        """All that tells these images from others, piece by piece."""
+        yield f"{self.images.dtype} {list(self.images.shape[1:])}".encode()
+        for start in range(0, len(rows), step):
+            yield self.fetch(rows[start : start + step]).numpy()
 
     def facts(self) -> dict:
         images = self.images.contiguous().numpy()
@@ -64,7 +70,8 @@ class Files:
         found = hashlib.sha256()
         for path in self.paths:
             found.update(os.fsencode(f"{path[len(folder) :]}\0{_size_and_time(path)}\0"))
-        return {"folder": os.path.realpath(folder), "images": f"{len(self)} files {found.hexdigest()}"}
+        facts = {"folder": os.path.realpath(folder), "images": f"{len(self)} files {found.hexdigest()}"}
+        return facts | {"decoding": VERSION}
 
     def _centre(self, image, key: float):
         transforms = _transforms()
@@ -90,36 +97,6 @@ def _size_and_time(path: str) -> str:
 
 def _transforms():
     return require("torchvision.transforms.functional", "Reading images")
-
-
-class UnreadableImage(ValueError):
-    """A file that is missing, truncated or no image: `path`, and `reason` in a few words."""
-
-    def __init__(self, path: str, reason: str):
-        super().__init__(f"image {path} cannot be read ({reason}); remove or replace it")
-        self.path, self.reason = path, reason
-
-    def __reduce__(self):
-        return type(self), (self.path, self.reason)
-
-
-# What is wrong with the machine, not with the file.
-_NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-
-
-def open_image(path: str):
-    """The image in file `path` as a PIL image in RGB. Raises UnreadableImage, naming the file, if it cannot be read."""
-    pillow = require("PIL.Image", "Reading images")
-    try:
-        with pillow.open(path) as image:
-            return image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # pillow's decoders raise nearly anything
-        if isinstance(error, OSError) and error.errno in _NOT_THE_FILE:
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.errno else str(error) or type(error).__name__
-        raise UnreadableImage(path, " ".join(reason.replace(f" {path!r}", "").split())) from error
 
 
 def _try_to_open(path: str):
@@ -176,7 +153,7 @@ class ImageSet(Dataset):
         self.store, self.size, self.augmentation, self.views, self.seed = store, size, augmentation, views, seed
         self.bad_images, self.variants = bad_images, variants
         self.rows = np.arange(len(store)) if rows is None else rows
-        self.labels = labels[self.rows]  # [n]
+        self.store_labels, self.labels = labels, labels[self.rows]  # [N], [n]
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
         self.set_epoch(0)

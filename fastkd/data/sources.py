@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .._extras import require
+from .folders import LeftOut, check_several, class_folders, labelled_files, listed
 from .images import LARGE, Augmentation, Files, InMemory, UnreadableImage, open_image
 from .seeding import FAKE, stratified_order, stream
 
@@ -33,7 +34,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set before splitting, augmenting and normalising."""
+    """A data set before splitting, augmenting and normalising. left_out: what its folders hold beside, one sentence."""
 
     train: Part
     test: Part
@@ -44,6 +45,7 @@ class Source:
     std: Sequence[float]
     augmentation: Augmentation
     validation: Part | None = None
+    left_out: str = ""
 
 
 def digits(root: Path, download: bool, image_size: int | None) -> Source:
@@ -111,30 +113,6 @@ def _file_augmentation(size: int) -> Augmentation:
     return Augmentation(padding=size // 8, flip=True)
 
 
-def _class_folders(folder: Path) -> list[str]:
-    found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not found:
-        raise FileNotFoundError(f"{folder} has no class folders; give it one folder of images for each class")
-    return found
-
-
-def _labelled_files(folder: Path, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    tools = require("torchvision.datasets.folder", "Reading image folders")
-    index = {name: i for i, name in enumerate(classes)}
-    found = tools.make_dataset(str(folder), index, extensions=tools.IMG_EXTENSIONS, allow_empty=True)
-    labels = np.array([label for _, label in found], dtype=np.int64)
-    empty = [name for name, i in index.items() if i not in set(labels.tolist())]
-    if empty:
-        raise FileNotFoundError(
-            f"{folder} has no images for {_listed(empty)}; put in files ending in {', '.join(tools.IMG_EXTENSIONS)}"
-        )
-    return [path for path, _ in found], labels
-
-
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def _size_of(paths: Sequence[str], bad_images: str = "error") -> int:
     """The shorter side of the first image if it is small, else 224."""
     for path in paths:
@@ -162,19 +140,21 @@ def tiny_imagenet(root: Path, download: bool, image_size: int | None) -> Source:
             f"tiny-imagenet: {folder} lacks train/ or val/val_annotations.txt; "
             f"unzip the archive again, or use imagefolder:{folder} if val/ was sorted into class folders"
         )
-    classes = _class_folders(folder / "train")
+    left = LeftOut(folder, usual=("_boxes.txt",))
+    classes = class_folders(folder / "train", left)
+    check_several(folder / "train", classes)
     index = {name: i for i, name in enumerate(classes)}
     rows = [line.split("\t") for line in annotations.read_text().splitlines() if line.strip()]
     unknown = sorted({row[1] for row in rows} - set(classes))
     if unknown:
-        raise ValueError(f"tiny-imagenet: {annotations} names classes without a train folder: {_listed(unknown)}")
+        raise ValueError(f"tiny-imagenet: {annotations} names classes without a train folder: {listed(unknown)}")
     test_paths = [str(folder / "val" / "images" / row[0]) for row in rows]
     missing = [path for path in test_paths if not Path(path).is_file()]
     if missing or not test_paths:
         raise FileNotFoundError(
             f"tiny-imagenet: of the {len(test_paths)} images in {annotations} {len(missing)} are missing; unzip again"
         )
-    train_paths, train_labels = _labelled_files(folder / "train", classes)
+    train_paths, train_labels = labelled_files(folder / "train", classes, left)
     size = image_size or _size_of(train_paths, "skip")  # training tells which cannot be read
     return Source(
         train=Part(Files(train_paths, size), train_labels),
@@ -185,11 +165,15 @@ def tiny_imagenet(root: Path, download: bool, image_size: int | None) -> Source:
         mean=TINY_IMAGENET[0],
         std=TINY_IMAGENET[1],
         augmentation=_file_augmentation(size),
+        left_out=left.text(),
     )
 
 
 def image_folder(folder: Path, image_size: int | None, bad_images: str = "error") -> Source:
-    """FOLDER/train/<class>/*, with FOLDER/test or FOLDER/val; where both are, val is the validation set."""
+    """FOLDER/train/<class>/*, with FOLDER/test or FOLDER/val; where both are, val is the validation set.
+
+    A class folder may hold one folder `images` instead, as Tiny-ImageNet's do, and no other folders of images.
+    """
     require("PIL.Image", "Reading images")
     if not folder.is_dir():
         raise FileNotFoundError(f"imagefolder: there is no folder {folder}; write imagefolder:DIR with an existing DIR")
@@ -198,17 +182,19 @@ def image_folder(folder: Path, image_size: int | None, bad_images: str = "error"
         raise FileNotFoundError(
             f"imagefolder: {folder} must hold train/ and test/ or val/, each with one folder of images a class"
         )
-    classes, parts = _class_folders(folder / "train"), {}
+    left, parts = LeftOut(folder), {}
+    classes = class_folders(folder / "train", left)
+    check_several(folder / "train", classes)
     for name in held_out:
-        others = _class_folders(folder / name)
+        others = class_folders(folder / name, left)
         if others != classes:
             raise ValueError(
                 f"imagefolder: the classes of {folder}/train and {folder}/{name} differ (only in train: "
-                f"{_listed(sorted(set(classes) - set(others))) or 'none'}; only in {name}: "
-                f"{_listed(sorted(set(others) - set(classes))) or 'none'}); give both the same class folders"
+                f"{listed(sorted(set(classes) - set(others))) or 'none'}; only in {name}: "
+                f"{listed(sorted(set(others) - set(classes))) or 'none'}); give both the same class folders"
             )
     for name in ("train", *held_out):
-        parts[name] = _labelled_files(folder / name, classes)
+        parts[name] = labelled_files(folder / name, classes, left)
     size = image_size or _size_of(parts["train"][0], bad_images)
     made = {name: Part(Files(paths, size), labels) for name, (paths, labels) in parts.items()}
     return Source(
@@ -221,6 +207,7 @@ def image_folder(folder: Path, image_size: int | None, bad_images: str = "error"
         mean=IMAGENET[0],
         std=IMAGENET[1],
         augmentation=_file_augmentation(size),
+        left_out=left.text(),
     )
 
 
@@ -238,6 +225,8 @@ def fake(
 
     They are the same for every seed, as real data are.
     """
+    if num_classes < 2:
+        raise ValueError(f"load: fake needs num_classes of at least 2, got {num_classes}")
     size, labels = image_size or 32, np.arange(train_images + test_images) % num_classes
     rng = stream(0, FAKE)
     coarse = torch.from_numpy(rng.random((num_classes, channels, 4, 4), dtype=np.float32))

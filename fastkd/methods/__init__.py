@@ -5,10 +5,11 @@ from fastkd.methods.baselines import AVER, CE, KD, TAKD
 from fastkd.methods.born_again import BAN
 from fastkd.methods.ctsl_mkt import CTSLMKT
 from fastkd.methods.dgkd import DGKD
-from fastkd.methods.dkel import DKEL, PCL
+from fastkd.methods.dkel import DKEL
 from fastkd.methods.feed import FEED, FT
 from fastkd.methods.online import DML, KDCL
 from fastkd.methods.orc import ORC
+from fastkd.methods.pcl import PCL
 from fastkd.methods.rkd import RKD
 
 __all__ = [

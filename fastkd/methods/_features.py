@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fastkd.models import Outputs, logits_of
+from fastkd.methods._calls import call_network
+from fastkd.models import Network, Outputs, logits_of
 from fastkd.ops import _common as common
 
 _NEEDS = {"features": "its pooled embedding", "maps": "its feature maps"}
 
 
 def outputs_of(
-    network: Callable[[Any], Any], inputs: Any, method_name: str, argument: str, need: str = "features"
+    network: Callable[..., Any], inputs: Any, method_name: str, argument: str, need: str = "features"
 ) -> Outputs:
     """The outputs of a network for `inputs`, with what the method needs of them.
 
-    Runs `network.forward_features(inputs)` where the network has it, else `network(inputs)`. A network that
+    Runs `network.forward_features(inputs)` where the network has it and it gives such outputs (timm's gives a tensor:
+    such a network is called), else `network(inputs)`; a dict goes in as keywords. A network that
     `map_learners` wrapped is called, so that the wrapper sees it (DistributedDataParallel synchronises gradients in
     its own call): `Method.gives_outputs` lets the wrapped module return `Outputs` there.
 
@@ -31,7 +36,7 @@ def outputs_of(
     Errors: one sentence that names fastkd.models.with_features. TypeError where the network returns no `Outputs` (or
     other object with `.logits` and what is needed), ValueError where what is needed is None or of another shape.
     """
-    output = network.forward_features(inputs) if hasattr(network, "forward_features") else network(inputs)
+    output = call_network(partial(full_output, network), inputs)
     expected = f"a network that gives {_NEEDS[need]} (fastkd.models.with_features makes one of any network)"
     if isinstance(output, Tensor) or not isinstance(getattr(output, "logits", None), Tensor):
         raise common.wrong_type(method_name, argument, expected, f"{type(output).__name__} instead of Outputs")
@@ -48,6 +53,36 @@ def outputs_of(
     return outputs
 
 
+_gives: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # as `_ask` found
+
+
+def full_output(network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a network returns, with its features where it has them: by `forward_features`, or by its call."""
+    method = getattr(network, "forward_features", None)
+    if method is None:
+        return network(*args, **kwargs)
+    if isinstance(network, Network):
+        return method(*args, **kwargs)
+    known = _gives.get(network)
+    if known is None:
+        return _ask(network, *args, **kwargs)
+    return method(*args, **kwargs) if known else network(*args, **kwargs)
+
+
+@torch.compiler.disable(recursive=False)
+def _ask(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The output of a network of which is not known yet whether its `forward_features` is of our kind."""
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    output = network.forward_features(*args, **kwargs)
+    _gives[network] = isinstance(getattr(output, "logits", None), Tensor)
+    if _gives[network]:
+        return output
+    with torch.no_grad():
+        for buffer, before in buffers:  # batch statistics are of one pass
+            buffer.copy_(before)
+    return network(*args, **kwargs)
+
+
 class GivesOutputs(nn.Module):
     """A network whose call is `forward_features`: what `map_learners` wraps of a network that has it.
 
@@ -59,8 +94,8 @@ class GivesOutputs(nn.Module):
         self.network = network
         self.training = network.training
 
-    def forward(self, inputs: Any) -> Outputs:
-        return self.network.forward_features(inputs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return full_output(self.network, *args, **kwargs)
 
 
 def giving_outputs(network: nn.Module) -> nn.Module:

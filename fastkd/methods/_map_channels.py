@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastkd.methods._features import outputs_of
+from fastkd.methods._calls import call_network
+from fastkd.methods._features import full_output, outputs_of
 from fastkd.ops import _common as common
 
 IMAGE_SIZE = 32  # pixels of the image that is tried where the network does not tell its own
@@ -30,7 +32,7 @@ def map_channels(network: nn.Module, example: Any, method_name: str, argument: s
         raise _no_maps(method_name, argument, "one without a Conv2d that tells which images it takes")
     try:
         with _looking_at(network):
-            output = network.forward_features(inputs) if hasattr(network, "forward_features") else network(inputs)
+            output = call_network(partial(full_output, network), inputs)
     except Exception as error:  # whatever a network raises for inputs that it was not made for
         what = f"inputs of shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else "the example"
         reason = (str(error) or "no message").splitlines()[0]

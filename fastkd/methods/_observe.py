@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastkd.models import call_network
+
 
 @torch.no_grad()
 def observe(network: nn.Module, wrapped: Any, inputs: Any) -> Any:
@@ -20,7 +22,7 @@ def observe(network: nn.Module, wrapped: Any, inputs: Any) -> Any:
     parallel = data_parallel(wrapped)
     with eval_mode(network, wrapped):
         # DistributedDataParallel's own forward broadcasts buffers, in eval mode too.
-        return (parallel.module if parallel is not None else wrapped)(inputs)
+        return call_network(parallel.module if parallel is not None else wrapped, inputs)
 
 
 def data_parallel(network: Any) -> DistributedDataParallel | None:

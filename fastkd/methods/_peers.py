@@ -31,7 +31,7 @@ class Peers(Method):
         deploy: int = 0,
         views: bool = False,
     ):
-        check_integer(self._name(), "deploy", deploy, 0, len(check_peers(self._name(), peers)) - 1)
+        deploy = check_integer(self._name(), "deploy", deploy, 0, len(check_peers(self._name(), peers)) - 1)
         if not isinstance(views, bool):
             raise common.wrong_type(self._name(), "views", "True or False", type(views).__name__)
         super().__init__(learners={"peers": peers}, frozen=frozen)

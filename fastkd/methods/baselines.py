@@ -11,7 +11,6 @@ the divergences (AVER) is neither the divergence from the mean logits nor that f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from fastkd.methods._checks import check_network, check_networks
 from fastkd.methods.base import Batch, Method, Phase, cross_entropy
 from fastkd.methods.dgkd import DGKD
-from fastkd.models import logits_of
 from fastkd.ops import _common as common
 
 
@@ -35,16 +33,14 @@ class CE(Method):
         super().__init__(learners={"student": check_network(self._name(), "student", student)})
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
-        student = self.learner("student")
-        yield Phase([student], partial(self._terms, student), batch)
+        yield Phase([self.learner("student")], self._terms, batch)
 
     def deployable(self) -> nn.Module:
         """The student."""
         return self.student
 
-    @staticmethod
-    def _terms(student: Any, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = cross_entropy(logits_of(student(inputs)), target)
+    def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = cross_entropy(self.learned_logits("student", inputs), target)
         return loss, {"ce": loss.detach()}
 
 
@@ -80,6 +76,9 @@ class KD(DGKD):
         kd_weight, ce_weight = super().weights(classes)
         return kd_weight, ce_weight if self.ce_weight is None else self.ce_weight
 
+    def _argument(self, guide: int) -> str:
+        return "teacher"
+
 
 class TAKD(DGKD):
     """Mirzadeh et al., "Improved Knowledge Distillation via Teacher Assistant" (arXiv 1902.03393).
@@ -96,6 +95,9 @@ class TAKD(DGKD):
     def __init__(self, student: nn.Module, guides: Sequence[nn.Module], *, temperature: float = 5.0, lam: float = 0.9):
         last = check_networks(self._name(), "guides", guides)[-1:]
         super().__init__(student, last, temperature=temperature, lam=lam)
+
+    def _argument(self, guide: int) -> str:
+        return "guides[-1]"
 
 
 class AVER(DGKD):
@@ -119,3 +121,6 @@ class AVER(DGKD):
     def weights(self, classes: int) -> tuple[float, float]:
         kd_weight, ce_weight = super().weights(classes)
         return kd_weight / len(self.guides), ce_weight / len(self.guides)
+
+    def _argument(self, guide: int) -> str:
+        return f"teachers[{guide}]"

@@ -22,7 +22,7 @@ from fastkd.methods._features import outputs_of
 from fastkd.methods._peers import Peers, check_peers, per_peer
 from fastkd.methods._relations import rows_that_count, select
 from fastkd.methods.base import Batch, Phase
-from fastkd.models import Outputs, logits_of
+from fastkd.models import Outputs
 from fastkd.ops import _common as common
 
 Terms = dict[str, list[Tensor]]  # name of a term -> one scalar per peer
@@ -120,7 +120,7 @@ class CTSLMKT(Peers):
         views = self.view_of_each(inputs)
         rows = rows_that_count(target) if self.gives_outputs else None
         former = [  # each [B, C], or None
-            logits_of(self.teach(self.self_teachers[k], views[k])) if on else None
+            self.taught_logits(self.self_teachers[k], views[k], f"self_teachers[{k}]") if on else None
             for k, on in enumerate(self.self_learning)
         ]
         outputs = [self._run_peer(k, view) for k, view in enumerate(views)]
@@ -138,10 +138,9 @@ class CTSLMKT(Peers):
         return loss, self.parts_of(terms)
 
     def _run_peer(self, k: int, view: Any) -> Outputs:
-        peer = self.learner(f"peers.{k}")
         if self.gives_outputs:  # also of a peer without the switch: the others learn from its embedding
-            return outputs_of(peer, view, self._name(), f"peers[{k}]")
-        return Outputs(logits_of(peer(view)))
+            return outputs_of(self.learner(f"peers.{k}"), view, self._name(), f"peers[{k}]")
+        return Outputs(self.learned_logits(f"peers.{k}", view))
 
     def _responses(self, logits: Sequence[Tensor], target: Tensor | None) -> tuple[Tensor, Terms]:
         """Cross-entropy and mutual response of all peers, in one pass."""

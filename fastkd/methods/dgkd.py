@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from fastkd import functional
 from fastkd.methods._checks import check_integer, check_network, check_networks, check_temperature
 from fastkd.methods.base import Batch, Method, Phase, cross_entropy
-from fastkd.models import logits_of
 from fastkd.ops import _common as common
 
 
@@ -76,7 +75,7 @@ class DGKD(Method):
         guides = check_networks(name, "guides", guides)
         common.check_choice(name, "scale", scale, ("paper", "code"))
         common.check_choice(name, "drop", drop, ("none", "bernoulli", "fixed"))
-        check_integer(name, "drop_num", drop_num, 0)
+        drop_num = check_integer(name, "drop_num", drop_num, 0)
         if drop == "fixed" and drop_num >= len(guides):
             expected = f"less than the number of guides, {len(guides)} (one is always kept)"
             raise common.wrong_value(name, "drop_num", expected, drop_num)
@@ -110,13 +109,18 @@ class DGKD(Method):
             return sorted(torch.randperm(count, generator=generator, device="cpu")[self.drop_num :].tolist())
         return list(range(count))
 
+    def _argument(self, guide: int) -> str:
+        """What the caller gave this guide as, for errors."""
+        return f"guides[{guide}]"
+
     def _terms(self, kept: list[int], inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        targets = [logits_of(self.teach(self.guides[g], inputs)) for g in kept]  # each [..., C]
-        logits = logits_of(self.learner("student")(inputs))  # [..., C]
+        targets = [self.taught_logits(self.guides[g], inputs, self._argument(g)) for g in kept]  # each [..., C]
+        logits = self.learned_logits("student", inputs)  # [..., C]
         for g, guide in zip(kept, targets, strict=True):
             if guide.shape != logits.shape:
                 expected = f"a network whose logits have the student's shape {list(logits.shape)}"
-                raise common.wrong_value(self._name(), f"guides[{g}]", expected, f"logits of shape {list(guide.shape)}")
+                got = f"logits of shape {list(guide.shape)}"
+                raise common.wrong_value(self._name(), self._argument(g), expected, got)
         weight, ce_weight = self.weights(logits.shape[-1])
         loss = functional.multi_teacher_kd(
             logits,

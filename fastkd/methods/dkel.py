@@ -90,6 +90,8 @@ class DKEL(Method):
     inputs that are not m views and for a missing target. RuntimeWarning at the first batch without `initialise`.
     """
 
+    one_loss = False  # the average follows the step
+
     def __init__(
         self,
         student: Branched,
@@ -109,7 +111,7 @@ class DKEL(Method):
     ):
         name = self._name()
         self._check_branched("student", student)
-        check_integer(name, "seed", seed)
+        seed = check_integer(name, "seed", seed)
         common.check_choice(name, "variant", variant, ("intended", "released"))
         temperature = check_temperature(name, temperature)
         ce_weight = common.check_number(name, "ce_weight", ce_weight, "a finite number >= 0", 0)
@@ -129,7 +131,7 @@ class DKEL(Method):
         if shapes(teacher) != shapes(student):
             raise common.wrong_value(name, "teacher", "a network of the student's shapes", "one of other shapes")
         learners = {"student": student, "classifier": classifier}
-        check_apart(name, learners, {"teacher": teacher})
+        check_apart(name, learners, {"teacher": teacher}, tied=False)
         super().__init__(learners=learners, seed=seed)
         self.teacher = teacher.requires_grad_(False)
         self.temperature, self.ce_weight, self.momentum, self.variant = temperature, ce_weight, momentum, variant
@@ -165,28 +167,29 @@ class DKEL(Method):
         """
         return self.teacher.peer(0)
 
-    def initialise(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]], lr: float) -> None:
+    def initialise(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]], lr: float, *, chunks: int = 1) -> None:
         """The teacher's first steps: SGD on the mean of its peers' cross-entropies, for init + 1 of `batches`.
 
         To be called before the first epoch, with the training set's (views, target) and the base learning rate: steps
         of lr / 100, weight decay 5e-4, no momentum (P, code). It takes no batch and returns at once where it has run
         before (saved in the state dict), and with init=None. With several processes every rank calls it: gradients are
-        those of the mean over the rows of the default group.
+        those of the mean over the rows of the default group. `chunks` as in `phases`, each of two rows at least.
         """
         if self.init is None or self.initialised:
             return
         lr = common.check_number(self._name(), "lr", lr, "a finite number >= 0", 0)
+        check_integer(self._name(), "chunks", chunks, 1)
         device, training, done = next(self.teacher.parameters()).device, self.teacher.training, 0
         self.teacher.requires_grad_(True).train()
         optimizer = torch.optim.SGD(self.teacher.parameters(), lr * INIT_LR_FACTOR, weight_decay=INIT_WEIGHT_DECAY)
         try:
             for views, target in islice(batches, self.init + 1):
                 self._check_views("batches", views)
-                outputs = self.teacher([view.to(device, non_blocking=True) for view in views])
-                target = target.to(device, non_blocking=True)
-                losses = self._cross_entropies([o.logits for o in outputs], target, 1.0)
+                views, target = [view.to(device, non_blocking=True) for view in views], target.to(device)
                 optimizer.zero_grad(set_to_none=True)
-                losses.mean().backward()
+                for part, labels, share in Batch(views, target, max(1, min(chunks, len(target) // 2))):
+                    losses = self._cross_entropies([o.logits for o in self.teacher(part)], labels, 1.0)
+                    Batch.weigh(losses.mean(), share).backward()
                 average_gradients(self.teacher, (target != IGNORE_INDEX).sum())
                 optimizer.step()
                 done += 1
@@ -220,12 +223,12 @@ class DKEL(Method):
             return min(1 - 1 / (step + 1), self.momentum)
         return self.momentum
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return super().get_extra_state() | {"steps": self.steps, "initialised": self.initialised}
+    def extra(self) -> dict[str, Any]:
+        return super().extra() | {"steps": self.steps, "initialised": self.initialised}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        super().set_extra_state(state)
-        self.steps, self.initialised = state["steps"], state["initialised"]
+    def set_extra(self, extra: dict[str, Any]) -> None:
+        super().set_extra(extra)
+        self.steps, self.initialised = extra["steps"], extra["initialised"]
 
     def _terms(self, weight: float, ensemble: float, views: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
         if target is None:
@@ -236,7 +239,7 @@ class DKEL(Method):
             teachers = [o.logits for o in running(views)]  # m x [B, C]
         outputs = self.learner("student")(views)
         peers = [o.logits for o in outputs]  # m x [B, C]
-        joint = self.learner("classifier")(torch.cat([o.features for o in outputs], 1))  # [B, C]
+        joint = self.learned_logits("classifier", torch.cat([o.features for o in outputs], 1))  # [B, C]
         if joint.shape != peers[0].shape:
             expected = f"a network whose logits have the peers' shape {list(peers[0].shape)}"
             raise common.wrong_value(self._name(), "classifier", expected, f"logits of shape {list(joint.shape)}")
@@ -276,53 +279,6 @@ class DKEL(Method):
             raise common.wrong_type(self._name(), argument, expected, got)
         if len(views) != m:
             raise common.wrong_value(self._name(), argument, expected, f"{len(views)} views")
-
-
-class PCL(DKEL):
-    """Peer Collaborative Learning (AAAI 2021): DKEL without initialisation and decaying ensemble, and with c = 1.
-
-        L = CE(z_e) + sum_j [ CE(z_j) + w * KD(z_j, z_e) + w * mean over k != j of KD(z_j, t_k) ]
-
-    The teacher starts as a copy of the student and averages with a = min(1 - 1 / (g + 1), momentum) after step g, so
-    that it is the student after the first one (P). `initialise` does nothing.
-
-    Args:
-        student, teacher, classifier, temperature, ce_weight, ramp, of, momentum, seed: as in `DKEL`; T = 3, ramp = 80
-            epochs of 300, momentum = 0.999 (P); the scaling to other lengths of a run is ours (C).
-        c: weight of the distillation after the ramp-up; 1 (P).
-        variant: "intended" | "released": the ramp-up of the reproduction that the authors of DKEL released.
-    """
-
-    def __init__(
-        self,
-        student: Branched,
-        *,
-        teacher: Branched | None = None,
-        classifier: nn.Module | None = None,
-        temperature: float = 3.0,
-        ce_weight: float = 1.0,
-        c: float = 1.0,
-        ramp: float = 80,
-        of: float | None = 300,
-        variant: str = "intended",
-        momentum: float = 0.999,
-        seed: int = 0,
-    ):
-        super().__init__(
-            student,
-            teacher=teacher,
-            classifier=classifier,
-            temperature=temperature,
-            ce_weight=ce_weight,
-            c=c,
-            ramp=ramp,
-            of=of,
-            decay=None,
-            init=None,
-            variant=variant,
-            momentum=momentum,
-            seed=seed,
-        )
 
 
 def _teaching(teachers: list[Tensor], weight: float, ensemble: float) -> tuple[list[Tensor], list[list[float]]]:

@@ -102,18 +102,18 @@ class FEED(Method):
             expected = "exactly one network, the previous one of the chain, where mode is 'sequential'"
             raise common.wrong_value(name, "teachers", expected, len(teachers))
         self._check_options(beta, reduction, p, norm)
-        check_integer(name, "layers", layers, 1)
-        common.check_number(name, "negative_slope", negative_slope, "a number in [0, 1]", 0, 1)
+        layers = check_integer(name, "layers", layers, 1)
+        negative_slope = common.check_number(name, "negative_slope", negative_slope, "a number in [0, 1]", 0, 1)
         if not isinstance(batch_norm, bool):
             raise common.wrong_type(name, "batch_norm", "True or False", type(batch_norm).__name__)
-        check_integer(name, "seed", seed)
+        seed = check_integer(name, "seed", seed)
         width, widths = self._channels(student, teachers, channels, example)
         normalised = nn.BatchNorm2d if batch_norm else None
         with weights_from(seed):
             transforms = FeatureTransforms(width, widths, norm=normalised, layers=layers, negative_slope=negative_slope)
         learners = {"student": student, "transforms": beside(student, transforms)}
         super().__init__(learners=learners, frozen={"teachers": teachers}, seed=seed)
-        self.mode, self.beta, self.reduction, self.p, self.norm = mode, float(beta), reduction, p, norm
+        self.mode, self.beta, self.reduction, self.p, self.norm = mode, float(beta), reduction, int(p), norm
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
         yield Phase([self.learner("student"), self.learner("transforms")], self._terms, batch)

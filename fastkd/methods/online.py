@@ -21,7 +21,6 @@ from fastkd.methods._checks import check_integer, check_temperature
 from fastkd.methods._peers import Peers, check_peers, per_peer
 from fastkd.methods.base import Batch, Phase
 from fastkd.methods.ctsl_mkt import CTSLMKT
-from fastkd.models import logits_of
 from fastkd.ops import _common as common
 
 ENSEMBLES = ("naive", "linear", "minlogit")
@@ -105,7 +104,7 @@ class KDCL(Peers):
         common.check_choice(name, "ensemble", ensemble, ENSEMBLES)
         temperature = check_temperature(name, temperature)
         lam = per_peer(name, "lam", lam, count, partial(_check_weight, name))
-        check_integer(name, "linear_steps", linear_steps, 0)
+        linear_steps = check_integer(name, "linear_steps", linear_steps, 0)
         super().__init__(peers, deploy=deploy, views=views)
         self.ensemble, self.temperature, self.lam, self.linear_steps = ensemble, temperature, lam, linear_steps
 
@@ -116,7 +115,7 @@ class KDCL(Peers):
         if target is None:
             raise common.wrong_value(self._name(), "target", "class indices: they choose the ensemble", None)
         views = self.view_of_each(inputs)
-        logits = [logits_of(peer(view)) for peer, view in zip(self.running(), views, strict=True)]  # each [..., C]
+        logits = [self.learned_logits(f"peers.{k}", view) for k, view in enumerate(views)]  # each [..., C]
         self.check_classes("peers", logits, logits[0].shape)
         common.check_target(self._name(), target, logits[0], "the peers' logits'")
         ensemble = self.ensemble_of(logits, target)  # without a graph

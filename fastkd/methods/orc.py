@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from fastkd import functional
 from fastkd.functional import GroupStats
 from fastkd.methods._batch import IGNORE_INDEX, map_tree
+from fastkd.methods._calls import as_argument, logits_in
 from fastkd.methods._checks import check_integer, check_network, check_networks, check_temperature
-from fastkd.methods._observe import data_parallel, observe, read_later
+from fastkd.methods._observe import observe, read_later
 from fastkd.methods._pool import Pool, gather_pool
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
-from fastkd.models import logits_of
 from fastkd.ops import _common as common
 from fastkd.ops._gather import check_process_group
 from fastkd.ops.group_stats import BY
@@ -96,6 +96,8 @@ class ORC(Method):
     missing labels, inputs without a floating-point tensor, and networks whose logits differ in shape.
     """
 
+    one_loss = False
+
     def __init__(
         self,
         pivot: nn.Module,
@@ -118,12 +120,13 @@ class ORC(Method):
         students = check_networks(name, "students", students)
         if len(students) < 2:
             raise common.wrong_value(name, "students", "a sequence of at least two networks", "one")
-        check_integer(name, "promote", promote, 1, len(students) - 1)
+        promote = check_integer(name, "promote", promote, 1, len(students) - 1)
         common.check_choice(name, "rank_by", rank_by, BY)
         common.check_choice(name, "intensive", intensive, ("pivot", "group"))
         if not isinstance(errors_only, bool):
             raise common.wrong_type(name, "errors_only", "True or False", type(errors_only).__name__)
         check_process_group(name, process_group)
+        _check_one_process(name, process_group)
         common.check_choice(name, "feedback", feedback, ("local", "global"))
         temperature = check_temperature(name, temperature)
         beta = common.check_number(name, "beta", beta, "a number in [0, 1]", 0, 1)
@@ -137,6 +140,7 @@ class ORC(Method):
         self.register_buffer("promotions", torch.zeros(len(students), dtype=torch.int64))
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        _check_one_process(self._name(), self.process_group)
         # 0. Evaluation: who is promoted, and what the student group gets wrong.
         stats, classes = self._evaluate(batch)
         order = functional.rank_networks(stats, self.rank_by, self.process_group)  # [K], best first
@@ -178,19 +182,6 @@ class ORC(Method):
             {"params": [p for p in self.get_submodule(name).parameters() if p.requires_grad], "lr": rate}
             for name, rate in rates.items()
         ]
-
-    def map_learners(self, wrap: Callable[[nn.Module], Callable]) -> Method:
-        super().map_learners(wrap)
-        for name, network in self._wrapped.items():
-            parallel = data_parallel(network)
-            if parallel is None or self.process_group is not None:
-                continue
-            if torch.distributed.get_world_size(parallel.process_group) > 1:
-                expected = (
-                    f"given where networks ({name}) are in DistributedDataParallel, to promote the same everywhere"
-                )
-                raise common.wrong_value(self._name(), "process_group", expected, None)
-        return self
 
     def _phase(self, name: str, networks: Sequence[str], terms: Callable[[Any, Any], Terms], batch: Batch) -> Phase:
         return Phase([self.learner(network) for network in networks], terms, batch, name)
@@ -247,7 +238,7 @@ class ORC(Method):
         own, feedback = targets  # y_t, y_F
         loss = 0
         for name in names:
-            logits = logits_of(self.learner(name)(inputs))  # [B, C]
+            logits = self.learned_logits(name, inputs)  # [B, C]
             self._check_logits(name, logits, [len(own), classes])
             loss = loss + share * cross_entropy(logits, own) + (1 - share) * cross_entropy(logits, feedback)
         return loss, {"intensive": loss.detach()}
@@ -257,7 +248,7 @@ class ORC(Method):
         loss = kd = 0
         for name in names:
             one, stats = functional.multi_teacher_kd(
-                logits_of(self.learner(name)(inputs)),
+                self.learned_logits(name, inputs),
                 teachers,
                 target,
                 weights=[self.beta] * len(teachers),
@@ -274,13 +265,25 @@ class ORC(Method):
         return torch.cat([self._observed(name, inputs) for inputs, *_ in batch])
 
     def _observed(self, name: str, inputs: Any) -> Tensor:
-        return logits_of(observe(self.get_submodule(name), self.learner(name), inputs))
+        output = observe(self.get_submodule(name), self.learner(name), inputs)
+        return logits_in(output, self._name(), as_argument(name))
 
     def _check_logits(self, name: str, logits: Tensor, shape: list[int]) -> None:
         if list(logits.shape) != shape:
-            argument = name.replace("students.", "students[") + "]" * ("." in name)
             expected = f"a network whose logits have shape {shape}, [B, C] with the classes of students[0]"
-            raise common.wrong_value(self._name(), argument, expected, f"logits of shape {list(logits.shape)}")
+            got = f"logits of shape {list(logits.shape)}"
+            raise common.wrong_value(self._name(), as_argument(name), expected, got)
+
+
+def _check_one_process(method: str, process_group: Any) -> None:
+    """However the networks are made parallel, processes that rank apart would promote different ones."""
+    if process_group is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.get_world_size() > 1:
+            expected = (
+                "given where torch.distributed has several processes, so that all promote the same networks "
+                "(torch.distributed.group.WORLD, or a group of this process alone to train apart)"
+            )
+            raise common.wrong_value(method, "process_group", expected, None)
 
 
 def _names(indices: Iterable[int]) -> list[str]:

@@ -56,10 +56,10 @@ class Reconstruction(Method):
     def __init__(self, network: nn.Module, *, seed: int = 0, channels: int | None = None, example: Any = None):
         name = self._name()
         check_network(name, "network", network)
-        check_integer(name, "seed", seed)
+        seed = check_integer(name, "seed", seed)
         if channels is None:
             channels = map_channels(network, example, name, "network")
-        check_integer(name, "channels", channels, 1)
+        channels = check_integer(name, "channels", channels, 1)
         with weights_from(seed):
             autoencoder = _autoencoder(channels)
         super().__init__(learners={"autoencoder": beside(network, autoencoder)}, frozen={"network": network}, seed=seed)

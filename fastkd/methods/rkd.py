@@ -14,7 +14,6 @@ from fastkd.methods._checks import check_network
 from fastkd.methods._features import outputs_of
 from fastkd.methods._relations import rows_that_count, select
 from fastkd.methods.base import Batch, Method, Phase, cross_entropy
-from fastkd.models import logits_of
 from fastkd.ops import _common as common
 
 
@@ -70,7 +69,7 @@ class RKD(Method):
             setattr(self, key, value)
         self.process_group = process_group
         self.gives_outputs = self.distance + self.angle > 0
-        self.leaves_unused = self.ce_weight == 0  # the classifier
+        self.leaves_unused |= self.ce_weight == 0  # the classifier
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
         yield Phase([self.learner("student")], self._terms, batch)
@@ -80,15 +79,15 @@ class RKD(Method):
         return self.student
 
     def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        student, terms = self.learner("student"), {}
+        terms = {}
         if self.gives_outputs:
             rows = rows_that_count(target)
             run = partial(outputs_of, method_name=self._name(), argument="teacher")
             taught = select(self.teach(self.teacher, inputs, run).features, rows)  # [N, E]
-            outputs = outputs_of(student, inputs, self._name(), "student")
+            outputs = outputs_of(self.learner("student"), inputs, self._name(), "student")
             logits, features = outputs.logits, select(outputs.features, rows)  # [B, C], [N, D]
         else:
-            logits = logits_of(student(inputs))
+            logits = self.learned_logits("student", inputs)
         if self.ce_weight > 0:
             terms["ce"] = self.ce_weight * cross_entropy(logits, target)
         for name, relation, weight in (

@@ -1,6 +1,6 @@
 """Networks: small ones, torchvision's with a first layer for small images, and the features of any network."""
 
-from .base import Network, Outputs, logits_of, parameters_count
+from .base import Network, Outputs, call_network, logits_of, parameters_count
 from .branched import Branched, branched
 from .features import with_features
 from .registry import create, names
@@ -10,6 +10,7 @@ __all__ = [
     "Network",
     "Outputs",
     "branched",
+    "call_network",
     "create",
     "logits_of",
     "names",

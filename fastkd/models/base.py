@@ -1,11 +1,13 @@
 """What every network shares: `Outputs`, the base class `Network`, normalisation layers, counting."""
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from fastkd._outputs import find_logits
 
 Norm = Callable[[int], nn.Module]
 
@@ -27,19 +29,22 @@ class Outputs(NamedTuple):
 
 
 def logits_of(output: object) -> Tensor:
-    """The logits [B, C] of what a network returned: a Tensor, an `Outputs`, or any object with `.logits`.
+    """The logits [..., C] of what a network returned: a Tensor, an `Outputs`, any object or dict with `logits`.
 
     Raises TypeError for anything else.
     """
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
+    logits = find_logits(output)
+    if logits is not None:
         return logits
     raise TypeError(
         f"logits_of: output must be a Tensor or have a Tensor in `.logits`, got {type(output).__name__}; "
         "let the network return its logits or fastkd.models.Outputs"
     )
+
+
+def call_network(network: Callable, inputs: Any) -> Any:
+    """What a network returns for a batch: a dict goes in as keywords, anything else as the one argument."""
+    return network(**inputs) if isinstance(inputs, Mapping) else network(inputs)
 
 
 def parameters_count(model: nn.Module, trainable: bool = False) -> int:

@@ -2,12 +2,14 @@
 
 import difflib
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from .._extras import require
 from .base import Network, Outputs
+from .watched import Watched
 
 _IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
@@ -24,9 +26,10 @@ def with_features(model: nn.Module, layer_names: Sequence[str] | None = None) ->
     The result shares parameters, buffers and their names with `model`: a state dict of one loads into
     the other, and moving or training one is moving or training the other. Its copy.deepcopy copies both.
 
-    Source: torchvision.models.feature_extraction, which traces with torch.fx; so a network whose
-    forward branches on values must return `Outputs` itself. Raises ValueError for that, for an unknown layer (with
-    the nearest names) and where layer_names is needed.
+    Source: torchvision.models.feature_extraction, which traces with torch.fx. A network that cannot be traced (its
+    forward branches on values, as that of many transformers) is run as it is and its modules are watched by hooks: its
+    layer_names are names of modules. Raises ValueError for an unknown layer (with the nearest names) and where
+    layer_names is needed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"with_features: model must be an nn.Module, got {type(model).__name__}")
@@ -52,7 +55,7 @@ class WithFeatures(nn.Module):
     def __init__(self, model: nn.Module, layer_names: Sequence[str] | None):
         super().__init__()
         self.layer_names = None if layer_names is None else list(layer_names)
-        run = model.forward_features if layer_names is None else _extractor(model, self.layer_names)
+        run = model.forward_features if layer_names is None else _with_layers(model, self.layer_names)
         # In a tuple, so that they are not submodules: their parameters would appear a second time under other names.
         self._private = (model, run)
         _share_state(self, model)
@@ -63,8 +66,8 @@ class WithFeatures(nn.Module):
         """The network that this module was made of."""
         return self._private[0]
 
-    def forward(self, x: Tensor) -> Outputs:
-        return self._private[1](x)
+    def forward(self, *args: Any, **kwargs: Any) -> Outputs:
+        return self._private[1](*args, **kwargs)
 
     def train(self, mode: bool = True) -> "WithFeatures":
         model, run = self._private
@@ -85,11 +88,31 @@ def _share_state(module: nn.Module, owner: nn.Module) -> None:
     module._non_persistent_buffers_set = owner._non_persistent_buffers_set
 
 
-def _extractor(model: nn.Module, layer_names: list[str]) -> nn.Module:
+def _with_layers(model: nn.Module, layer_names: list[str]) -> Callable[..., Outputs]:
+    """What runs the model and returns `Outputs` of these layers: a traced graph, or the model with hooks."""
     tools = require("torchvision.models.feature_extraction", "with_features")
     modes = {module: module.training for module in model.modules()}
     try:
         nodes = tools.get_graph_node_names(model, suppress_diff_warning=True)  # of train and of eval mode
+    except Exception:  # fx.proxy.TraceError, or whatever a forward raises when it is handed proxies
+        modules = [name for name, _ in model.named_modules() if name]
+        for name in layer_names:
+            if name not in modules:
+                raise _unknown(model, name, modules, ", which torch.fx cannot trace,") from None
+        return Watched(model, layer_names, _collect)
+    finally:
+        _restore(modes)
+    return _extractor(model, layer_names, tools, nodes)
+
+
+def _restore(modes: dict[nn.Module, bool]) -> None:
+    for module, mode in modes.items():  # tracing sets all modules to the root's mode
+        module.training = mode
+
+
+def _extractor(model: nn.Module, layer_names: list[str], tools: Any, nodes: Sequence[list[str]]) -> nn.Module:
+    modes = {module: module.training for module in model.modules()}
+    try:
         watched = [_resolve(model, layer_names, names) for names in nodes]
         extractor = tools.create_feature_extractor(
             model,
@@ -97,14 +120,8 @@ def _extractor(model: nn.Module, layer_names: list[str]) -> nn.Module:
             eval_return_nodes={name: name for name in (*watched[1], nodes[1][-1])},
             suppress_diff_warning=True,
         )
-    except fx.proxy.TraceError as error:
-        raise ValueError(
-            f"with_features: {type(model).__name__} cannot be traced by torch.fx ({error}); "
-            "let its forward return fastkd.models.Outputs instead"
-        ) from error
     finally:
-        for module, mode in modes.items():  # tracing sets all modules to the root's mode
-            module.training = mode
+        _restore(modes)
     for graph, layers, names in zip((extractor.train_graph, extractor.eval_graph), watched, nodes, strict=True):
         _return_outputs(model, graph, layers, names[-1])
     extractor.graph = extractor.train_graph if model.training else extractor.eval_graph  # compiles it anew
@@ -119,12 +136,16 @@ def _resolve(model: nn.Module, layer_names: list[str], nodes: list[str]) -> list
     for name in layer_names:
         inside = [node for node in nodes if node == name or node.startswith(f"{name}.")]
         if not inside:
-            known = dict.fromkeys([name for name, _ in model.named_modules() if name] + nodes)
-            close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-            guess = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(list(known)[:12])}, ..."
-            raise ValueError(f"with_features: {type(model).__name__} runs no layer {name!r}; {guess}")
+            modules = [name for name, _ in model.named_modules() if name]
+            raise _unknown(model, name, list(dict.fromkeys(modules + nodes)))
         found.append(inside[-1])
     return found
+
+
+def _unknown(model: nn.Module, name: str, known: list[str], what: str = "") -> ValueError:
+    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    guess = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known[:12]) or 'none'}, ..."
+    return ValueError(f"with_features: {type(model).__name__}{what} runs no layer {name!r}; {guess}")
 
 
 def _return_outputs(model: nn.Module, graph: fx.Graph, layers: list[str], logits: str) -> None:

@@ -168,6 +168,8 @@ def _check(
     logits, stacked, class_dim = check_networks(OP, logits, class_dim, target is not None, least=2)
     first = logits[0]
     teachers = _check_teachers(teachers, first, class_dim)
+    common.check_not_probabilities(OP, "logits", logits)
+    common.check_not_probabilities(OP, "teachers", teachers)
     kd_weight = common.check_scalar(OP, "kd_weight", kd_weight, "a finite number")
     ce_weight = common.check_scalar(OP, "ce_weight", ce_weight, "a finite number")
     weighted = isinstance(ce_weight, Tensor) or ce_weight != 0

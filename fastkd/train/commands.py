@@ -10,7 +10,7 @@ from fastkd.train import compare as comparing
 from fastkd.train.config import CompareConfig, TrainConfig, UserError, differences, read_yaml, to_yaml
 from fastkd.train.devices import cpu_threads, pick_device
 from fastkd.train.distributed import deterministic, joined, launched
-from fastkd.train.locks import lock
+from fastkd.train.locks import lock, why_not_writable
 from fastkd.train.plans import RECIPES, plan, recipe
 from fastkd.train.report import percent, write_train_report
 from fastkd.train.runner import Result, Runner
@@ -41,6 +41,9 @@ def _open(config: TrainConfig | CompareConfig) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be made ({error.strerror}): name a folder that can be written") from error
+    reason = why_not_writable(out)
+    if reason:
+        raise UserError(f"--out {out} cannot be written ({reason}): name a folder that can be written")
     return out
 
 
@@ -95,6 +98,7 @@ def compare(config: CompareConfig, command: str, say=print) -> comparing.Compari
         board.writer_type()
     out = _open(config)
     with lock(out), cpu_threads(config.threads), deterministic(config.deterministic):
+        comparing.check_data(config)
         _keep_config(out, config)
         comparison = comparing.run(config, say=say if not config.quiet else lambda text: None)
         paths = comparing.write(comparison, command)

@@ -12,14 +12,14 @@ import torch
 
 import fastkd
 from fastkd import models
-from fastkd.train import checkpoint, environment
+from fastkd.train import checkpoint, environment, same_data
 from fastkd.train.config import CompareConfig, TrainConfig
 from fastkd.train.devices import pick_device, to_device
 from fastkd.train.loop import Fit
 from fastkd.train.metrics import write_csv
 from fastkd.train.plans import accepted, check_options, plan, teaches_logits
 from fastkd.train.report import LAST_EPOCH, data_text, final, method_text, optimization_text, pyplot, save_figure, table
-from fastkd.train.runner import Result, Runner
+from fastkd.train.runner import Result, Runner, load_data
 
 ROUNDS = 30  # of timed steps with each backend
 WARM_UP = 3
@@ -38,6 +38,15 @@ class Comparison:
         return [final(results["student"]) for results in self.results[method].values()]
 
 
+def check_data(config: CompareConfig) -> None:
+    """UserError where one of the runs that go on has trained on other data: before any of them is trained."""
+    for seed in config.seeds:
+        runs = [config.run(method, seed, {}) for method in config.methods]
+        folders = [folder for folder in (Path(one.out) for one in runs) if same_data.has_state(folder)]
+        if folders:
+            same_data.go_on(folders, load_data(runs[0], note=lambda text: None).description)
+
+
 def run(config: CompareConfig, say) -> Comparison:
     """Run what is not there yet; what several methods share is trained once a seed."""
     check_options(config.methods, config.options)
@@ -47,9 +56,11 @@ def run(config: CompareConfig, say) -> Comparison:
         stages = plan(one)  # what cannot be planned shows before anything is trained
         if one.logits_cache and not any(map(teaches_logits, stages)):
             runs[method, seed] = dataclasses.replace(one, logits_cache=False)
-    for seed in config.seeds:
+    for number, seed in enumerate(config.seeds):
+        told = {} if number == 0 else {"note": lambda text: None}  # once, not for each seed
+        data = load_data(runs[config.methods[0], seed], **told)
         for method in sorted(config.methods, key=lambda name: name != "ce"):  # other methods may use what ce trains
-            runner = Runner(runs[method, seed], say)
+            runner = Runner(runs[method, seed], say, data=data)
             say(f"seed {seed}, {method}")
             comparison.runners.setdefault(method, runner)
             comparison.results[method][seed] = runner.run()
@@ -86,10 +97,8 @@ def _time_step(fit: Fit, inputs, target, backend: str) -> float:
     with fastkd.use_backend("auto" if backend == "native" else backend):
         wait()
         started = time.perf_counter()
-        for phase in fit.method.phases(inputs, target):
-            fit.optimizer.zero_grad(set_to_none=True)
-            phase.loss.backward()
-            fit.optimizer.step()
+        for _ in fit.steps.take(inputs, target):  # as the run takes them: its precision, its parts of a batch
+            pass
         wait()
         return time.perf_counter() - started
 

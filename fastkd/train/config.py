@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from fastkd.train.option_types import settle
+
 
 class UserError(Exception):
     """Something that whoever started the run can put right: one sentence, no traceback. `status` is the exit status."""
@@ -28,12 +30,13 @@ class DataOptions:
         data_root: folder of the downloaded data sets
         download: fetch CIFAR where it is missing
         train_size: keep this many training images, of each class its share; default all (compare: 200 of digits)
-        validation: part of the training images set apart for validation, from 0 to below 1
+        validation: training images set apart for validation: a fraction below 1, or their number (2 or more)
         image_size: resize images to this many pixels; default the data's own size
         augment: augment the training images (shift, mirror, crop)
         variants: augmentations of each image through which the epochs cycle; 0: each epoch has its own
         workers: processes that load images; data in memory needs none
         bad_images: a file that cannot be read stops the run (error), or is counted, named and left out (skip)
+        keep_images: image files cut to fewer than 96 pixels are decoded once and stay in memory; without workers
     """
 
     data: str = "digits"
@@ -46,6 +49,7 @@ class DataOptions:
     variants: int = 0
     workers: int = 0
     bad_images: Literal["error", "skip"] = "error"
+    keep_images: bool = False
 
 
 @dataclass
@@ -214,11 +218,12 @@ _LEAST |= {"log_every": 1, "workers": 0, "train_size": 1, "image_size": 1, "seed
 _LEAST |= {"accumulate": 1, "variants": 0}
 _OPTIONAL = ("train_size", "image_size", "threads", "num_teachers", "seed")  # a comparison has no seed of its own
 _FINITE = ("lr", "momentum", "weight_decay", "gamma")  # >= 0
-_CHOICES = {"bad_images": ("error", "skip"), "non_finite": ("stop", "skip"), "amp": ("none", "bf16", "fp16")}
-_CHOICES |= {"logits_dtype": ("float32", "float16")}
 
 
-def _check_numbers(config: object) -> None:
+def _check_values(config: object) -> None:
+    wrong = settle(config)
+    if wrong:
+        raise UserError(wrong)
     for name, least in _LEAST.items():
         value = getattr(config, name, None)
         if value is None and name in _OPTIONAL:
@@ -229,11 +234,12 @@ def _check_numbers(config: object) -> None:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
             raise UserError(f"--{_flag(name)} must be a finite number >= 0, got {value!r}")
-    for name, choices in _CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise UserError(f"--{_flag(name)} must be {' or '.join(choices)}, got {getattr(config, name)!r}")
-    if not 0 <= config.validation < 1:
-        raise UserError(f"--validation must be a fraction from 0 to below 1, got {config.validation!r}")
+    if not (0 <= config.validation < 1 or config.validation > 1 and config.validation % 1 == 0):
+        raise UserError(
+            f"--validation must be a fraction from 0 to below 1 or a number of images, got {config.validation!r}"
+        )
+    if config.keep_images and config.workers:
+        raise UserError(f"--keep-images needs --workers 0, got {config.workers}: workers forget after each epoch")
     if isinstance(config.timeout, bool) or not isinstance(config.timeout, int | float) or not 0 < config.timeout < 1e9:
         raise UserError(f"--timeout must be seconds above 0, got {config.timeout!r}")
     if config.cuda_graph and config.compile:
@@ -253,7 +259,7 @@ class Settings(DataOptions, NetworkOptions, OptimizationOptions, LoopOptions, Sc
     """What `train` and `compare` have in common."""
 
     def __post_init__(self):
-        _check_numbers(self)
+        _check_values(self)
         if self.threads is None and self.data == "digits":
             self.threads = 1
         if self.num_teachers is None:
@@ -299,13 +305,17 @@ class CompareConfig(Settings, CompareOptions):
 
 # What may differ between the parts of one run without changing what it computes, or only where it goes on to.
 _FREE = {"out", "resume", "cache", "quiet", "keep", "log_every", "workers", "device", "threads", "data_root"}
-_FREE |= {"download", "epochs", "eval_every", "save_every", "bad_images", "non_finite"}
+_FREE |= {"download", "keep_images", "epochs", "eval_every", "save_every", "bad_images", "non_finite"}
 _FREE |= {"channels_last", "compile", "cuda_graph", "deterministic", "timeout", "tensorboard", "logits_cache"}
+
+
+_GROWING = ("methods", "seeds")  # of a comparison: more may come, and none may go
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The options that hold a run to its results and that differ: "lr was 0.1, now 0.05"."""
     names = [name for name in new if name not in _FREE and name in old and old[name] != new[name]]
+    names = [name for name in names if not (name in _GROWING and set(old[name]) <= set(new[name]))]
     return [f"--{_flag(name)} was {old[name]}, now {new[name]}" for name in names]
 
 

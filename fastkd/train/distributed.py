@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.methods import Method
 from fastkd.train.config import UserError
-from fastkd.train.locks import lock
+from fastkd.train.locks import Busy, lock
 
 POLL = 1.0  # seconds between two looks at a folder that another run holds
 
@@ -136,7 +136,7 @@ class World:
             def take() -> bool:
                 try:
                     stack.enter_context(lock(folder))
-                except UserError:
+                except Busy:
                     if wait is None:
                         raise
                     return False

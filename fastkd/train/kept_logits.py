@@ -16,7 +16,12 @@ from fastkd.methods import Method
 from fastkd.train.checkpoint import FULL, StorageError
 from fastkd.train.config import Settings
 from fastkd.train.distributed import World
+from fastkd.train.locks import UNWRITABLE, NotWritable
 from fastkd.train.progress import note
+
+_NOT_THERE = (
+    "it does not hold all logits that this run needs: name a --cache that can be written, or leave out --logits-cache"
+)
 
 
 class KeptLogits:
@@ -66,6 +71,8 @@ class KeptLogits:
             try:
                 return taught(*arguments)
             except OSError as error:
+                if error.errno in UNWRITABLE:
+                    raise NotWritable(self.folder, error.strerror, _NOT_THERE) from error
                 if error.errno not in FULL:
                     raise
                 raise StorageError(

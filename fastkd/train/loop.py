@@ -17,7 +17,7 @@ from fastkd.data.batches import image_set
 from fastkd.data.parts import Part
 from fastkd.methods import Method
 from fastkd.models import logits_of
-from fastkd.train import batch_norm, checkpoint
+from fastkd.train import batch_norm, checkpoint, same_data
 from fastkd.train.bad_images import BadImages
 from fastkd.train.board import Board
 from fastkd.train.config import Settings, UserError
@@ -177,7 +177,7 @@ class Fit:
         if hasattr(self.method, "initialise"):
             self.train_batches.sampler.set_epoch(0)
             batches = batches_on(self.train_batches, self.device, self.data.num_classes)
-            self.method.initialise(batches, self.settings.lr)
+            self.method.initialise(batches, self.settings.lr, chunks=self.settings.accumulate)
 
     def _keep_logits(self) -> KeptLogits:
         images = image_set(self.data.train)
@@ -196,7 +196,7 @@ class Fit:
 
     def _run_epoch(self, epoch: int, interrupted: Callable[[], bool], kept: KeptLogits | None = None) -> None:
         self.method.start_epoch(epoch, self.epochs)
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         meter = Meter(self.device, self.settings.log_every, self._describe, self.world)
         batches = self._batches(epoch, meter)
         self.board.watch(meter)
@@ -232,6 +232,7 @@ class Fit:
                     f"try a smaller --lr or --warmup-epochs{skip}"
                 ) from error
             row = self._row(epoch, meter, meter.images - resumed, time.perf_counter() - started)
+            row["cpu_seconds"] = time.process_time() - worked  # of all threads; other processes do not change it
             progress.finish(row)
         self._end_epoch(epoch, row)
         if self.world.any(interrupted()):
@@ -338,9 +339,12 @@ class Fit:
         partial.unlink(missing_ok=True)
         checkpoint.prune(self.checkpoints, self.settings.keep)
 
-    def resume(self) -> None:
-        """Go on from the last whole state in the folder, whose lock is held; does nothing where there is none."""
-        state, rows = self.world.from_first(self._last)
+    def resume(self, file: Path | None = None) -> None:
+        """Go on from the last whole state in the folder, whose lock is held; does nothing where there is none.
+
+        With `file` from that one, and nothing is written: the folder need not be locked.
+        """
+        state, rows = self.world.from_first(self._last if file is None else lambda: self._read(file))
         if state is not None:
             self._load(state, rows)
             self._unfinished = state if "meter" in state else None
@@ -356,9 +360,17 @@ class Fit:
         if state is None:
             return None, []
         checkpoint.prune(self.checkpoints, self.settings.keep)  # killed between writing the last one and this
+        return self._checked(state), read_csv(self.folder / "metrics.csv")
+
+    def _read(self, file: Path) -> tuple[dict[str, Any], list[Row]]:
+        return self._checked(checkpoint.load(file)), read_csv(self.folder / "metrics.csv")
+
+    def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
+        """UserError for the state of another version, or of networks for other images."""
         if state.get("format") != FORMAT:
             raise UserError(f"{self.checkpoints} holds checkpoints of another version of fastkd: use a new --out")
-        return state, read_csv(self.folder / "metrics.csv")
+        same_data.check_sizes(self.folder, state["facts"], self.facts)
+        return state
 
     def _load(self, state: dict[str, Any], rows: list[Row]) -> None:
         self.method.load_state_dict(state["method"])

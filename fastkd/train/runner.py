@@ -21,13 +21,17 @@ from torch import nn
 
 from fastkd import data as datasets
 from fastkd import methods, models
-from fastkd.train import batch_norm, checkpoint
+from fastkd.models.registry import SMALLEST_IMAGE
+from fastkd.train import batch_norm, checkpoint, same_data
 from fastkd.train.config import TrainConfig, UserError, fingerprint
 from fastkd.train.devices import check_cuda_graph, pick_device
 from fastkd.train.distributed import world
+from fastkd.train.given import load_weights
+from fastkd.train.locks import NotWritable, why_not_writable
 from fastkd.train.loop import Fit
 from fastkd.train.metrics import Row
 from fastkd.train.plans import arguments, plan, recipe, teaches_logits
+from fastkd.train.progress import note
 from fastkd.train.stages import Learner, Stage, parameters
 from fastkd.train.steps import check_amp
 
@@ -66,35 +70,54 @@ def make_network(spec: str, data: datasets.Data, branches: int = 0) -> nn.Module
     return models.create(name, data.num_classes, **sizes, **options)
 
 
+_FIXED = ("digits", "fake")  # data that nobody can change while this process runs
+
+
 @functools.lru_cache(maxsize=1)
-def _load(name: str, items: tuple) -> datasets.Data:
+def _load_once(name: str, items: tuple) -> datasets.Data:
     return datasets.load(name, **dict(items))
 
 
-def load_data(config: TrainConfig) -> datasets.Data:
+def load_data(config: TrainConfig, note: Callable[[str], None] = note) -> datasets.Data:
+    """The data of a run; what their folders hold beside is told to `note` by the first process."""
     items = {
         "root": config.data_root,
         "download": config.download,
         "train_size": config.train_size,
-        "validation": config.validation,
+        "validation": config.validation if config.validation < 1 else int(config.validation),
         "seed": config.seed,
         "image_size": config.image_size,
         "augment": config.augment,
         "bad_images": config.bad_images,
         "variants": config.variants,
+        "keep_images": config.keep_images,
     }
-    return _load(config.data, tuple(items.items()))
+    if config.data in _FIXED:
+        return _load_once(config.data, tuple(items.items()))
+    return datasets.load(config.data, **items, note=note if world().first else lambda text: None)
 
 
-def stage_key(config: TrainConfig, stage: Stage, stages: dict[str, Stage]) -> str:
-    """Changes with all that determines the weights of this stage's network, the keys of what it needs among it."""
+def _check_size(config: TrainConfig, data: datasets.Data) -> None:
+    """Of images whose size nobody gave."""
+    if config.image_size is None and data.image_size < SMALLEST_IMAGE:
+        raise UserError(
+            f"--data {config.data}: the shorter side of the first image has {data.image_size} of the {SMALLEST_IMAGE} "
+            "pixels that networks need: give --image-size, to which all images are resized"
+        )
+
+
+def stage_key(config: TrainConfig, stage: Stage, stages: dict[str, Stage], data: datasets.Data | None = None) -> str:
+    """Changes with all that determines the weights of this stage's network, the keys of what it needs among it.
+
+    data: those of the config; loaded where they are not given.
+    """
     if stage.name in config.checkpoint:
         content = Path(config.checkpoint[stage.name]).read_bytes()
         return fingerprint({"network": stage.network, "file": hashlib.sha256(content).hexdigest()})
     values = dataclasses.asdict(config)
     facts = {name: values[name] for name in (*_DATA, *_TRAINING, "seed")}
-    if config.data.startswith("imagefolder:"):
-        facts["data"] = str(Path(config.data.partition(":")[2]).resolve())
+    data = load_data(config) if data is None else data
+    facts["data"] = [config.data.partition(":")[0], data.description]  # wherever a folder stands
     if batch_norm.synchronises(config, world()):
         facts["sync_batch_norm"] = True
     facts |= {name: getattr(stage, name) for name in ("method", "options", "epochs", "views")}
@@ -106,7 +129,7 @@ def stage_key(config: TrainConfig, stage: Stage, stages: dict[str, Stage]) -> st
         facts["logits_dtype"] = config.logits_dtype
     # Arguments that are not given have the defaults of this version of the method.
     facts |= {"defaults": {k: repr(v) for k, v in arguments(stage.method).items()}}
-    return fingerprint(facts | {"needs": [stage_key(config, stages[name], stages) for name in stage.needs]})
+    return fingerprint(facts | {"needs": [stage_key(config, stages[name], stages, data) for name in stage.needs]})
 
 
 @dataclass
@@ -124,9 +147,9 @@ class Result:
 
 
 class Runner:
-    """Carries out the plan of one run."""
+    """Carries out the plan of one run. data: those of the config, where they are loaded already."""
 
-    def __init__(self, config: TrainConfig, say: Callable[[str], None] = print):
+    def __init__(self, config: TrainConfig, say: Callable[[str], None] = print, *, data: datasets.Data | None = None):
         self.world = world()
         if not self.world.first:
             config, say = dataclasses.replace(config, quiet=True), lambda text: None
@@ -141,18 +164,28 @@ class Runner:
         check_amp(config.amp, device)
         check_cuda_graph(config, device, self.world)
         self.world.from_first(lambda: batch_norm.check(config, device, self.world))
-        self.data = load_data(config)
+        self.data = load_data(config) if data is None else data
+        _check_size(config, self.data)
         for stage in self.stages.values():  # a wrong name or option shows before anything is trained
             self.build(stage, {name: make_network(self.stages[name].network, self.data) for name in stage.needs})
 
     def run(self) -> dict[str, Result]:
         """Train what is not there yet; the results by the stages' names."""
+        if self.world.size > 1:
+            same_data.check_alike(self.world, self.data.description)
+        self.world.from_first(self._record_data)
         results: dict[str, Result] = {}
         for stage in self.stages.values():
             trained = {name: results[name].network for name in stage.needs}
             train = self._student if stage.name == "student" else self._earlier
             results[stage.name] = train(stage, trained)
         return results
+
+    def _record_data(self) -> None:
+        folder = Path(self.config.out)
+        if self.config.resume:
+            same_data.go_on([folder], self.data.description)
+        same_data.keep(folder, self.data.description)
 
     def build(self, stage: Stage, trained: Mapping[str, nn.Module]) -> methods.Method:
         """The method of a stage; `trained` holds the networks of the stages that it needs.
@@ -221,10 +254,10 @@ class Runner:
         return Path(self.config.cache or Path(self.config.out) / "cache")
 
     def _cached(self, stage: Stage) -> Path:
-        """The folder of a stage in the cache, made if it is not there."""
-        folder = self._cache / f"{stage.learners[0].name}-{stage_key(self.config, stage, self.stages)}"
-        self.world.from_first(lambda: folder.mkdir(parents=True, exist_ok=True))
-        return folder
+        """The folder of a stage in the cache."""
+        # The first process's: the times of files may differ between machines.
+        key = self.world.from_first(lambda: stage_key(self.config, stage, self.stages, self.data))
+        return self._cache / f"{stage.learners[0].name}-{key}"
 
     def _wait(self, folder: Path) -> Callable[[], None]:
         return lambda: self.say(f"waiting for another run that trains {folder} ...")
@@ -232,6 +265,11 @@ class Runner:
     def _share(self, stage: Stage, source: Path) -> None:
         """Put a student that was trained alone where other methods look for it: it is their student's self-teacher."""
         folder = self._cached(stage)
+        reason = self.world.from_first(lambda: why_not_writable(folder))
+        if reason:
+            if self.world.first and not self.config.quiet:
+                note(f"the student is not put into {self._cache}, which cannot be written ({reason})")
+            return
         with self.world.locked(folder, wait=self._wait(folder)):
             self.world.from_first(lambda: self._copy(stage, source, folder))
 
@@ -246,6 +284,9 @@ class Runner:
         if stage.name in self.config.checkpoint:
             return self._given(stage, self.config.checkpoint[stage.name])
         folder = self._cached(stage)
+        reason = self.world.from_first(lambda: why_not_writable(folder))
+        if reason:
+            return self._only_read(stage, trained, folder, reason)
         with self.world.locked(folder, wait=self._wait(folder)):
             settings = dataclasses.replace(self.config, keep=1)
             fit = self.fit(stage, trained, folder)
@@ -256,16 +297,19 @@ class Runner:
             fit.run()
         return Result(stage, fit.method.deployable(), fit.rows, folder)
 
+    def _only_read(self, stage: Stage, trained: Mapping[str, nn.Module], folder: Path, reason: str) -> Result:
+        """A network that is finished, from a cache that this process may not write: without a lock."""
+        done = checkpoint.path_of(folder / "checkpoints", stage.epochs)
+        if not self.world.from_first(done.is_file):
+            advice = f"it does not hold the trained {stage.name} {stage.network}: name a --cache that can be written"
+            raise NotWritable(self._cache, reason, advice)
+        fit = self.fit(stage, trained, folder)
+        fit.resume(done)
+        if not self.config.quiet:
+            self.say(f"{stage.name} {stage.network}: taken from {folder}")
+        return Result(stage, fit.method.deployable(), fit.run(), folder)
+
     def _given(self, stage: Stage, path: str) -> Result:
         network = make_network(stage.network, self.data)
-        state = checkpoint.load(path, sealed=False)
-        state = state.get("network", state)  # one of ours, or a plain state dict
-        try:
-            network.load_state_dict(state)
-        except (RuntimeError, AttributeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(
-                f"--checkpoint.{stage.name}: {path} does not fit the network {stage.network} ({reason}): "
-                f"name the network it was saved from"
-            ) from error
+        load_weights(network, path, f"--checkpoint.{stage.name}", stage.network)
         return Result(stage, network, [], None)

@@ -1,0 +1,49 @@
+"""Image files that are decoded once: small images, of which epochs read the same again and again."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .images import LARGE, Files, UnreadableImage
+from .sources import Part, Source
+
+
+class KeptFiles(Files):
+    """`Files` whose images stay in memory once they are read and cut to `size`, as uint8."""
+
+    def __init__(self, paths: Sequence[str], size: int):
+        super().__init__(paths, size)
+        # Of numpy, whose zeros take no memory before they are written.
+        self.images = torch.from_numpy(np.zeros((len(self.paths), 3, size, size), np.uint8))
+        self.known = np.zeros(len(self.paths), dtype=bool)
+
+    def fetch(self, rows: np.ndarray) -> Tensor | list:
+        """uint8 [B, 3, size, size], or where files cannot be read a list with an UnreadableImage for each of them."""
+        bad = {}
+        missing = rows[~self.known[rows]]
+        for row, image in zip(missing.tolist(), super().fetch(missing), strict=True):
+            if isinstance(image, UnreadableImage):
+                bad[row] = image
+            else:
+                self.images[row] = super().render([image], None)[0]
+                self.known[row] = True
+        images = self.images[torch.from_numpy(rows)]
+        return [bad.get(row, image) for row, image in zip(rows.tolist(), images, strict=True)] if bad else images
+
+    def render(self, raw: Tensor | list, keys: np.ndarray | None) -> Tensor:
+        return raw if isinstance(raw, Tensor) else torch.stack(raw)
+
+
+def keep(source: Source) -> Source:
+    """The same images, kept in memory where they are files that are always cut alike (below `LARGE` pixels)."""
+
+    def kept(part: Part | None) -> Part | None:
+        if part is None or not isinstance(part.store, Files) or part.store.size >= LARGE:
+            return part
+        return dataclasses.replace(part, store=KeptFiles(part.store.paths, part.store.size))
+
+    parts = {name: kept(getattr(source, name)) for name in ("train", "test", "validation")}
+    return dataclasses.replace(source, **parts)

@@ -1,0 +1,152 @@
+"""The networks of a method: which learn, which only teach, and how each is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.methods._batch import Batch
+from fastkd.methods._calls import GivesLogits, as_argument, call_network, has_auxiliary_heads, logits_from, logits_in
+from fastkd.methods._checks import check_apart, check_network, check_networks, is_sequence
+from fastkd.methods._features import giving_outputs
+from fastkd.ops import _common as common
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Networks(nn.Module):
+    """What `Method` says of its `learners` and its `frozen` networks."""
+
+    gives_outputs = False
+    leaves_unused = False
+
+    def __init__(
+        self,
+        learners: Mapping[str, nn.Module | Sequence[nn.Module]],
+        frozen: Mapping[str, nn.Module | Sequence[nn.Module]],
+    ):
+        super().__init__()
+        learning = self._adopt(learners)
+        teaching = self._adopt(frozen)
+        check_apart(self._name(), learning, teaching)
+        self._learner_names, self._teaching_names = tuple(learning), tuple(teaching)
+        self._frozen_names = tuple(frozen)
+        self.leaves_unused |= any(map(has_auxiliary_heads, learning.values()))
+        self._wrapped: dict[str, Any] = {}  # learner's name -> what map_learners made of it; not in the state dict
+        self._teaching: dict[nn.Module, tuple[Any, Any]] = {}  # what map_teachers made of it, and of its features
+        self._known: Batch | None = None  # the batch whose part is at hand, where it knows what networks say
+        for name in self._frozen_names:
+            self.get_submodule(name).requires_grad_(False).eval()
+
+    def map_learners(self, wrap: Callable[[nn.Module], Callable]) -> Self:
+        """Run each learning network through wrap(network): DistributedDataParallel, torch.compile. Returns the method.
+
+        A second call wraps the first one's result. State dicts and `deployable()` bear the networks themselves. A
+        method that needs features hands `wrap` a module that holds the network and returns its `Outputs`.
+        """
+        self._wrapped = {name: self._wrap(wrap, name, self._to_wrap(name)) for name in self._learner_names}
+        return self
+
+    def map_teachers(self, wrap: Callable[[nn.Module], Callable]) -> Self:
+        """Run each network that only teaches through wrap(network), as `map_learners` does. Returns the method.
+
+        Of one with `forward_features`, `wrap` is handed a second module, whose call returns its `Outputs`. A second
+        call replaces the first one's wrappers.
+        """
+        found = {}
+        for name in self.teacher_names:
+            network = self.get_submodule(name)
+            found[network] = self._wrap(wrap, name, network), self._wrap(wrap, name, giving_outputs(network))
+        self._teaching = found
+        return self
+
+    @property
+    def learner_names(self) -> tuple[str, ...]:
+        """Of the learning networks: "student", "students.0", ..."""
+        return self._learner_names
+
+    @property
+    def frozen_names(self) -> tuple[str, ...]:
+        """Of the networks that never change: "teacher", "guides.0", ..."""
+        return self._teaching_names
+
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        """Of the networks that teach without learning by gradients: the frozen ones, and a subclass's mean teachers."""
+        return self.frozen_names
+
+    def learner(self, name: str) -> Any:
+        """A learning network ("student", "students.0", ...) as it is run: wrapped by `map_learners`."""
+        return self._wrapped[name] if name in self._wrapped else self.get_submodule(name)
+
+    @torch.no_grad()
+    def teach(self, network: nn.Module, inputs: Any, run: Callable[[nn.Module, Any], Any] | None = None) -> Any:
+        """The output of a frozen network for `inputs`, or `run(network, inputs)`: in eval mode and without a graph.
+
+        Where `phases` was told what it says of them (`taught`), its logits.
+        """
+        if any([module.training for module in network.modules()]):  # put back elsewhere: its statistics would move
+            network.eval()
+        plain, full = self._teaching.get(network, (network, network))
+        if self._known is not None and run is None:
+            of_part, rows = self._known.part
+            name = next((name for name in self.frozen_names if self.get_submodule(name) is network), None)
+            if inputs is of_part and name is not None:  # other inputs than the batch's are not known
+                asked = partial(logits_from, plain, inputs, self._name(), as_argument(name))
+                return self._known.taught(name, rows, asked)
+        return call_network(plain, inputs) if run is None else run(full, inputs)
+
+    def taught_logits(self, network: nn.Module, inputs: Any, argument: str) -> Tensor:
+        """The logits [..., C] of a frozen network, by `teach`; errors call it `argument`."""
+        return logits_in(self.teach(network, inputs), self._name(), argument)
+
+    def learned_logits(self, name: str, inputs: Any) -> Tensor:
+        """The logits [..., C] of a learning network ("student", "students.0", ...), as it is run."""
+        return logits_from(self.learner(name), inputs, self._name(), as_argument(name))
+
+    def train(self, mode: bool = True) -> Self:
+        """As in nn.Module; frozen networks stay in eval mode."""
+        super().train(mode)
+        for network in self._wrapped.values():
+            if isinstance(network, nn.Module):
+                network.train(mode)
+        for name in self._frozen_names:
+            self.get_submodule(name).eval()
+        return self
+
+    def _wrap(self, wrap: Callable[[nn.Module], Callable], name: str, network: nn.Module) -> Any:
+        wrapped = wrap(network)
+        if not callable(wrapped):
+            expected = f"a function that returns a callable network for {name}"
+            raise common.wrong_type(self._name(), "wrap", expected, type(wrapped).__name__)
+        return wrapped
+
+    def _to_wrap(self, name: str) -> Any:
+        network = self.learner(name)
+        if name in self._wrapped:
+            return network
+        if self.gives_outputs:
+            return giving_outputs(network)
+        return GivesLogits(network) if has_auxiliary_heads(network) else network
+
+    def _adopt(self, networks: Mapping[str, nn.Module | Sequence[nn.Module]]) -> dict[str, nn.Module]:
+        """Register the networks under their attribute names; returns them flat: "guides.0" for one of a sequence."""
+        flat = {}
+        for key, value in networks.items():
+            if is_sequence(value):
+                several = check_networks(self._name(), key, value)
+                flat |= {f"{key}.{i}": network for i, network in enumerate(several)}
+                self.add_module(key, nn.ModuleList(several))
+            else:
+                flat[key] = check_network(self._name(), key, value)
+                self.add_module(key, value)
+        return flat
+
+    @classmethod
+    def _name(cls) -> str:
+        return cls.__name__

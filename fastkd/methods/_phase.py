@@ -1,0 +1,79 @@
+"""One update of a method: the loss to go back through, and what it trains."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastkd.methods._batch import Batch
+
+Terms = tuple[Tensor, dict[str, Tensor]]
+
+
+class Phase:
+    """One update: the loss to go back through and what it trains.
+
+    Made by a method, used by a loop. `loss_of(inputs, target)` returns the mean loss of these rows, a scalar with a
+    graph, and its terms as detached scalars that add up to it. With one chunk it is called at once; with more, each
+    time that `losses` is asked for the next one, so that only one chunk's activations are alive.
+
+    Attributes:
+        networks: the networks that this phase trains, as `map_learners` wrapped them.
+        name: what a method of several phases calls this one ("private"); "" where there is one.
+        chunks: how many losses `losses` yields.
+        losses: an iterator of `chunks` scalars; the sum of their gradients is the gradient of the whole batch's loss.
+        parts: name -> detached 0-d tensor, the terms of the loss as they enter the sum; with several chunks, summed
+            over the chunks that `losses` has yielded.
+        skipped: False; a loop that takes no optimiser step (a GradScaler that found an infinity) sets it True before
+            it goes on to the next phase, and what follows a step (a moving average of the weights) is left out.
+    """
+
+    def __init__(
+        self, networks: Iterable[nn.Module], loss_of: Callable[[Any, Any], Terms], batch: Batch, name: str = ""
+    ):
+        self.networks = tuple(networks)
+        self.name = name
+        self.chunks = batch.chunks
+        self.parts: dict[str, Tensor] = {}
+        self.skipped = False
+        self.losses = self._losses(loss_of, batch)
+        if self.chunks == 1:
+            self._loss = next(self.losses)
+            self.losses = iter((self._loss,))
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss of the whole batch: a scalar with a graph. ValueError where the batch was cut into chunks."""
+        if self.chunks > 1:
+            raise ValueError(
+                f"Phase: loss must be asked for with chunks=1, got chunks={self.chunks}: "
+                "call backward() on each of phase.losses instead"
+            )
+        return self._loss
+
+    def before_backward(self, check: Callable[[], None]) -> None:
+        """Call check() whenever a backward pass through one of the losses begins."""
+
+        if self.chunks > 1:
+            self.losses = _watched(self.losses, check)
+        elif self._loss.requires_grad:
+            self._loss.register_hook(lambda grad: check())
+
+    def _losses(self, loss_of: Callable[[Any, Any], Terms], batch: Batch) -> Iterator[Tensor]:
+        for inputs, target, share in batch:
+            loss, parts = loss_of(inputs, target)
+            for name, part in parts.items():
+                part = batch.weigh(part, share)
+                self.parts[name] = self.parts[name] + part if name in self.parts else part
+            yield batch.weigh(loss, share)
+
+
+def _watched(losses: Iterator[Tensor], check: Callable[[], None]) -> Iterator[Tensor]:
+    with contextlib.closing(losses):
+        for loss in losses:
+            if loss.requires_grad:
+                loss.register_hook(lambda grad: check())
+            yield loss

@@ -1,0 +1,55 @@
+"""PCL: Peer Collaborative Learning for Online Knowledge Distillation (Wu and Gong, AAAI 2021)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastkd.methods.dkel import DKEL
+from fastkd.models import Branched
+
+
+class PCL(DKEL):
+    """Peer Collaborative Learning (AAAI 2021): DKEL without initialisation and decaying ensemble, and with c = 1.
+
+        L = CE(z_e) + sum_j [ CE(z_j) + w * KD(z_j, z_e) + w * mean over k != j of KD(z_j, t_k) ]
+
+    The teacher starts as a copy of the student and averages with a = min(1 - 1 / (g + 1), momentum) after step g, so
+    that it is the student after the first one (P). `initialise` does nothing.
+
+    Args:
+        student, teacher, classifier, temperature, ce_weight, ramp, of, momentum, seed: as in `DKEL`; T = 3, ramp = 80
+            epochs of 300, momentum = 0.999 (P); the scaling to other lengths of a run is ours (C).
+        c: weight of the distillation after the ramp-up; 1 (P).
+        variant: "intended" | "released": the ramp-up of the reproduction that the authors of DKEL released.
+    """
+
+    def __init__(
+        self,
+        student: Branched,
+        *,
+        teacher: Branched | None = None,
+        classifier: nn.Module | None = None,
+        temperature: float = 3.0,
+        ce_weight: float = 1.0,
+        c: float = 1.0,
+        ramp: float = 80,
+        of: float | None = 300,
+        variant: str = "intended",
+        momentum: float = 0.999,
+        seed: int = 0,
+    ):
+        super().__init__(
+            student,
+            teacher=teacher,
+            classifier=classifier,
+            temperature=temperature,
+            ce_weight=ce_weight,
+            c=c,
+            ramp=ramp,
+            of=of,
+            decay=None,
+            init=None,
+            variant=variant,
+            momentum=momentum,
+            seed=seed,
+        )

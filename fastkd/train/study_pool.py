@@ -1,0 +1,141 @@
+"""The processes of a study: several at once, stopped in time, each going on where it was."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from fastkd.train import checkpoint, study_worker
+from fastkd.train.interrupts import catch_interrupt
+from fastkd.train.study import Run
+
+SPENT = "spent.json"
+POLL = 0.5  # seconds
+SLOW_IMPORTS = ("matplotlib.pyplot", "yaml", "PIL.Image", "torch._dynamo")  # of every run
+
+
+@dataclass
+class Active:
+    run: Run
+    process: BaseProcess
+    started: float
+
+
+@dataclass
+class Pool:
+    """Carries out runs in OUT.
+
+    Attributes:
+        jobs: how many processes at once.
+        deadline: of time.monotonic(), when they are told to stop.
+        ended: called with each run that finished or failed, and its exit status.
+    """
+
+    out: Path
+    jobs: int
+    deadline: float
+    ended: Callable[[Run, int], None]
+    active: list[Active] = field(default_factory=list)
+    stopped: bool = False
+
+    def carry_out(self, runs: Sequence[Run]) -> None:
+        """After Ctrl-C or at the deadline those that run save their state and stop, and no other starts."""
+        waiting = list(runs)
+        context = _context()
+        with catch_interrupt() as interrupted:
+            try:
+                while self.active or (waiting and not self.stopped):
+                    if interrupted() or time.monotonic() >= self.deadline:
+                        self._stop()
+                    while waiting and not self.stopped and len(self.active) < self.jobs:
+                        self._start(context, waiting.pop(0))
+                    self._collect()
+            finally:
+                if self.active:  # an error here
+                    self._stop()
+                for each in self.active:
+                    each.process.join()
+
+    def _start(self, context, run: Run) -> None:
+        process = context.Process(target=study_worker.work, args=(run.config(self.out),))
+        process.start()
+        self.active.append(Active(run, process, time.monotonic()))
+
+    def _stop(self) -> None:
+        """Once: a second SIGINT would not let a process save its state."""
+        if self.stopped:
+            return
+        self.stopped = True
+        for each in self.active:
+            if each.process.is_alive():
+                os.kill(each.process.pid, signal.SIGINT)
+
+    def _collect(self) -> None:
+        """Wait a moment for processes that end, and tell of them."""
+        connection.wait([each.process.sentinel for each in self.active], timeout=POLL)
+        for each in [each for each in self.active if not each.process.is_alive()]:
+            each.process.join()
+            self.active.remove(each)
+            add_spent(self.out, each.run, time.monotonic() - each.started)
+            if each.process.exitcode != study_worker.STOPPED:
+                self.ended(each.run, each.process.exitcode)
+            elif not self.stopped:  # by somebody else
+                self._stop()
+
+
+def _context():
+    """Processes that are forked from one that has imported everything and done nothing; elsewhere fresh ones."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([study_worker.__name__, *SLOW_IMPORTS])
+    return context
+
+
+def spent(out: Path) -> dict[str, float]:
+    """Seconds that each run has taken here, in all its parts; what it trained for others is in them."""
+    path = out / SPENT
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def add_spent(out: Path, run: Run, seconds: float) -> None:
+    known = spent(out)
+    known[run.name] = round(known.get(run.name, 0.0) + seconds, 1)
+    checkpoint.write_atomic(out / SPENT, json.dumps(known, indent=1).encode())
+
+
+def left(out: Path, runs: Sequence[Run], finished: set[str], jobs: int) -> float | None:
+    """Seconds until all runs are finished, from what finished ones of the same method took; None before there is one.
+
+    A method of which none is finished counts as the mean of the others.
+    """
+    known = spent(out)
+    times: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        if run.name in finished and run.name in known:
+            times.setdefault((run.method, run.setting), []).append(known[run.name])
+    if not times:
+        return None
+    usual = statistics.fmean(statistics.fmean(values) for values in times.values())
+    total = 0.0
+    for run in runs:
+        if run.name not in finished:
+            expected = statistics.fmean(times.get((run.method, run.setting), [usual]))
+            total += max(0.0, expected - known.get(run.name, 0.0))
+    return total / jobs
+
+
+def duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,91 @@
+"""One run of a study in a process of its own; imported before the processes are forked, which then start at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import statistics
+import sys
+import threading
+import traceback
+from multiprocessing import connection, parent_process
+from pathlib import Path
+from typing import Any
+
+from fastkd import models
+from fastkd.train import checkpoint, commands
+from fastkd.train.config import TrainConfig
+from fastkd.train.devices import cpu_threads
+from fastkd.train.interrupts import Interrupted
+from fastkd.train.report import final
+from fastkd.train.runner import Result, Runner
+from fastkd.train.study_cost import costs
+
+ROW = "row.json"
+DONE, FAILED, STOPPED = 0, 1, 130  # exit statuses
+
+
+def work(config: TrainConfig) -> None:
+    """Carry out a run, or go on with it; leaves its row in OUT/row.json. The process ends with DONE, FAILED, STOPPED.
+
+    A SIGINT, and the end of the study's process, stop it after the present batch, whose state is saved.
+    """
+    _follow_parent()
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "log.txt", "a", buffering=1) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            carry_out(config, log)
+        except (Interrupted, KeyboardInterrupt):
+            sys.exit(STOPPED)
+        except Exception as error:
+            traceback.print_exc(file=log)
+            print(f"failed: {' '.join(str(error).split()) or type(error).__name__}", file=log)
+            sys.exit(FAILED)
+
+
+def _follow_parent() -> None:
+    parent = parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def carry_out(config: TrainConfig, log) -> dict[str, Any]:
+    """The run, its report, and its row."""
+    command = f"fastkd train --config {config.out}/config.yaml --out {config.out} --resume"
+    results = commands.train(config, command, say=lambda text: print(text, file=log, flush=True))
+    with cpu_threads(config.threads):
+        row = describe(config, results)
+    checkpoint.write_atomic(Path(config.out) / ROW, json.dumps(row, indent=1).encode())
+    return row
+
+
+def describe(config: TrainConfig, results: dict[str, Result]) -> dict[str, Any]:
+    """What the study's CSV says of a run: all of the last epoch; of test images nothing where there are others."""
+    runner = Runner(config, say=lambda text: None)
+    part = "test" if runner.data.validation is None else "validation"
+    student = results["student"]
+    guides = [final(r, f"{part}_accuracy") for name, r in results.items() if name != "student" and r.rows]
+    teacher = results.get("teacher")
+    return {
+        "judged_on": part,
+        "accuracy": final(student, f"{part}_accuracy"),
+        "loss": final(student, f"{part}_loss"),
+        "train_accuracy": final(student, "train_accuracy"),
+        "teacher_accuracy": final(teacher, f"{part}_accuracy") if teacher else math.nan,
+        "guides_accuracy": statistics.fmean(guides) if guides else math.nan,
+        "epochs": int(student.rows[-1]["epoch"]),
+        "train_images": len(runner.data.train),
+        "parameters": models.parameters_count(student.network),
+        **costs(runner, results),
+    }

@@ -1,0 +1,247 @@
+"""Studies: what a file asks for, runs that are stopped and go on, their rows, and the statistics over them."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from train_helpers import assert_same, last_state
+
+from fastkd.cli import main
+from fastkd.train import Runner, study_command, study_pool, study_report, study_worker
+from fastkd.train.config import UserError
+from fastkd.train.metrics import read_csv
+from fastkd.train.runner import Result
+from fastkd.train.stages import Stage
+from fastkd.train.study import RECIPES, find, read
+from fastkd.train.study_cost import flops
+from fastkd.train.study_stats import half_width, holm, paired
+
+FILE = dict(
+    data="fake",
+    image_size=8,
+    train_size=60,
+    epochs=2,
+    batch_size=20,
+    device="cpu",
+    teacher="plain2:width=0.25",
+    assistants=["plain2:width=0.125"],
+    student="plain2:width=0.0625",
+    seeds=2,
+    baselines=["ce", "kd"],
+    pairs=[["kd", "ce"]],
+    methods={"ce": None, "kd": {"options": {"temperature": 2.0}}},
+)
+
+
+def written(tmp_path: Path, **changes) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in (FILE | changes).items() if v != "gone"}, sort_keys=False))
+    return path
+
+
+def test_runs_come_seed_by_seed_with_all_settings_and_methods(tmp_path):
+    settings = {"default": None, "slow": {"lr": 0.001, "methods": ["kd"], "seeds": [1]}}
+    study = read(written(tmp_path, settings=settings, seeds=[0, 1]))
+    assert [run.name for run in study.runs] == ["ce-seed0", "kd-seed0", "ce-seed1", "kd-seed1", "slow-kd-seed1"]
+    assert [run.options.get("lr", 0.01) for run in study.runs] == [0.01] * 4 + [0.001]
+    assert [run.name for run in study.chosen(["kd", "seed1"])] == ["kd-seed1", "slow-kd-seed1"]
+    assert [run.name for run in study.chosen(["default", "ce"])] == ["ce-seed0", "ce-seed1"]
+    with pytest.raises(UserError, match="--only kdd: no run"):
+        study.chosen(["kdd"])
+
+
+def test_a_methods_options_go_over_those_of_all_and_a_settings_over_both(tmp_path):
+    methods = {"ce": None, "kd": {"options": {"temperature": 2.0}}, "hot": {"method": "kd", "lr": 0.5}}
+    settings = {"default": None, "cold": {"options": {"temperature": 1.0}}}
+    study = read(written(tmp_path, methods=methods, settings=settings, seeds=1, options={"temperature": 8.0}))
+    found = {run.name: (run.options["method"], run.options["options"]) for run in study.runs}
+    assert found["ce-seed0"] == ("ce", {})  # it has no temperature
+    assert found["kd-seed0"] == ("kd", {"temperature": 2.0})
+    assert found["hot-seed0"] == ("kd", {"temperature": 8.0})
+    assert found["cold-kd-seed0"] == found["cold-hot-seed0"] == ("kd", {"temperature": 1.0})
+    assert study.runs[2].config(tmp_path).lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["ce", "kdd"]}, "there is no method 'kdd'"),
+        ({"methods": "gone"}, "methods must be a list of names"),
+        ({"methods": ["ce", "a/b"]}, "the name 'a/b' in methods"),
+        ({"seeds": [0, 0]}, "seeds must be different integers"),
+        ({"epocs": 3}, "'epocs' is unknown: did you mean epochs"),
+        ({"seed": 3}, "'seed' belongs to the study itself"),
+        ({"lr": "fast"}, "lr must be like 0.01, got 'fast'"),
+        ({"epochs": 0}, "--epochs must be an integer of at least 1"),
+        ({"baselines": ["dgkd"]}, "'dgkd' is compared"),
+        ({"methods": {"ce": None, "kd": {"options": {"beta": 1}}}}, "kd has no option 'beta'"),
+        ({"settings": {"a": {"methods": ["orc"]}}}, "the setting a has a method 'orc'"),
+    ],
+)
+def test_mistakes_in_a_file_are_one_sentence_before_anything_runs(tmp_path, changes, message, capsys):
+    assert main(["study", str(written(tmp_path, **changes)), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_studies_of_the_package_can_be_read():
+    assert find("cifar10-16px") == RECIPES / "cifar10-16px.yaml"
+    for path in RECIPES.glob("*.yaml"):
+        assert read(path).runs
+    with pytest.raises(UserError, match="did you mean cifar10-16px"):
+        find("cifar10-16p")
+
+
+def test_options_on_the_command_line():
+    found = study_command.overrides(
+        ["--download", "--train-size", "50", "--assistants", "a,b", "--lr=1e-3", "--options.beta", "2", "--no-augment"]
+    )
+    assert found == {
+        "download": True,
+        "train_size": 50,
+        "assistants": ["a", "b"],
+        "lr": 0.001,
+        "options": {"beta": 2},
+        "augment": False,
+    }
+    with pytest.raises(UserError, match="no option --epocs"):
+        study_command.overrides(["--epocs", "1"])
+
+
+def test_a_study_in_two_processes_is_resumed_and_trains_each_teacher_once(tmp_path, capsys):
+    path, out = written(tmp_path), tmp_path / "out"
+    command = ["study", str(path), "--out", str(out), "--jobs", "2"]
+    assert main([*command, "--only", "seed0"]) == 0
+    first = (out / "study.csv").read_text()
+    assert main(command) == 0
+    assert "2 of 4 runs are finished" in capsys.readouterr().out
+    assert (out / "study.csv").read_text().startswith(first)
+    with open(out / "study.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["seed"], row["setting"]) for row in rows] == [
+        (method, seed, "default") for seed in "01" for method in ("ce", "kd")
+    ]
+    last = read_csv(out / "runs" / "kd-seed1" / "metrics.csv")[-1]
+    assert float(rows[3]["accuracy"]) == pytest.approx(last["test_accuracy"]) and rows[3]["judged_on"] == "test"
+    teachers = [read_csv(folder / "metrics.csv")[-1]["test_accuracy"] for folder in (out / "cache").glob("teacher-*")]
+    assert sorted(teachers) == sorted(float(row["teacher_accuracy"]) for row in rows[1::2])
+    assert {"report.md", "gains-default.png", "costs-default.png"} <= {p.name for p in out.iterdir()}
+    assert "4 of 4 runs" in (out / "report.md").read_text()
+    assert main(["study", str(out / "study.csv"), "--out", str(tmp_path / "again")]) == 0
+    table = study_report.accuracies(study_command.read_rows(out / "study.csv"))
+    assert table in (out / "report.md").read_text() and table in (tmp_path / "again" / "report.md").read_text()
+    assert main([*command, "--epochs", "3"]) == 2
+    assert "--epochs was 2, now 3" in capsys.readouterr().err
+
+
+def test_a_run_that_is_stopped_in_time_goes_on_to_the_same_end(tmp_path, capsys):
+    path, out = written(tmp_path, methods=["ce"], seeds=1, baselines=["ce"], pairs=[], epochs=30), tmp_path / "out"
+    assert main(["study", str(path), "--out", str(out), "--limit", "0"]) == 0
+    assert "stopped with 0 of 1" in capsys.readouterr().out and not (out / "runs").exists()
+    run = read(path).runs[0]
+    pool = study_pool.Pool(out, 1, math.inf, lambda run, status: pytest.fail(f"it ended with {status}"))
+    metrics = out / "runs" / run.name / "metrics.csv"
+    pool._start(study_pool._context(), run)
+    while not metrics.exists():  # until the first epoch is over
+        pool._collect()
+    pool._stop()
+    while pool.active:
+        pool._collect()
+    assert 0 < len(read_csv(metrics)) < 30 and study_pool.spent(out)[run.name] > 0
+    assert main(["study", str(path), "--out", str(out)]) == 0
+    assert main(["study", str(path), "--out", str(tmp_path / "whole")]) == 0
+    assert_same(last_state(out / "runs" / run.name), last_state(tmp_path / "whole" / "runs" / run.name))
+
+
+def test_a_failed_run_does_not_stop_the_others(tmp_path, capsys):
+    path = written(tmp_path, methods={"ce": None, "wild": {"method": "ce", "lr": 1e30}}, seeds=1, baselines=["ce"])
+    path = written(
+        tmp_path, methods={"wild": {"method": "ce", "lr": 1e30}, "ce": None}, seeds=1, baselines=["ce"], pairs=[]
+    )
+    assert main(["study", str(path), "--out", str(tmp_path / "out")]) == 1
+    assert "wild-seed0 failed" in capsys.readouterr().out
+    assert "wild-seed0" not in (tmp_path / "out" / "study.csv").read_text()
+    assert [row["method"] for row in study_command.read_rows(tmp_path / "out" / "study.csv")] == ["ce"]
+    assert "finite" in (tmp_path / "out" / "runs" / "wild-seed0" / "log.txt").read_text()
+
+
+def test_with_validation_images_a_row_says_nothing_of_test_images(tmp_path):
+    run = read(written(tmp_path, validation=100, epochs=1)).runs[1]
+    config = run.config(tmp_path)
+    runner = Runner(config, say=lambda text: None)
+    assert len(runner.data.validation) == 100
+    row = study_worker.describe(config, runner.run())
+    assert row["judged_on"] == "validation"
+    metrics = read_csv(Path(config.out) / "metrics.csv")[-1]
+    assert row["accuracy"] == pytest.approx(metrics["validation_accuracy"])
+    assert metrics["test_accuracy"] not in row.values()
+
+
+def stage_flops(tmp_path, number: int, stage: str) -> tuple[float, Runner]:
+    config = read(written(tmp_path)).runs[number].config(tmp_path)
+    runner = Runner(config, say=lambda text: None)
+    fresh = {s.name: Result(s, runner._learner(s.learners[0], {}), [], None) for s in runner.stages.values()}
+    return flops(runner, runner.stages[stage], fresh), runner
+
+
+def forward_flops(runner: Runner, stage: Stage) -> tuple[float, float]:
+    """Of one image: of all layers, and of the first one, whose inputs get no gradient. From the shapes."""
+    network, found = runner._learner(stage.learners[0], {}).eval(), []
+
+    def count(layer, inputs, output) -> None:
+        found.append(2 * output[0].numel() * layer.weight[0].numel() if output.dim() == 4 else 2 * layer.weight.numel())
+
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
+    network(torch.zeros(1, runner.data.channels, runner.data.image_size, runner.data.image_size))
+    return sum(found), found[0]
+
+
+def test_flops_are_those_of_the_layers_shapes(tmp_path):
+    alone, runner = stage_flops(tmp_path, 0, "student")
+    whole, first = forward_flops(runner, runner.stages["student"])
+    images = 60 * 2
+    assert alone == images * (3 * whole - first)  # forward, gradients of weights and of inputs
+    taught, runner = stage_flops(tmp_path, 1, "student")
+    assert taught == alone + images * forward_flops(runner, runner.stages["teacher"])[0]
+
+
+def test_paired_differences_have_the_books_values():
+    values = {seed: 0.5 + 0.01 * gain for seed, gain in enumerate([1, 2, 3, 4, 5])}
+    found = paired(values | {9: 0.0}, {seed: 0.5 for seed in range(5)})
+    # mean 3, standard deviation 1.5811, t = 3 / (1.5811 / sqrt 5) = 4.2426 with 4 degrees of freedom
+    assert (found.mean, found.better, found.seeds) == (pytest.approx(0.03), 5, 5)
+    assert found.half == pytest.approx(0.0277645 * 1.5811388 / math.sqrt(5), rel=1e-5)  # t(0.975, 4) = 2.77645
+    assert found.p == pytest.approx(0.0132355, rel=1e-4)
+    assert found.verdict == "holds"
+    assert paired({0: 0.4, 1: 0.42}, {0: 0.5, 1: 0.5}).verdict == "cannot tell"
+    assert paired({0: 0.4, 1: 0.401}, {0: 0.5, 1: 0.5}).verdict == "does not"
+    one = paired({0: 0.6}, {0: 0.5})
+    assert one.verdict == "cannot tell" and math.isnan(one.p) and math.isnan(half_width([0.6]))
+    assert paired({0: 0.6}, {1: 0.5}) is None
+
+
+def test_holm_steps_down():
+    assert holm([0.04, 0.01, math.nan, 0.03]) == [
+        pytest.approx(0.06),
+        pytest.approx(0.03),
+        pytest.approx(math.nan, nan_ok=True),
+        pytest.approx(0.06),
+    ]
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_time_left_is_what_runs_of_the_same_method_took(tmp_path):
+    runs = read(written(tmp_path, seeds=3)).runs
+    for run, seconds in zip(runs[:3], (10.0, 40.0, 20.0), strict=True):
+        study_pool.add_spent(tmp_path, run, seconds)
+    done = {run.name for run in runs[:2]}
+    assert study_pool.left(tmp_path, runs, set(), 1) is None
+    # ce of seed 1 has had its 10 s; left are kd of seed 1 (40), ce (10) and kd (40) of seed 2
+    assert study_pool.left(tmp_path, runs, done, 2) == pytest.approx(45.0)
+    assert [study_pool.duration(s) for s in (5, 1000, 10000)] == ["5 s", "17 min", "2 h 47 min"]
