@@ -21,7 +21,7 @@ from torch import Tensor
 from fastkd import _backend
 from fastkd.ops import _common as common
 from fastkd.ops import _losses
-from fastkd.ops._peer_losses import Options, Tensors, reference, weight_of
+from fastkd.ops._peer_losses import Options, Tensors, block_of, is_read, reference
 
 # Of one CUDA launch (csrc/mutual/op.h); more networks go in groups.
 LAUNCH_LEARNERS, LAUNCH_NETWORKS = 16, 32
@@ -325,13 +325,13 @@ def _of_groups(op: str, tensors: Tensors, options: Options) -> tuple[Tensor, Ten
 def _of_group(op, tensors: Tensors, options: Options, group: list[int], limited: bool) -> tuple[Tensor, Tensor | None]:
     """More teachers than a launch takes: their terms add up; the group's own and its labels go with the first."""
     networks = (*tensors.logits, *tensors.teachers)
-    others = [n for n in range(len(networks)) if n not in group and _is_read(tensors, options, group, n)]
+    others = [n for n in range(len(networks)) if n not in group and is_read(tensors, options, group, n)]
     size = LAUNCH_NETWORKS - len(group) if limited else max(1, len(others))
     results = []
     for k in range(0, max(1, len(others)), size):
         chunk = others[k : k + size]
-        weights, own = _block(tensors, options, group, group) if k == 0 else (None, [[0.0] * len(group)] * len(group))
-        teacher_weights, frozen = _block(tensors, options, group, chunk)
+        weights, own = block_of(tensors, options, group, group) if k == 0 else (None, [[0.0] * len(group)] * len(group))
+        teacher_weights, frozen = block_of(tensors, options, group, chunk)
         part = tensors._replace(
             logits=tuple([networks[m] for m in group]), teachers=tuple([networks[n].detach() for n in chunk]),
             weights=weights, teacher_weights=teacher_weights,
@@ -344,20 +344,3 @@ def _of_group(op, tensors: Tensors, options: Options, group: list[int], limited:
     loss = sum(loss for loss, _ in results)
     terms = sum(terms for _, terms in results) if options.return_terms else None
     return _losses.with_graphs(loss, lambda m: sum(loss[m] for loss, _ in results)), terms
-
-
-def _is_read(tensors: Tensors, options: Options, group: list[int], n: int) -> bool:
-    weights = [weight_of(tensors, options, m, n) for m in group]
-    return any([isinstance(w, Tensor) or w != 0 for w in weights])
-
-
-def _block(tensors: Tensors, options: Options, group: list[int], columns: list[int]):
-    """w[group, columns]: (None, rows of numbers), or (a tensor [m, n] or [m, n, R], rows of 0)."""
-    rows = [[0.0 if m == n else weight_of(tensors, options, m, n) for n in columns] for m in group]
-    known = [w for row in rows for w in row if isinstance(w, Tensor)]
-    if not known:
-        return None, rows
-    like = max(known, key=len).to(common.accumulate_dtype(tensors.logits[group[0]].dtype))  # [1] or [R]
-    filled = [[torch.zeros_like(like) + w for w in row] for row in rows]
-    block = torch.stack([torch.stack(row) for row in filled]).to(like.dtype)
-    return (block if len(like) > 1 else block[..., 0]), [[0.0] * len(columns)] * len(group)

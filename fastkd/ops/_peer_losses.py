@@ -53,6 +53,24 @@ def weight_of(tensors: Tensors, options: Options, m: int, n: int):
     return options.host_weights[m * total + n] if tensor is None else tensor[m, at].reshape(-1)
 
 
+def is_read(tensors: Tensors, options: Options, group: list[int], n: int) -> bool:
+    """Whether one of the learners `group` reads network n, as far as the host knows."""
+    weights = [weight_of(tensors, options, m, n) for m in group]
+    return any([isinstance(w, Tensor) or w != 0 for w in weights])
+
+
+def block_of(tensors: Tensors, options: Options, group: list[int], columns: list[int]):
+    """w[group, columns]: (None, rows of numbers), or (a tensor [m, n] or [m, n, R], rows of 0)."""
+    rows = [[0.0 if m == n else weight_of(tensors, options, m, n) for n in columns] for m in group]
+    known = [w for row in rows for w in row if isinstance(w, Tensor)]
+    if not known:
+        return None, rows
+    like = max(known, key=len).to(common.accumulate_dtype(tensors.logits[group[0]].dtype))  # [1] or [R]
+    filled = [[torch.zeros_like(like) + w for w in row] for row in rows]
+    block = torch.stack([torch.stack(row) for row in filled]).to(like.dtype)
+    return (block if len(like) > 1 else block[..., 0]), [[0.0] * len(columns)] * len(group)
+
+
 def reference(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor | None]:
     """The specification in plain PyTorch: losses and terms, differentiable in all inputs but peers.
 

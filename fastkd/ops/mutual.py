@@ -168,7 +168,6 @@ def _check(
     logits, stacked, class_dim = check_networks(OP, logits, class_dim, target is not None, least=2)
     first = logits[0]
     teachers = _check_teachers(teachers, first, class_dim)
-    common.check_not_probabilities(OP, "logits", logits)
     common.check_not_probabilities(OP, "teachers", teachers)
     kd_weight = common.check_scalar(OP, "kd_weight", kd_weight, "a finite number")
     ce_weight = common.check_scalar(OP, "ce_weight", ce_weight, "a finite number")
@@ -182,18 +181,10 @@ def _check(
     target, soft = common.check_labels(OP, target, mask, ignore_index, first, class_dim, WHOSE)
     tensors = Tensors(rows_of(logits), rows_of(teachers), stacked, target, soft, weights, teacher_weights)
     options = Options(
-        numbers,
-        _check_temperature(temperature),
-        kd_weight,
-        ce_weight,
-        check_reduction(OP, reduction, num_items),
-        cross_entropy,
-        check_smoothing(OP, label_smoothing),
-        ignore_index,
-        bool(scale_by_t2),
-        reduction,
+        numbers, _check_temperature(temperature), kd_weight, ce_weight, check_reduction(OP, reduction, num_items),
+        cross_entropy, check_smoothing(OP, label_smoothing), ignore_index, bool(scale_by_t2), reduction,
         bool(return_terms),
-    )
+    )  # fmt: skip
     return tensors, options, first.shape[:-1]
 
 
@@ -224,7 +215,9 @@ def check_networks(
             raise common.wrong_value(op, "logits", expected, f"shape {list(logits.shape)}")
         class_dim = common.check_layout(op, logits[0], class_dim, labelled, "logits")
         stacked = common.check_logits(op, "logits", common.classes_last(logits, class_dim))
-        return stacked.detach().unbind(0), stacked, class_dim
+        networks = stacked.detach().unbind(0)
+        common.check_not_probabilities(op, "logits", networks)
+        return networks, stacked, class_dim
     if not isinstance(logits, Sequence) or isinstance(logits, str):
         expected = "a sequence of logits tensors or one stacked tensor"
         raise common.wrong_type(op, "logits", expected, type(logits).__name__)
@@ -243,6 +236,7 @@ def check_networks(
             isinstance(z, Tensor) and z.shape == first.shape and z.device == first.device and z.is_floating_point()
         ):
             common.check_like(op, f"logits[{k}]", z, first, "logits[0]'s")
+    common.check_not_probabilities(op, "logits", networks if name == "logits[0]" else first)
     return tuple(networks), stacked, class_dim
 
 
