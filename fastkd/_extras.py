@@ -9,7 +9,9 @@ def require(module: str, purpose: str, extra: str = "train") -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        names = {"sklearn": "scikit-learn", "PIL": "pillow", "torch.utils.tensorboard": "tensorboard"}
-        top = module.split(".")[0]
-        package = names.get(module) or names.get(top, top)
+        missing = getattr(error, "name", None) or module  # what `module` itself imports may be what is missing
+        if module == "torch.utils.tensorboard":
+            missing = "tensorboard"
+        top = missing.split(".")[0]
+        package = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}.get(top, top)
         raise ImportError(f'{purpose} needs {package} ({error}): pip install "fastkd[{extra}]"') from error

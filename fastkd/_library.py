@@ -1,18 +1,21 @@
-"""Finds and loads the native libraries beside this file, or in FASTKD_LIBRARY_DIR. Importing never fails without them:
-it warns once.
+"""Finds and loads the native libraries beside this file, or in FASTKD_LIBRARY_DIR. Importing never fails without them,
+and says nothing: each operation that runs without its kernels says so, with the reason that stands here.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 FOLDER = Path(os.environ.get("FASTKD_LIBRARY_DIR") or Path(__file__).parent).resolve()
+
+
+# Without --no-cache-dir pip would take the wheel without kernels that it built before.
+AGAIN = "for the kernels get a C++20 compiler, then `pip install --no-cache-dir --force-reinstall --no-deps fastkd`"
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,7 @@ def _cuda_architectures() -> tuple[str, ...]:
 def _load_cpu() -> Library:
     library = _load("libfastkd_cpu.so")
     if not library.loaded:
-        warnings.warn(
-            f"fastkd runs in plain PyTorch, slower: {library.reason}; `pip install --force-reinstall --no-deps` "
-            "fastkd with a C++20 compiler to get the kernels.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return library
+        return Library(False, f"{library.reason}; {AGAIN}")
     return Library(True, cpu_level=_cpu_level())
 
 

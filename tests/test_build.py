@@ -197,10 +197,12 @@ def test_without_libraries_the_reference_serves_and_one_warning_says_so(tmp_path
         "kl = torch.nn.functional.kl_div(log_q, p, reduction='batchmean')\n"
         "torch.testing.assert_close(loss, 16 * kl)\n"
         "assert loss == again\n"
-        "assert len(ours) == 1 and 'libfastkd_cpu.so' in ours[0], ours\n"
+        "assert len(ours) == 1 and 'multi_teacher_kd' in ours[0] and 'libfastkd_cpu.so' in ours[0], ours\n"
+        "assert '`pip install --no-cache-dir --force-reinstall --no-deps fastkd`' in ours[0], ours\n"
         "info = fastkd.backend_info()\n"
         "assert 'reference' in info['multi_teacher_kd'] and 'native' not in info['multi_teacher_kd'], info\n"
         "print(fastkd.__file__)\n"
     )
     where = output(sys.executable, "-c", code, cwd=tmp_path)
     assert where.strip() == str(tmp_path / "fastkd" / "__init__.py")
+    output(sys.executable, "-W", "error", "-c", "import fastkd; fastkd.backend_info()", cwd=tmp_path)

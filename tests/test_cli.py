@@ -11,12 +11,13 @@ import torch
 
 from fastkd import data as datasets
 from fastkd import models
+from fastkd._extras import require
 from fastkd.cli import main
 from fastkd.train import RECIPES, Runner, TrainConfig, UserError, compare, runner
 from fastkd.train.config import read_yaml
 from fastkd.train.metrics import read_csv
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+RECIPE_FOLDER = Path(__file__).resolve().parent.parent / "fastkd" / "recipes"
 SMALL = "--train-size 60 --teacher plain2:width=0.25 --assistants plain2:width=0.125 --student plain2:width=0.0625"
 SMALL += " --device cpu --quiet"
 
@@ -187,7 +188,7 @@ def test_command_line_goes_over_config_over_defaults(tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(RECIPE_FOLDER.glob("*.yaml")), ids=lambda path: path.name)
 def test_configs_are_good(path, capsys, monkeypatch):
     """Each parses, prints itself, and names networks, methods and options that are there: all stages are built."""
     values = read_yaml(path)
@@ -210,18 +211,39 @@ def test_configs_are_good(path, capsys, monkeypatch):
             assert built == sorted(built, reverse=True)
 
 
+@pytest.mark.parametrize("name", ["dgkd_cifar100", "dgkd_cifar100.yaml", "configs/dgkd_cifar100.yaml"])
+def test_a_recipe_is_found_by_its_name_anywhere(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--config", name, "--epochs", "2", "--print-config"]) == 0
+    said = capsys.readouterr().out
+    assert "student: plain2\n" in said and "epochs: 2\n" in said
+    assert main(["compare", "--config", "digits", "--print-config"]) == 0
+    assert "train_size: 200\n" in capsys.readouterr().out
+
+
+def test_a_file_goes_before_the_recipe_of_its_name_and_an_unknown_name_gets_a_list(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("digits").write_text("epochs: 7\n")
+    assert main(["train", "--method", "kd", "--config", "digits", "--print-config"]) == 0
+    assert "epochs: 7" in capsys.readouterr().out
+    assert main(["train", "--method", "kd", "--config", "dgkd_cifar-100", "--out", "x"]) == 2
+    said = capsys.readouterr().err
+    assert "no such file or recipe: did you mean dgkd_cifar100? the recipes are ctsl_mkt_cifar10," in said
+    assert said.count("\n") == 1 and "digits" in said and not Path("x").exists()
+
+
 def test_every_paper_has_its_recipe():
-    found = {read_yaml(path).get("method") for path in CONFIGS.glob("*.yaml")}
+    found = {read_yaml(path).get("method") for path in RECIPE_FOLDER.glob("*.yaml")}
     assert {*PAPERS, "feed-sequential"} <= found
     for name, epochs, milestones in (("cifar10", 300, [150, 225]), ("tiny-imagenet", 100, [30, 60])):
-        values = read_yaml(CONFIGS / f"dkel_{name}.yaml")
+        values = read_yaml(RECIPE_FOLDER / f"dkel_{name}.yaml")
         assert (values["epochs"], values["milestones"], values["nesterov"]) == (epochs, milestones, True)
         assert (values["weight_decay"], values["batch_size"], values["branches"]) == (5e-4, 128, 3)
 
 
 def test_papers_recipe_of_dgkd():
     for name, guides, student in (("cifar10", 3, "resnet8"), ("cifar100", 4, "plain2")):
-        values = read_yaml(CONFIGS / f"dgkd_{name}.yaml")
+        values = read_yaml(RECIPE_FOLDER / f"dgkd_{name}.yaml")
         assert (values["epochs"], values["batch_size"], values["momentum"]) == (160, 128, 0.9)
         assert (values["weight_decay"], values["optimizer"], values["student"]) == (1e-4, "sgd", student)
         assert len(values["assistants"]) + 1 == guides
@@ -239,6 +261,7 @@ def test_help_names_options_methods_and_networks(capsys, command):
         "survival=0.75",
         "resnet110",
         "imagefolder",
+        "dgkd_cifar100",
     ):
         assert expected in text
     assert "_size" not in text and "type: " not in text
@@ -290,6 +313,24 @@ def test_import_is_light_and_the_module_runs():
     process = subprocess.run([sys.executable, "-m", "fastkd", "train", "--epochs", "x"], capture_output=True, text=True)
     assert process.returncode == 2
     assert process.stderr == "fastkd: --epochs must be an integer, got 'x'\n"
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_without_the_extras_a_command_says_what_to_install(command, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    for argv in ([command, "--help"], [command, "--out", "x"]):
+        assert main(argv) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("fastkd: The command line needs jsonargparse (") and said.count("\n") == 1
+        assert said.endswith('pip install "fastkd[train]"\n')
+
+
+def test_a_package_that_another_one_misses_is_named(tmp_path, monkeypatch):
+    (tmp_path / "outer_module.py").write_text("import yaml\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ImportError, match=r"^Reading needs pyyaml \(.*: pip install \"fastkd\[train\]\"$"):
+        require("outer_module", "Reading")
 
 
 def test_compare_all_takes_every_method(tmp_path, monkeypatch, capfd):

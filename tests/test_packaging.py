@@ -17,7 +17,7 @@ import torch
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
-TREE = ["fastkd", "csrc", "tools", "tests", "benchmarks", "configs", "setup.py", "CMakeLists.txt", "pyproject.toml"]
+TREE = ["fastkd", "csrc", "tools", "tests", "benchmarks", "setup.py", "CMakeLists.txt", "pyproject.toml"]
 TREE += ["MANIFEST.in", "Makefile", "constraints.txt", "README.md"]
 SETTINGS = ["FASTKD_REQUIRE_NATIVE", "FASTKD_BACKEND", "FASTKD_CPU_LEVEL", "PYTHONPATH"]
 TEST_PACKAGES = ["pytest", "pytest-benchmark", "hypothesis", "expecttest"]
@@ -95,6 +95,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel_and_log):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fastkd"}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "fastkd").rglob("*.py")}
+    sources |= {str(path.relative_to(ROOT)) for path in (ROOT / "fastkd").rglob("*.yaml")}
     assert sources | {"fastkd/py.typed", "fastkd/libfastkd_cpu.so"} <= set(names)
     built_here = {f"fastkd/{path.name}" for path in (ROOT / "fastkd").glob("*.so")}
     assert {name for name in names if name.endswith(".so")} == built_here
@@ -171,5 +172,6 @@ def test_pip_install_without_a_compiler_is_pure_python(tmp_path):
     assert "py3-none-any.whl" in log
     code = "import torch, fastkd; x = torch.ones(2, 3); print(fastkd.functional.multi_teacher_kd(x, [x]).item())"
     told = run(venv.python, "-c", code, cwd=tmp_path)
-    assert told.count("RuntimeWarning: fastkd") == 1
+    assert told.count("FallbackWarning: multi_teacher_kd runs in plain PyTorch") == 1
+    run(venv.python, "-W", "error", "-c", "import fastkd", cwd=tmp_path)
     assert told.strip().splitlines()[-1] == "0.0"

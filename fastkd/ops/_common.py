@@ -67,6 +67,22 @@ def check_like(op: str, name: str, value: object, student: Tensor, whose: str = 
         raise wrong_value(op, name, f"on {whose} device {student.device}", f"device {value.device}")
 
 
+def check_not_probabilities(op: str, name: str, logits: Tensor | Sequence[Tensor]) -> None:
+    """With FASTKD_CHECKS=1: refuses logits [..., C], one tensor or several, whose rows all are probabilities."""
+    if not CHECK_VALUES_EVERYWHERE:
+        return
+    for k, z in enumerate([logits] if isinstance(logits, Tensor) else logits):
+        if may_read_values(z) and z.numel() > 0 and _are_probabilities(z.detach()):
+            name = name if isinstance(logits, Tensor) else f"{name}[{k}]"
+            raise wrong_value(op, name, "logits", "probabilities (rows >= 0 that sum to 1): take their logarithm")
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    rounding = 1e-2 if logits.dtype.itemsize == 2 else 1e-4
+    sums = logits.sum(-1, dtype=torch.float64)
+    return bool((logits >= 0).all() & ((sums - 1).abs() <= rounding).all())
+
+
 def why_learning(name: str, learners: Sequence[Tensor]) -> str:
     """Why a teacher called `name` that requires grad keeps a call from the kernels, and what to do about it."""
     if any([z.requires_grad for z in learners]):
@@ -78,8 +94,11 @@ def check_number(
     op: str, name: str, value: object, expected: str, low: float = -LARGEST, high: float = LARGEST
 ) -> float:
     """A finite Python number within [low, high]; a tensor is refused, since its gradient would be lost."""
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
-        raise wrong_type(op, name, expected, type(value).__name__)
+    if type(value) is not float:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise wrong_type(op, name, expected, type(value).__name__)
+        if hasattr(value, "dtype"):  # np.float32 compares in its own dtype, in which LARGEST overflows
+            value = float(value)
     if not low <= value <= high:  # comparisons only: NaN fails them, and torch.compile traces them for a dynamic float
         raise wrong_value(op, name, expected, value)
     return float(value)

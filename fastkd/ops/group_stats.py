@@ -276,6 +276,7 @@ def _hardest(stats: GroupStats) -> tuple[Tensor, Tensor]:
 def _check(logits: object, target: object, ignore_index: object) -> tuple[Sequence[Tensor], Tensor | None]:
     """The networks' rows M x [R, C] and the target int64 [R]."""
     networks = _check_networks(logits, target)
+    common.check_not_probabilities(OP, "logits", networks)
     common.check_index(OP, "ignore_index", ignore_index)
     if target is not None:
         target = common.check_target(OP, target, networks[0], "one network's")

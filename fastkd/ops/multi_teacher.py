@@ -433,6 +433,8 @@ def _check(
 ) -> Call:  # fmt: skip
     common.check_logits(OP, "student", student)
     teachers = networks.check_teachers(OP, teachers, student)
+    common.check_not_probabilities(OP, "student", student)
+    common.check_not_probabilities(OP, "teachers", teachers)
     common.check_choice(OP, "combine", combine, COMBINE)
     common.check_choice(OP, "reduction", reduction, common.REDUCTIONS)
     ce_weight = common.check_number(OP, "ce_weight", ce_weight, "a finite number")

@@ -351,6 +351,8 @@ def _check(
     first = logits[0]
     if isinstance(teachers, Tensor) or not isinstance(teachers, Sequence) or len(teachers) > 0:
         teachers = networks.check_teachers(OP, teachers, first, WHOSE)
+    common.check_not_probabilities(OP, "logits", logits)
+    common.check_not_probabilities(OP, "teachers", teachers)
     common.check_choice(OP, "reduction", reduction, common.REDUCTIONS)
     ce_weight = common.check_number(OP, "ce_weight", ce_weight, "a finite number")
     label_smoothing = common.check_number(OP, "label_smoothing", label_smoothing, "a number in [0, 1]", 0, 1)

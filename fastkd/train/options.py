@@ -17,6 +17,7 @@ from fastkd.train.commands import CONFIG
 from fastkd.train.config import CompareConfig, TrainConfig, UserError, read_yaml
 from fastkd.train.plans import RECIPES, arguments
 
+RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"
 EXAMPLES = {
     "train": "fastkd train --method M --out DIR [options]",
     "compare": "fastkd compare [--methods A,B,...] [--seeds 0,1,...] [--out DIR] [options]",
@@ -56,8 +57,8 @@ def _parser(command: str, config_type: type):
     parser.add_argument(
         "--config",
         action=jsonargparse.ActionConfigFile,
-        metavar="FILE",
-        help="YAML file of options; the command line overrides it",
+        metavar="FILE|NAME",
+        help="YAML file of options, or the name of a recipe (below); the command line overrides it",
     )
     first = config.MethodOptions if command == "train" else config.CompareOptions
     for group in (first, config.OptimizationOptions, config.NetworkOptions, config.DataOptions):
@@ -118,9 +119,26 @@ def _configs_first(parser, argv: list[str]) -> list[str]:
     out = _last_value(others, "--out")
     if "--resume=true" in others and out and (Path(out) / CONFIG).is_file():
         configs.insert(0, str(Path(out) / CONFIG))
+    configs = [_config_file(name) for name in configs]
     for path in configs:
         _check_names(parser, read_yaml(path), path)
     return [*(f"--config={path}" for path in configs), *others]
+
+
+def _config_file(name: str) -> str:
+    """A file as it is named; where there is none, the recipe of that name in the package."""
+    if Path(name).exists():
+        return name
+    known = _recipes()
+    asked = name.removeprefix("configs/").removesuffix(".yaml")  # where they lay in the source tree
+    if asked in known:
+        return str(RECIPE_FOLDER / f"{asked}.yaml")
+    what = f"the config {name} cannot be read, there is no such file or recipe"
+    raise UserError(f"{what}: {guess(asked, known)}the recipes are {', '.join(known)}")
+
+
+def _recipes() -> list[str]:
+    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
 
 
 def _last_value(argv: list[str], name: str) -> str | None:
@@ -188,6 +206,6 @@ def _help(parser, command: str, fields: dict[str, Any]) -> str:
         lines += [f"  {name:<7}{recipe.about}" if len(name) < 7 else f"  {name}  {recipe.about}"]
         for_digits = ", ".join(f"{key}={value!r}" for key, value in recipe.digits.items())
         lines += [f"         {values or 'no options'}{f' (digits: {for_digits})' if for_digits else ''}"]
-    lines += ["", f"Networks: {', '.join(models.names())}"]
+    lines += ["", f"Networks: {', '.join(models.names())}", "", f"Recipes for --config: {', '.join(_recipes())}"]
     wrapped = [textwrap.fill(line, 100, subsequent_indent=" " * 9) if len(line) > 100 else line for line in lines]
     return "\n".join([f"usage: {EXAMPLES[command]}", text.rstrip(), *wrapped]) + "\n"
