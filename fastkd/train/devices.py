@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastkd._core.labels import IGNORE_INDEX, counted
 from fastkd._recorder import CudaRecorder, Recorder
 from fastkd.graphs import Graphs
 from fastkd.methods import Method
-from fastkd.methods._batch import IGNORE_INDEX
 from fastkd.train.batch_norm import synchronise, synchronises
 from fastkd.train.config import Settings, UserError
 from fastkd.train.distributed import ALONE, World, launched
@@ -69,7 +69,7 @@ def batch_on(batch: tuple, device: torch.device, classes: int | None = None) -> 
 
 def rows_of(target: torch.Tensor, world: World) -> int:
     """How many images count. Asked before they go to a GPU."""
-    return len(target) if world.size == 1 else int((target != IGNORE_INDEX).sum())
+    return len(target) if world.size == 1 else int(counted(target).sum())
 
 
 def prepare(method: Method, settings: Settings, device: torch.device, world: World = ALONE) -> None:
