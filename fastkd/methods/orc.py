@@ -35,7 +35,7 @@ from fastkd.methods._pool import Pool, gather_pool
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 from fastkd.ops import _common as common
 from fastkd.ops._gather import check_process_group
-from fastkd.ops.group_stats import BY
+from fastkd.ops.ranking import BY
 
 
 class ORC(Method):
