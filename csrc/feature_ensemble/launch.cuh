@@ -128,8 +128,6 @@ __device__ __forceinline__ unsigned teacher_index(const PairParams<A>& pair, uns
   return pair.transposed ? at % pair.inner * pair.outer + at / pair.inner : at;
 }
 
-inline int bytes_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
-
 template <class S, class T, class A>
 Params<A> make_params(const Args& args) {
   constexpr int kWidth = kVector<S, T>;
