@@ -144,7 +144,7 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
         mask: Tensor | None = None,  # bool [...]
         num_items: float | Tensor | None = None,
     ) -> Loss:
-        """The loss, a Tensor; behind it `LossTerms` with return_terms=True, `DistillationStats` with return_stats=True."""
+        """The loss, a Tensor; behind it, where wanted, `LossTerms` (return_terms) and `DistillationStats`."""
         return functional.multi_teacher_kd(
             _logits(student),
             _several(teachers),
