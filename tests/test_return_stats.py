@@ -229,3 +229,20 @@ def test_compile_double_backward_and_modes():
     torch.testing.assert_close(value, run(double)[1])
     with torch.inference_mode():
         assert run(double)[1].is_inference()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_beside_soft_labels(place, at):
+    """The label is the most probable class, the cross-entropy that with the probabilities: by a second read."""
+    student, teachers, _ = make(4, 20, 2, device=at(place))
+    soft = torch.softmax(torch.randn(4, 20, generator=torch.Generator().manual_seed(1)), -1).to(student.device)
+    mask = torch.tensor([True, True, False, True], device=student.device)
+    loss, terms, stats = F.multi_teacher_kd(
+        student, teachers, soft, ce_weight=0.5, mask=mask, return_terms=True, return_stats=True
+    )
+    close(loss, F.multi_teacher_kd(student, teachers, soft, ce_weight=0.5, mask=mask))
+    for mine, networks in ((stats.student, [student]), (stats.teachers, teachers)):
+        for a, b in zip(mine, F.group_stats(networks, soft, mask=mask), strict=True):
+            close(a, b)
+    torch.testing.assert_close(stats.student.ce[0][mask].mean(), terms.ce)
+    torch.testing.assert_close(16 * stats.kl.mean(), terms.kd)
