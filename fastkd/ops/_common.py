@@ -175,9 +175,17 @@ def check_layout(op: str, logits: Tensor, class_dim: object, labelled: bool, nam
             f"{op}: the classes of {name} {list(logits.shape)} were taken from the last dimension; "
             "class_dim=1 is for maps [B, C, H, W]",
             UserWarning,
-            stacklevel=4,  # the caller of the public function, which calls a check that calls this
+            stacklevel=_level_of_the_caller(),
         )
     return class_dim
+
+
+def _level_of_the_caller() -> int:
+    """warnings' stacklevel, seen from the function that calls this, of the first frame outside of fastkd."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fastkd."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def classes_last(logits: Tensor, class_dim: int) -> Tensor:

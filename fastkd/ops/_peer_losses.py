@@ -172,7 +172,8 @@ def _all(conditions: Sequence[Tensor]) -> Tensor | None:
 
 
 def _cross_entropy(z: Tensor, tensors: Tensors, options: Options) -> Tensor:
-    if tensors.soft is not None:
-        return networks.soft_cross_entropy(z, common.flat_rows(tensors.soft), options.label_smoothing)
-    inside = (tensors.target >= 0) & (tensors.target < z.shape[1])
-    return networks.hard_cross_entropy(z, tensors.target, inside, options.label_smoothing)
+    soft = None if tensors.soft is None else common.flat_rows(tensors.soft)
+    labels = tensors.target
+    if soft is None:
+        labels = labels.where((labels >= 0) & (labels < z.shape[1]), 0)
+    return networks.label_losses(z, labels, soft, options.label_smoothing)
