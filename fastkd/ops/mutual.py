@@ -215,9 +215,8 @@ def check_networks(
             raise common.wrong_value(op, "logits", expected, f"shape {list(logits.shape)}")
         class_dim = common.check_layout(op, logits[0], class_dim, labelled, "logits")
         stacked = common.check_logits(op, "logits", common.classes_last(logits, class_dim))
-        networks = stacked.detach().unbind(0)
-        common.check_not_probabilities(op, "logits", networks)
-        return networks, stacked, class_dim
+        common.check_not_probabilities(op, "logits", stacked)
+        return stacked.detach().unbind(0), stacked, class_dim
     if not isinstance(logits, Sequence) or isinstance(logits, str):
         expected = "a sequence of logits tensors or one stacked tensor"
         raise common.wrong_type(op, "logits", expected, type(logits).__name__)
