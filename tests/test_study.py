@@ -77,7 +77,7 @@ def test_a_methods_options_go_over_those_of_all_and_a_settings_over_both(tmp_pat
         ({"seeds": [0, 0]}, "seeds must be different integers"),
         ({"epocs": 3}, "'epocs' is unknown: did you mean epochs"),
         ({"seed": 3}, "'seed' belongs to the study itself"),
-        ({"lr": "fast"}, "lr must be like 0.01, got 'fast'"),
+        ({"lr": "fast"}, "--lr must be a finite number >= 0, got 'fast'"),
         ({"epochs": 0}, "--epochs must be an integer of at least 1"),
         ({"baselines": ["dgkd"]}, "'dgkd' is compared"),
         ({"methods": {"ce": None, "kd": {"options": {"beta": 1}}}}, "kd has no option 'beta'"),
