@@ -1,5 +1,6 @@
 """Studies: what a file asks for, runs that are stopped and go on, their rows, and the statistics over them."""
 
+import contextlib
 import csv
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ from train_helpers import assert_same, last_state
 from fastkd.cli import main
 from fastkd.train import Runner, study_command, study_pool, study_report, study_worker
 from fastkd.train.config import UserError
+from fastkd.train.devices import cpu_threads
 from fastkd.train.metrics import read_csv
 from fastkd.train.runner import Result
 from fastkd.train.stages import Stage
@@ -24,7 +26,7 @@ FILE = dict(
     data="fake",
     image_size=8,
     train_size=60,
-    epochs=2,
+    epochs=1,
     batch_size=20,
     device="cpu",
     teacher="plain2:width=0.25",
@@ -75,7 +77,7 @@ def test_a_methods_options_go_over_those_of_all_and_a_settings_over_both(tmp_pat
         ({"seeds": [0, 0]}, "seeds must be different integers"),
         ({"epocs": 3}, "'epocs' is unknown: did you mean epochs"),
         ({"seed": 3}, "'seed' belongs to the study itself"),
-        ({"lr": "fast"}, "lr must be like 0.01, got 'fast'"),
+        ({"lr": "fast"}, "--lr must be a finite number >= 0, got 'fast'"),
         ({"epochs": 0}, "--epochs must be an integer of at least 1"),
         ({"baselines": ["dgkd"]}, "'dgkd' is compared"),
         ({"methods": {"ce": None, "kd": {"options": {"beta": 1}}}}, "kd has no option 'beta'"),
@@ -135,7 +137,7 @@ def test_a_study_in_two_processes_is_resumed_and_trains_each_teacher_once(tmp_pa
     table = study_report.accuracies(study_command.read_rows(out / "study.csv"))
     assert table in (out / "report.md").read_text() and table in (tmp_path / "again" / "report.md").read_text()
     assert main([*command, "--epochs", "3"]) == 2
-    assert "--epochs was 2, now 3" in capsys.readouterr().err
+    assert "--epochs was 1, now 3" in capsys.readouterr().err
 
 
 def test_a_run_that_is_stopped_in_time_goes_on_to_the_same_end(tmp_path, capsys):
@@ -153,8 +155,15 @@ def test_a_run_that_is_stopped_in_time_goes_on_to_the_same_end(tmp_path, capsys)
         pool._collect()
     assert 0 < len(read_csv(metrics)) < 30 and study_pool.spent(out)[run.name] > 0
     assert main(["study", str(path), "--out", str(out)]) == 0
-    assert main(["study", str(path), "--out", str(tmp_path / "whole")]) == 0
+    with cpu_threads(1):
+        Runner(run.config(tmp_path / "whole"), say=lambda text: None).run()
     assert_same(last_state(out / "runs" / run.name), last_state(tmp_path / "whole" / "runs" / run.name))
+
+
+def test_ctrl_c_starts_no_other_run_and_is_told_by_the_exit_status(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study_pool, "catch_interrupt", lambda: contextlib.nullcontext(lambda: True))
+    assert main(["study", str(written(tmp_path)), "--out", str(tmp_path / "out")]) == 130
+    assert "stopped with 0 of 4 runs finished; the same command goes on" in capsys.readouterr().out
 
 
 def test_a_failed_run_does_not_stop_the_others(tmp_path, capsys):
@@ -205,7 +214,7 @@ def forward_flops(runner: Runner, stage: Stage) -> tuple[float, float]:
 def test_flops_are_those_of_the_layers_shapes(tmp_path):
     alone, runner = stage_flops(tmp_path, 0, "student")
     whole, first = forward_flops(runner, runner.stages["student"])
-    images = 60 * 2
+    images = 60 * 1  # an epoch
     assert alone == images * (3 * whole - first)  # forward, gradients of weights and of inputs
     taught, runner = stage_flops(tmp_path, 1, "student")
     assert taught == alone + images * forward_flops(runner, runner.stages["teacher"])[0]

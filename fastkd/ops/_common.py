@@ -272,6 +272,30 @@ def check_soft_target(op: str, target: Tensor, student: Tensor, whose: str = "th
     return rows_of(target)
 
 
+def check_labels(
+    op: str,
+    target: object,
+    mask: object,
+    ignore_index: object,
+    student: Tensor,
+    class_dim: int = -1,
+    whose: str = "the student's",
+) -> tuple[Tensor | None, Tensor | None]:
+    """(int64 [R] or None, probabilities as rows_of() or None) of a target, whose rows outside the mask are ignored.
+
+    Beside probabilities the first one only says which rows count. `student` has its classes last; in the target of
+    probabilities they still stand at `class_dim`, as check_class_dim() gives it.
+    """
+    check_index(op, "ignore_index", ignore_index)
+    mask = check_mask(op, mask, student.shape[:-1], student.device)
+    if isinstance(target, Tensor) and target.is_floating_point() and target.shape != student.shape[:-1]:
+        moved = classes_last(target, class_dim) if target.dim() == student.dim() else target
+        return with_mask(None, mask, ignore_index), check_soft_target(op, moved, student, whose)
+    if target is not None:
+        target = check_target(op, target, student, whose)
+    return with_mask(target, mask, ignore_index), None
+
+
 def out_of_range(op: str, target: Tensor, classes: int, ignore_index: int) -> ValueError:
     """The error for a target [R] that holds an index outside [0, classes); reads values."""
     bad = target[(target != ignore_index) & ((target < 0) | (target >= classes))]

@@ -160,25 +160,11 @@ def _check(runs: list[Run], path: Path) -> None:
                 guess = f"did you mean {close[0]}? " if close else ""
                 why = "belongs to the study itself" if name in FORBIDDEN else "is unknown"
                 raise UserError(f"the study {path}: the option {name!r} {why}: {guess}see fastkd train --help")
-        config = _typed(run, path)
-        plan(config)
+        plan(run.config(path.parent))
     names = [run.name for run in runs]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise UserError(f"the study {path}: two runs are called {twice[0]}: rename a method or a setting")
-
-
-def _typed(run: Run, path: Path) -> TrainConfig:
-    """The run's config, whose values have the types that the command line would give them."""
-    defaults = TrainConfig()
-    for name, value in run.options.items():
-        default = getattr(defaults, name)
-        kinds = {bool: bool, int: int, float: int | float, str: str, list: list, dict: dict}
-        if default is None or value is None or name == "num_teachers":
-            continue
-        if not isinstance(value, kinds[type(default)]) or isinstance(value, bool) != isinstance(default, bool):
-            raise UserError(f"the study {path}: {name} must be like {default!r}, got {value!r}")
-    return run.config(Path("."))
 
 
 def check_resumed(runs: list[Run], out: Path) -> None:

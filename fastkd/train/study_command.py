@@ -20,7 +20,7 @@ from fastkd.train.metrics import write_csv
 from fastkd.train.report import percent
 from fastkd.train.study import Run, Study, check_resumed, find, read
 from fastkd.train.study_pool import Pool, duration
-from fastkd.train.study_worker import DONE, ROW
+from fastkd.train.study_worker import DONE, ROW, STOPPED
 
 USAGE = "fastkd study FILE --out DIR [--jobs N] [--only A,B,...] [--limit MINUTES] [--OPTION VALUE ...]"
 ABOUT = """Methods x seeds x settings of a YAML file, one row a run in DIR/study.csv, a report with intervals and tests.
@@ -86,7 +86,7 @@ def _value(text: str) -> Any:
 
 
 def study_runs(study: Study, out: Path, command: str, jobs: int, only: list[str], limit: float, say=print) -> int:
-    """Carry out what is not finished, for `limit` seconds at most; the exit status is 1 where a run failed."""
+    """Carry out what is not finished, for `limit` seconds at most; status 1 where a run failed, 130 after Ctrl-C."""
     started, runs = time.monotonic(), study.chosen(only)
     out.mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
@@ -106,12 +106,13 @@ def study_runs(study: Study, out: Path, command: str, jobs: int, only: list[str]
             accuracy = f"{percent(row['accuracy'])} % ({row['judged_on']})"
             say(f"{len(done)} of {len(runs)}: {run.name} {accuracy} in {took}{_left(out, runs, done, jobs)}")
 
-        Pool(out, jobs, started + limit, ended).carry_out([run for run in runs if run.name not in done])
+        pool = Pool(out, jobs, started + limit, ended)
+        pool.carry_out([run for run in runs if run.name not in done])
         report = finish(study, out, command, say)
     if len(done) + len(failed) < len(runs):
         say(f"stopped with {len(done)} of {len(runs)} runs finished; the same command goes on")
     say(f"report: {report}, one row a run: {out / 'study.csv'}" if report else "no run is finished yet")
-    return 1 if failed else 0
+    return 1 if failed else STOPPED if pool.interrupted else 0
 
 
 def _left(out: Path, runs: list[Run], done: dict[str, Any], jobs: int) -> str:

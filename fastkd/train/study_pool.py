@@ -38,6 +38,7 @@ class Pool:
         jobs: how many processes at once.
         deadline: of time.monotonic(), when they are told to stop.
         ended: called with each run that finished or failed, and its exit status.
+        interrupted: whether Ctrl-C stopped it.
     """
 
     out: Path
@@ -46,6 +47,7 @@ class Pool:
     ended: Callable[[Run, int], None]
     active: list[Active] = field(default_factory=list)
     stopped: bool = False
+    interrupted: bool = False
 
     def carry_out(self, runs: Sequence[Run]) -> None:
         """After Ctrl-C or at the deadline those that run save their state and stop, and no other starts."""
@@ -54,7 +56,8 @@ class Pool:
         with catch_interrupt() as interrupted:
             try:
                 while self.active or (waiting and not self.stopped):
-                    if interrupted() or time.monotonic() >= self.deadline:
+                    self.interrupted = interrupted()
+                    if self.interrupted or time.monotonic() >= self.deadline:
                         self._stop()
                     while waiting and not self.stopped and len(self.active) < self.jobs:
                         self._start(context, waiting.pop(0))
