@@ -10,6 +10,11 @@ INSTALLED := $(VENV)/.fastkd-installed
 BUILT := build/.native-built
 NATIVE := $(shell find csrc tools -type f -not -name '*.pyc' 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
+# A process per core with one thread each: the tests' tensors are tiny, and threads that wait for each other's share of
+# one spin. Tests of several threads ask for them by themselves. worksteal: no core waits for the last long file.
+THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help venv build demo test test-asan test-slow bench gpu-check lint clean FORCE
 
@@ -24,13 +29,13 @@ demo: $(BUILT) ## distil the handwritten digits with seven methods, three seeds 
 	$(PY) -m fastkd compare --out $(DEMO) --resume
 
 test: $(BUILT) ## all tests that are not marked slow (under 10 minutes)
-	$(PY) -m pytest -m "not slow"
+	$(THREADS) $(PY) -m pytest -m "not slow" $(PARALLEL) --durations=10
 
 test-asan: $(INSTALLED) ## the operations' CPU tests under the address and undefined-behaviour sanitizers (4 minutes; g++)
 	$(PY) tests/asan.py
 
 test-slow: $(BUILT) ## the slow tests: the wheel under other versions of torch (needs 15 GB of disk), installations
-	$(PY) -m pytest -m slow
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -m slow
 
 bench: $(BUILT) ## time the operations against eager PyTorch and torch.compile (BENCH=--quick, --sweep, --steps, --scaling, --all)
 	$(PY) -m benchmarks $(BENCH)

@@ -25,11 +25,7 @@ for epoch in range(EPOCHS):
     method.train()
     total = 0.0
     for views, labels in batches:
-        for phase in method.phases(views, labels):
-            optimizer.zero_grad(set_to_none=True)
-            phase.loss.backward()
-            optimizer.step()
-            total += phase.loss.item()
+        total += sum(method.step(optimizer, views, labels).values()).item()
     weight = method.distillation_weight(epoch, EPOCHS)
     print(f"epoch {epoch + 1:2}  loss {total / len(batches):6.3f}  weight of the distillation {weight:.3f}")
 

@@ -28,10 +28,7 @@ def train(method, epochs: int = 12) -> nn.Module:
         method.start_epoch(epoch, epochs)
         method.train()
         for rows in train_rows[torch.randperm(len(train_rows))].split(50):
-            for phase in method.phases(images[rows], labels[rows]):
-                optimizer.zero_grad(set_to_none=True)
-                phase.loss.backward()
-                optimizer.step()
+            method.step(optimizer, images[rows], labels[rows])
     return method.deployable()
 
 

@@ -6,14 +6,18 @@ Logits may come as what a network returned: a tensor, or an object or dict with 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, overload
 
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
 from fastkd import functional
 from fastkd._outputs import find_logits
+from fastkd.ops._networks import LossTerms
 from fastkd.ops.multi_teacher import DistillationStats
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Logits = Any  # Tensor [..., C], or an object or dict with one in `logits`
 Loss = TypeVar("Loss")
@@ -56,6 +60,21 @@ class _Fixed(_Loss):
         return ", ".join(f"{name}={_told(getattr(self, name))}" for name in self._shown)
 
 
+class _Distillation(TypedDict, total=False):
+    """The hyper-parameters of MultiTeacherKD that do not change what it returns."""
+
+    weights: Tensor | Sequence[float] | None
+    kd_weight: float | Tensor
+    temperature: float | Tensor | Sequence[float]
+    combine: str
+    ce_weight: float | Tensor
+    label_smoothing: float
+    ignore_index: int
+    class_dim: int
+    scale_by_t2: bool
+    reduction: str
+
+
 class MultiTeacherKD(_Fixed, Generic[Loss]):
     """`fastkd.functional.multi_teacher_kd` with its hyper-parameters fixed; see there for what they mean.
 
@@ -65,55 +84,55 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
 
     _tensors = ("weights", "temperature")
     _shown = (
-        "weights", "temperature", "combine", "ce_weight", "label_smoothing", "ignore_index", "scale_by_t2", "reduction",
-        "return_stats",
+        "weights", "kd_weight", "temperature", "combine", "ce_weight", "label_smoothing", "ignore_index", "class_dim",
+        "scale_by_t2", "reduction", "return_terms", "return_stats",
     )  # fmt: skip
 
     @overload
-    def __init__(
-        self: MultiTeacherKD[Tensor],
-        *,
-        weights: Tensor | Sequence[float] | None = None,
-        temperature: float | Tensor | Sequence[float] = 4.0,
-        combine: str = "losses",
-        ce_weight: float = 0.0,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        scale_by_t2: bool = True,
-        reduction: str = "mean",
-        return_stats: Literal[False] = False,
-    ) -> None: ...
+    def __init__(self: MultiTeacherKD[Tensor], **options: Unpack[_Distillation]) -> None: ...
     @overload
     def __init__(
         self: MultiTeacherKD[tuple[Tensor, DistillationStats]],
         *,
-        weights: Tensor | Sequence[float] | None = None,
-        temperature: float | Tensor | Sequence[float] = 4.0,
-        combine: str = "losses",
-        ce_weight: float = 0.0,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        scale_by_t2: bool = True,
-        reduction: str = "mean",
         return_stats: Literal[True],
+        **options: Unpack[_Distillation],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: MultiTeacherKD[tuple[Tensor, LossTerms]],
+        *,
+        return_terms: Literal[True],
+        **options: Unpack[_Distillation],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: MultiTeacherKD[tuple[Tensor, LossTerms, DistillationStats]],
+        *,
+        return_terms: Literal[True],
+        return_stats: Literal[True],
+        **options: Unpack[_Distillation],
     ) -> None: ...
     def __init__(
         self,
         *,
         weights: Tensor | Sequence[float] | None = None,
+        kd_weight: float | Tensor = 1.0,
         temperature: float | Tensor | Sequence[float] = 4.0,
         combine: str = "losses",
-        ce_weight: float = 0.0,
+        ce_weight: float | Tensor = 0.0,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
+        class_dim: int = -1,
         scale_by_t2: bool = True,
         reduction: str = "mean",
+        return_terms: bool = False,
         return_stats: bool = False,
     ) -> None:
         super().__init__(reduction=reduction)
-        self.weights, self.temperature = weights, temperature
-        self.combine, self.ce_weight, self.label_smoothing = combine, ce_weight, label_smoothing
-        self.ignore_index, self.scale_by_t2, self.return_stats = ignore_index, scale_by_t2, return_stats
+        self.weights, self.temperature, self.combine = weights, temperature, combine
+        self.kd_weight, self.ce_weight, self.label_smoothing = kd_weight, ce_weight, label_smoothing
+        self.ignore_index, self.class_dim, self.scale_by_t2 = ignore_index, class_dim, scale_by_t2
+        self.return_terms, self.return_stats = return_terms, return_stats
 
     def forward(
         self,
@@ -121,20 +140,28 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
         teachers: Logits | Sequence[Logits],  # K x [..., C]
         target: Tensor | None = None,  # [...]
         weights: Tensor | Sequence[float] | None = None,
+        *,
+        mask: Tensor | None = None,  # bool [...]
+        num_items: float | Tensor | None = None,
     ) -> Loss:
-        """The loss, a Tensor; with return_stats=True the loss and `DistillationStats`."""
+        """The loss, a Tensor; behind it, where wanted, `LossTerms` (return_terms) and `DistillationStats`."""
         return functional.multi_teacher_kd(
             _logits(student),
             _several(teachers),
             target,
             weights=self.weights if weights is None else weights,
+            kd_weight=self.kd_weight,
             temperature=self.temperature,
             combine=self.combine,
             ce_weight=self.ce_weight,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
+            mask=mask,
+            class_dim=self.class_dim,
             scale_by_t2=self.scale_by_t2,
             reduction=self.reduction,
+            num_items=num_items,
+            return_terms=self.return_terms,
             return_stats=self.return_stats,
         )
 
@@ -146,6 +173,9 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
             teachers: Logits | Sequence[Logits],
             target: Tensor | None = None,
             weights: Tensor | Sequence[float] | None = None,
+            *,
+            mask: Tensor | None = None,
+            num_items: float | Tensor | None = None,
         ) -> Loss: ...
 
 
@@ -158,8 +188,8 @@ class MutualKD(_Fixed):
 
     _tensors = ("weights", "teacher_weights", "temperature")
     _shown = (
-        "weights", "teacher_weights", "temperature", "ce_weight", "label_smoothing", "ignore_index", "scale_by_t2",
-        "reduction",
+        "weights", "teacher_weights", "kd_weight", "temperature", "ce_weight", "label_smoothing", "ignore_index",
+        "class_dim", "scale_by_t2", "reduction", "return_terms",
     )  # fmt: skip
 
     def __init__(
@@ -167,17 +197,21 @@ class MutualKD(_Fixed):
         *,
         weights: Tensor | Sequence[Sequence[float]] | None = None,
         teacher_weights: Tensor | Sequence[Sequence[float]] | None = None,
+        kd_weight: float | Tensor = 1.0,
         temperature: float | Tensor = 1.0,
-        ce_weight: float = 0.0,
+        ce_weight: float | Tensor = 0.0,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
+        class_dim: int = -1,
         scale_by_t2: bool = True,
         reduction: str = "mean",
+        return_terms: bool = False,
     ) -> None:
         super().__init__(reduction=reduction)
         self.weights, self.teacher_weights, self.temperature = weights, teacher_weights, temperature
-        self.ce_weight, self.label_smoothing, self.ignore_index = ce_weight, label_smoothing, ignore_index
-        self.scale_by_t2 = scale_by_t2
+        self.kd_weight, self.ce_weight, self.label_smoothing = kd_weight, ce_weight, label_smoothing
+        self.ignore_index, self.class_dim, self.scale_by_t2 = ignore_index, class_dim, scale_by_t2
+        self.return_terms = return_terms
 
     def forward(
         self,
@@ -186,19 +220,28 @@ class MutualKD(_Fixed):
         weights: Tensor | Sequence[Sequence[float]] | None = None,
         teachers: Logits | Sequence[Logits] = (),  # N x [..., C]
         teacher_weights: Tensor | Sequence[Sequence[float]] | None = None,
-    ) -> Tensor:
+        *,
+        mask: Tensor | None = None,  # bool [...]
+        num_items: float | Tensor | None = None,
+    ) -> Any:
+        """The losses, a Tensor [M]; with return_terms=True the losses and `LossTerms`."""
         return functional.mutual_kd(
             _several(logits),
             target,
             weights=self.weights if weights is None else weights,
             teachers=_several(teachers),
             teacher_weights=self.teacher_weights if teacher_weights is None else teacher_weights,
+            kd_weight=self.kd_weight,
             temperature=self.temperature,
             ce_weight=self.ce_weight,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
+            mask=mask,
+            class_dim=self.class_dim,
             scale_by_t2=self.scale_by_t2,
             reduction=self.reduction,
+            num_items=num_items,
+            return_terms=self.return_terms,
         )
 
 
@@ -211,8 +254,16 @@ class RKDDistance(_Fixed):
         super().__init__(reduction=reduction)
         self.process_group = process_group
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:  # [N, D], [N, E]
-        return functional.rkd_distance(student, teacher, reduction=self.reduction, process_group=self.process_group)
+    def forward(
+        self,
+        student: Tensor,  # [N, D]
+        teacher: Tensor,  # [N, E]
+        *,
+        mask: Tensor | None = None,  # bool [N]
+        num_items: float | Tensor | None = None,
+    ) -> Tensor:
+        more = {"mask": mask, "num_items": num_items, "process_group": self.process_group}
+        return functional.rkd_distance(student, teacher, reduction=self.reduction, **more)
 
 
 class RKDAngle(_Fixed):
@@ -224,10 +275,16 @@ class RKDAngle(_Fixed):
         super().__init__(reduction=reduction)
         self.eps, self.process_group = eps, process_group
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:  # [N, D], [N, E]
-        return functional.rkd_angle(
-            student, teacher, reduction=self.reduction, eps=self.eps, process_group=self.process_group
-        )
+    def forward(
+        self,
+        student: Tensor,  # [N, D]
+        teacher: Tensor,  # [N, E]
+        *,
+        mask: Tensor | None = None,  # bool [N]
+        num_items: float | Tensor | None = None,
+    ) -> Tensor:
+        more = {"mask": mask, "num_items": num_items, "process_group": self.process_group}
+        return functional.rkd_angle(student, teacher, reduction=self.reduction, eps=self.eps, **more)
 
 
 class FeatureEnsemble(_Fixed):
@@ -258,6 +315,9 @@ class FeatureEnsemble(_Fixed):
         students: Tensor | Sequence[Tensor],  # K x [B, C_k, H_k, W_k], or one
         teachers: Tensor | Sequence[Tensor],  # K x [B, C_k, H_k, W_k]
         weights: Tensor | Sequence[float] | None = None,
+        *,
+        mask: Tensor | None = None,  # bool [B]
+        num_items: float | Tensor | None = None,
     ) -> Tensor:
         return functional.feature_ensemble(
             students,
@@ -266,7 +326,9 @@ class FeatureEnsemble(_Fixed):
             p=self.p,
             norm=self.norm,
             elements=self.elements,
+            mask=mask,
             reduction=self.reduction,
+            num_items=num_items,
         )
 
 

@@ -57,11 +57,11 @@ def _on_host_kernels(monkeypatch, stream: bool) -> None:
     monkeypatch.setattr(_backend, "_cpu_kind", "cuda")
     _register_fakes_once()
     if stream:
-        from fastkd.ops import multi_teacher, mutual
+        from fastkd.ops import _multi_teacher_kernels, _peer_kernels
 
-        monkeypatch.setattr(mutual, "STREAM_ALWAYS", True)
-        monkeypatch.setattr(multi_teacher, "ON_CHIP_CLASSES", {})
-        monkeypatch.setattr(multi_teacher, "ON_CHIP_CLASSES_DEFAULT", 0)
+        monkeypatch.setattr(_peer_kernels, "STREAM_ALWAYS", True)
+        monkeypatch.setattr(_multi_teacher_kernels, "ON_CHIP_CLASSES", {})
+        monkeypatch.setattr(_multi_teacher_kernels, "ON_CHIP_CLASSES_DEFAULT", 0)
 
 
 @functools.cache

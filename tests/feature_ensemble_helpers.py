@@ -26,13 +26,18 @@ LAYOUTS = {
 
 
 def make(shapes, dtype=torch.float32, teacher_dtype=None, layouts=("contiguous",), scale=1.0, seed=0, device="cpu"):
-    """Students that require grad, and teachers: one of each shape, with the layouts taken in turn."""
+    """Students that require grad, and teachers: one of each shape, with the layouts taken in turn.
+
+    Several dtypes are taken in turn as well.
+    """
+    of_students, of_teachers = (d if isinstance(d, tuple) else (d,) for d in (dtype, teacher_dtype or dtype))
     g = torch.Generator().manual_seed(seed)
     maps, layout = [], 0
     for shape in (*shapes, *shapes):
         map = (torch.randn(shape, generator=g, dtype=torch.float64) * scale).relu_() + 0.01 * scale
         teacher = len(maps) >= len(shapes)
-        map = map.to(device, (teacher_dtype or dtype) if teacher else dtype)
+        dtypes, k = of_teachers if teacher else of_students, len(maps) % len(shapes)
+        map = map.to(device, dtypes[k % len(dtypes)])
         maps.append(LAYOUTS[layouts[layout % len(layouts)]](map))
         layout += 1
     students, teachers = maps[: len(shapes)], maps[len(shapes) :]
@@ -57,18 +62,23 @@ def in_float64(students, teachers, **options):
         return loss_and_grads(doubles[0] if one else doubles, [t.double() for t in teachers], **options)
 
 
-def sizes(students, teachers, weights=None, p=1, norm="sample", elements="mean", reduction="mean"):
+def sizes(
+    students, teachers, weights=None, p=1, norm="sample", elements="mean", reduction="mean", mask=None, num_items=None
+):
     """The largest sample's sum of the magnitudes that its loss adds up; the same of each gradient, as an L2 norm."""
-    from fastkd.ops.feature_ensemble import _normalised
+    from fastkd.ops._feature_maps import normalised
 
     one, k = isinstance(students, torch.Tensor), len(teachers)
     batch = as_list(students)[0].shape[0]
     weights = torch.ones(k) if weights is None else torch.as_tensor(weights)
     weights = weights.double().cpu().abs().reshape(k, -1).expand(k, batch)
+    counted = torch.ones(batch) if mask is None else mask.cpu().double()
+    weights = weights * counted
+    divisor = 1 if reduction == "none" else num_items or (max(1, float(counted.sum())) if reduction == "mean" else 1)
     loss, grads = torch.zeros(batch, dtype=torch.float64), []
     for student, teacher, weight in zip(as_list(students) * (k if one else 1), teachers, weights, strict=True):
         a, b = student.detach().double().cpu(), teacher.detach().double().cpu()
-        x, y = (_normalised(z, norm).abs() for z in (a, b))  # [B, C, places]
+        x, y = (normalised(z, norm).abs() for z in (a, b))  # [B, C, places]
         slope = torch.ones_like(x) if p == 1 else 2 * (x + y)
         dims = {"sample": (1, 2), "position": (1,), "channel": (2,)}[norm]
         count = x[0].numel() if elements == "mean" else 1
@@ -76,7 +86,7 @@ def sizes(students, teachers, weights=None, p=1, norm="sample", elements="mean",
         # 1 / ||a|| from the element that is largest, scaled like the reference's own norm
         inverse = (x.amax(dims, keepdim=True) / a.reshape(x.shape).abs().amax(dims, keepdim=True)).nan_to_num(0, 0, 0)
         grad = inverse * (slope + x * (slope * x).sum(dims, keepdim=True)) * weight[:, None, None] / count
-        grads.append(grad / (batch if reduction == "mean" else 1) * 1.5)
+        grads.append(grad / float(divisor) * 1.5)
     norms = [sum(grads)] if one else grads
     return loss, [float(g.nan_to_num(0, 0, 0).norm()) for g in norms]
 
@@ -88,12 +98,15 @@ def check(students, teachers, **options):
     with fastkd.use_backend("reference"):
         baseline, baseline_grads = loss_and_grads(students, teachers, **options)
     exact, exact_grads = in_float64(students, teachers, **options)
-    first = as_list(students)[0]
-    assert loss.dtype == (torch.float64 if first.dtype == torch.float64 else torch.float32)
+    first, dtypes = as_list(students)[0], {s.dtype for s in as_list(students)}
+    assert loss.dtype == baseline.dtype == (torch.float64 if torch.float64 in dtypes else torch.float32)
     loss_sizes, grad_sizes = sizes(students, teachers, **options)
     size = float(loss_sizes.sum() if options.get("reduction") == "sum" else loss_sizes.max()) if len(first) else 0.0
+    if options.get("num_items"):
+        size = float(loss_sizes.sum()) / float(options["num_items"])
     # Norm, division and difference round twice each; in float64 the exact result is the reference, which rounds too.
-    eps = 2 * torch.finfo(loss.dtype).eps * (4 if first.dtype == torch.float64 else 1)
+    computed = torch.float64 if dtypes == {torch.float64} else torch.float32
+    eps = 2 * torch.finfo(computed).eps * (4 if computed == torch.float64 else 1)
     assert_as_accurate(loss, exact, baseline, floor=eps * size, name="loss")
     for k, student in enumerate(as_list(students)):
         grad, exact_grad = grads[k], exact_grads[k]

@@ -1,10 +1,14 @@
 """What the tests of multi_teacher_kd share: inputs, and the comparison with float64."""
 
+import inspect
+
 import torch
 import torch.nn.functional as torch_functional
 from rows_helpers import weighted_sum
 
 import fastkd
+from fastkd.ops import _multi_teacher_kernels as kernels
+from fastkd.ops import multi_teacher as op
 from fastkd.testing import assert_as_accurate, assert_grad_close
 
 F = fastkd.functional
@@ -24,6 +28,15 @@ def loss_and_grad(student, teachers, target=None, **options):
     loss = F.multi_teacher_kd(student, teachers, target, **options)
     (grad,) = torch.autograd.grad(weighted_sum(loss), student)
     return loss.detach(), grad
+
+
+def raw(student, teachers, target=None, **options):
+    """The arguments of the raw operation: tensors, scalars, numbers."""
+    bound = inspect.signature(F.multi_teacher_kd).bind(student, teachers, target, **options)
+    bound.apply_defaults()
+    tensors, checked = op._check(**bound.arguments)
+    checked, scalars = kernels._split(checked)
+    return list(tensors), scalars, kernels._numbers(checked)
 
 
 def in_float64(student, teachers, target=None, **options):
@@ -64,6 +77,11 @@ def size_of_gradient_terms(student, teachers, temperature=4.0, weights=None, ce_
     return float(total.nan_to_num(0).norm())
 
 
+def _in_float32s_range(gradient):
+    """With 0 for what is no normal number in float32: there only its sign is left."""
+    return gradient.masked_fill(gradient.double().abs() < 4 * torch.finfo(torch.float32).tiny, 0)
+
+
 def check(student, teachers, target=None, **options):
     """Native against float64, no worse than twice the reference in the same dtype."""
     assert fastkd.explain(F.multi_teacher_kd, student, teachers, target, **options).backend == "native"
@@ -79,7 +97,40 @@ def check(student, teachers, target=None, **options):
     if student.dtype == torch.float64:  # the reference is the exact result itself: the floor has to hold both roundings
         floor *= 4
     assert_as_accurate(loss, exact, baseline, floor=floor, name="loss")
+    if student.dtype != torch.float64:
+        grad, baseline_grad, exact_grad = (_in_float32s_range(g) for g in (grad, baseline_grad, exact_grad))
     norm = float(exact_grad.nan_to_num(0, 0, 0).norm())
     terms = max(size_of_gradient_terms(student, teachers, **options), norm) / norm if norm > 0 else 0.0
     eps = torch.finfo(loss.dtype).eps * terms + 2 * torch.finfo(grad.dtype).eps
     assert_grad_close(grad, exact_grad, baseline_grad, floor=4 * eps if student.dtype == torch.float64 else eps)
+
+
+def build_options(device, dtype, rows=5, classes=50, k=3, labels="hard", mask=False, weights=None, **options):
+    student, teachers, target = make(rows, classes, k, dtype, device=device)
+    accumulate = op.common.accumulate_dtype(dtype)
+    if labels == "soft":
+        target = soft_labels(rows, classes, device, dtype)
+    if mask:
+        options["mask"] = torch.arange(rows, device=device) % 3 != 1
+    if weights == "rows":  # the last row has no teacher
+        weights = torch.rand(k, rows, generator=torch.Generator().manual_seed(1)).to(device, accumulate)
+        weights[0, ::2] = weights[1, 1:3] = weights[:, -1] = 0
+    elif weights == "device":
+        weights = torch.tensor([[0.2], [0.0], [0.7]]).expand(k, rows).to(device, accumulate)
+    return student, teachers, target if labels else None, dict(options, weights=weights)
+
+
+def soft_labels(rows, classes, device="cpu", dtype=torch.float32):
+    """Mixed-up labels, with zeros; one row that sums to 0.9."""
+    g = torch.Generator().manual_seed(5)
+    one_hot = torch_functional.one_hot(torch.randint(0, classes, (2, rows), generator=g), classes).double()
+    soft = 0.7 * one_hot[0] + 0.3 * one_hot[1]
+    soft[0] = torch.softmax(torch.randn(classes, generator=g).double(), -1) * 0.9
+    return soft.to(device, dtype)
+
+
+def both(function):
+    """The results by the kernels of the place, then by the reference."""
+    for backend in ("auto", "reference"):
+        with fastkd.use_backend(backend):
+            yield function()

@@ -27,12 +27,16 @@ def loss_and_grads(logits, target=None, **options):
 
 
 def in_float64(logits, target=None, teachers=(), **options):
-    doubled = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    doubled = {k: _double(v) for k, v in options.items()}
     with fastkd.use_backend("reference"):
         return loss_and_grads(
-            [z.detach().double().requires_grad_() for z in logits], target, teachers=[t.double() for t in teachers],
-            **doubled,
+            [z.detach().double().requires_grad_() for z in logits], _double(target),
+            teachers=[t.double() for t in teachers], **doubled,
         )  # fmt: skip
+
+
+def _double(value):
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def row_of_weights(m, count, n, weights, teacher_weights):
@@ -66,7 +70,8 @@ def check(logits, target=None, teachers=(), weights=None, teacher_weights=None, 
     with fastkd.use_backend("reference"):
         baseline, baseline_grads = loss_and_grads(logits, target, **given)
     exact, exact_grads = in_float64(logits, target, **given)
-    assert loss.dtype == common.accumulate_dtype(logits[0].dtype) and loss.shape[0] == len(logits)
+    widest = torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
+    assert loss.dtype == widest and loss.shape[0] == len(logits)
     double = 4 if logits[0].dtype == torch.float64 else 1  # the reference is the exact result itself: both roundings
     summed = len(logits[0]) if options.get("reduction") == "sum" else 1
     eps = torch.finfo(loss.dtype).eps
@@ -74,6 +79,7 @@ def check(logits, target=None, teachers=(), weights=None, teacher_weights=None, 
     for m, z in enumerate(logits):
         peers = [p.detach() for k, p in enumerate(logits) if k != m] + list(teachers)
         row = as_tensor(row_of_weights(m, len(logits), len(teachers), weights, teacher_weights), z)
+        row = (row * options.get("kd_weight", 1.0)).nan_to_num(0)
         sizes = dict(size_options, temperature=options.get("temperature", 1.0), weights=row)
         largest = float(exact[m].abs().nan_to_num(0, 0, 0).max()) if exact[m].numel() else 0.0
         floor = double * eps * (size_of_terms(z, peers, **sizes) * summed + largest)

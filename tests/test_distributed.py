@@ -11,7 +11,8 @@ from distributed_helpers import PAPERS, processes, train
 from train_helpers import last_state, one_thread, rows_without_times  # noqa: F401
 
 from fastkd import methods
-from fastkd.data.parts import IGNORED, Part, part_of
+from fastkd._core.labels import IGNORE_INDEX
+from fastkd.data.parts import Part, part_of
 from fastkd.methods import RKD
 from fastkd.train import Interrupted, Runner, TrainConfig, UserError
 from fastkd.train import distributed as fastkd_distributed
@@ -247,7 +248,7 @@ def test_images_that_cannot_be_read(folder):
 
 def test_one_process_writes(folder):
     names = {path.name for path in (folder / "two-orc").iterdir()} - {".lock"}
-    assert names == {"cache", "checkpoints", "metrics.csv"}
+    assert names == {"cache", "checkpoints", "data.json", "metrics.csv"}
     assert len(list((folder / "two-orc" / "checkpoints").iterdir())) == 4
 
 
@@ -270,7 +271,7 @@ def test_a_process_without_rows_reads_some_that_do_not_count():
     assert [[label for _, label in part.__getitems__([4, 7, 1, 0])] for part in parts] == [
         [4, 7],
         [1, 0],
-        [IGNORED] * 2,
+        [IGNORE_INDEX] * 2,
     ]
     assert len(parts[0]) == 9
 

@@ -69,15 +69,33 @@ CASES = [
     Case("rows of several tiles", dict(shapes=[(1, 3, 60, 70)], p=2)),
     Case("long channels", dict(shapes=[(1, 2, 40, 45)], norm="channel")),
     Case("many columns", dict(shapes=[(1, 37, 20, 20)], norm="position", p=2)),
+    Case("teachers of all dtypes", dict(shapes=[(3, 12, 5, 5)] * 4, teacher_dtype=DTYPES, layouts=MIXED)),
+    Case("the same, one student", dict(shapes=[(3, 12, 4, 4)] * 4, teacher_dtype=DTYPES, shared=True, norm="position")),
+    Case(
+        "the same, channels", dict(shapes=[(2, 12, 4, 4)] * 4, teacher_dtype=DTYPES, shared=True, norm="channel", p=2)
+    ),
+    Case("networks of all dtypes", dict(shapes=[(3, 6, 4, 4)] * 5, others=True, teacher_dtype=DTYPES[::-1], p=2)),
+    Case("a mask", dict(shapes=[(5, 12, 4, 4)] * 2, mask=(1, 3), norm="position", weights="samples", p=2)),
+    Case("a mask, one student", dict(shapes=[(4, 12, 4, 4)] * 2, mask=(0,), shared=True, reduction="none")),
+    Case(
+        "a mask, channels", dict(shapes=[(4, 40, 3, 3)] * 2, mask=(0,), norm="channel", reduction="sum", layouts=MIXED)
+    ),
+    Case("a mask and num_items", dict(shapes=[(4, 12, 4, 4)], mask=(0, 1), num_items=7.0)),
+    Case("num_items of a sum", dict(shapes=[(4, 12, 4, 4)], num_items=3, reduction="sum")),
+    Case("weights of 0", dict(shapes=[(3, 9, 4, 4)] * 3, weights=[0.0, 1.5, 0.0])),
 ]
 
 
 def build(device, dtype, shapes, shared=False, layouts=("contiguous",), weights=None, teacher_dtype=None, **options):
-    students, teachers = make(shapes, dtype, teacher_dtype, layouts, device=device)
+    others, left_out = options.pop("others", False), options.pop("mask", ())
+    students, teachers = make(shapes, (dtype, *DTYPES) if others else dtype, teacher_dtype, layouts, device=device)
+    batch = shapes[0][0]
     if weights == "samples":
         g = torch.Generator().manual_seed(1)
-        weights = torch.rand(len(shapes), shapes[0][0], generator=g, dtype=torch.float64)
+        weights = torch.rand(len(shapes), batch, generator=g, dtype=torch.float64)
         weights = weights.to(device, op.common.accumulate_dtype(dtype))
+    if left_out:
+        options["mask"] = torch.tensor([b not in left_out for b in range(batch)], device=device)
     return students[0] if shared else students, teachers, dict(options, weights=weights)
 
 
@@ -93,6 +111,78 @@ def test_table(case, place, dtype, at):
 def test_float32_teachers_of_a_half_precision_student(norm, dtype, place, at):
     students, teachers = make([(3, 12, 5, 5)] * 2, dtype, torch.float32, MIXED, device=at(place))
     check(students, teachers, norm=norm, p=2)
+
+
+# --- what is not read ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("norm", op.NORMS)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_mask_is_the_batch_without_its_samples(backend, norm, place, at):
+    """NaN in the others reaches nothing; "none" gives 0 there."""
+    students, teachers = make([(5, 6, 3, 3)] * 2, device=at(place))
+    mask = torch.tensor([True, False, True, True, False], device=students[0].device)
+    few = [s.detach()[mask].requires_grad_() for s in students]
+    with torch.no_grad():
+        students[0][1], teachers[1][4] = math.nan, math.inf
+    with fastkd.use_backend(backend):
+        for reduction in ("none", "sum", "mean"):
+            options = dict(norm=norm, reduction=reduction)
+            loss = F.feature_ensemble(students, teachers, mask=mask, **options)
+            expected = F.feature_ensemble(few, [t[mask] for t in teachers], **options)
+            grads, expected_grads = (torch.autograd.grad(x.sum(), n) for x, n in ((loss, students), (expected, few)))
+            torch.testing.assert_close(loss[mask] if reduction == "none" else loss, expected)
+            assert reduction != "none" or loss[~mask].tolist() == [0, 0]
+            for grad, expected_grad in zip(grads, expected_grads, strict=True):
+                torch.testing.assert_close(grad[mask], expected_grad)
+                assert float(grad[~mask].abs().max()) == 0
+        assert float(F.feature_ensemble(students, teachers, mask=torch.zeros_like(mask))) == 0
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("norm", op.NORMS)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_nan_behind_a_weight_of_0_reaches_nothing(backend, shared, norm, place, at):
+    students, teachers = make([(3, 6, 3, 3)] * 3, device=at(place))
+    learners = students[0] if shared else students
+    per_sample = torch.tensor([[1.0, 0, 2], [1, 1, 1], [0, 0, 3]], device=students[0].device)
+    for weights in ([1.0, 0.0, 2.0], torch.tensor([1.0, 0.0, 2.0], device=students[0].device), per_sample):
+        if isinstance(weights, torch.Tensor) and weights.dim() == 2:
+            wrong = [(0, 1), (2, 0), (2, 1)]
+        else:
+            wrong = [(1, b) for b in range(3)]
+        with fastkd.use_backend(backend):
+            expected = loss_and_grads(learners, teachers, weights=weights, norm=norm)
+            spoilt = [t.clone() for t in teachers]
+            for k, b in wrong:
+                spoilt[k][b] = math.nan
+            loss, grads = loss_and_grads(learners, spoilt, weights=weights, norm=norm)
+        assert torch.equal(loss, expected[0]) and bool(loss.isfinite())
+        assert all(torch.equal(a, b) for a, b in zip(grads, expected[1], strict=True))
+
+
+def test_a_weight_of_0_that_learns_has_its_derivative():
+    students, teachers = make([(2, 3, 2, 2)] * 2, torch.float64)
+    weights = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w: F.feature_ensemble(students, teachers, weights=w), weights)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_num_items_of_every_kind(place, at):
+    """Two halves of a batch, each divided by the whole's number of samples, add up to the whole."""
+    students, teachers = make([(6, 5, 3, 3)], device=at(place))
+    device = students[0].device
+    whole = F.feature_ensemble(students, teachers)
+    for items in (6, torch.tensor(6), torch.tensor(6.0, dtype=torch.float64, device=device)):
+        for reduction in ("mean", "sum"):
+            halves = [
+                F.feature_ensemble(students[0][part], teachers[0][part], num_items=items, reduction=reduction)
+                for part in (slice(0, 2), slice(2, 6))
+            ]
+            assert halves[0].dtype == torch.float32
+            torch.testing.assert_close(sum(halves), whole)
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------

@@ -71,9 +71,7 @@ def test_explain_names_the_reason():
     reasons = {
         "teachers[1] requires grad": explain(students, [teachers[0], teachers[1].clone().requires_grad_()]),
         "weights require grad": explain(students, teachers, weights=torch.ones(2, requires_grad=True)),
-        "students' dtypes differ": explain([students[0].double(), students[1]], teachers),
-        "teachers' dtypes differ": explain(students, [teachers[0].double(), teachers[1]]),
-        "only the students' dtype or float32": explain(students, [t.double() for t in teachers]),
+        "float8_e4m3fn": explain(students, [t.to(torch.float8_e4m3fn) for t in teachers]),
     }
     for reason, explanation in reasons.items():
         assert explanation.backend == "reference" and reason in explanation.reason
@@ -134,6 +132,23 @@ def test_fullgraph_compile(layouts, options):
         assert found.stride() == wanted.stride()
 
 
+def test_a_schedule_of_num_items_and_a_mask_compile_to_one_graph():
+    students, teachers = make(SHAPES)
+    mask, graphs = torch.tensor([True, False, True]), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    loss = lambda mask, items: F.feature_ensemble(students, teachers, mask=mask, num_items=items)  # noqa: E731
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    for n in range(1, 13):
+        items = torch.tensor(float(n))
+        torch.testing.assert_close(compiled(mask, items), loss(mask, items))
+    assert len(graphs) == 1
+
+
 def test_compile_with_dynamic_shapes():
     torch._dynamo.reset()
     compiled = torch.compile(call(dict(norm="position")), fullgraph=True, dynamic=True, backend="aot_eager")
@@ -163,12 +178,15 @@ CHECKED += [("simt", "contiguous", "sample", torch.float32), ("simt", "channels_
 @pytest.mark.parametrize("place, layout, norm, dtype", CHECKED)
 def test_opcheck(place, layout, norm, dtype, at):
     students, teachers = make(SHAPES, dtype, layouts=(layout,), device=at(place))
-    checked = op._check([s.detach() for s in students], teachers, None, 2, norm, "mean", "mean")
-    ops, head, options = _backend.native_ops(students[0]), checked[:3], op._options(checked)
+    mask = torch.ones(3, dtype=torch.bool)  # the state of a sample that is not read would not be written
+    given = [s.detach() for s in students], [teachers[0].double(), teachers[1]]
+    head, options = op._check(*given, None, 2, norm, "mean", mask, "sum", 2)
+    ops = _backend.native_ops(students[0])
     for need_grad in (True, False):
-        torch.library.opcheck(ops.feature_ensemble_forward.default, (*head, *options, need_grad, False))
-    _, state, _ = ops.feature_ensemble_forward(*head, *options, True, False)
-    torch.library.opcheck(ops.feature_ensemble_backward.default, (torch.ones(()), *head, state, *options))
+        arguments = (*head, *options.native(), need_grad, need_grad and place == "cpu")
+        torch.library.opcheck(ops.feature_ensemble_forward.default, arguments)
+    _, state, _ = ops.feature_ensemble_forward(*head, *options.native(), True, False)
+    torch.library.opcheck(ops.feature_ensemble_backward.default, (torch.ones(()), *head, state, *options.native()))
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------
@@ -206,25 +224,69 @@ def test_backward_twice_and_accumulation():
     torch.testing.assert_close([s.grad for s in students], [2 * g for g in once], rtol=0, atol=0)
 
 
-def test_a_changed_map_is_noticed_by_the_backward():
-    students, teachers = make(SHAPES)
+@pytest.mark.parametrize("options", [dict(), dict(reduction="none"), dict(norm="channel", p=2)], ids=ids)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_maps_may_be_changed_in_place_before_the_backward(dtype, options):
+    students, teachers = make(SHAPES, dtype)
+    weights, mask = torch.ones(2, 3, dtype=op.common.accumulate_dtype(dtype)), torch.tensor([True, True, False])
+    expected = torch.autograd.grad(call(dict(options, mask=mask))(*students, *teachers).sum(), students)
+    loss = F.feature_ensemble(students, teachers, weights=weights, mask=mask, **options).sum()
+    with torch.no_grad():
+        for changed in (*teachers, *students, weights):
+            changed.zero_()
+        mask.fill_(True)
+    with pytest.raises(RuntimeError, match="feature_ensemble: a second derivative .* changed in place"):
+        torch.autograd.grad(loss, students, create_graph=True)
+    for grad, wanted in zip(torch.autograd.grad(loss, students), expected, strict=True):
+        assert torch.equal(grad, wanted)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_on_cuda_a_changed_map_is_noticed_by_the_backward(at):
+    students, teachers = make(SHAPES, device=at("simt"))
     loss = F.feature_ensemble(students, teachers)
     teachers[0].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
+@pytest.mark.parametrize("place", ["cpu", "simt"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_is_the_callers_own(dtype, reduction, place, at):
+    """A hook that scales it in place, twice; two gradients of one graph."""
+    students, teachers = make(SHAPES, dtype, device=at(place))
+    expected = torch.autograd.grad(F.feature_ensemble(students, teachers, reduction=reduction).sum(), students)
+    loss = F.feature_ensemble(students, teachers, reduction=reduction).sum()
+    first = torch.autograd.grad(loss, students, retain_graph=True)
+    second = torch.autograd.grad(loss, students, retain_graph=True)
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(first, second, strict=True))
+    hook = students[0].register_hook(lambda grad: grad.mul_(2))
+    for keep in (True, False):
+        students[0].grad = students[1].grad = None
+        loss.backward(retain_graph=keep)
+        assert torch.equal(students[0].grad, 2 * expected[0]) and torch.equal(students[1].grad, expected[1])
+    hook.remove()
+
+
 @pytest.mark.parametrize("norm", op.NORMS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_saved_memory_is_five_numbers_a_norm_and_the_gradient_where_it_is_ready(norm, reduction):
-    students, teachers = make([(4, 16, 8, 8)] * 2)
+@pytest.mark.parametrize("place", ["cpu", "simt"])
+def test_what_is_kept_is_the_gradient_or_five_numbers_a_norm(place, norm, reduction, at):
+    students, teachers = make([(4, 16, 8, 8)] * 2, device=at(place))
     mine = {t.data_ptr() for t in (*students, *teachers)}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        F.feature_ensemble(students, teachers, norm=norm, reduction=reduction)
-    extra = sum(t.numel() * t.element_size() for t in kept if t.data_ptr() not in mine)
-    state = 2 * 4 * 5 * 4 * {"sample": 1, "position": 64, "channel": 16}[norm]
-    assert extra == state + (4 * sum(s.numel() for s in students) if reduction == "mean" else 0)
+        loss = F.feature_ensemble(students, teachers, norm=norm, reduction=reduction)
+    stored = loss.grad_fn.gradients or []
+    extra = sum(t.numel() * t.element_size() for t in (*kept, *stored) if t.data_ptr() not in mine)
+    if place == "cpu":
+        assert extra == 4 * sum(s.numel() for s in students) and len(stored) == 2
+        loss.sum().backward()
+        assert loss.grad_fn.gradients is None and loss.grad_fn.inputs is None
+    else:
+        assert extra == 2 * 4 * 5 * 4 * {"sample": 1, "position": 64, "channel": 16}[norm]
 
 
 def test_autocast_computes_in_float32():

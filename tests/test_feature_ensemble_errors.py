@@ -56,6 +56,15 @@ WRONG = [
         "norm must be one of 'sample', 'position', 'channel', got 'batch'",
     ),
     ("unknown elements", call(elements="none"), ValueError, "elements must be one of 'mean', 'sum', got 'none'"),
+    ("a mask of numbers", call(mask=torch.ones(4)), TypeError, "mask must be a bool tensor.*got dtype torch.float32"),
+    ("mask of a wrong shape", call(mask=S > 0), ValueError, r"mask must be of shape \[4\].*got shape \[4, 6, 3, 3\]"),
+    ("num_items 0", call(num_items=0), ValueError, "num_items must be a finite number > 0.*got 0"),
+    (
+        "num_items of none",
+        call(num_items=4, reduction="none"),
+        ValueError,
+        "num_items must be None for reduction='none'",
+    ),
     ("weights infinite", call(weights=torch.full((2, 4), math.inf)), ValueError, "weights must be finite"),
 ]
 

@@ -1,6 +1,7 @@
 """group_stats: against float64 and against the definitions typed again, in every place its kernels run."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -33,6 +34,11 @@ def check(logits, target=None, **options):
     """The kernels' numbers against float64, no worse than twice the reference's; decisions exactly."""
     assert fastkd.explain(F.group_stats, logits, target, **options).backend == "native"
     stats = F.group_stats(logits, target, **options)
+    if len({z.dtype for z in logits}) > 1:  # each is as accurate as its dtype allows
+        for m, z in enumerate(logits):
+            for a, b in zip(stats, check([z], target, **options), strict=True):
+                assert torch.equal(a[m].nan_to_num(-1).double(), b[0].nan_to_num(-1).double())
+        return stats
     with fastkd.use_backend("reference"):
         baseline = F.group_stats(logits, target, **options)
         exact = F.group_stats([z.double() for z in logits], target, **options)
@@ -71,7 +77,6 @@ def typed_again(z, y):
 
 CASES = [
     Case("one network", dict(networks=1)),
-    Case("one class", dict(classes=1)),
     Case("two classes, one row", dict(rows=1, classes=2)),
     Case("31 classes", dict(classes=31)),
     Case("32 classes", dict(classes=32)),
@@ -83,21 +88,43 @@ CASES = [
     Case("ignored rows", dict(ignored=(0, 3))),
     Case("no labels", dict(labels=False)),
     Case("rounded to ties", dict(rounded=True, rows=40)),
+    Case("each its own dtype", dict(networks=4, others=True)),
+    Case("each its own dtype, 300 classes, soft", dict(networks=4, others=True, classes=300, soft=True)),
+    Case("soft labels, 2 classes", dict(classes=2, soft=True)),
+    Case("soft labels, 257 classes", dict(classes=257, soft=True)),
+    Case("soft labels, masked", dict(classes=1000, rows=3, soft=True, mask=(1,))),
+    Case("soft labels in bfloat16", dict(soft=torch.bfloat16)),
+    Case("a mask", dict(mask=(0, 2), ignored=(2,))),
 ]
 
 
-def build(device, dtype, rows=5, classes=50, networks=3, labels=True, ignored=(), rounded=False):
+def probabilities(rows, classes, seed=3):
+    """Soft labels: smooth, one-hot, of two classes in turn."""
+    g = torch.Generator().manual_seed(seed)
+    soft = (torch.randn(rows, classes, generator=g) * 3).softmax(-1)
+    one_hot = torch_functional.one_hot(torch.randint(0, classes, (rows,), generator=g), classes).float()
+    soft[1::3] = one_hot[1::3]
+    soft[2::3] = 0.75 * one_hot[2::3] + 0.25 * one_hot.roll(1, 0)[2::3]
+    return soft
+
+
+def build(device, dtype, rows=5, classes=50, networks=3, labels=True, ignored=(), mask=(), soft=None, **looks):
     logits, target = make(rows, classes, networks, dtype, device=device)
-    if rounded:
+    if looks.get("rounded"):
         logits = [(z / 3).round() for z in logits]
+    if looks.get("others"):
+        logits = [z.to(other) for z, other in zip(logits, (dtype, *DTYPES), strict=False)]
     target[list(ignored)] = -100
-    return logits, target if labels else None
+    if soft:
+        target = probabilities(rows, classes).to(device, dtype if soft is True else soft)
+    counted = torch.tensor([r not in mask for r in range(rows)], device=device)
+    return logits, target if labels else None, dict(mask=counted) if mask else {}
 
 
 @over(CASES, PLACES)
 def test_table(case, place, dtype, at):
-    logits, target = build(at(place), dtype, **case.arguments)
-    check(logits, target)
+    logits, target, options = build(at(place), dtype, **case.arguments)
+    check(logits, target, **options)
 
 
 def test_reference_is_the_definition_typed_again():
@@ -109,6 +136,18 @@ def test_reference_is_the_definition_typed_again():
         for r in range(12):
             for name, value in typed_again(z[r], target[r]).items():
                 assert getattr(stats, name)[m, r].item() == pytest.approx(value, rel=1e-12, abs=1e-12), name
+
+
+def test_the_reference_with_soft_labels_is_torchs_cross_entropy():
+    logits, _ = make(12, 19, 2, torch.float64)
+    soft = probabilities(12, 19).double()
+    with fastkd.use_backend("reference"):
+        stats = F.group_stats(logits, soft)
+    for m, z in enumerate(logits):
+        expected = torch_functional.cross_entropy(z, soft, reduction="none")
+        torch.testing.assert_close(stats.ce[m], expected, rtol=1e-13, atol=0)
+        hard = F.group_stats([z], soft.argmax(-1))
+        assert torch.equal(stats.label_rank[m], hard.label_rank[0]) and torch.equal(stats.correct[m], hard.correct[0])
 
 
 # --- ties, specials, difficult numbers --------------------------------------------------------------------------------
@@ -202,6 +241,46 @@ def test_margin_of_near_ties_does_not_cancel(place, at):
     torch.testing.assert_close(stats.margin[0].double(), exact[:, 3] - exact[:, 9], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("classes", [40, 300, 9000])
+def test_soft_labels_beside_masked_classes_and_nan(classes, place, at):
+    """A class of probability 0 adds nothing, be it masked or not; one of more makes the cross-entropy infinite."""
+    (logits,), _ = make(5, classes, 1, device=at(place))
+    soft = torch.zeros_like(logits)
+    soft[:, 0], soft[:, 9] = 0.75, 0.25
+    logits[0, 20:] = -math.inf
+    logits[1, 9] = -math.inf
+    logits[2, 0] = -math.inf
+    logits[3, 30] = math.nan
+    logits[4, -1] = 60.0  # a maximum that comes late
+    stats = check([logits], soft)
+    assert stats.ce[0].isinf().tolist() == [False, True, True, False, False]
+    assert stats.ce[0].isnan().tolist() == [False, False, False, True, False]
+    masked = check([logits], soft, mask=torch.tensor([True, False, False, False, True], device=logits.device))
+    assert masked.labelled()[0].tolist() == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_largest_class_of_soft_labels_may_be_ignore_index(place, at):
+    """ignore_index does nothing to probabilities; a tie is the first class."""
+    logits, _ = make(2, 6, 1, device=at(place))
+    soft = torch.tensor([[0, 0, 0.5, 0.5, 0, 0], [0, 0, 0, 0, 0, 1.0]], device=logits[0].device)
+    stats = check(logits, soft, ignore_index=2)
+    hard = F.group_stats(logits, torch.tensor([2, 5], device=logits[0].device))
+    assert stats.labelled().all() and torch.equal(stats.label_rank, hard.label_rank)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_networks_of_other_dtypes_are_what_each_is_alone(place, at):
+    logits, target = make(7, 33, 4, device=at(place))
+    dtypes = torch.bfloat16, torch.float32, torch.float16, torch.bfloat16
+    mixed = [z.to(dtype) for z, dtype in zip(logits, dtypes, strict=True)]
+    stats = F.group_stats(mixed, target)
+    for m, z in enumerate(mixed):
+        for a, b in zip(stats, F.group_stats([z], target), strict=True):
+            assert torch.equal(a[m], b[0])
+
+
 # --- labels, shapes, layouts ------------------------------------------------------------------------------------------
 
 
@@ -247,6 +326,39 @@ def test_leading_dimensions_lists_and_stacks(place, at):
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_class_dim_of_maps(memory_format, place, at):
+    g = torch.Generator().manual_seed(0)
+    maps = [torch.randn(2, 4, 4, 4, generator=g).to(memory_format=memory_format, device=at(place)) for _ in range(2)]
+    target = torch.randint(0, 4, (2, 4, 4), generator=g).to(maps[0].device)
+    soft, mask = maps[0].softmax(1), target > 0
+    moved = [z.permute(0, 2, 3, 1).reshape(-1, 4) for z in maps]
+    for labels, flat in (
+        (target, target.reshape(-1)), (soft, soft.permute(0, 2, 3, 1).reshape(-1, 4)), (None, None)
+    ):  # fmt: skip
+        expected = F.group_stats(moved, flat, mask=mask.reshape(-1))
+        for logits in (maps, torch.stack(maps)):
+            for class_dim in (1, -3):
+                actual = F.group_stats(logits, labels, mask=mask, class_dim=class_dim)
+                torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+def test_maps_without_labels_warn_once_that_their_width_is_taken_for_classes():
+    op.common._warned_of_maps.discard("group_stats")
+    maps = [torch.randn(1, 2, 1, 3)]
+    told = r"group_stats: the classes of logits\[0\] \[1, 2, 1, 3\] were taken from the last dimension; class_dim=1"
+    with pytest.warns(UserWarning, match=told) as caught:
+        F.group_stats(maps)
+        F.group_stats(maps)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    op.common._warned_of_maps.discard("group_stats")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        F.group_stats(maps, class_dim=1)
+        F.group_stats(maps, torch.zeros(1, 2, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("labels", [True, False])
 def test_empty_batch(labels, place, at):
     logits, target = make(0, 20, 2, device=at(place))
@@ -280,13 +392,28 @@ def test_one_read_of_each_network_and_no_copy():
 
     logits, target = make(8, 40, 3)
     stacked, padded = torch.stack(logits), torch.cat([torch.stack(logits)] * 2, -1)[..., :40]
-    for given_logits in (logits, stacked, padded, list(padded)):
+    tokens = [z.reshape(2, 4, 40)[:, :-1] for z in logits]
+    maps = [z.reshape(2, 2, 2, 40).movedim(-1, 1) for z in logits]  # channels_last
+    views = {"aten::unbind.int", "aten::view", "aten::permute", "aten::reshape"}
+    calls = [(given, target, -1) for given in (logits, stacked, padded, list(padded), [z.bfloat16() for z in logits])]
+    calls += [(tokens, target[:6].view(2, 3), -1), (maps, target.view(2, 2, 2), 1), (logits, logits[0].softmax(-1), -1)]
+    for given_logits, labels, class_dim in calls:
         names = []
         with Recorder():
-            F.group_stats(given_logits, target)
-        looks_at_target = {"aten::aminmax", "aten::_local_scalar_dense"}
-        assert set(names) <= {"fastkd::group_stats", "aten::unbind.int"} | looks_at_target, names
+            F.group_stats(given_logits, labels, class_dim=class_dim)
+        looks_at_target = {"aten::aminmax", "aten::_local_scalar_dense", "aten::min", "aten::detach"}
+        assert set(names) <= {"fastkd::group_stats"} | views | looks_at_target, names
         assert names.count("fastkd::group_stats") == 1
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_rows_of_a_slice_of_a_sequence(place, at):
+    logits, target = make(40, 33, 2, device=at(place))
+    longer = [z.reshape(2, 4, 5, 33)[:, :3, 1:] for z in logits]
+    labels = target.reshape(2, 4, 5)[:, :3, 1:]
+    expected = F.group_stats([z.reshape(-1, 33) for z in longer], labels.reshape(-1))
+    for a, b in zip(F.group_stats(longer, labels), expected, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -367,7 +494,7 @@ EXTREMES = st.sampled_from([0.0, -0.0, 1.0, 1.0, -1.0, 60.0, -60.0, 3e4, -3e4, m
 @pytest.mark.parametrize("place", ["cpu", "simt"])
 def test_any_shape_stride_dtype_label_and_extreme(place, data):
     draw = data.draw
-    networks, rows, classes = draw(st.integers(1, 4)), draw(st.integers(0, 4)), draw(st.integers(1, 70))
+    networks, rows, classes = draw(st.integers(1, 4)), draw(st.integers(0, 4)), draw(st.integers(2, 70))
     dtype, layout = draw(st.sampled_from(DTYPES)), LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))]
     logits, target = make(rows, classes, networks, dtype, draw(st.integers(0, 9)), scale=draw(st.sampled_from([1, 30])))
     for z in logits:
@@ -375,6 +502,7 @@ def test_any_shape_stride_dtype_label_and_extreme(place, data):
             z[draw(st.integers(0, rows - 1)), draw(st.integers(0, classes - 1))] = value
     for r in range(rows):
         target[r] = draw(st.one_of(st.just(-100), st.integers(0, classes - 1), st.just(int(target[r]))))
+    soft = probabilities(rows, classes).to(draw(st.sampled_from(DTYPES)))
     with pytest.MonkeyPatch.context() as patch:
         if place == "simt":
             from conftest import _on_host_kernels
@@ -382,4 +510,4 @@ def test_any_shape_stride_dtype_label_and_extreme(place, data):
 
             build.load()
             _on_host_kernels(patch, stream=False)
-        check(list(layout(torch.stack(logits))) if rows else logits, draw(st.sampled_from([target, target, None])))
+        check(list(layout(torch.stack(logits))) if rows else logits, draw(st.sampled_from([target, soft, None])))

@@ -46,7 +46,6 @@ def typed_again(student, teachers, target, weights, temperatures, combine, ce_we
 
 CASES = [
     Case("one teacher", dict(k=1)),
-    Case("one class", dict(classes=1)),
     Case("two classes, one row", dict(rows=1, classes=2)),
     Case("31 classes", dict(classes=31)),
     Case("32 classes", dict(classes=32)),

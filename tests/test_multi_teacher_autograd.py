@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as torch_functional
 from conftest import PLACES
+from multi_teacher_helpers import raw
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fastkd
 from fastkd import _backend
+from fastkd.ops import _multi_teacher_kernels as kernels
 from fastkd.ops import multi_teacher as op
 
 F = fastkd.functional
@@ -109,13 +111,14 @@ def test_explain_names_the_reason():
         "teachers[0] requires grad": explain(student, [teachers[0].clone().requires_grad_(), *teachers[1:]]),
         "weights require grad": explain(student, teachers, weights=torch.ones(3, requires_grad=True)),
         "temperature": explain(student, teachers, temperature=torch.tensor(2.0, requires_grad=True)),
-        "dtypes differ": explain(student, [teachers[0].double(), *teachers[1:]]),
-        "only the student's dtype or float32": explain(student, [t.double() for t in teachers]),
+        "kd_weight is a tensor": explain(student, teachers, kd_weight=torch.tensor(2.0, requires_grad=True)),
+        "target requires grad": explain(student, teachers, torch.rand(4, 6, requires_grad=True)),
     }
     for reason, explanation in reasons.items():
         assert explanation.backend == "reference" and reason in explanation.reason
     with fastkd.use_backend("reference"):
         assert "chosen" in explain(student, teachers).reason
+    assert explain(student, [teachers[0].double(), teachers[1].half(), teachers[2]]).backend == "native"
     with torch.no_grad():
         assert explain(student, [t.clone().requires_grad_() for t in teachers]).backend == "native"
     with pytest.raises(ValueError, match="explain: function must be one of"):
@@ -244,18 +247,22 @@ def test_export():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_opcheck(dtype, place, at):
     student, teachers, target = make(dtype=dtype, requires_grad=False, device=at(place))
-    call = op._check(student, teachers, target, None, 4.0, "losses", 0.5, 0.1, -100, True, "mean")
-    ops, stream = _backend.native_ops(student), op._streams(call)
-    shared = op._options(call)
-    head = (student, call.teachers, target, None)
-    for need_grad in (True, False):
-        torch.library.opcheck(ops.multi_teacher_forward.default, (*head, *shared, need_grad, stream))
-    _, rows, saved, aux = ops.multi_teacher_forward(*head, *shared, True, stream)
+    ops, stream = _backend.native_ops(student), kernels._streams(student)
+    soft = torch.softmax(student.float(), -1)
+    for labels, options in (
+        (target, dict(ce_weight=0.5, label_smoothing=0.1)),
+        (soft, dict(ce_weight=0.5, return_terms=True, num_items=3)),
+    ):
+        tensors, scalars, shared = raw(student, teachers, labels, **options)
+        for need_grad in (True, False):
+            torch.library.opcheck(ops.multi_teacher_forward.default, (*tensors, scalars, *shared, need_grad, stream))
+        _, rows, saved, aux = ops.multi_teacher_forward(*tensors, scalars, *shared, True, stream)
+        if stream:
+            args = (torch.ones(()), *tensors, scalars, saved, aux, *shared)
+            torch.library.opcheck(ops.multi_teacher_stream_backward.default, args)
     if stream:
-        args = (torch.ones(()), student, call.teachers, target, None, saved, aux, *shared)
-        torch.library.opcheck(ops.multi_teacher_stream_backward.default, args)
-    else:
-        torch.library.opcheck(ops.multi_teacher_backward.default, (torch.ones(()), rows, saved, aux, 2))
+        return
+    torch.library.opcheck(ops.multi_teacher_backward.default, (torch.ones(()), rows, saved, aux, 2))
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------
@@ -310,12 +317,38 @@ def test_backward_twice_and_accumulation():
         loss.backward()
 
 
-def test_a_changed_input_is_noticed_by_the_double_backward():
+@pytest.mark.parametrize("changed", range(3))
+def test_inputs_may_change_between_the_loss_and_its_backward(changed):
+    """Static buffers of teachers do; only a second derivative reads them again, and says so."""
     student, teachers, target = make()
-    loss = F.multi_teacher_kd(student, teachers, target)
-    teachers[0].add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    (expected,) = torch.autograd.grad(F.multi_teacher_kd(student, teachers, target, ce_weight=0.5), student)
+    loss = F.multi_teacher_kd(student, teachers, target, ce_weight=0.5)
+    with torch.no_grad():
+        (student, teachers[0], target)[changed].add_(1)
+    with pytest.raises(RuntimeError, match="multi_teacher_kd: a second derivative .* changed in place"):
         torch.autograd.grad(loss, student, create_graph=True)
+    (actual,) = torch.autograd.grad(loss, student)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_gradient_is_its_receivers_own(dtype):
+    """A hook that scales it in place, two gradients of one graph, and no copy where the graph is gone."""
+    student, teachers, target = make(dtype=dtype)
+    (expected,) = torch.autograd.grad(F.multi_teacher_kd(student, teachers, target), student)
+    logits = student * 1
+    logits.register_hook(lambda g: g.mul_(2))
+    loss = F.multi_teacher_kd(logits, teachers, target)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(student.grad, 4 * expected, rtol=1e-3, atol=0)
+    loss = F.multi_teacher_kd(student, teachers, target)
+    first, second = (torch.autograd.grad(loss, student, retain_graph=True)[0] for _ in range(2))
+    assert first.data_ptr() != second.data_ptr() and torch.equal(first, second)
+    first.zero_()
+    assert torch.equal(torch.autograd.grad(loss, student)[0], expected)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
 
 
 def test_autocast_computes_in_float32():

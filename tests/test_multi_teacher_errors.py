@@ -37,7 +37,9 @@ WRONG = [
     ("integer logits", call(student=S.long()), TypeError, "student must be.*floating-point.*got dtype torch.int64"),
     ("integer teacher", call(teachers=[T.int()]), TypeError, r"teachers\[0\].*floating-point.*int32"),
     ("0-d logits", call(student=torch.tensor(1.0)), ValueError, r"student.*\[..., C\]"),
-    ("no classes", call(student=torch.zeros(4, 0)), ValueError, "student.*C >= 1"),
+    ("no classes", call(student=torch.zeros(4, 0), teachers=torch.zeros(4, 0)), ValueError, "student.*C >= 2"),
+    ("one class", call(student=T[:, :1], teachers=T[:, :1]), ValueError, r"C >= 2 .*sigmoid.*got shape \[4, 1\]"),
+    ("one sample", call(student=S[0], teachers=T[0]), ValueError, r"one sample is logits\[None\].*got shape \[6\]"),
     ("temperature 0", call(temperature=0), ValueError, "temperature must be a finite number > 0.*got 0"),
     ("temperature < 0", call(temperature=-1.0), ValueError, "temperature.*got -1"),
     ("temperature infinite", call(temperature=math.inf), ValueError, "temperature.*got inf"),
@@ -75,12 +77,33 @@ WRONG = [
         ValueError,
         "combine must be one of 'losses', 'probs', 'logits', got 'mean'",
     ),
+    ("ce_weight tensor", call(target=Y, ce_weight=torch.ones(2)), ValueError, "ce_weight must be a finite number"),
+    ("ce_weight tensor, no target", call(ce_weight=torch.tensor(1.0)), ValueError, "target must be given where"),
+    ("kd_weight", call(kd_weight=math.inf), ValueError, "kd_weight must be a finite number, got inf"),
+    ("kd_weight string", call(kd_weight="1"), TypeError, "kd_weight must be a finite number, got str"),
+    ("num_items 0", call(num_items=0), ValueError, "num_items must be a finite number > 0.*got 0"),
     (
-        "ce_weight tensor",
-        call(target=Y, ce_weight=torch.tensor(1.0)),
-        TypeError,
-        "ce_weight must be a finite number, got Tensor",
+        "num_items and none",
+        call(num_items=3, reduction="none"),
+        ValueError,
+        "num_items must be None for reduction='none'",
     ),
+    ("mask of a wrong dtype", call(mask=Y), TypeError, "mask must be a bool tensor.*int64"),
+    ("mask of a wrong shape", call(mask=Y[:3] > 0), ValueError, r"mask must be of shape \[4\].*got shape \[3\]"),
+    ("class_dim", call(class_dim=2), ValueError, r"class_dim must be a dimension of the logits, in \[-2, 2\), got 2"),
+    (
+        "maps with labels",
+        call(student=torch.zeros(2, 3, 4, 5), teachers=torch.zeros(2, 3, 4, 5), target=torch.zeros(2, 4, 5).long()),
+        ValueError,
+        "classes must be last, or say class_dim=1",
+    ),
+    (
+        "soft target of a wrong shape",
+        call(target=S[:3]),
+        ValueError,
+        r"probabilities of .*\[4, 6\], got shape \[3, 6\]",
+    ),
+    ("soft target below 0", call(target=S - 1), ValueError, "target must be probabilities, at least 0"),
     (
         "mixed devices",
         call(teachers=[T, T.to("meta")]),
@@ -97,7 +120,7 @@ def test_wrong_calls(wrong, exception, sentence, backend):
 
 def test_too_many_classes_are_refused():
     with pytest.raises(ValueError, match=r"fewer than 2\*\*31 classes"):
-        F.multi_teacher_kd(torch.zeros(1).expand(2**31), torch.zeros(1).expand(2**31))
+        F.multi_teacher_kd(*[torch.zeros(1, 1).expand(1, 2**31)] * 2)
 
 
 def test_unknown_keyword_and_positional_options_are_python_errors():

@@ -33,7 +33,7 @@ def typed_again(logits, target, weights, t, ce_weight, smoothing, scale_by_t2):
 
 CASES = [
     Case("two networks", dict(m=2)),
-    Case("one class", dict(classes=1)),
+    Case("17 classes", dict(classes=17)),
     Case("33 classes, 7 rows", dict(classes=33, rows=7)),
     Case("130 classes, a block per row", dict(classes=130, labels=True, ce_weight=0.7)),
     Case("1000 classes, labels", dict(m=4, classes=1000, rows=3, labels=True, ce_weight=1.0)),
@@ -162,14 +162,11 @@ def test_numbers_of_networks(place, m, n, at):
 
 @pytest.mark.parametrize("place", ["cpu", "simt"])
 def test_more_learners_than_a_launch_takes(place, at):
-    logits, _, target = make(17, 2, 12, device=at(place))
-    explanation = fastkd.explain(F.mutual_kd, logits, target)
-    if place == "cpu":
-        check(logits, target, ce_weight=0.5)
-    else:
-        assert explanation.backend == "reference" and "more than 16 networks" in explanation.reason
-        expected = by_multi_teacher(logits, target, ce_weight=0.5)
-        torch.testing.assert_close(F.mutual_kd(logits, target, ce_weight=0.5), expected)
+    """On CUDA 16 learn in one launch and one in another, each group's others its teachers."""
+    logits, teachers, target = make(17, 2, 12, 3, device=at(place))
+    check(logits, target, ce_weight=0.5)
+    weights = torch.rand(17, 17, 2, device=target.device)
+    check(logits, target, teachers=teachers, weights=weights, ce_weight=0.5, reduction="none")
 
 
 @pytest.mark.parametrize("classes", [128, 132, 1024, 1030, 4096, 4100])
@@ -200,13 +197,13 @@ def test_difficult_logits(name, place, at):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("scale", [1.0, 100.0, 1000.0])
+@pytest.mark.parametrize("scale, t", [(1.0, 3.0), (1.0, 7.3), (100.0, 4.0), (1000.0, 2.5)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_identical_networks_have_no_divergence(scale, dtype, place, at):
+def test_identical_networks_have_no_divergence(scale, t, dtype, place, at):
     (z,), _, _ = make(1, 5, 300, dtype=dtype, scale=scale, device=at(place))
     logits = [z.detach().clone().requires_grad_() for _ in range(3)]
-    loss, grads = loss_and_grads(logits, reduction="none", temperature=4.0)
-    assert bool((loss >= 0).all()) and float(loss.max()) <= 4 * torch.finfo(loss.dtype).eps * 16
+    loss, grads = loss_and_grads(logits, reduction="none", temperature=t)
+    assert float(loss.abs().max()) == 0
     assert all(float(g.abs().max()) == 0 for g in grads)
 
 

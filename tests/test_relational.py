@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from relational_helpers import FUNCTIONS, PLACES, check, embeddings, loss_and_grad, reference, rounding, usual
-from rows_helpers import LAYOUTS
+from rows_helpers import LAYOUTS, weighted_sum
 from simt.fixtures import in_every_schedule
 
 import fastkd
@@ -43,6 +43,10 @@ CASES = [
         "near rows, 1e-3": dict(n=20, kind="near 1e-3"),
         "near rows, 1e-5": dict(n=20, kind="near 1e-5", teacher_kind="near 1e-3", reduction="none"),
         "far mean": dict(n=20, kind="far mean", teacher_kind="far mean"),
+        "a mask": dict(n=21, masked=3),
+        "a mask, none": dict(n=33, masked=2, reduction="none", kind="near 1e-3"),
+        "a mask, sum, far mean": dict(n=20, masked=5, reduction="sum", kind="far mean"),
+        "num_items": dict(n=9, num_items=40.0, masked=4),
     }.items()
 ]
 
@@ -50,9 +54,61 @@ CASES = [
 @over(CASES, PLACES)
 def test_table(case, place, dtype, at):
     arguments = dict(case.arguments)
-    function, reduction = FUNCTIONS[arguments.pop("name")], arguments.pop("reduction", "mean")
+    function, masked = FUNCTIONS[arguments.pop("name")], arguments.pop("masked", 0)
+    options = {name: arguments.pop(name) for name in ("reduction", "num_items") if name in arguments}
     student, teacher = make(**arguments, dtype=dtype, device=at(place))
-    check(function, student, teacher, reduction=reduction)
+    if masked:  # every so many rows are left out
+        options["mask"] = torch.arange(len(student), device=student.device) % masked != 0
+    check(function, student, teacher, **options)
+
+
+@EVERYWHERE
+@BOTH
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("counted", [0, 1, 2, 7])
+def test_a_mask_is_the_batch_without_its_rows(counted, reduction, backend, name, place, at):
+    """NaN in the others reaches nothing; "none" gives 0 there."""
+    student, teacher = make(11, device=at(place))
+    mask = torch.zeros(11, dtype=torch.bool, device=student.device)
+    mask[torch.randperm(11, generator=torch.Generator().manual_seed(counted))[:counted]] = True
+    with fastkd.use_backend(backend):
+        expected, expected_grad = loss_and_grad(FUNCTIONS[name], student[mask], teacher[mask], reduction=reduction)
+        student[~mask], teacher[~mask] = math.nan, math.inf
+        student.requires_grad_()
+        loss = FUNCTIONS[name](student, teacher, mask=mask, reduction=reduction)
+        of_loss = loss[mask] if reduction == "none" else loss
+        (grad,) = torch.autograd.grad(weighted_sum(of_loss), student)
+    torch.testing.assert_close(of_loss.detach(), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(grad[mask], expected_grad, rtol=1e-4, atol=1e-6)
+    assert float(grad[~mask].abs().max()) == 0
+    assert reduction != "none" or float(loss[~mask].detach().abs().max()) == 0
+
+
+@EVERYWHERE
+@BOTH
+def test_num_items_divides_the_sum(name, place, at):
+    student, teacher = make(9, device=at(place))
+    total = FUNCTIONS[name](student, teacher, reduction="sum")
+    for items in (36, torch.tensor(36), torch.tensor(36.0, dtype=torch.float64, device=student.device)):
+        for reduction in ("mean", "sum"):
+            loss = FUNCTIONS[name](student, teacher, num_items=items, reduction=reduction)
+            assert loss.dtype == torch.float32
+            torch.testing.assert_close(loss, total / 36)
+
+
+@EVERYWHERE
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["random", "clusters", "near 1e-3", "far mean"])
+def test_equal_networks_have_no_loss_and_no_gradient(kind, dtype, name, place, at):
+    """Exactly, but for the CPU's cosines, one of which its compiler rounds and the other not."""
+    student, _ = make(19, kind=kind, dtype=dtype, device=at(place))
+    loss, grad = loss_and_grad(FUNCTIONS[name], student, student.clone())
+    if name == "rkd_angle" and place == "cpu":
+        assert float(loss) <= torch.finfo(loss.dtype).eps ** 2
+    else:
+        assert float(loss) == 0 and float(grad.abs().max()) == 0
 
 
 @BOTH

@@ -113,8 +113,11 @@ def test_export(name):
 def test_opcheck(kind, place, at):
     student, _ = make(33, device=at(place), requires_grad=False)
     ops, rows = _backend.native_ops(student), op._centred(student)
-    torch.library.opcheck(ops.relational_sides.default, (rows, rows @ rows.T, kind, 1e-6))
-    planes, mean = ops.relational_sides(rows, rows @ rows.T, kind, 1e-6)
+    for mask in (None, torch.arange(33) % 3 > 0):
+        torch.library.opcheck(ops.relational_sides.default, (rows, rows @ rows.T, mask, kind, 1e-6))
+        if place == "cpu":
+            torch.library.opcheck(ops.relational_distances.default, (rows, mask))
+    planes, mean = ops.relational_sides(rows, rows @ rows.T, None, kind, 1e-6)
     for weight, reduction, need_grad in ((None, 2, True), (torch.ones(33, dtype=torch.float64), 0, False)):
         torch.library.opcheck(ops.relational_loss.default, (planes, planes, mean, weight, kind, reduction, need_grad))
 
@@ -148,6 +151,66 @@ def test_backward_twice(name):
     once = student.grad.clone()
     (3 * loss).backward()
     torch.testing.assert_close(student.grad, 4 * once)
+
+
+@pytest.mark.parametrize("place", ["cpu", "simt"])
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_embeddings_may_be_changed_in_place_before_the_backward(dtype, name, place, at):
+    student, teacher = make(9, dtype=dtype, device=at(place))
+    mask = torch.arange(9) != 4
+    (expected,) = torch.autograd.grad(FUNCTIONS[name](student, teacher, mask=mask), student)
+    loss, plain = FUNCTIONS[name](student, teacher, mask=mask), FUNCTIONS[name](student, teacher)
+    with torch.no_grad():
+        for changed in (student, teacher, mask):
+            changed.zero_()
+    with pytest.raises(RuntimeError, match=f"{name}: a second derivative .* changed in place"):
+        torch.autograd.grad(plain, student, create_graph=True)
+    assert torch.equal(torch.autograd.grad(loss, student)[0], expected)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@BOTH
+@REDUCTIONS
+def test_a_gradient_is_the_callers_own(name, reduction):
+    student, teacher = make(7)
+    loss = FUNCTIONS[name](student, teacher, reduction=reduction).sum()
+    first, second = (torch.autograd.grad(loss, student, retain_graph=True)[0] for _ in range(2))
+    assert first.data_ptr() != second.data_ptr() and torch.equal(first, second)
+    student.register_hook(lambda grad: grad.mul_(2))
+    for keep in (True, False):
+        student.grad = None
+        loss.backward(retain_graph=keep)
+        assert torch.equal(student.grad, 2 * first)
+    assert loss.grad_fn is not None
+
+
+@BOTH
+@REDUCTIONS
+def test_double_backward_with_a_mask(name, reduction):
+    student, teacher = make()
+    mask = torch.tensor([True, True, False, True, True])
+    function = lambda s: FUNCTIONS[name](s, teacher, mask=mask, reduction=reduction)  # noqa: E731
+    assert gradcheck(function, student) and gradgradcheck(function, student)
+
+
+@BOTH
+def test_a_mask_and_num_items_compile_to_one_graph(name):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    student, teacher = make(8, dtype=torch.float32)
+    loss = lambda mask, items: FUNCTIONS[name](student, teacher, mask=mask, num_items=items)  # noqa: E731
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    for n in range(1, 13):
+        mask, items = torch.arange(8) >= n % 5, torch.tensor(float(n))
+        torch.testing.assert_close(compiled(mask, items), loss(mask, items))
+    assert len(graphs) == 1
 
 
 def test_modules_are_the_functions():
@@ -187,6 +250,20 @@ def wrong_calls(call):
             "teacher must be on the student's device cpu, got device meta",
         ),
         unknown_reduction(call),
+        (
+            "a mask of numbers",
+            call(mask=torch.ones(4)),
+            TypeError,
+            "mask must be a bool tensor.*got dtype torch.float32",
+        ),
+        ("mask of a wrong shape", call(mask=S > 0), ValueError, r"mask must be of shape \[4\].*got shape \[4, 6\]"),
+        ("num_items 0", call(num_items=0.0), ValueError, "num_items must be a finite number > 0.*got 0"),
+        (
+            "num_items of none",
+            call(num_items=1, reduction="none"),
+            ValueError,
+            "num_items must be None for reduction='n",
+        ),
         (
             "process group",
             call(process_group="gloo"),

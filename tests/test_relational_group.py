@@ -33,6 +33,7 @@ def worker(rank, store, failures):
             for parts in PARTS.values():
                 for reduction in ("mean", "none"):
                     compare(function, parts, rank, group, reduction)
+                    compare_with_masks(function, parts, rank, group, reduction)
             compare_averaged_by_ddp(function, rank, group)
             refuse_other_widths(name, function, rank, group)
     except BaseException as error:
@@ -62,6 +63,27 @@ def compare(function, parts, rank, group, reduction):
         grad = grad.detach().clone()
         torch.distributed.all_reduce(grad)
         torch.testing.assert_close(grad / 2, expected_grad, rtol=1e-10, atol=1e-13)
+
+
+def compare_with_masks(function, parts, rank, group, reduction):
+    """Ranks with different numbers of rows that count; the second one gives no mask."""
+    inputs, teacher = whole_batch(sum(parts))
+    counted = torch.arange(sum(parts)) % 3 > 0
+    counted[parts[0] :] = True
+    mine, student = part_of(parts, rank), inputs.clone().requires_grad_()
+    mask = counted[mine] if rank == 0 else None
+    rows = torch.where(counted[:, None], student, torch.nan)[mine]
+    loss = function(rows, teacher[mine], mask=mask, reduction=reduction, process_group=group)
+    few = inputs[counted].requires_grad_()
+    expected = function(few, teacher[counted], reduction=reduction)
+    torch.testing.assert_close(loss[counted] if reduction == "none" else loss, expected, rtol=1e-12, atol=1e-15)
+    if sum(parts) == 0:
+        return
+    (expected_grad,) = torch.autograd.grad(expected.sum(), few)
+    (grad,) = torch.autograd.grad(loss.sum(), student)
+    mine_counted = counted.clone()
+    mine_counted[: mine.start] = mine_counted[mine.stop :] = False
+    torch.testing.assert_close(grad[mine_counted] / 2, expected_grad[mine_counted[counted]], rtol=1e-9, atol=1e-13)
 
 
 def compare_averaged_by_ddp(function, rank, group):

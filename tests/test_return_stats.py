@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import PLACES
+from multi_teacher_helpers import raw
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
@@ -62,7 +63,6 @@ def check(place, student, teachers, target, **options):
 
 CASES = [
     Case("one teacher", dict(k=1)),
-    Case("one class", dict(classes=1)),
     Case("33 classes, labels", dict(classes=33, ce_weight=0.5)),
     Case("a block per row", dict(classes=300, ce_weight=0.5, label_smoothing=0.1)),
     Case("1000 classes, none", dict(classes=1000, rows=3, reduction="none", ce_weight=1.0)),
@@ -201,11 +201,11 @@ def test_same_bits_for_any_number_of_threads():
 def test_opcheck(dtype, place, at):
     student, teachers, target = make(5, 40, 2, dtype, device=at(place))
     target[1] = 3  # an ignored row's NaN is a difference to opcheck
-    call = op._check(student.detach(), teachers, target, None, 4.0, "losses", 0.5, 0.1, -100, True, "mean")
+    tensors, scalars, numbers = raw(student.detach(), teachers, target, ce_weight=0.5, label_smoothing=0.1)
+    tensors.pop(3)  # no soft targets
     ops = _backend.native_ops(student)
     for need_grad in (True, False):
-        args = (call.student, call.teachers, target, None, *op._options(call), need_grad)
-        torch.library.opcheck(ops.multi_teacher_forward_stats.default, args)
+        torch.library.opcheck(ops.multi_teacher_forward_stats.default, (*tensors, scalars, *numbers, need_grad))
 
 
 def test_compile_double_backward_and_modes():
@@ -229,3 +229,20 @@ def test_compile_double_backward_and_modes():
     torch.testing.assert_close(value, run(double)[1])
     with torch.inference_mode():
         assert run(double)[1].is_inference()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_beside_soft_labels(place, at):
+    """The label is the most probable class, the cross-entropy that with the probabilities: by a second read."""
+    student, teachers, _ = make(4, 20, 2, device=at(place))
+    soft = torch.softmax(torch.randn(4, 20, generator=torch.Generator().manual_seed(1)), -1).to(student.device)
+    mask = torch.tensor([True, True, False, True], device=student.device)
+    loss, terms, stats = F.multi_teacher_kd(
+        student, teachers, soft, ce_weight=0.5, mask=mask, return_terms=True, return_stats=True
+    )
+    close(loss, F.multi_teacher_kd(student, teachers, soft, ce_weight=0.5, mask=mask))
+    for mine, networks in ((stats.student, [student]), (stats.teachers, teachers)):
+        for a, b in zip(mine, F.group_stats(networks, soft, mask=mask), strict=True):
+            close(a, b)
+    torch.testing.assert_close(stats.student.ce[0][mask].mean(), terms.ce)
+    torch.testing.assert_close(16 * stats.kl.mean(), terms.kd)

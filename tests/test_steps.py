@@ -9,7 +9,7 @@ from orc_helpers import orc
 from torch import nn
 from train_helpers import assert_same, config, last_state, one_thread, rows_without_times, run, untrained  # noqa: F401
 
-from fastkd.data.parts import IGNORED
+from fastkd._core.labels import IGNORE_INDEX
 from fastkd.methods import CE, KD
 from fastkd.train import Runner, UserError
 from fastkd.train.distributed import World, deterministic
@@ -133,7 +133,7 @@ def test_fp16_is_refused_on_a_cpu(tmp_path):
 
 def test_accumulation_gives_the_step_of_the_whole_batch():
     x, y = batch(rows=10)
-    y[3] = IGNORED
+    y[3] = IGNORE_INDEX
     whole, parts = (KD(mlp(1), mlp(2, hidden=9)) for _ in range(2))
     first, second = steps_of(whole), steps_of(parts, accumulate=3)
     for _ in range(3):
@@ -167,7 +167,7 @@ def test_losses_are_weighted_by_the_rows_of_all_processes():
     method = CE(mlp(1))
     steps = steps_of(method, world=Three(0, 3))
     x, y = batch(rows=5)
-    y[0] = IGNORED
+    y[0] = IGNORE_INDEX
     gradients = []
     for taken in (steps, steps_of(method)):
         taken.optimizer.step = lambda: gradients.append([p.grad.clone() for p in method.parameters()])

@@ -30,6 +30,8 @@ struct Accumulate<double> {
 template <class T>
 using accumulate_t = typename Accumulate<T>::type;
 
+FASTKD_HD int64_t bytes_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
+
 FASTKD_HD float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 FASTKD_HD uint32_t float_to_bits(float value) { return __builtin_bit_cast(uint32_t, value); }
 

@@ -63,8 +63,6 @@ A load_row(const Network& from, int64_t row, int64_t n, int64_t padded, A* to) {
   }
 }
 
-FASTKD_HD int64_t bytes_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
-
 inline void prefetch_row(const Network& from, int64_t row, int64_t n) {
   const int64_t bytes = bytes_of(from.type);
   prefetch_row(static_cast<const char*>(from.data) + row_offset(from.rows, row) * bytes, n * bytes);

@@ -79,8 +79,9 @@ inline void write_aux(DType type, double missing_factor, int64_t outside, void* 
 
 // The forward of a loss over rows with stored gradients: the rows, then their reduction. `type` is that of the learners,
 // `losses` how many there are of a row (row_loss A [losses, R], loss A [losses]), `work` the elements that a row costs.
+// Returns what the sums of the rows were multiplied by.
 template <class Kernels, class Args>
-void forward_over_rows(const Kernels& kernels, Args& args, DType type, int losses, int64_t work) {
+double forward_over_rows(const Kernels& kernels, Args& args, DType type, int losses, int64_t work) {
   const Counts counts = count_rows(args.target, args.rows, args.classes, args.ignore_index);
   const double factor = counts.factor(args.reduction, args.items);
   // The mean's factor goes into the stored gradients, so that a backward with grad_output 1 has nothing left to do; not in
@@ -88,11 +89,12 @@ void forward_over_rows(const Kernels& kernels, Args& args, DType type, int losse
   args.row_factor = type == DType::f16 ? 1. : factor;
   run_with_scratch(kernels, args, args.rows, grain(work), kernels.forward);
   write_aux(type, factor / args.row_factor, counts.outside, args.aux);
-  if (!args.loss) return;
+  if (!args.loss) return factor;
   if (type == DType::f64)
     reduce_rows<double>(args.row_loss, losses, args.rows, factor, args.loss);
   else
     reduce_rows<float>(args.row_loss, losses, args.rows, factor, args.loss);
+  return factor;
 }
 
 #else

@@ -19,16 +19,13 @@ FASTKD_HD A divergence(A a, A z_t, A z_s) {
 // e (x_t - x_s), one class's part of a. Where e underflows the class counts 0, however large x_t - x_s is: classes are also
 // masked by the most negative finite number. Infinite where only the student is -inf.
 template <class A>
-FASTKD_HD A weighted_gap(A e, A x_t, A x_s) {
-  const A gap = x_t - x_s;
+FASTKD_HD A masked_gap(A e, A x_t, A gap) {
   return x_t < kLowestExponent<A> && !(gap == A(kInf)) ? A(0) : e * gap;
 }
 
-// p (log p - log q), one class's part of the divergence from a mixture p, by the same rules.
 template <class A>
-FASTKD_HD A mixture_gap(A p, A log_q) {
-  const bool infinite = p > 0 && log_q == -A(kInf);
-  return p < A(0x1p-120) && !infinite ? A(0) : p * (log_positive(p) - log_q);
+FASTKD_HD A weighted_gap(A e, A x_t, A x_s) {
+  return masked_gap(e, x_t, x_t - x_s);
 }
 
 // Cross-entropy with label smoothing: z = sum exp(s - max), x_target = s_target - max, sum = sum_c (s_c - max).
@@ -38,6 +35,21 @@ FASTKD_HD A cross_entropy(A z, A x_target, A sum, A smoothing, int64_t classes) 
   A value = (1 - smoothing) * (log_z - x_target);
   if (smoothing > 0) value += smoothing * (log_z - sum / A(classes));
   return value;
+}
+
+// The same with probabilities y as labels: mass = sum y, along = sum y (s - max).
+template <class A>
+FASTKD_HD A cross_entropy_of_soft(A z, A mass, A along, A sum, A smoothing, int64_t classes) {
+  const A log_z = natural_log(z);
+  A value = (1 - smoothing) * (mass * log_z - along);
+  if (smoothing > 0) value += smoothing * (log_z - sum / A(classes));
+  return value;
+}
+
+// One class's part of `along`: a class of probability 0 adds nothing, be it masked or not.
+template <class A>
+FASTKD_HD A soft_part(A y, A x) {
+  return y == 0 ? A(0) : y * x;
 }
 
 // The factor of KL in the loss, and of (q - p) in the gradient, at one temperature.

@@ -21,11 +21,19 @@ constexpr int64_t kHalfLanes = 64;  // what loops over half precision take at on
 constexpr int64_t kStrip = 256;   // columns that are summed side by side
 constexpr int64_t kBlock = 32;    // rows of a strip between two such additions
 
+// What multiplies a pair's gradient at the sample in work.
+template <class A>
+struct Upstream {
+  A factor;
+  bool skipped;
+};
+
 template <class A>
 struct Scratch {
   A *a, *b, *term, *sum;  // each [kPiece]
   A *columns[8];          // each [kStrip]
-  A* teacher;             // samples of teachers in the other layout, each [elements]
+  Upstream<A>* upstream;  // of the pairs of a task
+  A* teacher;             // unpacked samples of teachers, each [elements]
 };
 
 template <class A>

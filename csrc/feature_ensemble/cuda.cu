@@ -52,23 +52,22 @@ __global__ void __launch_bounds__(kReduceThreads, 1) reduce_kernel(const __grid_
   }
   total = threads.sum(total);
   if (threadIdx.x != 0 || p.reduction == Reduction::none) return;
-  const double count = p.samples > 1 ? double(p.samples) : 1.;
-  *p.loss = A(p.reduction == Reduction::mean ? total.v[0] / count : total.v[0]);
+  *p.loss = A(total.v[0] / p.divisor);
 }
 
 // One thread's elements of a teacher's tile.
 template <class S, class T, class A>
-__device__ __forceinline__ void load_teacher(const PairParams<A>& pair, const T* teacher, unsigned first, unsigned length,
-                                             A (&b)[kGradItems<A>]) {
+__device__ __forceinline__ void load_teacher(const PairParams<A>& pair, const Source<T>& teacher, unsigned first,
+                                             unsigned length, A (&b)[kGradItems<A>]) {
   constexpr int kWidth = kVector<S, T>, kItems = kGradItems<A>;
   if (!pair.transposed) {
-    load_items<kItems, kWidth>(teacher, first, length, kGradThreads, int(threadIdx.x), pair.teacher_vectors, A(0), b);
+    teacher.template items<kItems, kWidth>(first, length, kGradThreads, int(threadIdx.x), pair.teacher_vectors, b);
     return;
   }
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const unsigned c = item_class<kWidth>(first, i, kGradThreads, threadIdx.x);
-    b[i] = c < length ? A(load_as(teacher[teacher_index(pair, c)])) : A(0);
+    b[i] = c < length ? teacher.template load<A>(teacher_index(pair, c)) : A(0);
   }
 }
 
@@ -84,16 +83,19 @@ __global__ void __launch_bounds__(kGradThreads, 2) gradient_kernel(const __grid_
   const unsigned first = unsigned(work.block % tiles) * kTile;
   A a[kItems], b[kItems], grad[kItems];
   const S* student = static_cast<const S*>(shape.student) + sample * shape.student_stride;
-  load_items<kItems, kWidth>(student, first, length, kGradThreads, int(threadIdx.x), shape.student_vectors, A(0), a);
+  const int end = p.shared ? p.pairs : work.pair + 1;
+  bool skipped = true;
+  for (int k = work.pair; k < end; ++k) skipped &= p.skips(k, sample);
+  load_items<kItems, kWidth>(student, first, skipped ? 0 : length, kGradThreads, int(threadIdx.x), shape.student_vectors, A(0),
+                             a);
 #pragma unroll
   for (int i = 0; i < kItems; ++i) grad[i] = 0;
-  const A mean = p.reduction == Reduction::mean ? A(p.samples) : A(1);
-  const A upstream = p.grad_loss[p.reduction == Reduction::none ? sample : 0] / mean;
-  const int end = p.shared ? p.pairs : work.pair + 1;
+  const A upstream = p.grad_loss[p.reduction == Reduction::none ? sample : 0] / A(p.divisor);
 #pragma unroll 1
   for (int k = work.pair; k < end; ++k) {
     const PairParams<A>& pair = p.pair[k];
-    load_teacher<S>(pair, static_cast<const T*>(pair.teacher) + sample * pair.teacher_stride, first, length, b);
+    if (p.skips(k, sample)) continue;
+    load_teacher<S>(pair, Source<T>(pair.teacher, pair.teacher_type, sample * pair.teacher_stride), first, length, b);
     const A factor = upstream * p.weight_of(k, sample);
     const int64_t group = pair.first_group + sample * pair.groups;
 #pragma unroll
@@ -160,6 +162,22 @@ void launch_sums(const Params<A>& p, bool groups, cudaStream_t stream) {
   SIMT_LAUNCH((reduce_kernel<A>), dim3(1), dim3(kReduceThreads), 0, stream, p);
 }
 
+// f<S, T, A>(): T the teachers' type where all have the students' or all float32 beside halves, else AnyType.
+template <class F>
+void dispatch_types(const Args& args, const F& f) {
+  bool same = true, single = true;
+  for (int k = 0; k < args.pairs; ++k) {
+    same &= args.pair[k].teacher_type == args.student_type;
+    single &= args.pair[k].teacher_type == DType::f32;
+  }
+  dispatch(args.student_type, [&]<class S, class A>() {
+    if (same) return f.template operator()<S, S, A>();
+    if constexpr (sizeof(S) < sizeof(A))
+      if (single) return f.template operator()<S, float, A>();
+    f.template operator()<S, AnyType, A>();
+  });
+}
+
 // More blocks than a grid has are refused, not cut off.
 bool fits(const Args& args) {
   int64_t groups = args.total_groups, tiles = 0;
@@ -173,7 +191,7 @@ bool fits(const Args& args) {
 const char* forward_cuda(const Args& args, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (!fits(args)) return "more blocks than a launch takes; split the batch";
-  dispatch_pair(args.student_type, args.teacher_type, [&]<class S, class T, class A>() {
+  dispatch_types(args, [&]<class S, class T, class A>() {
     const Params<A> p = make_params<S, T, A>(args);
     if (p.samples > 0) launch_groups<S, T>(p, stream);
     launch_sums(p, args.norm != Norm::sample, stream);
@@ -185,7 +203,7 @@ const char* backward_cuda(const Args& args, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (!fits(args)) return "more blocks than a launch takes; split the batch";
   if (args.samples == 0) return nullptr;
-  dispatch_pair(args.student_type, args.teacher_type, [&]<class S, class T, class A>() {
+  dispatch_types(args, [&]<class S, class T, class A>() {
     Params<A> p = make_params<S, T, A>(args);
     const int64_t all = deal_blocks(p, [&](const PairParams<A>& pair) {
       return p.samples * ((pair.outer * pair.inner - 1) / kGradTile<A> + 1);

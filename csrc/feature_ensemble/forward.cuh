@@ -17,20 +17,20 @@ template <class S, class T, class A, class Policy>
 struct Row {
   const PairParams<A>& pair;
   const S* student;  // the row's first element
-  const T* teacher;  // the sample's first element where it is transposed, else the row's
+  Source<T> teacher;  // from the sample's first element on where it is transposed, else from the row's
   unsigned start, length;
 
   __device__ __forceinline__ void load(unsigned first, int thread, Tile<A, Policy::kItems>& tile) const {
     constexpr int kItems = Policy::kItems, kWidth = kVector<S, T>;
     load_items<kItems, kWidth>(student, first, length, Policy::kThreads, thread, pair.student_vectors, A(0), tile.a);
     if (!pair.transposed) {
-      load_items<kItems, kWidth>(teacher, first, length, Policy::kThreads, thread, pair.teacher_vectors, A(0), tile.b);
+      teacher.template items<kItems, kWidth>(first, length, Policy::kThreads, thread, pair.teacher_vectors, tile.b);
       return;
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const unsigned c = item_class<kWidth>(first, i, Policy::kThreads, thread);
-      tile.b[i] = c < length ? A(load_as(teacher[teacher_index(pair, start + c)])) : A(0);
+      tile.b[i] = c < length ? teacher.template load<A>(teacher_index(pair, start + c)) : A(0);
     }
   }
 };
@@ -77,11 +77,15 @@ __global__ void __launch_bounds__(Policy::kBlock, 1) rows_kernel(const __grid_co
   const int64_t index = work.block * Policy::kRows + threadIdx.x / Policy::kThreads;  // of the group in its pair
   if (index >= p.samples * pair.groups) return;  // whole warps: a row of less than a block needs no barrier
   const int64_t b = index / pair.groups;
+  if (p.skips(work.pair, b)) {  // the same for all threads of the row
+    if (threads.thread == 0) p.distance[pair.first_group + index] = 0;
+    return;
+  }
   const unsigned length = pair.group == Group::all ? pair.outer * pair.inner : pair.inner;
   const unsigned start = unsigned(index % pair.groups) * length;
-  const Row<S, T, A, Policy> row{pair, static_cast<const S*>(pair.student) + b * pair.student_stride + start,
-                                 static_cast<const T*>(pair.teacher) + b * pair.teacher_stride + (pair.transposed ? 0 : start),
-                                 start, length};
+  const Source<T> teacher(pair.teacher, pair.teacher_type, b * pair.teacher_stride + (pair.transposed ? 0 : start));
+  const Row<S, T, A, Policy> row{pair, static_cast<const S*>(pair.student) + b * pair.student_stride + start, teacher, start,
+                                 length};
   Tile<A, Policy::kItems> tile;
   const auto all_tiles = [&](const auto& use) {
     for (unsigned first = 0; first < length; first += Policy::kTile) {
@@ -148,17 +152,18 @@ __global__ void __launch_bounds__(kColumns* kSlices) columns_kernel(const __grid
   const Work work = work_of(p);
   const PairParams<A>& pair = p.pair[work.pair];
   const int64_t index = work.block * kColumns + threadIdx.x % kColumns;
-  const bool inside = index < p.samples * pair.inner;
-  const int64_t b = inside ? index / pair.inner : 0;
-  const unsigned column = inside ? unsigned(index % pair.inner) : 0, slice = threadIdx.x / kColumns;
+  const bool exists = index < p.samples * pair.inner;
+  const int64_t b = exists ? index / pair.inner : 0;
+  const bool inside = exists && !p.skips(work.pair, b);
+  const unsigned column = exists ? unsigned(index % pair.inner) : 0, slice = threadIdx.x / kColumns;
   const S* student = static_cast<const S*>(pair.student) + b * pair.student_stride + column;
-  const T* teacher =
-      static_cast<const T*>(pair.teacher) + b * pair.teacher_stride + (pair.transposed ? column * pair.outer : column);
-  const unsigned step = pair.transposed ? 1 : pair.inner;
+  const Source<T> teacher(pair.teacher, pair.teacher_type,
+                          b * pair.teacher_stride + (pair.transposed ? column * pair.outer : column));
+  const unsigned step = pair.transposed ? 1 : pair.inner, outer = inside ? pair.outer : 0;
   const auto all_elements = [&](const auto& use) {
 #pragma unroll 4
-    for (unsigned o = slice; o < pair.outer; o += kSlices)
-      use(A(load_as(student[o * pair.inner])), A(load_as(teacher[o * step])));
+    for (unsigned o = slice; o < outer; o += kSlices)
+      use(A(load_as(student[o * pair.inner])), teacher.template load<A>(o * step));
   };
 
   A scale_a = 1, scale_b = 1;
@@ -169,7 +174,7 @@ __global__ void __launch_bounds__(kColumns* kSlices) columns_kernel(const __grid
   };
   all_elements(add_squares);
   squares = over_slices(squares, shared, false);
-  const bool safe = is_safe(squares.v[0]) && is_safe(squares.v[1]);
+  const bool safe = !inside || (is_safe(squares.v[0]) && is_safe(squares.v[1]));
   if (__syncthreads_or(!safe)) {
     Numbers<A, 2> top{{0, 0}};
     all_elements([&](A a, A b) { top = larger(top, Numbers<A, 2>{{magnitude(a), magnitude(b)}}); });
@@ -184,7 +189,11 @@ __global__ void __launch_bounds__(kColumns* kSlices) columns_kernel(const __grid
   Numbers<A, 2> sums{{0, 0}};
   all_elements([&](A a, A b) { add_difference(sums, f, p.p, a, b); });
   sums = over_slices(sums, shared, false);
-  if (inside && slice == 0) finish_group(p, pair.first_group + index, f, squares.v[0], sums);
+  if (slice != 0 || !exists) return;
+  if (inside)
+    finish_group(p, pair.first_group + index, f, squares.v[0], sums);
+  else
+    p.distance[pair.first_group + index] = 0;
 }
 
 }  // namespace FASTKD_TARGET

@@ -97,12 +97,22 @@ FASTKD_HD A load_inner(const A* state, int64_t groups, int64_t g) {
   return state[g + 2 * groups];
 }
 
+template <class A>
+FASTKD_HD A given_weight(const Args& args, int k, int64_t b) {
+  return args.host_weight ? A(args.host_weight[k])
+                          : static_cast<const A*>(args.weight)[k * args.weight_stride_pair + b * args.weight_stride_sample];
+}
+
+// Whether the maps of pair k at sample b are not read, since nothing depends on them.
+template <class A>
+FASTKD_HD bool skips(const Args& args, int k, int64_t b) {
+  return (args.mask && !args.mask[b]) || given_weight<A>(args, k, b) == 0;
+}
+
 // What multiplies sample b's sum over pair k's elements in the sample's loss.
 template <class A>
 FASTKD_HD A weight_of(const Args& args, int k, int64_t b) {
-  const A weight = args.host_weight
-                       ? A(args.host_weight[k])
-                       : static_cast<const A*>(args.weight)[k * args.weight_stride_pair + b * args.weight_stride_sample];
+  const A weight = given_weight<A>(args, k, b);
   return args.mean_elements ? weight / A(args.pair[k].elements()) : weight;
 }
 

@@ -43,7 +43,7 @@ Layout layout_of(const Tensor& t) {
 // What Args points into, kept alive for the call.
 struct Inputs {
   std::vector<Tensor> students, teachers;
-  std::optional<Tensor> weights;
+  std::optional<Tensor> weights, mask;
   std::vector<double> host_weights;
   std::vector<Pair> pairs;
   std::vector<bool> channels_last;  // of the students
@@ -54,6 +54,7 @@ struct Options {
   int64_t p, norm;
   bool mean_elements;
   int64_t reduction;
+  double items;  // what the sum over samples is divided by, 0 for the reduction's own
 };
 
 Tensor with_dense_samples(const Tensor& t) {
@@ -84,6 +85,10 @@ void add_pair(Inputs& in, size_t k) {
   pair.outer = last ? places : channels;
   pair.inner = last ? channels : places;
   pair.transposed = !(last ? its.channels_last : its.contiguous);
+  pair.teacher_type = dtype_of(teacher);
+  const DType type = in.args.student_type;
+  const bool half = type == DType::f16 || type == DType::bf16;
+  pair.unpacked = pair.transposed || !(pair.teacher_type == type || (half && pair.teacher_type == DType::f32));
   pair.group = group_of(in.args.norm, last);
   pair.groups = pair.group == Group::all ? 1 : pair.group == Group::row ? pair.outer : pair.inner;
   pair.first_group = in.args.total_groups;
@@ -108,8 +113,30 @@ void add_weights(Inputs& in, const std::optional<Tensor>& weights, const std::ve
   args.weight = in.weights->data_ptr();
 }
 
+#if defined(FASTKD_BACKEND_CPU)
+constexpr bool kOnHost = true;
+#else
+constexpr bool kOnHost = false;  // no value of a tensor is read here
+#endif
+
+void add_divisor(Inputs& in, const std::optional<Tensor>& mask, double items) {
+  Args& args = in.args;
+  int64_t counted = args.samples;
+  if (mask) {
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->numel() == args.samples, "fastkd: bool mask [B]");
+    STD_TORCH_CHECK(kOnHost || args.reduction != Reduction::mean || items > 0,
+                    "fastkd: the samples of a mask are counted on the host alone");
+    in.mask = torch::stable::contiguous(*mask);
+    args.mask = optional_data<bool>(in.mask);
+    if (kOnHost) counted = std::count(args.mask, args.mask + args.samples, true);
+  }
+  if (args.reduction == Reduction::none) return;
+  args.divisor = items > 0 ? items : args.reduction == Reduction::mean ? double(std::max<int64_t>(1, counted)) : 1.;
+}
+
 void fill_inputs(Inputs& in, const std::vector<Tensor>& students, const std::vector<Tensor>& teachers,
-                 const std::optional<Tensor>& weights, const std::vector<double>& host_weights, const Options& o) {
+                 const std::optional<Tensor>& weights, const std::optional<Tensor>& mask,
+                 const std::vector<double>& host_weights, const Options& o) {
   Args& args = in.args;
   STD_TORCH_CHECK(!teachers.empty() && (students.size() == 1 || students.size() == teachers.size()),
                   "fastkd: one student's map, or one per teacher");
@@ -118,12 +145,11 @@ void fill_inputs(Inputs& in, const std::vector<Tensor>& students, const std::vec
     in.students.push_back(with_dense_samples(t));
   }
   for (const Tensor& t : teachers) {
-    STD_TORCH_CHECK(t.dim() >= 2 && dtype_of(t) == dtype_of(teachers[0]), "fastkd: the teachers' maps differ");
+    STD_TORCH_CHECK(t.dim() >= 2, "fastkd: expected a map [B, C, ...]");
+    STD_TORCH_CHECK(Networks::same_device(t, students[0]), "fastkd: the maps' devices differ");
     in.teachers.push_back(with_dense_samples(t));
   }
   args.student_type = dtype_of(students[0]);
-  args.teacher_type = dtype_of(teachers[0]);
-  check_teacher_type(args.teacher_type, args.student_type);
   args.samples = students[0].size(0);
   args.pairs = int(teachers.size());
   args.shared = students.size() == 1 && teachers.size() > 1;
@@ -134,11 +160,12 @@ void fill_inputs(Inputs& in, const std::vector<Tensor>& students, const std::vec
   args.p = int(o.p);
   args.mean_elements = o.mean_elements;
   args.reduction = Reduction(o.reduction);
+  add_divisor(in, mask, o.items);
   STD_TORCH_CHECK(args.p == 1 || args.p == 2, "fastkd: p is 1 or 2");
 }
 
 // Dense, in the layout that the kernels see: channels_last where the student is.
-Tensor empty_gradient(const Tensor& student, bool channels_last) {
+Tensor empty_gradient(const Tensor& student, bool channels_last, ScalarType type) {
   const int64_t dims = student.dim();
   std::vector<int64_t> sizes(dims), strides(dims, 1);
   for (int64_t d = 0; d < dims; ++d) sizes[d] = student.size(d);
@@ -149,12 +176,10 @@ Tensor empty_gradient(const Tensor& student, bool channels_last) {
   }
   strides[1] = channels_last ? 1 : dense;
   strides[0] = channels_last ? dense : dense * sizes[1];
-  return empty_strided_like_device(student, sizes.data(), strides.data(), dims, student.scalar_type());
+  return empty_strided_like_device(student, sizes.data(), strides.data(), dims, type);
 }
 
 #if defined(FASTKD_BACKEND_CPU)
-
-constexpr bool kStoresGradient = true;
 
 template <class F>
 void over_tasks(const Args& args, const CpuKernels& kernels, const F& run) {
@@ -177,7 +202,7 @@ void reduce_samples(const Args& args) {
     if (args.reduction == Reduction::none) loss[b] = A(sum);
   }
   if (args.reduction == Reduction::none) return;
-  *loss = A(args.reduction == Reduction::mean ? total / double(std::max<int64_t>(1, args.samples)) : total);
+  *loss = A(total / args.divisor);
 }
 
 void run_forward(Args& args, const Tensor&) {
@@ -192,8 +217,6 @@ void run_backward(const Args& args, const Tensor&) {
 }
 
 #else
-
-constexpr bool kStoresGradient = false;  // a block does not keep a sample between the norms and the gradient
 
 template <class F>
 void launch_pairs(const Args& args, const Tensor& like, const F& launch) {
@@ -215,22 +238,23 @@ void run_backward(const Args& args, const Tensor& like) { launch_pairs(args, lik
 #endif
 
 // A gradient per student's map, where the kernels will write it.
-std::vector<Tensor> add_gradients(Inputs& in, const std::vector<Tensor>& students) {
+std::vector<Tensor> add_gradients(Inputs& in, const std::vector<Tensor>& students, ScalarType type) {
   std::vector<Tensor> grads;
   for (size_t k = 0; k < students.size(); ++k) {
-    grads.push_back(empty_gradient(students[k], in.channels_last[k]));
+    grads.push_back(empty_gradient(students[k], in.channels_last[k], type));
+    in.args.grad_type = dtype_of(grads.back());
     in.pairs[k].grad = grads.back().data_ptr();
   }
   return grads;
 }
 
-// store: also the gradients for a grad_loss of 1.
+// store: also the gradients for a grad_loss of 1; those of float16 in float32, or small ones would be lost before it.
 std::tuple<Tensor, Tensor, std::vector<Tensor>> forward(
     const std::vector<Tensor>& students, const std::vector<Tensor>& teachers, const std::optional<Tensor>& weights,
-    const std::vector<double>& host_weights, int64_t p, int64_t norm, bool mean_elements, int64_t reduction,
-    bool need_grad, bool store) {
+    const std::optional<Tensor>& mask, const std::vector<double>& host_weights, int64_t p, int64_t norm,
+    bool mean_elements, int64_t reduction, double items, bool need_grad, bool store) {
   Inputs in;
-  fill_inputs(in, students, teachers, weights, host_weights, {p, norm, mean_elements, reduction});
+  fill_inputs(in, students, teachers, weights, mask, host_weights, {p, norm, mean_elements, reduction, items});
   Args& args = in.args;
   args.need_grad = need_grad;
   const Tensor& like = students[0];
@@ -243,13 +267,10 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> forward(
   args.state = need_grad ? state.data_ptr() : nullptr;
   args.distance = distance.data_ptr();
   std::vector<Tensor> grads;
-  constexpr float one_float = 1;
-  constexpr double one_double = 1;
   if (store) {
-    STD_TORCH_CHECK(kStoresGradient && need_grad && args.reduction != Reduction::none,
-                    "fastkd: gradients are stored on the CPU, of a loss that is one number");
-    args.grad_loss = args.student_type == DType::f64 ? static_cast<const void*>(&one_double) : &one_float;
-    grads = add_gradients(in, students);
+    // On CUDA a block does not keep a sample between the norms and the gradient.
+    STD_TORCH_CHECK(kOnHost && need_grad, "fastkd: gradients are stored on the CPU alone");
+    grads = add_gradients(in, students, args.student_type == DType::f16 ? type : like.scalar_type());
   }
   run_forward(args, like);
   return {loss, state, grads};
@@ -257,14 +278,15 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> forward(
 
 std::vector<Tensor> backward(const Tensor& grad_loss, const std::vector<Tensor>& students,
                              const std::vector<Tensor>& teachers, const std::optional<Tensor>& weights,
-                             const Tensor& state, const std::vector<double>& host_weights, int64_t p, int64_t norm,
-                             bool mean_elements, int64_t reduction) {
+                             const std::optional<Tensor>& mask, const Tensor& state,
+                             const std::vector<double>& host_weights, int64_t p, int64_t norm, bool mean_elements,
+                             int64_t reduction, double items) {
   Inputs in;
-  fill_inputs(in, students, teachers, weights, host_weights, {p, norm, mean_elements, reduction});
+  fill_inputs(in, students, teachers, weights, mask, host_weights, {p, norm, mean_elements, reduction, items});
   Args& args = in.args;
   check_grad_loss(grad_loss, 1, args.samples, args.reduction, state.scalar_type());
   STD_TORCH_CHECK(state.numel() == kStatePlanes * args.total_groups, "fastkd: the state is another call's");
-  std::vector<Tensor> grads = add_gradients(in, students);
+  std::vector<Tensor> grads = add_gradients(in, students, students[0].scalar_type());
   args.grad_loss = grad_loss.data_ptr();
   args.state = state.data_ptr();
   run_backward(args, students[0]);
@@ -277,11 +299,12 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const std::vector<Tensor>&
 #if !defined(FASTKD_BACKEND_CUDA)  // the CUDA library implements what the CPU library declares
 STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
   m.def(
-      "feature_ensemble_forward(Tensor[] students, Tensor[] teachers, Tensor? weights, float[] host_weights, int p, "
-      "int norm, bool mean_elements, int reduction, bool need_grad, bool store) -> (Tensor, Tensor, Tensor[])");
+      "feature_ensemble_forward(Tensor[] students, Tensor[] teachers, Tensor? weights, Tensor? mask, float[] host_weights, "
+      "int p, int norm, bool mean_elements, int reduction, float items, bool need_grad, bool store) "
+      "-> (Tensor, Tensor, Tensor[])");
   m.def(
-      "feature_ensemble_backward(Tensor grad, Tensor[] students, Tensor[] teachers, Tensor? weights, Tensor state, "
-      "float[] host_weights, int p, int norm, bool mean_elements, int reduction) -> Tensor[]");
+      "feature_ensemble_backward(Tensor grad, Tensor[] students, Tensor[] teachers, Tensor? weights, Tensor? mask, "
+      "Tensor state, float[] host_weights, int p, int norm, bool mean_elements, int reduction, float items) -> Tensor[]");
 }
 #endif
 

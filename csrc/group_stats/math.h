@@ -69,5 +69,43 @@ FASTKD_HD void store(const Output& out, int64_t i, const RowStats<A>& row) {
   out.correct[i] = row.correct;
 }
 
+// Into statistics of this type or a wider one.
+template <class A>
+FASTKD_HD void store(const Output& out, int64_t i, const RowStats<A>& row, bool wide) {
+  if (!wide || sizeof(A) == sizeof(double)) return store(out, i, row);
+  const RowStats<double> same{double(row.ce),     double(row.confidence), double(row.entropy),
+                              double(row.margin), row.label_rank,         row.correct};
+  store(out, i, same);
+}
+
+// The cross-entropy with probabilities t: sum t (log z - x). weight = sum t; below = sum t (maximum - logit), where a
+// class of probability 0 adds nothing, be it masked or not.
+template <class A>
+FASTKD_HD A soft_cross_entropy(A weight, A below, A confidence) {
+  return below - weight * natural_log(confidence);
+}
+
+// One class's part of `below`.
+template <class A>
+FASTKD_HD A soft_term(A probability, A below_max) {
+  return probability == 0 ? A(0) : probability * below_max;
+}
+
+// One class of a soft row: kernels for many rows read it in its own type.
+template <class A>
+FASTKD_HD A soft_at(const Network& soft, int64_t row, int64_t c) {
+  switch (soft.type) {
+    case DType::f64: return A(row_of<double>(soft, row)[c]);
+    case DType::f16: return A(load_as(row_of<Half>(soft, row)[c]));
+    case DType::bf16: return A(load_as(row_of<BFloat16>(soft, row)[c]));
+    default: return A(row_of<float>(soft, row)[c]);
+  }
+}
+
+// What a soft row's label is: none where the target [R] beside it is ignored.
+FASTKD_HD int64_t label_of_soft(const Args& args, int64_t row, int64_t largest) {
+  return args.target && args.target[row] == args.ignore_index ? -1 : largest;
+}
+
 }  // namespace FASTKD_TARGET
 }  // namespace fastkd::group_stats

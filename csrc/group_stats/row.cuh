@@ -8,20 +8,18 @@
 namespace fastkd::group_stats {
 inline namespace FASTKD_TARGET {
 
-// Args by value, so that it lies in constant memory.
+// Of one launch, by value, so that it lies in constant memory: networks of one type, and which of the M each is.
 struct Params {
   int64_t rows, classes, ignore_index;
-  int64_t stride[kMaxLaunchNetworks];
-  const void* logits[kMaxLaunchNetworks];
+  Network network[kMaxLaunchNetworks];
+  int index[kMaxLaunchNetworks];
   const int64_t* target;
+  Network soft;      // where kSoft
   unsigned vectors;  // a bit per network: its rows allow 16-byte accesses
-  Output out;        // of the launch's first network on
+  bool wide;
+  Output out;
 
-  template <class T>
-  FASTKD_HD const T* row(int network, int64_t r) const {
-    return static_cast<const T*>(logits[network]) + r * stride[network];
-  }
-  FASTKD_HD bool in_vectors(int network) const { return vectors >> network & 1u; }
+  FASTKD_HD bool in_vectors(int slot) const { return vectors >> slot & 1u; }
 };
 
 // The largest and the second largest logit, which are the same where two classes tie. NaN is left out.
@@ -87,28 +85,73 @@ struct RowPart {
   }
 };
 
+// A thread's part of the sums with soft labels, `below` relative to its maximum so far. All terms are at least 0.
+template <class A, int Width, int Threads>
+struct SoftPart {
+  Numbers<A, 2> sums{{0, 0}};  // weight, below
+
+  __device__ __forceinline__ void rise(A from, A to) {
+    if (from != -A(kInf) && to > from) sums.v[1] += sums.v[0] * (to - from);
+  }
+
+  template <class T, int Items>
+  __device__ __forceinline__ static void load(const Network& soft, int64_t row, int64_t first, int64_t classes,
+                                              int thread, A (&to)[Items]) {
+    load_items<Items, Width>(row_of<T>(soft, row), first, classes, Threads, thread, false, A(0), to);
+  }
+
+  // After the same logits went to `part`, whose maximum was `before`.
+  template <int Items, class Part>
+  __device__ __forceinline__ void push(const Network& soft, int64_t row, const A (&logits)[Items], int64_t first,
+                                       int64_t classes, A before, const Part& part) {
+    rise(before, part.top.v[0]);
+    A probability[Items];
+    switch (soft.type) {
+      case DType::f64: load<double>(soft, row, first, classes, part.thread, probability); break;
+      case DType::f16: load<Half>(soft, row, first, classes, part.thread, probability); break;
+      case DType::bf16: load<BFloat16>(soft, row, first, classes, part.thread, probability); break;
+      default: load<float>(soft, row, first, classes, part.thread, probability);
+    }
+#pragma unroll
+    for (int i = 0; i < Items; ++i) {
+      sums.v[0] += probability[i];
+      sums.v[1] += soft_term(probability[i], part.top.v[0] - logits[i]);
+    }
+  }
+};
+
 // Blocks are rows times networks. A row of one tile is read once into registers; so is each tile of a longer one.
-template <class T, class A, class P>
-__global__ void __launch_bounds__(P::kBlock) row_kernel(const __grid_constant__ Params p) {
+template <class T, class A, class P, bool kSoft>
+__global__ void __launch_bounds__(P::kBlock, kSoft ? 1 : 0) row_kernel(const __grid_constant__ Params p) {
   using Threads = RowThreads<A, P::kThreads>;
   constexpr int kWidth = kVector<T, T>;
   SIMT_SHARED(A, buffer, 2 * Threads::kWarps * Threads::kMost);
   SIMT_SHARED(int, counters_buffer, 2 * Threads::kWarps * Threads::kMost);
   Threads threads{int(threadIdx.x) % P::kThreads, 0, buffer};
   RowThreads<int, P::kThreads> counters{threads.thread, 0, counters_buffer};
-  const int network = int(blockIdx.y);
+  const int slot = int(blockIdx.y);
   const int64_t r = int64_t(blockIdx.x) * P::kRows + threadIdx.x / P::kThreads;
   if (r >= p.rows) return;  // whole warps: a row of less than a block needs no barrier
-  const T* row = p.template row<T>(network, r);
+  const T* row = row_of<T>(p.network[slot], r);
   RowPart<A, kWidth, P::kThreads> part{label_of<T, A>(p.target, r, p.ignore_index, p.classes, row), threads.thread};
+  SoftPart<A, kWidth, P::kThreads> soft;
+  const bool with_soft = kSoft && part.label.given;
   for (int64_t first = 0; first < p.classes; first += P::kTile) {
     A logits[P::kItems];
-    load_items<P::kItems, kWidth>(row, first, p.classes, P::kThreads, threads.thread, p.in_vectors(network), -A(kInf),
+    load_items<P::kItems, kWidth>(row, first, p.classes, P::kThreads, threads.thread, p.in_vectors(slot), -A(kInf),
                                   logits);
+    const A before = part.top.v[0];
     part.push(logits, first);
+    if (with_soft) soft.push(p.soft, r, logits, first, p.classes, before, part);
   }
-  const RowStats<A> stats = part.reduce(threads, counters, p.classes);
-  if (threads.thread == 0) store(p.out, network * p.rows + r, stats);
+  const A mine = part.top.v[0];
+  RowStats<A> stats = part.reduce(threads, counters, p.classes);
+  if (with_soft) {  // the same for all threads of the row
+    soft.rise(mine, part.top.v[0]);
+    const Numbers<A, 2> sums = threads.sum(soft.sums);
+    stats.ce = soft_cross_entropy(sums.v[0], sums.v[1], stats.confidence);
+  }
+  if (threads.thread == 0) store(p.out, p.index[slot] * p.rows + r, stats, p.wide);
 }
 
 }  // namespace FASTKD_TARGET

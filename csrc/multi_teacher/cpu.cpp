@@ -1,40 +1,18 @@
 // multi_teacher on the CPU: a row at a time through scratch memory that stays in the L1 or L2 cache. Compiled once per
 // instruction set; no headers of the standard library with inline functions here (core/config.h says why).
-#include "core/softmax_rows.h"
 #include "group_stats/row.h"
-#include "multi_teacher/math.h"
+#include "multi_teacher/cpu_row.h"
 
 namespace fastkd::multi_teacher {
 inline namespace FASTKD_TARGET {
 namespace {
 
-template <class A>
-struct Scratch {  // each [padded]
-  A *student, *student_x, *student_exp, *teacher, *teacher_exp, *mixture, *grad;
-};
-
-template <class A>
-struct Row {
-  const Args& args;
-  Scratch<A> s;
-  int64_t index, n, padded;
-  A max_student = 0, z_student = 0;  // z: sum of student_exp
-
-  A weight(int k) const {
-    if (args.host_weight) return A(args.host_weight[k]);
-    return static_cast<const A*>(args.weight)[k * args.weight_stride_teacher + index * args.weight_stride_row];
-  }
-
-  void keep_divergence(int k, A kl) const {
-    if (args.kl) static_cast<A*>(args.kl)[k * args.rows + index] = kl;
-  }
-};
-
 // The statistics of a network, the student's or teacher k's at 0 or k + 1, from the row that was just loaded to scratch.
-template <class T, class A>
-void keep_stats(const Row<A>& row, int network, const T* from, const A* logits, A max) {
+template <class A>
+void keep_stats(const Row<A>& row, int network, const A* logits, A max) {
   const Args& args = row.args;
-  const auto label = group_stats::label_of<T, A>(args.target, row.index, args.ignore_index, row.n, from);
+  const int64_t* target = args.labels ? args.target : nullptr;
+  const auto label = group_stats::label_of<A, A>(target, row.index, args.ignore_index, row.n, logits);
   group_stats::store(args.stats, network * args.rows + row.index,
                      group_stats::stats_of_row(logits, max, label, row.n, row.padded));
 }
@@ -97,8 +75,8 @@ A teach(Row<A>& row, A* teacher, A max_teacher, A weight, double temperature) {
   const Scale<A> scale = temperature_scale<A>(temperature, row.args.scale_by_t2);
   const A z = teacher_at(row, teacher, max_teacher, temperature);
   A a;
-  if (row.args.need_grad) {
-    const A factor = weight * scale.grad / row.z_student;
+  if (row.args.need_grad && weight != 0) {
+    const A factor = A(row.args.kd_weight) * weight * scale.grad / row.z_student;
     a = gaps_and_gradient(s.teacher_exp, teacher, s.student_x, s.student_exp, factor, row.z_student / z, s.grad, row.padded);
   } else {
     a = gaps(s.teacher_exp, teacher, s.student_x, row.padded);
@@ -106,119 +84,118 @@ A teach(Row<A>& row, A* teacher, A max_teacher, A weight, double temperature) {
   return divergence(a, z, row.z_student);
 }
 
-template <class T, class A>
-const T* teacher_row(const Row<A>& row, int k) {
-  return static_cast<const T*>(row.args.teacher[k]) + row.index * row.args.teacher_stride[k];
+// Teacher k in scratch, its maximum; its next row is on its way meanwhile.
+template <class A>
+A load_teacher(const Row<A>& row, int k) {
+  const Network& teacher = row.args.teacher[k];
+  const A top = load_row(teacher, row.index, row.n, row.padded, row.s.teacher);
+  if (row.index + 1 < row.args.rows) prefetch_row(teacher, row.index + 1, row.n);
+  if (row.args.kl) keep_stats(row, k + 1, row.s.teacher, top);
+  return top;
 }
 
 // Where a combination does without the single divergences, for the statistics. Leaves the teacher as it was loaded.
-template <class T, class A>
+template <class A>
 void keep_divergence_alone(Row<A>& row, int k, A max_teacher, double temperature) {
   if (!row.args.kl) return;
   const A z = teacher_at(row, row.s.teacher, max_teacher, temperature);
   row.keep_divergence(k, divergence(gaps(row.s.teacher_exp, row.s.teacher, row.s.student_x, row.padded), z, row.z_student));
-  load_row(teacher_row<T>(row, k), row.n, row.padded, row.s.teacher);
+  load_row(row.args.teacher[k], row.index, row.n, row.padded, row.s.teacher);
 }
 
-// Teacher k in scratch, its maximum; its next row is on its way meanwhile.
-template <class T, class A>
-A load_teacher(const Row<A>& row, int k) {
-  const A top = load_row(teacher_row<T>(row, k), row.n, row.padded, row.s.teacher);
-  if (row.index + 1 < row.args.rows) prefetch_row(teacher_row<T>(row, k) + row.args.teacher_stride[k], row.n);
-  if (row.args.kl) keep_stats(row, k + 1, teacher_row<T>(row, k), row.s.teacher, top);
-  return top;
-}
-
-template <class T, class A>
+template <class A>
 A kd_losses(Row<A>& row) {
   A loss = 0;
+  double at = row.args.temperature[0];  // where student_exp stands
   for (int k = 0; k < row.args.teachers; ++k) {
+    if (!row.is_read(k)) continue;
     const double t = row.args.temperature[k];
-    if (k > 0 && row.args.several_temperatures)
-      student_at(row, t);
-    const A max_teacher = load_teacher<T>(row, k), w = row.weight(k);
+    if (t != at) student_at(row, at = t);
+    const A max_teacher = load_teacher(row, k), w = row.weight(k);
     const A kl = teach(row, row.s.teacher, max_teacher, w, t);
     row.keep_divergence(k, kl);
-    loss += weighted(w, temperature_scale<A>(t, row.args.scale_by_t2).loss, kl);
+    if (w != 0) loss += w * temperature_scale<A>(t, row.args.scale_by_t2).loss * kl;
   }
   return loss;
 }
 
-template <class T, class A>
+// mean += what a teacher adds to it: w t, or of equal weights (t - mean) / number, which is exact for equal teachers.
+template <class A>
+void add_logits(A* mean, const A* t, A w, int number, bool uniform, int64_t n) {
+  const A share = uniform ? A(1) / A(number) : w, old = uniform ? A(1) : A(0);
+  if (number == 1) {
+    const A first = uniform ? A(1) : w;
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) mean[c] = t[c] == -A(kInf) ? t[c] : first * t[c];
+    return;
+  }
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) {
+    const A next = mean[c] + share * (t[c] - old * mean[c]);
+    mean[c] = t[c] == -A(kInf) || mean[c] == -A(kInf) ? -A(kInf) : next;
+  }
+}
+
+template <class A>
 A kd_logits(Row<A>& row) {
   A* mean = row.s.mixture;
-  for (int64_t c = 0; c < row.padded; ++c) mean[c] = 0;
-  for (int k = 0; k < row.args.teachers; ++k) {
-    keep_divergence_alone<T>(row, k, load_teacher<T>(row, k), row.args.temperature[0]);
-    const A w = row.weight(k), masked = w == 0 ? A(0) : -A(kInf);
-    const A* t = row.s.teacher;
-#pragma omp simd
-    for (int64_t c = 0; c < row.padded; ++c) mean[c] += t[c] == -A(kInf) ? masked : w * t[c];
-  }
-  for (int64_t c = row.n; c < row.padded; ++c) mean[c] = -kInf;  // also where every weight is 0
   const double t = row.args.temperature[0];
+  int number = 0;
+  for (int k = 0; k < row.args.teachers; ++k) {
+    if (!row.is_read(k)) continue;
+    keep_divergence_alone(row, k, load_teacher(row, k), t);
+    const A w = row.weight(k);
+    if (w != 0) add_logits(mean, row.s.teacher, w, ++number, row.args.uniform, row.padded);
+  }
+  if (number == 0) return 0;
   const A kl = teach(row, mean, maximum(mean, row.padded), A(1), t);
   return temperature_scale<A>(t, row.args.scale_by_t2).loss * kl;
 }
 
-template <class T, class A>
+// p = the mixture of the teachers' probabilities, divided by the sum of their weights, which is returned; 0: no teacher.
+template <class A>
+A mix_probabilities(Row<A>& row, double temperature) {
+  const Scratch<A>& s = row.s;
+  A *p = s.mixture, total = 0;
+  for (int k = 0; k < row.args.teachers; ++k) {
+    if (!row.is_read(k)) continue;
+    const A max_teacher = load_teacher(row, k), w = row.args.uniform ? A(1) : row.weight(k);
+    keep_divergence_alone(row, k, max_teacher, temperature);
+    if (w == 0) continue;
+    const A z = exponentials(s.teacher, max_teacher, A(1 / temperature), row.padded, s.teacher, s.teacher_exp);
+    const A inv_z = 1 / z, share = w / (total + w);  // of equal weights 1, 1/2, 1/3, ...
+    if (total == 0)
+      for (int64_t c = 0; c < row.padded; ++c) p[c] = 0;
+#pragma omp simd
+    for (int64_t c = 0; c < row.padded; ++c) p[c] += share * (inv_z * s.teacher_exp[c] - p[c]);
+    total += w;
+  }
+  return row.args.uniform && total > 0 ? A(1) : total;
+}
+
+template <class A>
 A kd_probs(Row<A>& row) {
   const Scratch<A>& s = row.s;
   const double t = row.args.temperature[0];
-  const A inv_t = A(1 / t);
-  A* p = s.mixture;
-  A total = 0;
-  for (int64_t c = 0; c < row.padded; ++c) p[c] = 0;
-  for (int k = 0; k < row.args.teachers; ++k) {
-    const A max_teacher = load_teacher<T>(row, k), w = row.weight(k);
-    keep_divergence_alone<T>(row, k, max_teacher, t);
-    const A z = exponentials(s.teacher, max_teacher, inv_t, row.padded, s.teacher, s.teacher_exp), factor = w / z;
-    total += w;
-#pragma omp simd
-    for (int64_t c = 0; c < row.padded; ++c) p[c] += factor * s.teacher_exp[c];
-  }
+  const A total = mix_probabilities(row, t);
+  if (total == 0) return 0;
+  const A *p = s.mixture, *x = s.student_x, *e = s.student_exp;  // loaded in the loop, they would keep it scalar
+  const A z = row.z_student, inv_z = 1 / z;
+  A gap = 0;
+#pragma omp simd reduction(+ : gap)
+  for (int64_t c = 0; c < row.padded; ++c) gap += mixture_gap(p[c], x[c], e[c], z, inv_z);
   const Scale<A> scale = temperature_scale<A>(t, row.args.scale_by_t2);
-  const A log_z = natural_log(row.z_student);
-  A loss = 0;
-#pragma omp simd reduction(+ : loss)
-  for (int64_t c = 0; c < row.padded; ++c) loss += mixture_gap(p[c], s.student_x[c] - log_z);
-  if (row.args.need_grad) {
-    const A factor = scale.grad * total / row.z_student;
-    add_difference(s.grad, factor, s.student_exp, row.z_student / total, p, row.padded);
-  }
-  return scale.loss * loss;
+  if (row.args.need_grad)
+    add_difference(s.grad, A(row.args.kd_weight) * scale.grad * total / z, s.student_exp, z, p, row.padded);
+  return scale.loss * mixture_divergence(gap, total);
 }
 
-// ce_weight * cross-entropy; its gradient is written to s.grad. student_exp stands at temperature[0].
 template <class A>
-A hard_label(Row<A>& row, int64_t label) {
-  const Args& args = row.args;
-  const Scratch<A>& s = row.s;
-  A *e = s.teacher_exp, z = 0, sum = 0;
-  if (const int t = integer_temperature(args.temperature[0]))
-    z = powers(s.student_exp, row.padded, t, e);
-  else
-    z = exponentials(s.student, row.max_student, A(1), row.padded, s.teacher, e);
-  const A smoothing = A(args.label_smoothing), ce_weight = A(args.ce_weight);
-  if (smoothing > 0) {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < row.n; ++c) sum += s.student[c] - row.max_student;
-  }
-  if (args.need_grad) {
-    const A factor = ce_weight / z, uniform = ce_weight * smoothing / A(row.n);
-#pragma omp simd
-    for (int64_t c = 0; c < row.padded; ++c) s.grad[c] = factor * e[c] - uniform;
-    s.grad[label] -= ce_weight * (1 - smoothing);
-  }
-  return ce_weight * cross_entropy(z, s.student[label] - row.max_student, sum, smoothing, row.n);
-}
-
-template <class S, class T, class A>
 A kd(Row<A>& row) {
   switch (row.args.combine) {
-    case Combine::losses: return kd_losses<T>(row);
-    case Combine::probs: return kd_probs<T>(row);
-    default: return kd_logits<T>(row);
+    case Combine::losses: return kd_losses(row);
+    case Combine::probs: return kd_probs(row);
+    default: return kd_logits(row);
   }
 }
 
@@ -227,58 +204,64 @@ template <class S, class A>
 void store_gradient(const Row<A>& row) {
   const Args& args = row.args;
   A scale = A(args.row_factor);
-  if (args.student_type == DType::f16) {
+  if (args.student.type == DType::f16) {
     A bound = 0;
     for (int k = 0; k < args.teachers; ++k)
       bound += magnitude(row.weight(k)) * temperature_scale<A>(args.temperature[k], args.scale_by_t2).grad;
     const A one = temperature_scale<A>(args.temperature[0], args.scale_by_t2).grad;
-    scale = A(half_scale(float(gradient_bound(args.combine, bound, one, A(args.ce_weight)))));
+    const A kd = A(args.kd_weight) * (args.combine == Combine::logits ? one : bound), ce = A(args.ce_weight) * row.labels;
+    scale = A(half_scale(float(magnitude(kd) + magnitude(ce))));
     static_cast<A*>(args.saved)[row.index] = 1 / scale;
   }
   store_row(row.s.grad, row.n, scale, static_cast<S*>(args.grad) + row.index * row.n);
 }
 
-// A row without a loss has statistics all the same; its divergences are 0, or NaN for a label out of range.
-template <class S, class T, class A>
-void keep_stats_alone(Row<A>& row, const S* student, A divergences) {
-  keep_stats(row, 0, student, row.s.student, load_row(student, row.n, row.padded, row.s.student));
-  for (int k = 0; k < row.args.teachers; ++k) {
-    load_teacher<T>(row, k);
-    row.keep_divergence(k, divergences);
-  }
-}
-
-template <class S, class T, class A>
-A forward_row(Row<A>& row) {
+// A row without a loss: ignored, or with a label out of range. It has statistics all the same; its divergences are 0 or NaN.
+template <class S, class A>
+void keep_nothing(Row<A>& row, A nothing) {
   const Args& args = row.args;
-  const int64_t label = args.target ? args.target[row.index] : -1;
-  const bool ignored = args.target && label == args.ignore_index;
-  const S* student = static_cast<const S*>(args.student) + row.index * args.student_stride;
-  if (ignored || (args.target && (label < 0 || label >= row.n))) {
-    const A nothing = ignored ? A(0) : A(__builtin_nanf(""));
-    if (args.kl) keep_stats_alone<S, T>(row, student, nothing);
-    if (args.need_grad) {
-      fill_row(static_cast<S*>(args.grad) + row.index * row.n, row.n, nothing);
-      if (args.student_type == DType::f16) static_cast<A*>(args.saved)[row.index] = 1;
-    }
-    return nothing;
+  for (int i = 0; i < losses_of(args); ++i) static_cast<A*>(args.row_loss)[i * args.rows + row.index] = nothing;
+  if (args.need_grad) {
+    fill_row(static_cast<S*>(args.grad) + row.index * row.n, row.n, nothing);
+    if (args.student.type == DType::f16) static_cast<A*>(args.saved)[row.index] = 1;
   }
-  row.max_student = load_row(student, row.n, row.padded, row.s.student);
-  if (row.index + 1 < args.rows) prefetch_row(student + args.student_stride, row.n);
-  if (args.need_grad) prefetch_row(static_cast<const S*>(args.grad) + row.index * row.n, row.n);
-  if (args.kl) keep_stats(row, 0, student, row.s.student, row.max_student);
-  student_at(row, args.temperature[0]);
-  A loss = 0;
-  if (args.ce_weight != 0)
-    loss = hard_label(row, label);
-  else if (args.need_grad)
-    for (int64_t c = 0; c < row.padded; ++c) row.s.grad[c] = 0;
-  loss += kd<S, T>(row);
-  if (args.need_grad) store_gradient<S>(row);
-  return loss;
+  if (!args.kl) return;
+  keep_stats(row, 0, row.s.student, load_row(args.student, row.index, row.n, row.padded, row.s.student));
+  for (int k = 0; k < args.teachers; ++k) {
+    load_teacher(row, k);
+    row.keep_divergence(k, nothing);
+  }
 }
 
-template <class S, class T, class A>
+template <class A>
+void store_losses(const Row<A>& row, A kd, A ce) {
+  const Args& args = row.args;
+  A* to = static_cast<A*>(args.row_loss) + row.index;
+  *to = (args.ce_weight != 0 ? A(args.ce_weight) * ce : A(0)) + A(args.kd_weight) * kd;
+  if (!args.terms) return;
+  to[args.rows] = kd;
+  to[2 * args.rows] = ce;
+}
+
+template <class S, class A>
+void forward_row(Row<A>& row) {
+  const Args& args = row.args;
+  const int64_t label = args.target ? args.target[row.index] : 0;
+  if (args.target && label == args.ignore_index) return keep_nothing<S>(row, A(0));
+  if (args.labels && (label < 0 || label >= row.n)) return keep_nothing<S>(row, A(__builtin_nanf("")));
+  row.max_student = load_row(row_of<S>(args.student, row.index), row.n, row.padded, row.s.student);
+  if (row.index + 1 < args.rows) prefetch_row(args.student, row.index + 1, row.n);
+  if (args.need_grad) prefetch_row(static_cast<const S*>(args.grad) + row.index * row.n, row.n);
+  if (args.kl) keep_stats(row, 0, row.s.student, row.max_student);
+  student_at(row, args.temperature[0]);
+  const A ce = args.cross_entropy ? label_loss(row, label) : A(0);
+  if (args.need_grad && args.ce_weight == 0)
+    for (int64_t c = 0; c < row.padded; ++c) row.s.grad[c] = 0;
+  store_losses(row, kd(row), ce);
+  if (args.need_grad) store_gradient<S>(row);
+}
+
+template <class S, class A>
 void forward_typed(const Args& args, int64_t begin, int64_t end, void* memory) {
   const int64_t padded = padded_length(args.classes);
   A* p = aligned_scratch<A>(memory);
@@ -286,7 +269,7 @@ void forward_typed(const Args& args, int64_t begin, int64_t end, void* memory) {
                            p + 5 * padded, p + 6 * padded};
   for (int64_t r = begin; r < end; ++r) {
     Row<A> row{args, scratch, r, args.classes, padded};
-    static_cast<A*>(args.row_loss)[r] = forward_row<S, T>(row);
+    forward_row<S>(row);
   }
 }
 
@@ -310,16 +293,11 @@ int64_t scratch_bytes(const Args& args) {
 }
 
 void forward_rows(const Args& args, int64_t begin, int64_t end, void* scratch) {
-  const bool same = args.student_type == args.teacher_type;
-  switch (args.student_type) {
-    case DType::f32: return forward_typed<float, float, float>(args, begin, end, scratch);
-    case DType::f64: return forward_typed<double, double, double>(args, begin, end, scratch);
-    case DType::f16:
-      return same ? forward_typed<Half, Half, float>(args, begin, end, scratch)
-                  : forward_typed<Half, float, float>(args, begin, end, scratch);
-    case DType::bf16:
-      return same ? forward_typed<BFloat16, BFloat16, float>(args, begin, end, scratch)
-                  : forward_typed<BFloat16, float, float>(args, begin, end, scratch);
+  switch (args.student.type) {
+    case DType::f32: return forward_typed<float, float>(args, begin, end, scratch);
+    case DType::f64: return forward_typed<double, double>(args, begin, end, scratch);
+    case DType::f16: return forward_typed<Half, float>(args, begin, end, scratch);
+    case DType::bf16: return forward_typed<BFloat16, float>(args, begin, end, scratch);
   }
 }
 

@@ -17,48 +17,47 @@ struct Policies {
   using Large = RowPolicy<512, 1, 16>;  // too many registers for double
 };
 
-template <class S, class T, class A, class Policy>
+template <class S, class A, class Policy>
 void launch_on_chip(const Params<A>& p, cudaStream_t stream) {
   const unsigned blocks = unsigned((p.rows + Policy::kRows - 1) / Policy::kRows);
   if (p.kl)
-    SIMT_LAUNCH((on_chip_kernel<S, T, A, Policy, true>), dim3(blocks), dim3(Policy::kBlock), 0, stream, p);
+    SIMT_LAUNCH((on_chip_kernel<S, A, Policy, true>), dim3(blocks), dim3(Policy::kBlock), 0, stream, p);
   else
-    SIMT_LAUNCH((on_chip_kernel<S, T, A, Policy, false>), dim3(blocks), dim3(Policy::kBlock), 0, stream, p);
+    SIMT_LAUNCH((on_chip_kernel<S, A, Policy, false>), dim3(blocks), dim3(Policy::kBlock), 0, stream, p);
 }
 
-template <class S, class T, class A>
+template <class S, class A>
 void launch_stream(const Params<A>& p, cudaStream_t stream) {
   const int bytes = int(TeacherStates<A>::bytes(p.combine == Combine::logits ? 1 : p.teachers));
-  allow_dynamic_shared(stream_forward_kernel<S, T, A>, bytes);
-  SIMT_LAUNCH((stream_forward_kernel<S, T, A>), dim3(unsigned(p.rows)), dim3(kStreamThreads), bytes, stream, p);
+  allow_dynamic_shared(stream_forward_kernel<S, A>, bytes);
+  SIMT_LAUNCH((stream_forward_kernel<S, A>), dim3(unsigned(p.rows)), dim3(kStreamThreads), bytes, stream, p);
 }
 
-template <class S, class T, class A>
+template <class S, class A>
 void launch_forward(const Args& args, cudaStream_t stream) {
   using Sizes = Policies<A>;
-  const Params<A> p = make_params<S, T, A>(args);
-  if (args.stream) return launch_stream<S, T>(p, stream);
-  if (p.classes <= Sizes::Warp::kTile) return launch_on_chip<S, T, A, typename Sizes::Warp>(p, stream);
-  if (p.classes <= Sizes::Small::kTile) return launch_on_chip<S, T, A, typename Sizes::Small>(p, stream);
-  if (p.classes <= Sizes::Medium::kTile) return launch_on_chip<S, T, A, typename Sizes::Medium>(p, stream);
+  const Params<A> p = make_params<S, A>(args);
+  if (args.stream) return launch_stream<S>(p, stream);
+  if (p.classes <= Sizes::Warp::kTile) return launch_on_chip<S, A, typename Sizes::Warp>(p, stream);
+  if (p.classes <= Sizes::Small::kTile) return launch_on_chip<S, A, typename Sizes::Small>(p, stream);
+  if (p.classes <= Sizes::Medium::kTile) return launch_on_chip<S, A, typename Sizes::Medium>(p, stream);
   if constexpr (sizeof(A) == sizeof(float)) {
-    if (p.classes <= Sizes::Large::kTile) return launch_on_chip<S, T, A, typename Sizes::Large>(p, stream);
+    if (p.classes <= Sizes::Large::kTile) return launch_on_chip<S, A, typename Sizes::Large>(p, stream);
   }
-  launch_stream<S, T>(p, stream);  // asked for nothing to be saved: without gradient
+  launch_stream<S>(p, stream);  // asked for nothing to be saved: without gradient
 }
 
 }  // namespace
 }  // namespace FASTKD_TARGET
 
 const char* forward_cuda(const Args& args, void* stream_handle) {
-  const bool wide = args.student_type == DType::f64;
+  const bool wide = args.student.type == DType::f64;
   const int64_t most = wide ? Policies<double>::Medium::kTile : Policies<float>::Large::kTile;
   if (args.kl && args.classes > most) return "statistics of a row that is too long to be on chip";
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (args.rows > 0)
-    dispatch_pair(args.student_type, args.teacher_type,
-                  [&]<class S, class T, class A>() { launch_forward<S, T, A>(args, stream); });
-  launch_reduce(args, args.student_type, 1, stream);
+    dispatch(args.student.type, [&]<class S, class A>() { launch_forward<S, A>(args, stream); });
+  launch_reduce(args, args.student.type, losses_of(args), stream);
   return launch_error();
 }
 
@@ -76,9 +75,9 @@ const char* stream_backward_cuda(const Args& args, const void* grad_loss, void* 
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (args.rows == 0) return nullptr;
   const int64_t tiles = (args.classes + kStreamTile - 1) / kStreamTile;
-  dispatch_pair(args.student_type, args.teacher_type, [&]<class S, class T, class A>() {
-    const Params<A> p = make_params<S, T, A>(args);
-    SIMT_LAUNCH((stream_backward_kernel<S, T, A>), dim3(unsigned(args.rows * tiles)), dim3(kStreamThreads), 0, stream, p,
+  dispatch(args.student.type, [&]<class S, class A>() {
+    const Params<A> p = make_params<S, A>(args);
+    SIMT_LAUNCH((stream_backward_kernel<S, A>), dim3(unsigned(args.rows * tiles)), dim3(kStreamThreads), 0, stream, p,
                 static_cast<const A*>(grad_loss), args.reduction == Reduction::none,
                 static_cast<const A*>(args.aux), tiles);
   });

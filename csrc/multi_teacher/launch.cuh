@@ -13,79 +13,144 @@ template <class A>
 struct Params {
   int64_t rows, classes;
   int teachers;
-  int64_t student_stride, teacher_stride[kMaxLaunchTeachers];
-  const void *student, *teacher[kMaxLaunchTeachers];
+  Network network[kMaxLaunchTeachers + 1];  // the student, then the teachers
+  Network soft;
+  unsigned vectors;  // a bit per network: its rows allow vector accesses
+  bool soft_vectors, grad_vectors;
   const int64_t* target;
   int64_t ignore_index;
+  bool labels;
 
   const A* weight;  // null: host_weight
   int64_t weight_stride_teacher, weight_stride_row;
   A host_weight[kMaxLaunchTeachers], inv_t[kMaxLaunchTeachers];
-  Scale<A> scale[kMaxLaunchTeachers];
+  Scale<A> scale[kMaxLaunchTeachers];  // grad with kd_weight in it
+  unsigned host_reads;                 // teachers whose host_weight is not 0
+  A host_total;                        // the sum of host_weight
+  bool uniform;
   int integer_t;  // 0 where the temperature is no small integer
   bool several_temperatures;
   Combine combine;
-  A ce_weight, smoothing;
-  bool need_grad, half_student;
-  bool student_vectors, grad_vectors;
-  unsigned teacher_vectors;  // a bit per teacher: its rows allow 16-byte accesses
+  A kd_weight, ce_weight, smoothing;
+  bool cross_entropy, terms, need_grad, half_student;
 
   A *row_loss, *saved, *kl;
+  int64_t saved_columns;
   void* grad;
   group_stats::Output stats;
 
   FASTKD_HD A weight_of(int k, int64_t row) const {
     return weight ? weight[k * weight_stride_teacher + row * weight_stride_row] : host_weight[k];
   }
-  template <class S>
-  FASTKD_HD const S* student_row(int64_t row) const {
-    return static_cast<const S*>(student) + row * student_stride;
+  // A bit per teacher: those whose weight in this row is not 0, which are read.
+  FASTKD_HD unsigned reads_of(int64_t row) const {
+    if (!weight) return host_reads;
+    unsigned reads = 0;
+#pragma unroll 1
+    for (int k = 0; k < teachers; ++k) reads |= unsigned(weight_of(k, row) != 0) << k;
+    return reads;
   }
-  template <class T>
-  FASTKD_HD const T* teacher_row(int k, int64_t row) const {
-    return static_cast<const T*>(teacher[k]) + row * teacher_stride[k];
+  FASTKD_HD A total_of(int64_t row) const {
+    if (!weight) return host_total;
+    A total = 0;
+#pragma unroll 1
+    for (int k = 0; k < teachers; ++k) total += weight_of(k, row);
+    return total;
   }
   template <class S>
   FASTKD_HD S* grad_row(int64_t row) const {
     return static_cast<S*>(grad) + row * classes;
   }
-  FASTKD_HD bool teacher_in_vectors(int k) const { return teacher_vectors >> k & 1u; }
+  FASTKD_HD bool in_vectors(int slot) const { return vectors >> slot & 1u; }
+
+  // KD and CE without their weights, of one row.
+  FASTKD_HD void store_losses(int64_t row, A kd, A ce) const {
+    row_loss[row] = (kd_weight != 0 ? kd_weight * kd : A(0)) + (ce_weight != 0 ? ce_weight * ce : A(0));
+    if (!terms) return;
+    row_loss[rows + row] = kd;
+    row_loss[2 * rows + row] = ce;
+  }
 };
 
-template <class S, class T, class A>
+constexpr int kNoTeacher = 32;
+
+// The first teacher after `k` (or of all, after -1) in a set of bits.
+__device__ __forceinline__ int next_teacher(unsigned set, int k) {
+  const unsigned rest = set & (~0u << (k + 1));
+  return rest ? __ffs(int(rest)) - 1 : kNoTeacher;
+}
+
+// The sum of smoothed label probabilities, from the sum of those given.
+template <class A>
+FASTKD_HD A smoothed_mass(A mass, A smoothing) {
+  return (1 - smoothing) * mass + smoothing;
+}
+
+// A teacher that counts in a mixture of logits: a running mean where the weights are alike, so that equal teachers' is
+// exactly theirs. -inf where a teacher is.
+template <class A>
+FASTKD_HD A mix_logit(A mixed, A t, bool uniform, A weight_or_step) {
+  const A sum = uniform ? mixed + (t - mixed) * weight_or_step : mixed + weight_or_step * t;
+  return t == -A(kInf) || mixed == -A(kInf) ? -A(kInf) : sum;
+}
+
+template <class A>
+void fill_weights(Params<A>& p, const Args& args) {
+  p.weight = args.host_weight ? nullptr : static_cast<const A*>(args.weight);
+  p.weight_stride_teacher = args.weight_stride_teacher;
+  p.weight_stride_row = args.weight_stride_row;
+  p.uniform = args.uniform;
+  double total = 0;
+  for (int k = 0; k < args.teachers; ++k) {
+    p.host_weight[k] = args.host_weight ? A(args.host_weight[k]) : A(0);
+    p.host_reads |= unsigned(p.host_weight[k] != 0) << k;
+    total += args.host_weight ? args.host_weight[k] : 0;
+  }
+  p.host_total = args.uniform ? A(1) : A(total);
+}
+
+template <class A>
+void fill_temperatures(Params<A>& p, const Args& args) {
+  p.inv_t[0] = A(1 / args.temperature[0]);  // also without a teacher
+  for (int k = 0; k < args.teachers; ++k) {
+    p.inv_t[k] = A(1 / args.temperature[k]);
+    p.scale[k] = temperature_scale<A>(args.temperature[k], args.scale_by_t2);
+    p.scale[k].grad = A(double(p.scale[k].grad) * args.kd_weight);
+  }
+  p.integer_t = integer_temperature(args.temperature[0]);
+  p.several_temperatures = args.several_temperatures;
+}
+
+template <class S, class A>
 Params<A> make_params(const Args& args) {
-  constexpr int kWidth = kVector<S, T>;
+  constexpr int kWidth = kVector<S, S>;
   Params<A> p{};
   p.rows = args.rows;
   p.classes = args.classes;
   p.teachers = args.teachers;
-  p.student = args.student;
-  p.student_stride = args.student_stride;
-  p.student_vectors = rows_aligned<kWidth>(args.student, args.student_stride, args.classes, sizeof(S));
-  p.grad_vectors = rows_aligned<kWidth>(args.grad, args.classes, args.classes, sizeof(S));
-  for (int k = 0; k < args.teachers; ++k) {
-    p.teacher[k] = args.teacher[k];
-    p.teacher_stride[k] = args.teacher_stride[k];
-    p.teacher_vectors |=
-        unsigned(rows_aligned<kWidth>(args.teacher[k], args.teacher_stride[k], args.classes, sizeof(T))) << k;
-    p.host_weight[k] = args.host_weight ? A(args.host_weight[k]) : A(0);
-    p.inv_t[k] = A(1 / args.temperature[k]);
-    p.scale[k] = temperature_scale<A>(args.temperature[k], args.scale_by_t2);
+  for (int slot = 0; slot <= args.teachers; ++slot) {
+    p.network[slot] = slot == 0 ? args.student : args.teacher[slot - 1];
+    p.vectors |= unsigned(rows_aligned<kWidth>(p.network[slot], args.classes)) << slot;
   }
+  p.soft = args.soft;
+  p.soft_vectors = rows_aligned<kWidth>(args.soft, args.classes);
+  p.grad_vectors = rows_aligned<kWidth>(args.grad, args.classes, args.classes, sizeof(S));
   p.target = args.target;
   p.ignore_index = args.ignore_index;
-  p.weight = static_cast<const A*>(args.weight);
-  p.weight_stride_teacher = args.weight_stride_teacher;
-  p.weight_stride_row = args.weight_stride_row;
-  p.integer_t = integer_temperature(args.temperature[0]);
-  p.several_temperatures = args.several_temperatures;
+  p.labels = args.labels;
+  fill_weights(p, args);
+  fill_temperatures(p, args);
   p.combine = args.combine;
+  p.kd_weight = A(args.kd_weight);
   p.ce_weight = A(args.ce_weight);
   p.smoothing = A(args.label_smoothing);
+  p.cross_entropy = args.cross_entropy;
+  p.terms = args.terms;
   p.need_grad = args.need_grad;
-  p.half_student = args.student_type == DType::f16;
+  p.half_student = args.student.type == DType::f16;
   p.row_loss = static_cast<A*>(args.row_loss);
   p.saved = static_cast<A*>(args.saved);
+  p.saved_columns = saved_columns(args);
   p.grad = args.grad;
   p.kl = static_cast<A*>(args.kl);
   p.stats = args.stats;

@@ -2,6 +2,7 @@
 // build of the CUDA kernels.
 #include "multi_teacher/op.h"
 
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -13,74 +14,126 @@ namespace {
 
 // What Args points into, kept alive for the call.
 struct Inputs {
-  Tensor student;
-  NetworkRows teachers;
+  Networks networks;  // the student, the teachers, the soft targets
   std::optional<Tensor> target, weights;
   std::vector<double> temperatures, host_weights;
   Args args;
 };
 
 struct Options {
+  const std::vector<double>&host_weights, &temperatures;
   int64_t combine;
-  double ce_weight, label_smoothing;
+  double kd_weight, ce_weight, label_smoothing;
   int64_t ignore_index;
   bool scale_by_t2;
   int64_t reduction;
+  double num_items;
+  bool uniform, labels, terms;
 };
 
-void add_weights(Inputs& in, const std::optional<Tensor>& weights, const std::vector<double>& host) {
+void add_networks(Inputs& in, const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& soft) {
+  Args& args = in.args;
+  args.classes = student.size(student.dim() - 1);
+  STD_TORCH_CHECK(args.classes > 0, "fastkd: logits without classes");
+  args.rows = student.numel() / args.classes;
+  args.teachers = int(teachers.size());
+  in.networks.add(student, args.rows, args.classes);
+  in.networks.add(teachers, args.rows, args.classes);
+  if (soft) args.soft = in.networks.add(*soft, args.rows, args.classes);
+  args.student = in.networks.list[0];
+  args.teacher = in.networks.list.data() + 1;
+}
+
+void add_weights(Inputs& in, const std::optional<Tensor>& weights) {
   Args& args = in.args;
   if (!weights) {
-    STD_TORCH_CHECK(int(host.size()) == args.teachers, "fastkd: one weight per teacher");
-    in.host_weights = host;
+    STD_TORCH_CHECK(int(in.host_weights.size()) == args.teachers, "fastkd: one weight per teacher");
+    args.host_weight = in.host_weights.data();
     return;
   }
-  in.weights = contiguous_weights(*weights, args.teachers, args.rows, args.student_type);
+  in.weights = contiguous_weights(*weights, args.teachers, args.rows, args.student.type);
   const bool per_row = in.weights->dim() == 2;
   args.weight_stride_teacher = per_row ? args.rows : 1;
   args.weight_stride_row = per_row ? 1 : 0;
+  args.weight = in.weights->data_ptr();
+}
+
+// `scalars`: kd_weight, ce_weight, num_items (0: none) and the temperatures, in the place of the numbers, where one of
+// them came as a tensor: a schedule's value must not be part of a compiled graph.
+void add_scalars(Inputs& in, const Options& o, const std::optional<Tensor>& scalars) {
+  Args& args = in.args;
+  args.kd_weight = o.kd_weight;
+  args.ce_weight = o.ce_weight;
+  args.items = o.num_items;
+  in.temperatures = o.temperatures;
+  if (scalars) {
+    STD_TORCH_CHECK(scalars->is_cpu() && scalars->scalar_type() == ScalarType::Double && scalars->is_contiguous() &&
+                        scalars->numel() == 3 + int64_t(o.temperatures.size()),
+                    "fastkd: scalars must be float64 on the CPU");
+    const double* value = static_cast<const double*>(scalars->data_ptr());
+    args.kd_weight = value[0];
+    args.ce_weight = value[1];
+    args.items = value[2];
+    in.temperatures.assign(value + 3, value + scalars->numel());
+  }
+  constexpr double kLargest = std::numeric_limits<double>::max();
+  for (const double t : in.temperatures)
+    STD_TORCH_CHECK(t > 0 && t <= kLargest, "multi_teacher_kd: temperature must be a finite number > 0, got ", t);
+  STD_TORCH_CHECK(args.items >= 0 && args.items <= kLargest, "multi_teacher_kd: num_items must be > 0, got ", args.items);
+  for (const double w : {args.kd_weight, args.ce_weight})
+    STD_TORCH_CHECK(w >= -kLargest && w <= kLargest, "multi_teacher_kd: weights must be finite, got ", w);
+}
+
+void add_temperatures(Inputs& in) {
+  Args& args = in.args;
+  args.several_temperatures = in.temperatures.size() > 1;
+  STD_TORCH_CHECK(in.temperatures.size() == (args.several_temperatures ? size_t(args.teachers) : 1),
+                  "fastkd: one temperature, or one per teacher");
+  if (!args.several_temperatures && args.teachers > 1) in.temperatures.resize(args.teachers, in.temperatures[0]);
+  args.temperature = in.temperatures.data();
+}
+
+// Without a weight the distillation's teachers are not read, but for statistics.
+void drop_teachers(Inputs& in, bool with_stats) {
+  Args& args = in.args;
+  in.host_weights.assign(args.teachers, 0.);
+  args.host_weight = in.host_weights.data();
+  args.weight = nullptr;
+  args.uniform = false;
+  args.kd_weight = 1;
+  if (!with_stats) args.teachers = 0;
 }
 
 void fill_inputs(Inputs& in, const Tensor& student, const std::vector<Tensor>& teachers,
-                 const std::optional<Tensor>& target, const std::optional<Tensor>& weights,
-                 const std::vector<double>& host_weights, const std::vector<double>& temperatures, const Options& o) {
+                 const std::optional<Tensor>& target, const std::optional<Tensor>& soft,
+                 const std::optional<Tensor>& weights, const std::optional<Tensor>& scalars, const Options& o,
+                 bool with_stats = false) {
   Args& args = in.args;
-  in.student = with_contiguous_rows(student);
-  args.rows = student.size(0);
-  args.classes = student.size(1);
-  args.student_type = dtype_of(student);
-  args.teacher_type = in.teachers.add(teachers, args.rows, args.classes);
-  check_teacher_type(args.teacher_type, args.student_type);
-  args.teachers = int(teachers.size());
-  add_weights(in, weights, host_weights);
+  add_networks(in, student, teachers, soft);
+  in.host_weights = o.host_weights;
+  add_weights(in, weights);
+  add_scalars(in, o, scalars);
+  add_temperatures(in);
   in.target = contiguous_target(target, args.rows);
-  const bool several = temperatures.size() > 1;
-  STD_TORCH_CHECK(temperatures.size() == (several ? teachers.size() : 1), "fastkd: one temperature, or one per teacher");
-  in.temperatures = several ? temperatures : std::vector<double>(teachers.size(), temperatures[0]);
-  args.several_temperatures = several;
-
-  args.student = in.student.data_ptr();
-  args.student_stride = in.student.stride(0);
-  args.teacher = in.teachers.data.data();
-  args.teacher_stride = in.teachers.strides.data();
   args.target = optional_data<int64_t>(in.target);
-  args.weight = optional_data<void>(in.weights);
-  args.host_weight = in.weights ? nullptr : in.host_weights.data();
-  args.temperature = in.temperatures.data();
+  args.labels = o.labels && in.target && !soft;
   args.combine = Combine(o.combine);
-  args.ce_weight = o.ce_weight;
   args.label_smoothing = o.label_smoothing;
   args.ignore_index = o.ignore_index;
   args.scale_by_t2 = o.scale_by_t2;
   args.reduction = Reduction(o.reduction);
-  STD_TORCH_CHECK(args.ce_weight == 0 || in.target, "fastkd: ce_weight without a target");
+  args.uniform = o.uniform && args.teachers > 0;
+  args.terms = o.terms;
+  STD_TORCH_CHECK(args.ce_weight == 0 || args.labels || soft, "fastkd: ce_weight without a target");
+  args.cross_entropy = (args.ce_weight != 0 || args.terms) && (args.labels || soft);
+  if (args.kd_weight == 0) drop_teachers(in, with_stats);
 }
 
 #if defined(FASTKD_BACKEND_CPU)
 
 void run_forward(Args& args, const Tensor&) {
   const int64_t work = args.classes * (args.teachers + 1);
-  forward_over_rows(FASTKD_KERNELS_OF(multi_teacher), args, args.student_type, 1, work);
+  forward_over_rows(FASTKD_KERNELS_OF(multi_teacher), args, args.student.type, losses_of(args), work);
 }
 
 void run_backward(const BackwardArgs& args, const Tensor&) {
@@ -110,23 +163,27 @@ void run_stream_backward(const Args& args, const Tensor& grad, const Tensor& lik
 
 #endif
 
-int64_t saved_columns(const Args& args) { return 3 * int64_t(args.teachers) + 2; }
-
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-Results forward_of(Inputs& in, const Tensor& student, bool need_grad, bool stream) {
+// Losses [R], [] or, with terms, 3 of them.
+Tensor empty_losses(const Args& args, const Tensor& like, bool of_rows, ScalarType type) {
+  if (of_rows) return args.terms ? empty_like_device(like, {3, args.rows}, type) : empty_like_device(like, {args.rows}, type);
+  return args.terms ? empty_like_device(like, {3}, type) : empty_like_device(like, {}, type);
+}
+
+Results forward_of(Inputs& in, const Tensor& student, bool need_grad, bool stream, int64_t saved_width) {
   Args& args = in.args;
   args.need_grad = need_grad;
   args.stream = stream;
-  const ScalarType type = accumulate_type(args.student_type);
+  const ScalarType type = accumulate_type(args.student.type);
   const bool stored = need_grad && !stream, streamed = need_grad && stream;
-  const bool scaled = stored && args.student_type == DType::f16;
+  const bool scaled = stored && args.student.type == DType::f16;
 
-  Tensor rows = empty_like_device(student, {args.rows}, type);
-  Tensor loss = args.reduction == Reduction::none ? rows : empty_like_device(student, {}, type);
+  Tensor rows = empty_losses(args, student, true, type);
+  Tensor loss = args.reduction == Reduction::none ? rows : empty_losses(args, student, false, type);
   Tensor grad = stored ? empty_like_device(student, {args.rows, args.classes}, student.scalar_type())
                        : empty_like_device(student, {0}, student.scalar_type());
-  Tensor saved = streamed ? empty_like_device(student, {args.rows, saved_columns(args)}, type)
+  Tensor saved = streamed ? empty_like_device(student, {args.rows, saved_width}, type)
                           : empty_like_device(student, {scaled ? args.rows : 0}, type);
   Tensor aux = empty_like_device(student, {2}, type);
   args.row_loss = rows.data_ptr();
@@ -138,32 +195,43 @@ Results forward_of(Inputs& in, const Tensor& student, bool need_grad, bool strea
   return {loss, grad, saved, aux};
 }
 
+// Of the schema: a kd_weight of 0 leaves fewer teachers to Args, but not to the fake kernel.
+int64_t saved_width(const std::vector<Tensor>& teachers, const Args& args) {
+  return saved_columns(args) + 3 * (int64_t(teachers.size()) - args.teachers);
+}
+
 Results forward(const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& target,
-                const std::optional<Tensor>& weights, const std::vector<double>& host_weights,
-                const std::vector<double>& temperatures, int64_t combine, double ce_weight, double label_smoothing,
-                int64_t ignore_index, bool scale_by_t2, int64_t reduction, bool need_grad, bool stream) {
+                const std::optional<Tensor>& soft, const std::optional<Tensor>& weights,
+                const std::optional<Tensor>& scalars, const std::vector<double>& host_weights,
+                const std::vector<double>& temperatures, int64_t combine, double kd_weight, double ce_weight,
+                double label_smoothing, int64_t ignore_index, bool scale_by_t2, int64_t reduction, double num_items,
+                bool uniform, bool labels, bool terms, bool need_grad, bool stream) {
   Inputs in;
-  fill_inputs(in, student, teachers, target, weights, host_weights, temperatures,
-              {combine, ce_weight, label_smoothing, ignore_index, scale_by_t2, reduction});
-  return forward_of(in, student, need_grad, stream);
+  fill_inputs(in, student, teachers, target, soft, weights, scalars,
+              {host_weights, temperatures, combine, kd_weight, ce_weight, label_smoothing, ignore_index, scale_by_t2,
+               reduction, num_items, uniform, labels, terms});
+  return forward_of(in, student, need_grad, stream, saved_width(teachers, in.args));
 }
 
 // Also each teacher's divergence [K, R] and the statistics of student and teachers, each [K + 1, R].
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_stats(
     const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& target,
-    const std::optional<Tensor>& weights, const std::vector<double>& host_weights,
-    const std::vector<double>& temperatures, int64_t combine, double ce_weight, double label_smoothing,
-    int64_t ignore_index, bool scale_by_t2, int64_t reduction, bool need_grad) {
+    const std::optional<Tensor>& weights, const std::optional<Tensor>& scalars, const std::vector<double>& host_weights,
+    const std::vector<double>& temperatures, int64_t combine, double kd_weight, double ce_weight, double label_smoothing,
+    int64_t ignore_index, bool scale_by_t2, int64_t reduction, double num_items, bool uniform, bool labels, bool terms,
+    bool need_grad) {
   Inputs in;
-  fill_inputs(in, student, teachers, target, weights, host_weights, temperatures,
-              {combine, ce_weight, label_smoothing, ignore_index, scale_by_t2, reduction});
+  fill_inputs(in, student, teachers, target, std::nullopt, weights, scalars,
+              {host_weights, temperatures, combine, kd_weight, ce_weight, label_smoothing, ignore_index, scale_by_t2,
+               reduction, num_items, uniform, labels, terms},
+              true);
   Args& args = in.args;
-  const ScalarType type = accumulate_type(args.student_type);
+  const ScalarType type = accumulate_type(args.student.type);
   Tensor kl = empty_like_device(student, {args.teachers, args.rows}, type);
   const group_stats::OutputTensors stats(student, args.teachers + 1, args.rows, type);
   args.kl = kl.data_ptr();
   args.stats = stats.pointers();
-  return std::tuple_cat(forward_of(in, student, need_grad, false), std::make_tuple(kl), stats.all());
+  return std::tuple_cat(forward_of(in, student, need_grad, false, 0), std::make_tuple(kl), stats.all());
 }
 
 Tensor backward(const Tensor& grad_loss, const Tensor& grad_rows, const Tensor& saved, const Tensor& aux, int64_t reduction) {
@@ -184,16 +252,19 @@ Tensor backward(const Tensor& grad_loss, const Tensor& grad_rows, const Tensor& 
 }
 
 Tensor stream_backward(const Tensor& grad_loss, const Tensor& student, const std::vector<Tensor>& teachers,
-                       const std::optional<Tensor>& target, const std::optional<Tensor>& weights, const Tensor& saved,
+                       const std::optional<Tensor>& target, const std::optional<Tensor>& soft,
+                       const std::optional<Tensor>& weights, const std::optional<Tensor>& scalars, const Tensor& saved,
                        const Tensor& aux, const std::vector<double>& host_weights,
-                       const std::vector<double>& temperatures, int64_t combine, double ce_weight,
-                       double label_smoothing, int64_t ignore_index, bool scale_by_t2, int64_t reduction) {
+                       const std::vector<double>& temperatures, int64_t combine, double kd_weight, double ce_weight,
+                       double label_smoothing, int64_t ignore_index, bool scale_by_t2, int64_t reduction,
+                       double num_items, bool uniform, bool labels, bool terms) {
   Inputs in;
-  fill_inputs(in, student, teachers, target, weights, host_weights, temperatures,
-              {combine, ce_weight, label_smoothing, ignore_index, scale_by_t2, reduction});
+  fill_inputs(in, student, teachers, target, soft, weights, scalars,
+              {host_weights, temperatures, combine, kd_weight, ce_weight, label_smoothing, ignore_index, scale_by_t2,
+               reduction, num_items, uniform, labels, terms});
   Args& args = in.args;
   check_grad_loss(grad_loss, 1, args.rows, args.reduction, aux.scalar_type());
-  STD_TORCH_CHECK(saved.numel() == args.rows * saved_columns(args), "fastkd: the saved states are not streamed ones");
+  STD_TORCH_CHECK(saved.numel() == args.rows * saved_width(teachers, args), "fastkd: the saved states are not streamed ones");
   Tensor grad = empty_like_device(student, {args.rows, args.classes}, student.scalar_type());
   args.grad = grad.data_ptr();
   args.saved = saved.data_ptr();
@@ -208,19 +279,22 @@ Tensor stream_backward(const Tensor& grad_loss, const Tensor& student, const std
 #if !defined(FASTKD_BACKEND_CUDA)  // the CUDA library implements what the CPU library declares
 STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
   m.def(
-      "multi_teacher_forward(Tensor student, Tensor[] teachers, Tensor? target, Tensor? weights, float[] host_weights, "
-      "float[] temperatures, int combine, float ce_weight, float label_smoothing, int ignore_index, bool scale_by_t2, "
-      "int reduction, bool need_grad, bool stream) -> (Tensor, Tensor, Tensor, Tensor)");
+      "multi_teacher_forward(Tensor student, Tensor[] teachers, Tensor? target, Tensor? soft, Tensor? weights, "
+      "Tensor? scalars, float[] host_weights, float[] temperatures, int combine, float kd_weight, float ce_weight, "
+      "float label_smoothing, int ignore_index, bool scale_by_t2, int reduction, float num_items, bool uniform, "
+      "bool labels, bool terms, bool need_grad, bool stream) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "multi_teacher_forward_stats(Tensor student, Tensor[] teachers, Tensor? target, Tensor? weights, "
-      "float[] host_weights, float[] temperatures, int combine, float ce_weight, float label_smoothing, "
-      "int ignore_index, bool scale_by_t2, int reduction, bool need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
-      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "multi_teacher_forward_stats(Tensor student, Tensor[] teachers, Tensor? target, Tensor? weights, Tensor? scalars, "
+      "float[] host_weights, float[] temperatures, int combine, float kd_weight, float ce_weight, "
+      "float label_smoothing, int ignore_index, bool scale_by_t2, int reduction, float num_items, bool uniform, "
+      "bool labels, bool terms, bool need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
   m.def("multi_teacher_backward(Tensor grad, Tensor rows, Tensor saved, Tensor aux, int reduction) -> Tensor");
   m.def(
-      "multi_teacher_stream_backward(Tensor grad, Tensor student, Tensor[] teachers, Tensor? target, Tensor? weights, "
-      "Tensor saved, Tensor aux, float[] host_weights, float[] temperatures, int combine, float ce_weight, "
-      "float label_smoothing, int ignore_index, bool scale_by_t2, int reduction) -> Tensor");
+      "multi_teacher_stream_backward(Tensor grad, Tensor student, Tensor[] teachers, Tensor? target, Tensor? soft, "
+      "Tensor? weights, Tensor? scalars, Tensor saved, Tensor aux, float[] host_weights, float[] temperatures, "
+      "int combine, float kd_weight, float ce_weight, float label_smoothing, int ignore_index, bool scale_by_t2, "
+      "int reduction, float num_items, bool uniform, bool labels, bool terms) -> Tensor");
 }
 #endif
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/network.h"
 #include "core/reduction.h"
 #include "group_stats/op.h"
 
@@ -12,42 +13,54 @@ enum class Combine : int { losses, probs, logits };
 
 constexpr int kMaxLaunchTeachers = 16;  // of one CUDA launch; the CPU takes any number
 
-// A = double where the student is float64, else float. Strides are in elements; a row's classes lie next to each other.
+// A = double where the student is float64, else float. Every network has a dtype and a layout of its own.
 struct Args {
   int64_t rows = 0, classes = 0;
-  int teachers = 0;
-  DType student_type{}, teacher_type{};
+  int teachers = 0;                   // K >= 0
+  Network student;                    // [R, C]
+  const Network* teacher = nullptr;   // K x [R, C]
+  const int64_t* target = nullptr;    // [R] or null
+  bool labels = false;                // the target holds classes; else it only says which rows are ignored
+  Network soft;                       // probabilities [R, C] in the place of labels, or data null
 
-  const void* student = nullptr;  // [R, C]
-  int64_t student_stride = 0;
-  const void* const* teacher = nullptr;     // K x [R, C]
-  const int64_t* teacher_stride = nullptr;  // K
-  const int64_t* target = nullptr;          // [R] or null
-
+  // A teacher of weight 0 is not read, in that row; a row whose weights are all 0 has no KD, whatever `combine`.
   const double* host_weight = nullptr;  // K, or null: then
   const void* weight = nullptr;         // A [K] or [K, R]
   int64_t weight_stride_teacher = 0, weight_stride_row = 0;
-  const double* temperature = nullptr;  // K, all alike unless several_temperatures
+  bool uniform = false;  // every weight is 1/K: mixtures are running means, so that those of equal networks are exact
+  const double* temperature = nullptr;  // max(1, K), all alike unless several_temperatures
   bool several_temperatures = false;
 
   Combine combine = Combine::losses;
   Reduction reduction = Reduction::mean;
   double items = 0;  // > 0: what the sum of the rows is divided by, instead of those that count
-  double ce_weight = 0, label_smoothing = 0;
+  double kd_weight = 1, ce_weight = 0, label_smoothing = 0;
+  bool cross_entropy = false;  // CE is wanted: ce_weight is not 0, or `terms`, and there are labels or soft targets
+  bool terms = false;          // KD and CE are wanted beside the loss
   int64_t ignore_index = -100;
   bool scale_by_t2 = true;
   bool need_grad = false;
   bool stream = false;  // CUDA: the row does not fit on chip, save states instead of the gradient
 
-  void* row_loss = nullptr;  // A [R]
-  void* loss = nullptr;      // A [], null for Reduction::none
+  // L = losses_of(args): the loss kd_weight * KD + ce_weight * CE and, with `terms`, KD and CE without these weights.
+  void* row_loss = nullptr;  // A [L, R]
+  void* loss = nullptr;      // A [L], null for Reduction::none
   void* grad = nullptr;      // student's type [R, C], contiguous: see README.md for its scale
-  void* saved = nullptr;     // A [R] inverse scale of float16 gradients, or A [R, 3K + 2] states of streamed rows
+  void* saved = nullptr;     // A [R] inverse scale of float16 gradients, or A [R, saved_columns()] states of streamed rows
   void* aux = nullptr;       // A [2]: factor that the stored gradient still lacks, targets out of range
   void* kl = nullptr;        // A [K, R], each teacher's divergence, or null: no statistics are wanted
-  group_stats::Output stats; // with kl: of the student, then of the teachers, each [K + 1, R]
+  group_stats::Output stats; // with kl: of the student, then of the teachers, each [K + 1, R]; not with soft targets
   double row_factor = 1;     // CPU: what the stored gradient is multiplied by, 1 / max(1, rows that count) for the mean
 };
+
+inline namespace FASTKD_TARGET {
+
+FASTKD_HD int losses_of(const Args& args) { return args.terms ? 3 : 1; }
+
+// Of a streamed row: max_s, Z_s(T = 1); of soft targets, smoothed, their sum; per teacher max_t, Z_t, Z_s(T_k).
+FASTKD_HD int64_t saved_columns(const Args& args) { return 3 * int64_t(args.teachers) + (args.soft.data ? 3 : 2); }
+
+}  // namespace FASTKD_TARGET
 
 struct BackwardArgs {
   int64_t rows = 0, classes = 0;

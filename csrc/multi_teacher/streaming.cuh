@@ -11,9 +11,13 @@ inline namespace FASTKD_TARGET {
 constexpr int kStreamThreads = 256, kStreamItems = 8;
 constexpr int64_t kStreamTile = int64_t(kStreamThreads) * kStreamItems;
 
-// Saved per row: max_s, z at T = 1, then for each teacher: max_t, z_t, z_s at its temperature. combine="logits" has one
-// teacher, the weighted sum.
-constexpr int kSavedHead = 2, kSavedTeacher = 3;
+// Saved per row: max_s, z at T = 1, of soft labels, smoothed, the sum; then for each teacher: max_t, z_t, z_s at its
+// temperature. combine="logits" has one teacher, the mixture.
+constexpr int kSavedTeacher = 3;
+template <class A>
+FASTKD_HD int saved_head(const Params<A>& p) {
+  return p.soft.data ? 3 : 2;
+}
 
 // This thread's running sums of all teachers, in dynamic shared memory: registers cannot be indexed by a teacher.
 template <class A>
@@ -32,60 +36,65 @@ struct TeacherStates {
   }
 };
 
-// The student's running sums, relative to the base of its maximum so far.
+// The student's running sums, relative to the base of its maximum so far; `mass` and `along` are of soft labels.
 template <class A>
 struct RunningStudent {
-  A max = -A(kInf), z = 0, z_one = 0, sum = 0, count = 0;
+  A max = -A(kInf), z = 0, z_one = 0, sum = 0, count = 0, mass = 0, along = 0;
 
   // The growth of the base.
   __device__ A rebase(A new_max, A inv_t) {
     const A growth = base_of(new_max) - base_of(max);
     const A down = growth > 0 ? -growth : A(0);  // from the base 0 of a masked part the sums are 0
-    z = z == 0 ? A(0) : z * exp_negative(down * inv_t);
+    z = z == 0 ? A(0) : rounded_product(z, exp_negative(down * inv_t));
     z_one = z_one == 0 ? A(0) : z_one * exp_negative(down);
     sum -= count == 0 ? A(0) : count * growth;
+    along -= mass == 0 ? A(0) : mass * growth;
     max = new_max;
     return growth;
   }
 };
 
-// The weighted sum of the teachers' logits in this tile; -inf where a teacher that counts is masked and past the end.
-template <class S, class T, class A>
-__device__ __forceinline__ void load_mean_logits(const Params<A>& p, int64_t row, int64_t first, A (&u)[kStreamItems]) {
-  A t[kStreamItems];
-#pragma unroll
-  for (int i = 0; i < kStreamItems; ++i) u[i] = 0;
-  for (int k = 0; k < p.teachers; ++k) {
-    const A weight = p.weight_of(k, row);
-    load_items<kStreamItems, kVector<S, T>>(p.template teacher_row<T>(k, row), first, p.classes, kStreamThreads,
-                                            int(threadIdx.x), p.teacher_in_vectors(k), -A(kInf), t);
-#pragma unroll
-    for (int i = 0; i < kStreamItems; ++i) u[i] += t[i] == -A(kInf) ? (weight == 0 ? A(0) : -A(kInf)) : weight * t[i];
-  }
-#pragma unroll
-  for (int i = 0; i < kStreamItems; ++i) {
-    if (item_class<kVector<S, T>>(first, i, kStreamThreads, threadIdx.x) >= p.classes) u[i] = -A(kInf);
-  }
+template <int Width, class A>
+__device__ __forceinline__ void load_network(const Params<A>& p, int slot, int64_t row, int64_t first, A (&to)[kStreamItems]) {
+  load_items<kStreamItems, Width>(any_row(p.network[slot], row), first, p.classes, kStreamThreads, int(threadIdx.x),
+                                  p.in_vectors(slot), -A(kInf), to);
 }
 
-template <class S, class T, class A>
-__device__ __forceinline__ void load_teacher(const Params<A>& p, int k, int64_t row, int64_t first, A (&t)[kStreamItems]) {
-  if (p.combine == Combine::logits)
-    load_mean_logits<S, T>(p, row, first, t);
-  else
-    load_items<kStreamItems, kVector<S, T>>(p.template teacher_row<T>(k, row), first, p.classes, kStreamThreads,
-                                            int(threadIdx.x), p.teacher_in_vectors(k), -A(kInf), t);
-}
-
-template <class S, class T, class A>
+template <class S, class A>
 __device__ __forceinline__ void load_student(const Params<A>& p, int64_t row, int64_t first, A (&s)[kStreamItems]) {
-  load_items<kStreamItems, kVector<S, T>>(p.template student_row<S>(row), first, p.classes, kStreamThreads,
-                                          int(threadIdx.x), p.student_vectors, -A(kInf), s);
+  load_items<kStreamItems, kVector<S, S>>(row_in_memory<S>(p.network[0], row), first, p.classes, kStreamThreads, int(threadIdx.x),
+                                          p.in_vectors(0), -A(kInf), s);
+}
+
+template <int Width, class A>
+__device__ __forceinline__ void load_soft(const Params<A>& p, int64_t row, int64_t first, A (&y)[kStreamItems]) {
+  load_items<kStreamItems, Width>(any_row(p.soft, row), first, p.classes, kStreamThreads, int(threadIdx.x), p.soft_vectors,
+                                  A(0), y);
+}
+
+// Teacher k's logits in this tile, or with combine="logits" the mixture of those in `reads`, -inf where one is masked and
+// past the end.
+template <int Width, class A>
+__device__ __forceinline__ void load_teacher(const Params<A>& p, int k, unsigned reads, int64_t row, int64_t first,
+                                             A (&t)[kStreamItems]) {
+  const bool mixes = p.combine == Combine::logits;
+  A one[kStreamItems];
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < kStreamItems; ++i) t[i] = 0;
+#pragma unroll 1
+  for (int j = mixes ? next_teacher(reads, -1) : k; j != kNoTeacher; j = mixes ? next_teacher(reads, j) : kNoTeacher) {
+    load_network<Width>(p, j + 1, row, first, one);
+    const A weight = p.uniform ? 1 / A(++count) : p.weight_of(j, row);
+#pragma unroll
+    for (int i = 0; i < kStreamItems; ++i) t[i] = mixes ? mix_logit(t[i], one[i], p.uniform, weight) : one[i];
+  }
 }
 
 // One tile: x becomes s relative to the student's base; returns the growth of that base.
 template <int Width, class A>
-__device__ __forceinline__ A push_student(const Params<A>& p, int64_t first, RunningStudent<A>& student, A (&x)[kStreamItems]) {
+__device__ __forceinline__ A push_student(const Params<A>& p, int64_t row, int64_t first, RunningStudent<A>& student,
+                                          A (&x)[kStreamItems]) {
   const A growth = student.rebase(max_item(student.max, x), p.inv_t[0]);
   const A base = base_of(student.max);
 #pragma unroll
@@ -93,30 +102,38 @@ __device__ __forceinline__ A push_student(const Params<A>& p, int64_t first, Run
     const int64_t c = item_class<Width>(first, i, kStreamThreads, threadIdx.x);
     x[i] -= base;
     student.z += exp_negative(x[i] * p.inv_t[0]);
-    if (p.ce_weight != 0) student.z_one += exp_negative(x[i]);
+    if (p.cross_entropy) student.z_one += exp_negative(x[i]);
     if (p.smoothing > 0 && c < p.classes) {
       student.sum += x[i];
       student.count += 1;
     }
   }
+  if (!p.cross_entropy || !p.soft.data) return growth;
+  A y[kStreamItems];
+  load_soft<Width>(p, row, first, y);
+#pragma unroll
+  for (int i = 0; i < kStreamItems; ++i) {
+    student.mass += y[i];
+    student.along += soft_part(y[i], x[i]);
+  }
   return growth;
 }
 
-template <class S, class T, class A>
-__device__ __forceinline__ void push_teacher(const Params<A>& p, int k, int64_t row, int64_t first, A growth,
+template <int Width, class A>
+__device__ __forceinline__ void push_teacher(const Params<A>& p, int k, unsigned reads, int64_t row, int64_t first, A growth,
                                              const A (&x_s)[kStreamItems], const TeacherStates<A>& states) {
   A t[kStreamItems];
-  load_teacher<S, T>(p, k, row, first, t);
+  load_teacher<Width>(p, k, reads, row, first, t);
   const A inv_t = p.inv_t[k];
   RunningTeacher<A> state = states.get(k);
   state.rebase(max_item(state.max, t), growth, inv_t);
   const A base = base_of(state.max);
 #pragma unroll
-  for (int i = 0; i < kStreamItems; ++i) state.push((t[i] - base) * inv_t, x_s[i] * inv_t);
+  for (int i = 0; i < kStreamItems; ++i) state.push(t[i] - base, x_s[i], inv_t);
   states.set(k, state);
   if (!p.several_temperatures) return;
   A z = states.at(k, 3);
-  z = z == 0 ? A(0) : z * exp_negative(growth > 0 ? -growth * inv_t : A(0));
+  z = z == 0 ? A(0) : rounded_product(z, exp_negative(growth > 0 ? -growth * inv_t : A(0)));
 #pragma unroll
   for (int i = 0; i < kStreamItems; ++i) z += exp_negative(x_s[i] * inv_t);
   states.at(k, 3) = z;
@@ -131,151 +148,189 @@ __device__ __forceinline__ RunningTeacher<A> gather_teacher(RunningTeacher<A> st
   return {state.max, sums.v[0], sums.v[1]};
 }
 
-// sum p (log p - log q) over the row for combine="probs": the second read. `final` holds max_t and z_t of each teacher.
-template <class S, class T, class A, class Threads>
-__device__ __forceinline__ A stream_mixture(const Params<A>& p, int64_t row, A max_student, A z_student, const A* final,
-                                            Threads& threads) {
-  const A base = base_of(max_student), log_z = natural_log(z_student), inv_t = p.inv_t[0];
-  Numbers<A, 1> loss{{0}};
+// Adds teacher k's part of a mixture of probabilities, from its logits.
+template <class A>
+__device__ __forceinline__ void mix_probabilities(const Params<A>& p, int k, int64_t row, A max, A z, const A (&t)[kStreamItems],
+                                                  A (&mixture)[kStreamItems]) {
+  const A factor = p.weight_of(k, row) / z, base = base_of(max);
+#pragma unroll
+  for (int i = 0; i < kStreamItems; ++i) mixture[i] += factor * exp_negative((t[i] - base) * p.inv_t[0]);
+}
+
+// combine="probs": the divergence from the mixture, in the second read. `final` holds max_t and z_t of each teacher.
+template <class S, class A, class Threads>
+__device__ __forceinline__ A stream_mixture(const Params<A>& p, int64_t row, unsigned reads, A max_student, A z_student,
+                                            const A* final, Threads& threads) {
+  constexpr int kWidth = kVector<S, S>;
+  const A base = base_of(max_student), inv_z = 1 / z_student, inv_t = p.inv_t[0];
+  const A total = p.total_of(row), inv_total = 1 / total;
+  Numbers<A, 1> gap{{0}};
   for (int64_t first = 0; first < p.classes; first += kStreamTile) {
     A s[kStreamItems], t[kStreamItems], mixture[kStreamItems];
-    load_student<S, T>(p, row, first, s);
+    load_student<S>(p, row, first, s);
 #pragma unroll
     for (int i = 0; i < kStreamItems; ++i) mixture[i] = 0;
-    for (int k = 0; k < p.teachers; ++k) {
-      load_teacher<S, T>(p, k, row, first, t);
-      const A factor = p.weight_of(k, row) / final[2 * k + 1], base_t = base_of(final[2 * k]);
-#pragma unroll
-      for (int i = 0; i < kStreamItems; ++i) mixture[i] += factor * exp_negative((t[i] - base_t) * inv_t);
+    for (int k = next_teacher(reads, -1); k != kNoTeacher; k = next_teacher(reads, k)) {
+      load_network<kWidth>(p, k + 1, row, first, t);
+      mix_probabilities(p, k, row, final[2 * k], final[2 * k + 1], t, mixture);
     }
 #pragma unroll
     for (int i = 0; i < kStreamItems; ++i) {
-      loss.v[0] += mixture_gap(mixture[i], (s[i] - base) * inv_t - log_z);
+      const A x = (s[i] - base) * inv_t;
+      gap.v[0] += mixture_gap(mixture[i] * inv_total, x, exp_negative(x), z_student, inv_z);
     }
   }
-  return p.scale[0].loss * threads.sum(loss).v[0];
+  return p.scale[0].loss * mixture_divergence(threads.sum(gap).v[0], total);
 }
 
-template <class S, class T, class A>
+// The states of a row's teachers, all threads' together, to `saved` and `final`; the sum of their weighted divergences.
+template <class A, class Threads>
+__device__ __forceinline__ A gather_teachers(const Params<A>& p, int64_t row, unsigned teachers, A growth, A z_first,
+                                             const TeacherStates<A>& states, A* saved, A* final, Threads& threads) {
+  A loss = 0;
+  for (int k = next_teacher(teachers, -1); k != kNoTeacher; k = next_teacher(teachers, k)) {
+    const RunningTeacher<A> state = gather_teacher(states.get(k), growth, p.inv_t[k], threads);
+    A z_student = z_first;
+    if (p.several_temperatures) {
+      const A z = states.at(k, 3), factor = exp_negative(growth > 0 ? -growth * p.inv_t[k] : A(0));
+      z_student = threads.sum(Numbers<A, 1>{{z == 0 ? A(0) : rounded_product(z, factor)}}).v[0];
+    }
+    const A weight = p.combine == Combine::logits ? A(1) : p.weight_of(k, row);
+    loss += weight * p.scale[k].loss * divergence(state.a, state.z, z_student);
+    if (threadIdx.x != 0) continue;
+    final[2 * k] = state.max;
+    final[2 * k + 1] = state.z;
+    if (!p.need_grad) continue;
+    saved[kSavedTeacher * k] = state.max;
+    saved[kSavedTeacher * k + 1] = state.z;
+    saved[kSavedTeacher * k + 2] = z_student;
+  }
+  return loss;
+}
+
+// The cross-entropy, from the row's sums {z, z_one, sum} and {mass, along}.
+template <class S, class A>
+__device__ __forceinline__ A stream_cross_entropy(const Params<A>& p, int64_t row, A max_student, const Numbers<A, 3>& sums,
+                                                  const Numbers<A, 2>& labels) {
+  if (p.soft.data)
+    return cross_entropy_of_soft(sums.v[1], labels.v[0], labels.v[1], sums.v[2], p.smoothing, p.classes);
+  const A x_label = A(load_as(row_in_memory<S>(p.network[0], row)[p.target[row]])) - base_of(max_student);
+  return cross_entropy(sums.v[1], x_label, sums.v[2], p.smoothing, p.classes);
+}
+
+template <class S, class A>
 __global__ void __launch_bounds__(kStreamThreads, 2) stream_forward_kernel(const __grid_constant__ Params<A> p) {
   using Threads = RowThreads<A, kStreamThreads>;
+  constexpr int kWidth = kVector<S, S>;
   SIMT_DYNAMIC_SHARED(A, memory);
   SIMT_SHARED(A, buffer, 2 * Threads::kWarps * Threads::kMost);
   SIMT_SHARED(A, final, 2 * kMaxLaunchTeachers);
   Threads threads{int(threadIdx.x), 0, buffer};
   const int64_t row = blockIdx.x;
   const Label kind = label_kind(p.target, row, p.ignore_index, p.classes);
-  const int columns = kSavedTeacher * p.teachers + kSavedHead;
-  A* saved = p.saved + row * columns;
+  A* saved = p.saved + row * p.saved_columns;
+  if (p.need_grad && threadIdx.x < unsigned(p.saved_columns)) saved[threadIdx.x] = 0;  // also what the backward reads not
   if (kind == Label::ignored || kind == Label::outside) {
-    if (threadIdx.x == 0) p.row_loss[row] = kind == Label::ignored ? A(0) : A(__builtin_nanf(""));
-    if (p.need_grad && threadIdx.x < unsigned(columns)) saved[threadIdx.x] = 0;  // not read by the backward
+    const A nothing = kind == Label::ignored ? A(0) : A(__builtin_nanf(""));
+    if (threadIdx.x == 0) p.store_losses(row, nothing, nothing);
     return;
   }
   const TeacherStates<A> states{memory, int(threadIdx.x)};
-  const int teachers = p.combine == Combine::logits ? 1 : p.teachers;
-  for (int k = 0; k < teachers; ++k) {
+  const unsigned reads = p.reads_of(row), teachers = p.combine == Combine::logits ? unsigned(reads != 0) : reads;
+  for (int k = next_teacher(teachers, -1); k != kNoTeacher; k = next_teacher(teachers, k)) {
     states.set(k, {-A(kInf), A(0), A(0)});
     states.at(k, 3) = 0;
   }
   RunningStudent<A> student;
   for (int64_t first = 0; first < p.classes; first += kStreamTile) {
     A x[kStreamItems];
-    load_student<S, T>(p, row, first, x);
-    const A growth = push_student<kVector<S, T>>(p, first, student, x);
-    for (int k = 0; k < teachers; ++k) push_teacher<S, T>(p, k, row, first, growth, x, states);
+    load_student<S>(p, row, first, x);
+    const A growth = push_student<kWidth>(p, row, first, student, x);
+    for (int k = next_teacher(teachers, -1); k != kNoTeacher; k = next_teacher(teachers, k))
+      push_teacher<kWidth>(p, k, reads, row, first, growth, x, states);
   }
 
   const A growth = student.rebase(threads.max(student.max), p.inv_t[0]);
   const Numbers<A, 3> sums = threads.sum(Numbers<A, 3>{{student.z, student.z_one, student.sum}});
-  const A z_first = sums.v[0], z_one = sums.v[1];
-  A loss = 0;
-  for (int k = 0; k < teachers; ++k) {
-    const RunningTeacher<A> state = gather_teacher(states.get(k), growth, p.inv_t[k], threads);
-    A z_student = z_first;
-    if (p.several_temperatures) {
-      const A z = states.at(k, 3), factor = exp_negative(growth > 0 ? -growth * p.inv_t[k] : A(0));
-      z_student = threads.sum(Numbers<A, 1>{{z == 0 ? A(0) : z * factor}}).v[0];
-    }
-    const A weight = p.combine == Combine::logits ? A(1) : p.weight_of(k, row);
-    loss += weighted(weight, p.scale[k].loss, divergence(state.a, state.z, z_student));
-    if (threadIdx.x == 0) {
-      final[2 * k] = state.max;
-      final[2 * k + 1] = state.z;
-      if (p.need_grad) {
-        saved[kSavedHead + kSavedTeacher * k] = state.max;
-        saved[kSavedHead + kSavedTeacher * k + 1] = state.z;
-        saved[kSavedHead + kSavedTeacher * k + 2] = z_student;
-      }
-    }
-  }
-  if (p.combine == Combine::probs) {
+  Numbers<A, 2> labels{{1, 0}};
+  if (p.soft.data) labels = threads.sum(Numbers<A, 2>{{student.mass, student.along}});
+  const int head = saved_head(p);
+  A kd = gather_teachers(p, row, teachers, growth, sums.v[0], states, saved + head, final, threads);
+  if (p.combine == Combine::probs && reads != 0) {
     __syncthreads();  // final
-    loss = stream_mixture<S, T>(p, row, student.max, z_first, final, threads);
+    kd = stream_mixture<S>(p, row, reads, student.max, sums.v[0], final, threads);
   }
   if (threadIdx.x != 0) return;
-  if (p.ce_weight != 0) {
-    const A x_label = A(load_as(p.template student_row<S>(row)[p.target[row]])) - base_of(student.max);
-    loss += p.ce_weight * cross_entropy(z_one, x_label, sums.v[2], p.smoothing, p.classes);
-  }
   if (p.need_grad) {
     saved[0] = student.max;
-    saved[1] = z_one;
-    for (int c = kSavedHead + kSavedTeacher * teachers; c < columns; ++c) saved[c] = 0;  // combine="logits" has one state
+    saved[1] = sums.v[1];
+    if (head > 2) saved[2] = smoothed_mass(labels.v[0], p.smoothing);
   }
-  p.row_loss[row] = loss;
+  p.store_losses(row, kd, p.cross_entropy ? stream_cross_entropy<S>(p, row, student.max, sums, labels) : A(0));
+}
+
+// Adds what the labels give: x is s relative to its maximum.
+template <int Width, class A>
+__device__ __forceinline__ void add_label_gradient(const Params<A>& p, int64_t row, int64_t first, const A* saved,
+                                                   const A (&x)[kStreamItems], A (&grad)[kStreamItems]) {
+  const bool soft = p.soft.data != nullptr;
+  const A factor = p.ce_weight * (soft ? saved[2] : A(1)) / saved[1], uniform = p.ce_weight * p.smoothing / A(p.classes);
+  const A sharp = p.ce_weight * (1 - p.smoothing);
+  const int64_t label = soft ? -1 : p.target[row];
+  A y[kStreamItems];
+  if (soft) load_soft<Width>(p, row, first, y);
+#pragma unroll
+  for (int i = 0; i < kStreamItems; ++i) {
+    const bool hit = item_class<Width>(first, i, kStreamThreads, threadIdx.x) == label;
+    grad[i] += factor * exp_negative(x[i]) - uniform - sharp * (soft ? y[i] : hit ? A(1) : A(0));
+  }
+}
+
+// Adds what the teachers give: x is s relative to its maximum, grad 0.
+template <int Width, class A>
+__device__ __forceinline__ void add_teachers_gradient(const Params<A>& p, int64_t row, int64_t first, const A* saved,
+                                                      const A (&x)[kStreamItems], A (&grad)[kStreamItems]) {
+  const unsigned reads = p.reads_of(row), teachers = p.combine == Combine::logits ? unsigned(reads != 0) : reads;
+  A z_student = 1, t[kStreamItems];
+  for (int k = next_teacher(teachers, -1); k != kNoTeacher; k = next_teacher(teachers, k)) {
+    const A *state = saved + saved_head(p) + kSavedTeacher * k, z_t = state[1], inv_t = p.inv_t[k];
+    z_student = state[2];
+    load_teacher<Width>(p, k, reads, row, first, t);
+    if (p.combine == Combine::probs) {
+      mix_probabilities(p, k, row, state[0], z_t, t, grad);
+      continue;
+    }
+    const A weight = p.combine == Combine::logits ? A(1) : p.weight_of(k, row), base = base_of(state[0]);
+    const A factor = weight * p.scale[k].grad / z_student, ratio = z_student / z_t;
+#pragma unroll
+    for (int i = 0; i < kStreamItems; ++i)
+      grad[i] += factor * (exp_negative(x[i] * inv_t) - ratio * exp_negative((t[i] - base) * inv_t));
+  }
+  if (p.combine != Combine::probs || reads == 0) return;
+  const A factor = p.total_of(row) / z_student;
+#pragma unroll
+  for (int i = 0; i < kStreamItems; ++i) grad[i] = p.scale[0].grad * (factor * exp_negative(x[i] * p.inv_t[0]) - grad[i]);
 }
 
 // The gradient of one tile of one row; blocks are rows times tiles.
-template <class S, class T, class A>
-__global__ void __launch_bounds__(kStreamThreads)
+template <class S, class A>
+__global__ void __launch_bounds__(kStreamThreads, sizeof(A) == 8 ? 2 : 3)
     stream_backward_kernel(const __grid_constant__ Params<A> p, const A* grad_loss, bool per_row, const A* aux, int64_t tiles) {
-  constexpr int kWidth = kVector<S, T>;
+  constexpr int kWidth = kVector<S, S>;
   const int64_t row = blockIdx.x / tiles, first = int64_t(blockIdx.x % tiles) * kStreamTile;
   const Label kind = label_kind(p.target, row, p.ignore_index, p.classes);
   A grad[kStreamItems];
 #pragma unroll
   for (int i = 0; i < kStreamItems; ++i) grad[i] = kind == Label::outside ? A(__builtin_nanf("")) : A(0);
   if (kind == Label::none || kind == Label::class_index) {
-    const A* saved = p.saved + row * (kSavedTeacher * p.teachers + kSavedHead);
-    const int teachers = p.combine == Combine::logits ? 1 : p.teachers;
-    A x[kStreamItems], t[kStreamItems];
-    load_student<S, T>(p, row, first, x);
+    const A* saved = p.saved + row * p.saved_columns;
     const A base = base_of(saved[0]);
-    A total = 0;
+    A x[kStreamItems];
+    load_student<S>(p, row, first, x);
 #pragma unroll
     for (int i = 0; i < kStreamItems; ++i) x[i] -= base;
-    for (int k = 0; k < teachers; ++k) {
-      const A* state = saved + kSavedHead + kSavedTeacher * k;
-      const A base_t = base_of(state[0]), z_t = state[1], z_s = state[2], inv_t = p.inv_t[k];
-      const A weight = p.combine == Combine::logits ? A(1) : p.weight_of(k, row);
-      total += weight;
-      load_teacher<S, T>(p, k, row, first, t);
-      if (p.combine == Combine::probs) {
-        const A factor = weight / z_t;
-#pragma unroll
-        for (int i = 0; i < kStreamItems; ++i) grad[i] += factor * exp_negative((t[i] - base_t) * inv_t);
-      } else {
-        const A factor = weight * p.scale[k].grad / z_s, ratio = z_s / z_t;
-#pragma unroll
-        for (int i = 0; i < kStreamItems; ++i)
-          grad[i] += factor * (exp_negative(x[i] * inv_t) - ratio * exp_negative((t[i] - base_t) * inv_t));
-      }
-    }
-    if (p.combine == Combine::probs) {
-      const A z_s = saved[kSavedHead + 2], factor = p.scale[0].grad * total / z_s, ratio = z_s / total;
-#pragma unroll
-      for (int i = 0; i < kStreamItems; ++i) grad[i] = factor * (exp_negative(x[i] * p.inv_t[0]) - ratio * grad[i]);
-    }
-    if (p.ce_weight != 0) {
-      const A factor = p.ce_weight / saved[1], uniform = p.ce_weight * p.smoothing / A(p.classes);
-      const int64_t label = p.target[row];
-#pragma unroll
-      for (int i = 0; i < kStreamItems; ++i) {
-        const int64_t c = item_class<kWidth>(first, i, kStreamThreads, threadIdx.x);
-        grad[i] += factor * exp_negative(x[i]) - uniform - (c == label ? p.ce_weight * (1 - p.smoothing) : A(0));
-      }
-    }
+    add_teachers_gradient<kWidth>(p, row, first, saved, x, grad);
+    if (p.ce_weight != 0) add_label_gradient<kWidth>(p, row, first, saved, x, grad);
   }
   const A upstream = grad_loss[per_row ? row : 0] * aux[0];
 #pragma unroll

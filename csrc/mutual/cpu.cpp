@@ -12,53 +12,95 @@ constexpr int kTogether = 4;  // networks that teach a learner in one loop over 
 
 // One network's row. x = (logit - max) / T, e = exp(x), both [padded]; z = sum e.
 template <class A>
-struct Network {
+struct Softmax {
   A *x, *e, z;
+  bool read;  // whether the row is: by a learner, or for its own cross-entropy
 };
 
 template <class A>
 struct Row {
   const Args& args;
   int64_t index, n, padded;
-  Network<A>* networks;  // M + N
-  A *logits, *grad;      // [padded]
+  Softmax<A>* networks;     // M + N
+  A *logits, *soft, *grad;  // [padded], the soft target smoothed; [M, padded]
+  A* weights;               // [M, M + N], 0 on the diagonal
+  A inv_t;
+  Scale<A> scale;
+  int integer_t;
+  A mass = 0;  // sum of `soft`
 
-  A weight(int m, int n) const {
-    const int frozen = n - args.learners;
-    return frozen < 0 ? weight_of<A>(args.peers, m, n, index) : weight_of<A>(args.frozen, m, frozen, index);
-  }
+  int total() const { return args.learners + args.teachers; }
+  A weight(int m, int n) const { return weights[m * total() + n]; }
 };
 
-template <class T>
-const T* logits_row(const Args& args, int network, int64_t row) {
-  return static_cast<const T*>(args.logits[network]) + row * args.stride[network];
+// The weights of a row and which networks they read. A kd_weight of 0 reads none.
+template <class A>
+void load_weights(const Row<A>& row) {
+  const Args& args = row.args;
+  const int total = row.total();
+  for (int n = 0; n < total; ++n) row.networks[n].read = n < args.learners && args.cross_entropy;
+  for (int m = 0; m < args.learners; ++m)
+    for (int n = 0; n < total; ++n) {
+      const int frozen = n - args.learners;
+      A w = 0;
+      if (m != n && args.kd_weight != 0)
+        w = frozen < 0 ? weight_of<A>(args.peers, m, n, row.index) : weight_of<A>(args.frozen, m, frozen, row.index);
+      row.weights[m * total + n] = w;
+      if (w == 0) continue;
+      row.networks[m].read = row.networks[n].read = true;
+    }
 }
 
 // The next row that will be read, on its way while this one is worked on.
-template <class S, class T>
-void prefetch_next(const Args& args, int network, int64_t row) {
-  if (++network == args.learners + args.teachers) {
-    network = 0;
-    if (++row >= args.rows) return;
-  }
-  if (network < args.learners)
-    prefetch_row(logits_row<S>(args, network, row), args.classes);
-  else
-    prefetch_row(logits_row<T>(args, network, row), args.classes);
+template <class A>
+void prefetch_next(const Row<A>& row, int network) {
+  int64_t index = row.index;
+  int next = network;
+  do {
+    if (++next == row.total()) {
+      next = 0;
+      ++index;
+    }
+  } while (next != network && !row.networks[next].read);
+  if (index < row.args.rows) prefetch_row(row.args.networks[next], index, row.n);
 }
 
-// A learner's cross-entropy at weight 1; e stands at T. Its gradient is written to `grad` where there is one.
+// The soft target, smoothed, 0 past the end.
 template <class A>
-A hard_label(const Row<A>& row, const Network<A>& learner, A max, int64_t label, A* grad) {
-  const Args& args = row.args;
-  const int t = integer_temperature(args.temperature);
-  const A* e = t == 1 ? learner.e : grad;
-  A z = learner.z, sum = 0;
+void load_soft(Row<A>& row) {
+  const A smoothing = A(row.args.label_smoothing);
+  load_row(*row.args.soft, row.index, row.n, row.padded, row.soft);
+  A mass = 0;
+#pragma omp simd reduction(+ : mass)
+  for (int64_t c = 0; c < row.n; ++c) {
+    row.soft[c] = smoothed(row.soft[c], smoothing, row.n);
+    mass += row.soft[c];
+  }
+  for (int64_t c = row.n; c < row.padded; ++c) row.soft[c] = 0;
+  row.mass = mass;
+}
+
+// The exponentials at temperature 1 and their sum z; e stands at T. Those that are not there already go to `to`.
+template <class A>
+const A* at_one(const Row<A>& row, const Softmax<A>& learner, A max, A* to, A& z) {
+  const int t = row.integer_t;
+  z = learner.z;
+  if (t == 1) return learner.e;
   if (t > 1)
-    z = powers(learner.e, row.padded, t, grad);
-  else if (t == 0)
-    z = exponentials(row.logits, max, A(1), row.padded, row.logits + row.padded, grad);
+    z = powers(learner.e, row.padded, t, to);
+  else
+    z = exponentials(row.logits, max, A(1), row.padded, row.logits + row.padded, to);
+  return to;
+}
+
+// A learner's cross-entropy with its label at weight 1. The gradient of ce_weight times it is written to `grad`.
+template <class A>
+A hard_label(const Row<A>& row, const Softmax<A>& learner, A max, A* grad) {
+  const Args& args = row.args;
+  const int64_t label = args.target[row.index];
   const A smoothing = A(args.label_smoothing), ce_weight = A(args.ce_weight);
+  A z, sum = 0;
+  const A* e = at_one(row, learner, max, grad, z);
   if (smoothing > 0) {
 #pragma omp simd reduction(+ : sum)
     for (int64_t c = 0; c < row.n; ++c) sum += row.logits[c] - max;
@@ -67,12 +109,27 @@ A hard_label(const Row<A>& row, const Network<A>& learner, A max, int64_t label,
 #pragma omp simd
   for (int64_t c = 0; c < row.padded; ++c) grad[c] = factor * e[c] - uniform;
   grad[label] -= ce_weight * (1 - smoothing);
-  return ce_weight * cross_entropy(z, row.logits[label] - max, sum, smoothing, row.n);
+  return cross_entropy(z, row.logits[label] - max, sum, smoothing, row.n);
+}
+
+// The same with the probabilities row.soft.
+template <class A>
+A soft_label(const Row<A>& row, const Softmax<A>& learner, A max, A* grad) {
+  const A ce_weight = A(row.args.ce_weight);
+  A z, sum = 0;
+  const A* e = at_one(row, learner, max, grad, z);
+  const A factor = ce_weight * row.mass / z;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t c = 0; c < row.padded; ++c) {
+    sum += soft_part(row.soft[c], row.logits[c] - max);
+    grad[c] = factor * e[c] - ce_weight * row.soft[c];
+  }
+  return row.mass * natural_log(z) - sum;
 }
 
 // Networks first .. first + K - 1 teach a learner: their sums a (math.h) to `sums`; where `Grad`, their pulls are added.
 template <int K, bool Grad, class A>
-void teach(const Network<A>& learner, const Network<A>* const* by, const Pull<A>* pulls, int64_t n, A* grad, A* sums) {
+void teach(const Softmax<A>& learner, const Softmax<A>* const* by, const Pull<A>* pulls, int64_t n, A* grad, A* sums) {
   const A *x_m = learner.x, *e_m = learner.e;
   const A* x[kTogether] = {by[0]->x, by[K > 1 ? 1 : 0]->x, by[K > 2 ? 2 : 0]->x, by[K > 3 ? 3 : 0]->x};
   const A* e[kTogether] = {by[0]->e, by[K > 1 ? 1 : 0]->e, by[K > 2 ? 2 : 0]->e, by[K > 3 ? 3 : 0]->e};
@@ -107,7 +164,7 @@ void teach(const Network<A>& learner, const Network<A>* const* by, const Pull<A>
 }
 
 template <bool Grad, class A>
-void teach(int k, const Network<A>& learner, const Network<A>* const* by, const Pull<A>* pulls, int64_t n, A* grad, A* sums) {
+void teach(int k, const Softmax<A>& learner, const Softmax<A>* const* by, const Pull<A>* pulls, int64_t n, A* grad, A* sums) {
   switch (k) {
     case 1: return teach<1, Grad>(learner, by, pulls, n, grad, sums);
     case 2: return teach<2, Grad>(learner, by, pulls, n, grad, sums);
@@ -116,28 +173,29 @@ void teach(int k, const Network<A>& learner, const Network<A>* const* by, const 
   }
 }
 
-// What learner m learns from all others; returns the sum of its weighted divergences.
+// What learner m learns from those that it reads: the sum of its weighted divergences.
 template <bool Grad, class A>
 A learn(const Row<A>& row, int m, A* grad) {
-  const Scale<A> scale = temperature_scale<A>(row.args.temperature, row.args.scale_by_t2);
-  const Network<A>& learner = row.networks[m];
-  const int networks = row.args.learners + row.args.teachers;
+  const Scale<A>& scale = row.scale;
+  const Softmax<A>& learner = row.networks[m];
+  const int networks = row.total();
+  const A factor = A(row.args.kd_weight) * scale.grad;
   A loss = 0;
   for (int next = 0; next < networks;) {
-    const Network<A>* by[kTogether];
+    const Softmax<A>* by[kTogether];
     Pull<A> pulls[kTogether];
     A weights[kTogether], sums[kTogether];
     int k = 0;
     for (; next < networks && k < kTogether; ++next) {
-      if (next == m) continue;
-      by[k] = &row.networks[next];
       weights[k] = row.weight(m, next);
-      pulls[k] = pull(weights[k], scale.grad, learner.z, by[k]->z);
+      if (weights[k] == 0) continue;
+      by[k] = &row.networks[next];
+      pulls[k] = pull(weights[k], factor, learner.z, by[k]->z);
       ++k;
     }
     if (k == 0) break;
     teach<Grad>(k, learner, by, pulls, row.padded, grad, sums);
-    for (int i = 0; i < k; ++i) loss += weighted(weights[i], scale.loss, divergence(sums[i], by[i]->z, learner.z));
+    for (int i = 0; i < k; ++i) loss += weights[i] * scale.loss * divergence(sums[i], by[i]->z, learner.z);
   }
   return loss;
 }
@@ -150,13 +208,24 @@ void store_gradient(const Row<A>& row, int m, const A* grad) {
   A scale = A(args.row_factor);
   if (args.type == DType::f16) {
     A bound = 0;
-    for (int n = 0; n < args.learners + args.teachers; ++n)
-      if (n != m) bound += magnitude(row.weight(m, n));
-    bound *= temperature_scale<A>(args.temperature, args.scale_by_t2).grad;
-    scale = A(half_scale(float(bound + magnitude(A(args.ce_weight)))));
+    for (int n = 0; n < row.total(); ++n) bound += magnitude(row.weight(m, n));
+    bound *= row.scale.grad * magnitude(A(args.kd_weight));
+    const A mass = row.mass > 1 ? row.mass : A(1);
+    scale = A(half_scale(float(bound + magnitude(A(args.ce_weight)) * mass)));
     static_cast<A*>(args.saved)[at] = 1 / scale;
   }
   store_row(grad, row.n, scale, static_cast<S*>(args.grad) + at * row.n);
+}
+
+// The loss of learner m from its divergences and its cross-entropy.
+template <class A>
+void store_loss(const Args& args, int m, int64_t row, A kd, A ce) {
+  const int64_t at = m * args.rows + row;
+  static_cast<A*>(args.row_loss)[at] = weigh(A(args.kd_weight), kd, A(args.ce_weight), ce);
+  if (!args.row_terms) return;
+  A* terms = static_cast<A*>(args.row_terms);
+  terms[at] = kd;
+  terms[args.learners * args.rows + at] = ce;
 }
 
 // A row that counts nowhere, or whose target is out of range.
@@ -164,6 +233,8 @@ template <class S, class A>
 void leave_out(const Args& args, int64_t index, A nothing) {
   for (int m = 0; m < args.learners; ++m) {
     static_cast<A*>(args.row_loss)[m * args.rows + index] = nothing;
+    for (int i = 0; args.row_terms && i < 2; ++i)
+      static_cast<A*>(args.row_terms)[(i * args.learners + m) * args.rows + index] = nothing;
     if (args.slot[m] < 0) continue;
     const int64_t at = args.slot[m] * args.rows + index;
     fill_row(static_cast<S*>(args.grad) + at * args.classes, args.classes, nothing);
@@ -171,60 +242,71 @@ void leave_out(const Args& args, int64_t index, A nothing) {
   }
 }
 
-template <class S, class T, class A>
-void forward_row(Row<A>& row) {
+// Loads network n and what every pair needs of it; a learner's cross-entropy, whose gradient goes to `grad`.
+template <class S, class A>
+A read_network(const Row<A>& row, int n, A* grad) {
+  const Args& args = row.args;
+  Softmax<A>& network = row.networks[n];
+  prefetch_next(row, n);
+  const bool like_learners = args.networks[n].type == args.type;
+  const A max = like_learners ? load_row(row_of<S>(args.networks[n], row.index), row.n, row.padded, row.logits)
+                              : load_row(args.networks[n], row.index, row.n, row.padded, row.logits);
+  network.z = exponentials(row.logits, max, row.inv_t, row.padded, network.x, network.e);
+  if (n >= args.learners || !args.cross_entropy) return 0;
+  return args.soft ? soft_label(row, network, max, grad) : hard_label(row, network, max, grad);
+}
+
+template <class S, class A>
+void forward_row(Row<A>& row, A* entropies) {
   const Args& args = row.args;
   const Label kind = label_kind(args.target, row.index, args.ignore_index, row.n);
   if (kind == Label::ignored) return leave_out<S>(args, row.index, A(0));
   if (kind == Label::outside) return leave_out<S>(args, row.index, A(__builtin_nanf("")));
-  const A inv_t = A(1 / args.temperature);
-  const bool hard = args.ce_weight != 0;
-  A* losses = static_cast<A*>(args.row_loss) + row.index;
-  for (int n = 0; n < args.learners + args.teachers; ++n) {
-    Network<A>& network = row.networks[n];
-    const bool learns = n < args.learners;
-    prefetch_next<S, T>(args, n, row.index);
-    const A max = learns ? load_row(logits_row<S>(args, n, row.index), row.n, row.padded, row.logits)
-                         : load_row(logits_row<T>(args, n, row.index), row.n, row.padded, row.logits);
-    network.z = exponentials(row.logits, max, inv_t, row.padded, network.x, network.e);
-    if (!learns) continue;
-    losses[n * args.rows] =
-        hard ? hard_label(row, network, max, args.target[row.index], row.grad + n * row.padded) : A(0);
+  if (args.soft && args.cross_entropy) load_soft(row);
+  for (int n = 0; n < row.total(); ++n) {
+    const A entropy = row.networks[n].read ? read_network<S>(row, n, row.grad + n * row.padded) : A(0);
+    if (n < args.learners) entropies[n] = entropy;
   }
   for (int m = 0; m < args.learners; ++m) {
     A* grad = row.grad + m * row.padded;
-    if (args.slot[m] < 0) {
-      losses[m * args.rows] += learn<false>(row, m, grad);
-      continue;
-    }
-    if (!hard)
+    const bool learns = args.slot[m] >= 0;
+    if (learns && args.ce_weight == 0)
       for (int64_t c = 0; c < row.padded; ++c) grad[c] = 0;
-    losses[m * args.rows] += learn<true>(row, m, grad);
-    store_gradient<S>(row, m, grad);
+    const A kd = learns ? learn<true>(row, m, grad) : learn<false>(row, m, grad);
+    store_loss(args, m, row.index, kd, entropies[m]);
+    if (learns) store_gradient<S>(row, m, grad);
   }
 }
 
-// Rows of scratch: x and e of each network, a gradient of each learner, logits and x of the one being loaded.
-int64_t scratch_rows(const Args& args) { return 2 * (args.learners + args.teachers) + args.learners + 2; }
+// Numbers of scratch: x and e of each network, a gradient of each learner, logits and x of the one being loaded, the soft
+// target; a learner's weights and cross-entropy.
+int64_t scratch_numbers(const Args& args) {
+  const int64_t networks = args.learners + args.teachers;
+  return (2 * networks + args.learners + 3) * padded_length(args.classes) + args.learners * (networks + 1);
+}
 
 int64_t scratch_bytes(const Args& args) {
   constexpr int64_t kAlignment = 64;
-  return scratch_rows(args) * padded_length(args.classes) * int64_t(sizeof(double)) +
-         (args.learners + args.teachers) * int64_t(sizeof(Network<double>)) + kAlignment;
+  return scratch_numbers(args) * int64_t(sizeof(double)) +
+         (args.learners + args.teachers) * int64_t(sizeof(Softmax<double>)) + 2 * kAlignment;
 }
 
-template <class S, class T, class A>
+template <class S, class A>
 void forward_typed(const Args& args, int64_t begin, int64_t end, void* memory) {
   const int64_t padded = padded_length(args.classes);
   const int networks = args.learners + args.teachers;
   A* p = aligned_scratch<A>(memory);
-  A* const grad = p + 2 * networks * padded;
-  A* const logits = grad + args.learners * padded;
-  auto* const table = reinterpret_cast<Network<A>*>(logits + 2 * padded);
-  for (int n = 0; n < networks; ++n, p += 2 * padded) table[n] = {p, p + padded, A(0)};
-  for (int64_t r = begin; r < end; ++r) {
-    Row<A> row{args, r, args.classes, padded, table, logits, grad};
-    forward_row<S, T>(row);
+  auto* const table = reinterpret_cast<Softmax<A>*>(p + (scratch_numbers(args) + 1) / 2 * 2);
+  A* const logits = p + 2 * networks * padded;
+  A* const weights = logits + (3 + args.learners) * padded;
+  for (int n = 0; n < networks; ++n, p += 2 * padded) table[n] = {p, p + padded, A(0), false};
+  Row<A> row{args, begin, args.classes, padded, table, logits, logits + 2 * padded, logits + 3 * padded, weights,
+             A(1 / args.temperature), temperature_scale<A>(args.temperature, args.scale_by_t2),
+             integer_temperature(args.temperature)};
+  const bool each_row = args.peers.stride_row != 0 || args.frozen.stride_row != 0;
+  for (; row.index < end; ++row.index) {
+    if (each_row || row.index == begin) load_weights(row);
+    forward_row<S>(row, weights + args.learners * networks);
   }
 }
 
@@ -245,8 +327,7 @@ void backward_typed(const BackwardArgs& args, int64_t begin, int64_t end) {
 }
 
 void forward_rows(const Args& args, int64_t begin, int64_t end, void* scratch) {
-  dispatch_pair(args.type, args.teacher_type,
-                [&]<class S, class T, class A>() { forward_typed<S, T, A>(args, begin, end, scratch); });
+  dispatch(args.type, [&]<class S, class A>() { forward_typed<S, A>(args, begin, end, scratch); });
 }
 
 void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end) {

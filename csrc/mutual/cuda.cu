@@ -24,28 +24,30 @@ int64_t most_shared_bytes() {
   return bytes - kStaticBytes;
 }
 
-template <class S, class T, class A, class P>
+template <class S, class A, class P>
 void launch(const Args& args, int64_t bytes, cudaStream_t stream) {
-  const Params<A> p = make_params<S, T, P::template kWidth<S, T>, A>(args);
-  allow_dynamic_shared(mutual_kernel<S, T, A, P>, bytes);
+  const Params<A> p = make_params<S, P::template kWidth<S>, A>(args);
+  allow_dynamic_shared(mutual_kernel<S, A, P>, bytes);
   const unsigned blocks = unsigned((p.rows + P::kRows - 1) / P::kRows);
-  SIMT_LAUNCH((mutual_kernel<S, T, A, P>), dim3(blocks), dim3(P::kBlock), int(bytes), stream, p);
+  SIMT_LAUNCH((mutual_kernel<S, A, P>), dim3(blocks), dim3(P::kBlock), int(bytes), stream, p);
 }
 
 // Whether the policy took the call.
-template <class S, class T, class A, class P>
+template <class S, class A, class P>
 bool try_launch(const Args& args, int64_t most_bytes, cudaStream_t stream) {
-  const int64_t bytes = P::numbers(args.learners, args.learners + args.teachers) * int64_t(sizeof(A));
+  const bool soft = args.soft && args.cross_entropy;
+  const int64_t bytes =
+      P::kRows * P::template numbers<A>(args.learners, args.learners + args.teachers, soft) * int64_t(sizeof(A));
   if (P::kOnChip && (args.stream || args.classes > P::kTile || bytes > most_bytes)) return false;
-  launch<S, T, A, P>(args, bytes, stream);
+  launch<S, A, P>(args, bytes, stream);
   return true;
 }
 
-template <class S, class T, class A>
+template <class S, class A>
 void launch_forward(const Args& args, cudaStream_t stream) {
   const int64_t most = most_shared_bytes();
-  try_launch<S, T, A, Warp>(args, most, stream) || try_launch<S, T, A, Small>(args, most, stream) ||
-      try_launch<S, T, A, Medium>(args, most, stream) || try_launch<S, T, A, Stream<A>>(args, most, stream);
+  try_launch<S, A, Warp>(args, most, stream) || try_launch<S, A, Small>(args, most, stream) ||
+      try_launch<S, A, Medium>(args, most, stream) || try_launch<S, A, Stream<A>>(args, most, stream);
 }
 
 }  // namespace
@@ -54,9 +56,14 @@ void launch_forward(const Args& args, cudaStream_t stream) {
 const char* forward_cuda(const Args& args, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (args.rows > 0)
-    dispatch_pair(args.type, args.teacher_type,
-                  [&]<class S, class T, class A>() { launch_forward<S, T, A>(args, stream); });
+    dispatch(args.type, [&]<class S, class A>() { launch_forward<S, A>(args, stream); });
   launch_reduce(args, args.type, args.learners, stream);
+  if (args.terms) {
+    Args terms = args;
+    terms.row_loss = args.row_terms;
+    terms.loss = args.terms;
+    launch_reduce(terms, args.type, 2 * args.learners, stream);
+  }
   return launch_error();
 }
 

@@ -1,6 +1,7 @@
 // What the CUDA kernels of mutual receive, by value, and how a row lies in shared memory.
 #pragma once
 
+#include "core/rows.h"
 #include "core/vec.cuh"
 #include "mutual/math.h"
 
@@ -11,35 +12,33 @@ template <class A>
 struct Params {
   int64_t rows, classes;
   int learners, teachers;
-  const void* logits[kMaxLaunchNetworks];
-  int64_t stride[kMaxLaunchNetworks];
-  unsigned vectors;  // a bit per network: its rows allow vector accesses
+  Network network[kMaxLaunchNetworks];
+  unsigned vectors;  // a bit per network: its rows are of the learners' dtype and allow vector accesses
   bool grad_vectors;
   const int64_t* target;
   int64_t ignore_index;
+  Network soft;  // without data: labels
 
   const A *peers, *frozen;  // null: host_weight
   int64_t peer_stride[3], frozen_stride[3];  // learner, network, row
   A host_weight[kMaxLaunchLearners * kMaxLaunchNetworks];
-  A inv_t, ce_weight, smoothing;
+  A inv_t, kd_weight, ce_weight, smoothing;
   Scale<A> scale;
   int integer_t;  // 0 where the temperature is no small integer
-  bool half;
+  bool cross_entropy, half;
   int slot[kMaxLaunchLearners];
 
-  A *row_loss, *saved;
+  A *row_loss, *row_terms, *saved;
   void* grad;
 
   FASTKD_HD int networks() const { return learners + teachers; }
+  // 0 on the diagonal, and everywhere without a kd_weight.
   FASTKD_HD A weight_of(int m, int n, int64_t row) const {
+    if (m == n || kd_weight == 0) return 0;
     const A* device = n < learners ? peers : frozen;
     if (!device) return host_weight[m * networks() + n];
     const int64_t* stride = n < learners ? peer_stride : frozen_stride;
     return device[m * stride[0] + (n < learners ? n : n - learners) * stride[1] + row * stride[2]];
-  }
-  template <class T>
-  FASTKD_HD const T* logits_row(int n, int64_t row) const {
-    return static_cast<const T*>(logits[n]) + row * stride[n];
   }
   template <class S>
   FASTKD_HD S* grad_row(int m, int64_t row) const {
@@ -50,24 +49,39 @@ struct Params {
 // Of one network in one row.
 enum Stat { kMax, kZ, kZOne, kSum, kStats };
 
-// A row's numbers in shared memory: each network's statistics, the pulls between them, the sums `a` of each warp.
+// A row's numbers in shared memory: where each network's row and the soft target's lie, each network's statistics, the
+// pulls between them, the sums `a` of each warp.
 template <class A>
 struct RowMemory {
-  A* start;
+  static constexpr int kPointer = int(sizeof(const void*) / sizeof(A));
+  A* start;  // aligned to a pointer
   int learners, networks, warps;
 
   static FASTKD_HD int64_t numbers(int learners, int networks, int warps) {
-    return kStats * networks + int64_t(2 + warps) * learners * networks;
+    const int64_t all = kPointer * (networks + 1) + kStats * networks + int64_t(3 + warps) * learners * networks;
+    return (all + 1) / 2 * 2;
   }
-  __device__ A& stat(int n, int which) const { return start[n * kStats + which]; }
-  __device__ A& factor(int m, int n) const { return start[kStats * networks + (m * networks + n) * 2]; }
-  __device__ A& ratio(int m, int n) const { return start[kStats * networks + (m * networks + n) * 2 + 1]; }
+  __device__ const void*& data(int n) const { return reinterpret_cast<const void**>(start)[n]; }
+  __device__ A* stats() const { return start + kPointer * (networks + 1); }
+  __device__ A* pairs() const { return stats() + kStats * networks; }
+  __device__ A& stat(int n, int which) const { return stats()[n * kStats + which]; }
+  __device__ A& weight(int m, int n) const { return pairs()[(m * networks + n) * 3]; }
+  __device__ A& factor(int m, int n) const { return pairs()[(m * networks + n) * 3 + 1]; }
+  __device__ A& ratio(int m, int n) const { return pairs()[(m * networks + n) * 3 + 2]; }
   __device__ A& sum(int warp, int m, int n) const {
-    return start[(kStats + 2 * learners) * networks + (warp * learners + m) * networks + n];
+    return pairs()[(3 * learners + warp * learners + m) * networks + n];
   }
 };
 
-template <class S, class T, int Width, class A>
+// Whether a network of the learners' dtype S may be read in vectors.
+template <class S, int Width>
+bool vectors_of(const Network& network, DType type, int64_t classes) {
+  for (int d = 0; d < network.rows.dims; ++d)
+    if (!rows_aligned<Width>(network.data, network.rows.stride[d], classes, sizeof(S))) return false;
+  return network.type == type;
+}
+
+template <class S, int Width, class A>
 Params<A> make_params(const Args& args) {
   Params<A> p{};
   p.rows = args.rows;
@@ -76,11 +90,10 @@ Params<A> make_params(const Args& args) {
   p.teachers = args.teachers;
   p.grad_vectors = rows_aligned<Width>(args.grad, args.classes, args.classes, sizeof(S));
   for (int n = 0; n < p.networks(); ++n) {
-    p.logits[n] = args.logits[n];
-    p.stride[n] = args.stride[n];
-    const int bytes = n < args.learners ? sizeof(S) : sizeof(T);
-    p.vectors |= unsigned(rows_aligned<Width>(args.logits[n], args.stride[n], args.classes, bytes)) << n;
+    p.network[n] = args.networks[n];
+    p.vectors |= unsigned(vectors_of<S, Width>(args.networks[n], args.type, args.classes)) << n;
   }
+  if (args.soft && args.cross_entropy) p.soft = *args.soft;
   const Weights* weights[2] = {&args.peers, &args.frozen};
   p.peers = static_cast<const A*>(args.peers.data);
   p.frozen = static_cast<const A*>(args.frozen.data);
@@ -102,10 +115,13 @@ Params<A> make_params(const Args& args) {
   p.inv_t = A(1 / args.temperature);
   p.scale = temperature_scale<A>(args.temperature, args.scale_by_t2);
   p.integer_t = integer_temperature(args.temperature);
+  p.kd_weight = A(args.kd_weight);
   p.ce_weight = A(args.ce_weight);
+  p.cross_entropy = args.cross_entropy;
   p.smoothing = A(args.label_smoothing);
   p.half = args.type == DType::f16;
   p.row_loss = static_cast<A*>(args.row_loss);
+  p.row_terms = static_cast<A*>(args.row_terms);
   p.saved = static_cast<A*>(args.saved);
   p.grad = args.grad;
   return p;

@@ -2,6 +2,7 @@
 // of the CUDA kernels.
 #include "mutual/op.h"
 
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -12,7 +13,7 @@ namespace {
 
 // What Args points into, kept alive for the call.
 struct Inputs {
-  NetworkRows networks;
+  Networks networks, soft;
   std::optional<Tensor> target, peers, frozen;
   std::vector<double> host_weights;
   std::vector<int> slots;
@@ -48,7 +49,12 @@ Weights make_weights(const Args& args, std::optional<Tensor>& tensor, const std:
 void run_forward(Args& args, const Tensor&) {
   const int64_t networks = args.learners + args.teachers;
   const int64_t work = networks + args.learners * (networks - 1) / 4;  // a pair costs a fourth of an exponential
-  forward_over_rows(FASTKD_KERNELS_OF(mutual), args, args.type, args.learners, args.classes * work);
+  const double factor = forward_over_rows(FASTKD_KERNELS_OF(mutual), args, args.type, args.learners, args.classes * work);
+  if (!args.terms) return;
+  if (args.type == DType::f64)
+    reduce_rows<double>(args.row_terms, 2 * args.learners, args.rows, factor, args.terms);
+  else
+    reduce_rows<float>(args.row_terms, 2 * args.learners, args.rows, factor, args.terms);
 }
 
 void run_backward(const BackwardArgs& args, const Tensor&) {
@@ -71,61 +77,116 @@ void run_backward(const BackwardArgs& args, const Tensor& like) {
 
 #endif
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-    const std::vector<Tensor>& logits, const std::vector<Tensor>& teachers, const std::optional<Tensor>& target,
-    const std::optional<Tensor>& weights, const std::optional<Tensor>& teacher_weights,
-    const std::vector<double>& host_weights, double temperature, double ce_weight, double label_smoothing,
-    int64_t ignore_index, bool scale_by_t2, int64_t reduction, const std::vector<int64_t>& learners, bool stream) {
+// The numbers that a schedule changes: as arguments, or float64 [4] on the host (fastkd/ops/mutual.py: SCALARS).
+void set_scalars(Args& args, double temperature, double kd_weight, double ce_weight, double num_items,
+                 const std::optional<Tensor>& scalars) {
+  double numbers[4] = {temperature, kd_weight, ce_weight, num_items};
+  if (scalars) {
+    STD_TORCH_CHECK(scalars->is_cpu() && scalars->scalar_type() == ScalarType::Double && scalars->is_contiguous() &&
+                        scalars->numel() == 4,
+                    "fastkd: scalars must be float64 on the CPU");
+    for (int i = 0; i < 4; ++i) numbers[i] = static_cast<const double*>(scalars->data_ptr())[i];
+  }
+  constexpr double kLargest = std::numeric_limits<double>::max();
+  STD_TORCH_CHECK(numbers[0] > 0 && numbers[0] <= kLargest, "mutual_kd: temperature must be a finite number > 0, got ",
+                  numbers[0]);
+  STD_TORCH_CHECK(numbers[3] >= 0 && numbers[3] <= kLargest, "mutual_kd: num_items must be > 0, got ", numbers[3]);
+  for (int i = 1; i < 3; ++i)
+    STD_TORCH_CHECK(numbers[i] >= -kLargest && numbers[i] <= kLargest, "mutual_kd: ", i == 1 ? "kd_weight" : "ce_weight",
+                    " must be a finite number, got ", numbers[i]);
+  args.temperature = numbers[0];
+  args.kd_weight = numbers[1];
+  args.ce_weight = numbers[2];
+  args.items = numbers[3];
+}
+
+void set_networks(Inputs& in, const std::vector<Tensor>& logits, const std::vector<Tensor>& teachers) {
   STD_TORCH_CHECK(!logits.empty(), "fastkd: no network");
   const Tensor& like = logits.front();
-  Inputs in;
   Args& args = in.args;
-  args.rows = like.size(0);
-  args.classes = like.size(1);
+  args.classes = like.size(like.dim() - 1);
+  args.rows = args.classes > 0 ? like.numel() / args.classes : 0;
   args.learners = int(logits.size());
   args.teachers = int(teachers.size());
-  args.type = args.teacher_type = in.networks.add(logits, args.rows, args.classes);
-  if (!teachers.empty()) args.teacher_type = in.networks.add(teachers, args.rows, args.classes);
-  check_teacher_type(args.teacher_type, args.type);
-  args.logits = in.networks.data.data();
-  args.stride = in.networks.strides.data();
+  args.type = dtype_of(like);
+  in.networks.add(logits, args.rows, args.classes);
+  in.networks.add(teachers, args.rows, args.classes);
+  for (const Tensor& z : logits) STD_TORCH_CHECK(dtype_of(z) == args.type, "fastkd: the learners' dtypes differ");
+  args.networks = in.networks.list.data();
+}
+
+void set_target(Inputs& in, const std::optional<Tensor>& target, const std::optional<Tensor>& soft, bool cross_entropy) {
+  Args& args = in.args;
+  in.target = contiguous_target(target, args.rows);
+  args.target = optional_data<int64_t>(in.target);
+  if (soft) args.soft = &in.soft.add(*soft, args.rows, args.classes);
+  STD_TORCH_CHECK(!cross_entropy || target || soft, "fastkd: a cross-entropy without a target");
+  args.cross_entropy = cross_entropy;
+}
+
+void set_slots(Inputs& in, const std::vector<int64_t>& learners) {
+  Args& args = in.args;
+  in.slots.assign(size_t(args.learners), -1);
+  for (const int64_t m : learners) {
+    STD_TORCH_CHECK(m >= 0 && m < args.learners && in.slots[m] < 0, "fastkd: a learner out of range or twice");
+    in.slots[m] = args.slots++;
+  }
+  args.slot = in.slots.data();
+}
+
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Allocates what the kernels write, and runs them: loss, terms, gradients, their scales, aux.
+Results run(Args& args, const Tensor& like, bool with_terms) {
+  const ScalarType type = accumulate_type(args.type);
+  const bool each_row = args.reduction == Reduction::none, scaled = args.type == DType::f16;
+  const int64_t planes = with_terms ? 2 : 0;
+  Tensor rows = empty_like_device(like, {args.learners, args.rows}, type);
+  Tensor loss = each_row ? rows : empty_like_device(like, {args.learners}, type);
+  Tensor row_terms = with_terms || each_row ? empty_like_device(like, {planes, args.learners, args.rows}, type) : loss;
+  Tensor terms = each_row ? row_terms : empty_like_device(like, {planes, args.learners}, type);
+  Tensor grad = empty_like_device(like, {args.slots, args.rows, args.classes}, like.scalar_type());
+  Tensor saved = empty_like_device(like, {scaled ? args.slots : 0, args.rows}, type);
+  Tensor aux = empty_like_device(like, {2}, type);
+  args.row_loss = rows.data_ptr();
+  args.loss = each_row ? nullptr : loss.data_ptr();
+  if (with_terms) {
+    args.row_terms = row_terms.data_ptr();
+    args.terms = each_row ? nullptr : terms.data_ptr();
+  }
+  args.grad = grad.data_ptr();
+  args.saved = saved.data_ptr();
+  args.aux = aux.data_ptr();
+  run_forward(args, like);
+  return {loss, terms, grad, saved, aux};
+}
+
+Results forward(const std::vector<Tensor>& logits, const std::vector<Tensor>& teachers,
+                const std::optional<Tensor>& target, const std::optional<Tensor>& soft,
+                const std::optional<Tensor>& weights, const std::optional<Tensor>& teacher_weights,
+                const std::optional<Tensor>& scalars, const std::vector<double>& host_weights, double temperature,
+                double kd_weight, double ce_weight, double num_items, bool cross_entropy, double label_smoothing,
+                int64_t ignore_index, bool scale_by_t2, int64_t reduction, bool with_terms,
+                const std::vector<int64_t>& learners, bool stream) {
+  Inputs in;
+  Args& args = in.args;
+  set_networks(in, logits, teachers);
   in.host_weights = host_weights;
   in.peers = weights;
   in.frozen = teacher_weights;
   args.peers = make_weights(args, in.peers, in.host_weights, 0, args.learners);
   if (args.teachers > 0)
     args.frozen = make_weights(args, in.frozen, in.host_weights, args.learners, args.teachers);
-  in.target = contiguous_target(target, args.rows);
-  STD_TORCH_CHECK(ce_weight == 0 || target, "fastkd: ce_weight without a target");
-  args.target = optional_data<int64_t>(in.target);
-  args.temperature = temperature;
-  args.ce_weight = ce_weight;
+  set_target(in, target, soft, cross_entropy);
+  set_scalars(args, temperature, kd_weight, ce_weight, num_items, scalars);
+  if (!cross_entropy) args.ce_weight = 0;
   args.label_smoothing = label_smoothing;
   args.ignore_index = ignore_index;
   args.scale_by_t2 = scale_by_t2;
   args.reduction = Reduction(reduction);
   args.stream = stream;
-  in.slots.assign(logits.size(), -1);
-  for (const int64_t m : learners) {
-    STD_TORCH_CHECK(m >= 0 && m < args.learners && in.slots[m] < 0, "fastkd: a learner out of range or twice");
-    in.slots[m] = args.slots++;
-  }
-  args.slot = in.slots.data();
-
-  const ScalarType type = accumulate_type(args.type);
-  const bool each_row = args.reduction == Reduction::none, scaled = args.type == DType::f16;
-  Tensor rows = empty_like_device(like, {args.learners, args.rows}, type);
-  Tensor loss = each_row ? rows : empty_like_device(like, {args.learners}, type);
-  Tensor grad = empty_like_device(like, {args.slots, args.rows, args.classes}, like.scalar_type());
-  Tensor saved = empty_like_device(like, {scaled ? args.slots : 0, args.rows}, type);
-  Tensor aux = empty_like_device(like, {2}, type);
-  args.row_loss = rows.data_ptr();
-  args.loss = each_row ? nullptr : loss.data_ptr();
-  args.grad = grad.data_ptr();
-  args.saved = saved.data_ptr();
-  args.aux = aux.data_ptr();
-  run_forward(args, like);
-  return {loss, grad, saved, aux};
+  set_slots(in, learners);
+  return run(args, logits.front(), with_terms);
 }
 
 Tensor backward(const Tensor& grad_loss, const Tensor& stored, const Tensor& saved, const Tensor& aux,
@@ -156,9 +217,10 @@ Tensor backward(const Tensor& grad_loss, const Tensor& stored, const Tensor& sav
 #if !defined(FASTKD_BACKEND_CUDA)  // the CUDA library implements what the CPU library declares
 STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
   m.def(
-      "mutual_forward(Tensor[] logits, Tensor[] teachers, Tensor? target, Tensor? weights, Tensor? teacher_weights, "
-      "float[] host_weights, float temperature, float ce_weight, float label_smoothing, int ignore_index, "
-      "bool scale_by_t2, int reduction, int[] learners, bool stream) -> (Tensor, Tensor, Tensor, Tensor)");
+      "mutual_forward(Tensor[] logits, Tensor[] teachers, Tensor? target, Tensor? soft, Tensor? weights, "
+      "Tensor? teacher_weights, Tensor? scalars, float[] host_weights, float temperature, float kd_weight, "
+      "float ce_weight, float num_items, bool cross_entropy, float label_smoothing, int ignore_index, bool scale_by_t2, "
+      "int reduction, bool with_terms, int[] learners, bool stream) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("mutual_backward(Tensor grad, Tensor rows, Tensor saved, Tensor aux, int[] learners, int reduction) -> Tensor");
 }
 #endif

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/network.h"
 #include "core/reduction.h"
 
 namespace fastkd::mutual {
@@ -10,25 +11,26 @@ namespace fastkd::mutual {
 // Of one CUDA launch; the CPU takes any number. Networks: the learners and the frozen teachers.
 constexpr int kMaxLaunchLearners = 16, kMaxLaunchNetworks = 32;
 
-// w[m, n] of learner m and network n, on the host or on the device.
+// w[m, n] of learner m and network n, on the host or on the device. Where it is 0, m does not read n.
 struct Weights {
   const double* host = nullptr;  // element m * stride_learner + n * stride_network; null: then
   const void* data = nullptr;    // A, the same with + r * stride_row
   int64_t stride_learner = 0, stride_network = 0, stride_row = 0;
 };
 
-// A = double where the logits are float64, else float. Strides are in elements; a row's classes lie next to each other.
+// A = double where the learners' logits are float64, else float. Networks lie anywhere in memory; teachers are of any dtype.
 struct Args {
   int64_t rows = 0, classes = 0;
   int learners = 0, teachers = 0;
-  DType type{}, teacher_type{};
+  DType type{};  // of the learners and their gradients
 
-  const void* const* logits = nullptr;  // (M + N) x [R, C]: the learners, then the frozen teachers
-  const int64_t* stride = nullptr;      // M + N
-  const int64_t* target = nullptr;      // [R] or null
-  Weights peers, frozen;                // [M, M], diagonal never read, and [M, N]
+  const Network* networks = nullptr;  // M + N x [R, C]: the learners, then the frozen teachers
+  const int64_t* target = nullptr;    // [R] or null
+  const Network* soft = nullptr;      // [R, C], probabilities instead of labels, or null; `target` then only ignores rows
+  Weights peers, frozen;              // [M, M], diagonal never read, and [M, N]
 
-  double temperature = 1, ce_weight = 0, label_smoothing = 0;
+  double temperature = 1, kd_weight = 1, ce_weight = 0, label_smoothing = 0;
+  bool cross_entropy = false;  // whether rows have one: for the loss, or for the terms alone
   int64_t ignore_index = -100;
   bool scale_by_t2 = true;
   Reduction reduction = Reduction::mean;
@@ -37,12 +39,14 @@ struct Args {
   int slots = 0;
   bool stream = false;  // CUDA: as if the row did not fit on chip
 
-  void* row_loss = nullptr;  // A [M, R]
-  void* loss = nullptr;      // A [M], null for Reduction::none
-  void* grad = nullptr;      // [S, R, C], contiguous: see README.md for its scale
-  void* saved = nullptr;     // A [S, R] inverse scale of float16 gradients
-  void* aux = nullptr;       // A [2]: factor that the stored gradients still lack, targets out of range
-  double row_factor = 1;     // CPU: what the stored gradients are multiplied by, 1 / max(1, rows that count) for the mean
+  void* row_loss = nullptr;   // A [M, R]
+  void* row_terms = nullptr;  // A [2, M, R], KD and CE without their weights, or null
+  void* loss = nullptr;       // A [M], null for Reduction::none
+  void* terms = nullptr;      // A [2, M], null where row_terms or loss is
+  void* grad = nullptr;       // [S, R, C], contiguous: see README.md for its scale
+  void* saved = nullptr;      // A [S, R] inverse scale of float16 gradients
+  void* aux = nullptr;        // A [2]: factor that the stored gradients still lack, targets out of range
+  double row_factor = 1;      // CPU: what the stored gradients are multiplied by, 1 / max(1, rows that count) for the mean
 };
 
 struct BackwardArgs {

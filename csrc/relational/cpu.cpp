@@ -63,7 +63,7 @@ void gram_squares(const SidesArgs& args, int64_t begin, int64_t end) {
       double square = norm + other - 2 * args.gram[a * n + b];
       if (is_near(square, norm + other) || a == b)
         square = direct_square(args.x + a * args.width, args.x + b * args.width, args.width);
-      args.squares[a * n + b] = square;
+      args.squares[a * n + b] = args.counts(a, b) ? square : 0;
     }
   }
 }

@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant
       if (which == lane) square = direct;
     }
     if (b < n) {
+      if (!p.counts(a, b)) square = 0;
       p.squares[a * n + b] = square;
       sums.v[0] += ::sqrt(square);
       sums.v[1] += square > 0 ? 1 : 0;

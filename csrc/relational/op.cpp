@@ -64,6 +64,15 @@ void run_squares(RowsArgs& args) {
   });
 }
 
+// Squared distances of rows that do not count: 0.
+void leave_out(const SidesArgs& args) {
+  over_rows(args.n, [&](int64_t begin, int64_t end) {
+    for (int64_t a = begin; a < end; ++a)
+      for (int64_t b = 0; b < args.n; ++b)
+        if (!args.counts(a, b)) args.squares[a * args.n + b] = 0;
+  });
+}
+
 void run_pull(const PullArgs& args) {
   // In pairs of rows, so that a pair is no other one where threads divide them otherwise.
   const int64_t pairs = (args.n + 1) / 2;
@@ -111,7 +120,15 @@ void check_matrix(const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2 && t.scalar_type() == ScalarType::Double, "fastkd: expected a matrix in float64");
 }
 
-std::tuple<Tensor, Tensor> sides(const Tensor& x, const Tensor& gram, int64_t kind, double eps) {
+// bool [N], kept alive by the caller.
+std::optional<Tensor> contiguous_mask(const std::optional<Tensor>& mask, int64_t n) {
+  if (!mask) return std::nullopt;
+  STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->numel() == n, "fastkd: bool mask [N]");
+  return torch::stable::contiguous(*mask);
+}
+
+std::tuple<Tensor, Tensor> sides(const Tensor& x, const Tensor& gram, const std::optional<Tensor>& mask, int64_t kind,
+                                 double eps) {
   check_matrix(x);
   check_matrix(gram);
   STD_TORCH_CHECK(gram.size(0) == x.size(0) && gram.size(1) == x.size(0), "fastkd: expected a Gram matrix [N, N]");
@@ -120,6 +137,8 @@ std::tuple<Tensor, Tensor> sides(const Tensor& x, const Tensor& gram, int64_t ki
   args.n = x.size(0);
   args.width = x.size(1);
   args.kind = Kind(kind);
+  const std::optional<Tensor> counted = contiguous_mask(mask, args.n);
+  args.mask = optional_data<bool>(counted);
   args.eps = eps;
   const ScalarType type = args.kind == Kind::single ? ScalarType::Float : ScalarType::Double;
   Tensor planes = empty_like_device(x, {plane_count(args.kind), args.n, padded_size(args.n)}, type);
@@ -178,7 +197,7 @@ std::tuple<Tensor, Tensor> loss(const Tensor& student, const Tensor& teacher, co
 
 // Planes of the distances between the rows x [N, D] (float32, float64), their mean, their number and the scale of the
 // rows [3], and the scaled rows [N, padded].
-std::tuple<Tensor, Tensor, Tensor> distances(const Tensor& x) {
+std::tuple<Tensor, Tensor, Tensor> distances(const Tensor& x, const std::optional<Tensor>& mask) {
   STD_TORCH_CHECK(x.dim() == 2, "fastkd: expected embeddings [N, D]");
   const Tensor from = torch::stable::contiguous(x);
   RowsArgs args;
@@ -200,6 +219,9 @@ std::tuple<Tensor, Tensor, Tensor> distances(const Tensor& x) {
   sides.n = args.n;
   sides.kind = Kind::distance;
   sides.squares = args.squares;
+  const std::optional<Tensor> counted = contiguous_mask(mask, args.n);
+  sides.mask = optional_data<bool>(counted);
+  if (sides.mask) leave_out(sides);
   sides.row_sums = doubles(row_sums);
   sides.mean = doubles(mean);
   sides.planes = planes.data_ptr();
@@ -235,11 +257,11 @@ Tensor pull(const Tensor& laplacian, const Tensor& rows, const Tensor& mean, int
 
 #if !defined(FASTKD_BACKEND_CUDA)  // the CUDA library implements what the CPU library declares
 STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
-  m.def("relational_sides(Tensor x, Tensor gram, int kind, float eps) -> (Tensor, Tensor)");
+  m.def("relational_sides(Tensor x, Tensor gram, Tensor? mask, int kind, float eps) -> (Tensor, Tensor)");
   m.def(
       "relational_loss(Tensor student, Tensor teacher, Tensor mean, Tensor? weight, int kind, int reduction, bool need_grad) "
       "-> (Tensor, Tensor)");
-  m.def("relational_distances(Tensor x) -> (Tensor, Tensor, Tensor)");
+  m.def("relational_distances(Tensor x, Tensor? mask) -> (Tensor, Tensor, Tensor)");
   m.def("relational_pull(Tensor laplacian, Tensor rows, Tensor mean, int columns) -> Tensor");
 }
 #endif

@@ -24,6 +24,7 @@ FASTKD_HD int plane_count(Kind kind) { return kind == Kind::single ? 3 : kind ==
 struct SidesArgs {
   int64_t n = 0, width = 0;
   Kind kind{};
+  const bool* mask = nullptr;     // [N], or null: a row that does not count is at distance 0 from all
   double eps = 0;                 // a side shorter than eps times the mean side has inv = 0
   const double* x = nullptr;      // [N, D], centred
   const double* gram = nullptr;   // [N, N]
@@ -31,6 +32,8 @@ struct SidesArgs {
   double* row_sums = nullptr;     // [2, N] sums of the distances, numbers of positive ones
   double* mean = nullptr;         // [2] mean of the positive distances, their number; written by CUDA, read by the CPU
   void* planes = nullptr;
+
+  FASTKD_HD bool counts(int64_t a, int64_t b) const { return !mask || (mask[a] && mask[b]); }
 };
 
 // Distances without a Gram matrix, on the CPU. Rows are a network's embeddings times a power of two that brings the

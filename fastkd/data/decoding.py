@@ -64,11 +64,14 @@ def as_rgb(image):
 
 _NO_RANGE = {"I": "32-bit integers", "F": "32-bit floats"}
 _WIDE = ("PNG", "PPM")  # whose mode I means 16 bits
+_TELLS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow finds an orientation
 _BITS, _MEANING, _ORIENTATION = 258, 262, 274  # TIFF's tags
 
 
 def _orientation(image):
     """How to transpose an image so that it stands upright; None where it does."""
+    if not hasattr(image, "tag_v2") and not any(key in image.info for key in _TELLS):
+        return None  # to ask `getexif` would take as long as a small image
     how = require("PIL.Image", "Reading images").Transpose
     turns = {2: how.FLIP_LEFT_RIGHT, 3: how.ROTATE_180, 4: how.FLIP_TOP_BOTTOM, 5: how.TRANSPOSE}
     turns |= {6: how.ROTATE_270, 7: how.TRANSVERSE, 8: how.ROTATE_90}

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from torch.utils.data import Dataset
 
+from fastkd._core.labels import IGNORE_INDEX
+
 from .images import ImageSet, UnreadableImage
 
-IGNORED = -100  # a label that counts nowhere
 LEAST = 2  # rows: batch normalisation cannot train on one
 
 
@@ -53,7 +54,7 @@ class Part(Dataset):
         mine = part_of(len(indices), self.rank, self.ranks)
         if mine is not None:
             return self._read(indices[mine])
-        return [(image, IGNORED) for image, _ in self._read(indices[:LEAST])]
+        return [(image, IGNORE_INDEX) for image, _ in self._read(indices[:LEAST])]
 
     def read(self, indices: Sequence[int]) -> tuple[list, list[int]]:
         """Of an ImageSet: the items of a batch, and the index of each, -1 for an image that counts nowhere."""
@@ -62,7 +63,7 @@ class Part(Dataset):
         items = self.dataset.read(rows) if rows else []
         good = sum(not isinstance(item, UnreadableImage) for item in items)
         blanks = max(0, min(LEAST - good, len(indices) - good))
-        return items + [(self.dataset.blank(), IGNORED)] * blanks, rows + [-1] * blanks
+        return items + [(self.dataset.blank(), IGNORE_INDEX)] * blanks, rows + [-1] * blanks
 
     def _read(self, indices: Sequence[int]) -> list:
         if hasattr(self.dataset, "__getitems__"):

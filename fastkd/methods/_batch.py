@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._core.labels import counted
 from fastkd.methods._checks import check_integer
 from fastkd.ops import _common as common
 
-IGNORE_INDEX = -100  # PyTorch's default: a target that counts nowhere
 Share = tuple[Tensor | int, Tensor | int]
 # (name of a frozen network, its rows of the batch, what runs it on them) -> its logits of these rows
 Taught = Callable[[str, slice, Callable[[], Tensor]], Tensor]
@@ -136,4 +136,4 @@ def _count(inputs: Any, target: Any) -> Tensor | int:
     """How many rows count: a 0-d tensor on the device where labels say so, since reading it would wait."""
     if target is None:
         return next(_tensors(inputs)).shape[0]
-    return (next(_tensors(target)) != IGNORE_INDEX).sum().clamp(min=1)
+    return counted(next(_tensors(target))).sum().clamp(min=1)

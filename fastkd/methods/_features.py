@@ -58,6 +58,10 @@ _gives: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 def full_output(network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What a network returns, with its features where it has them: by `forward_features`, or by its call."""
+    return _full_output(_ask, network, *args, **kwargs)
+
+
+def _full_output(ask: Callable[..., Any], network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     method = getattr(network, "forward_features", None)
     if method is None:
         return network(*args, **kwargs)
@@ -65,11 +69,10 @@ def full_output(network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return method(*args, **kwargs)
     known = _gives.get(network)
     if known is None:
-        return _ask(network, *args, **kwargs)
+        return ask(network, *args, **kwargs)
     return method(*args, **kwargs) if known else network(*args, **kwargs)
 
 
-@torch.compiler.disable(recursive=False)
 def _ask(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The output of a network of which is not known yet whether its `forward_features` is of our kind."""
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
@@ -93,9 +96,11 @@ class GivesOutputs(nn.Module):
         super().__init__()
         self.network = network
         self.training = network.training
+        # What is found out once must not be a part of what is compiled.
+        self._ask = _ask if isinstance(network, Network) else torch.compiler.disable(_ask, recursive=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return full_output(self.network, *args, **kwargs)
+        return _full_output(self._ask, self.network, *args, **kwargs)
 
 
 def giving_outputs(network: nn.Module) -> nn.Module:

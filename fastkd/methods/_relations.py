@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastkd.methods._batch import IGNORE_INDEX
+from fastkd._core.labels import counted
 
 
 def rows_that_count(target: Tensor | None) -> Tensor | None:
@@ -15,7 +15,7 @@ def rows_that_count(target: Tensor | None) -> Tensor | None:
     """
     if target is None:
         return None
-    counts = target != IGNORE_INDEX
+    counts = counted(target)
     if counts.dim() > 1:  # of several tokens, one is enough
         counts = counts.flatten(1).any(1)
     return None if bool(counts.all()) else counts.nonzero()[:, 0]

@@ -35,10 +35,9 @@ __all__ = ["Batch", "Method", "Phase", "Terms", "cross_entropy"]
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Mean cross-entropy of logits [..., C] and class indices [...]: a scalar in float32 (float64 for float64).
 
-    By the rules of multi_teacher_kd for ignored rows and labels out of range; it reads the logits once.
+    By the rules of multi_teacher_kd for ignored rows, labels out of range and probabilities as labels.
     """
-    # A network's divergence from itself, at weight 0: what is left of the fused operation is its cross-entropy.
-    return functional.multi_teacher_kd(logits, [logits.detach()], target, weights=[0.0], ce_weight=1.0)
+    return functional.cross_entropy(logits, target)
 
 
 class Method(Networks):

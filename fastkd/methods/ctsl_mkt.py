@@ -147,14 +147,11 @@ class CTSLMKT(Peers):
         weight = self.beta * self.beta2 / (len(logits) - 1)
         weights = [[weight if on else 0.0] * len(logits) for on in self.mutual_response]  # the diagonal is never read
         options = {"temperature": self.mutual_temperature, "ce_weight": self.alpha}
-        losses = functional.mutual_kd(logits, target, weights=weights, **options)  # [M]
-        if weight == 0 or not any(self.mutual_response):
-            return losses.sum(), {"ce": losses} if self.alpha > 0 else {}
-        if self.alpha == 0:
-            return losses.sum(), {"mutual": losses}
-        with torch.no_grad():  # what is left without partners
-            ce = functional.mutual_kd(logits, target, weights=[[0.0] * len(logits)] * len(logits), **options)
-        return losses.sum(), {"ce": ce, "mutual": losses.detach() - ce}
+        losses, terms = functional.mutual_kd(logits, target, weights=weights, return_terms=True, **options)  # each [M]
+        parts = {"ce": self.alpha * terms.ce} if self.alpha > 0 else {}
+        if weight > 0 and any(self.mutual_response):
+            parts["mutual"] = terms.kd
+        return losses.sum(), parts
 
     def _relations(self, features: Sequence[Tensor], rows: Tensor | None) -> Terms:
         features = [select(f, rows) for f in features]  # each [N, D_k]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastkd import functional
 from fastkd.methods._checks import check_integer, check_network, check_networks, check_temperature
-from fastkd.methods.base import Batch, Method, Phase, cross_entropy
+from fastkd.methods.base import Batch, Method, Phase
 from fastkd.ops import _common as common
 
 
@@ -122,15 +122,15 @@ class DGKD(Method):
                 got = f"logits of shape {list(guide.shape)}"
                 raise common.wrong_value(self._name(), self._argument(g), expected, got)
         weight, ce_weight = self.weights(logits.shape[-1])
-        loss = functional.multi_teacher_kd(
+        loss, terms = functional.multi_teacher_kd(
             logits,
             targets,
             target,
-            weights=[weight] * len(targets),
+            weights=[1.0] * len(targets),
+            kd_weight=weight,
             temperature=self.temperature,
             ce_weight=ce_weight,
+            return_terms=True,
         )
-        if ce_weight == 0:
-            return loss, {"kd": loss.detach()}
-        ce = ce_weight * cross_entropy(logits.detach(), target)
-        return loss, {"ce": ce, "kd": loss.detach() - ce}
+        parts = {} if ce_weight == 0 else {"ce": ce_weight * terms.ce}
+        return loss, parts | {"kd": weight * terms.kd}

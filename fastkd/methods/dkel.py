@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
-from fastkd.methods._batch import IGNORE_INDEX
+from fastkd._core.labels import counted
 from fastkd.methods._checks import check_apart, check_integer, check_network, check_temperature
 from fastkd.methods._fresh import weights_from
 from fastkd.methods._mean_teacher import average, average_gradients, check_precision, fresh_like, shapes
@@ -188,9 +188,9 @@ class DKEL(Method):
                 views, target = [view.to(device, non_blocking=True) for view in views], target.to(device)
                 optimizer.zero_grad(set_to_none=True)
                 for part, labels, share in Batch(views, target, max(1, min(chunks, len(target) // 2))):
-                    losses = self._cross_entropies([o.logits for o in self.teacher(part)], labels, 1.0)
+                    losses = functional.cross_entropy([o.logits for o in self.teacher(part)], labels)
                     Batch.weigh(losses.mean(), share).backward()
-                average_gradients(self.teacher, (target != IGNORE_INDEX).sum())
+                average_gradients(self.teacher, counted(target).sum())
                 optimizer.step()
                 done += 1
         finally:
@@ -246,7 +246,7 @@ class DKEL(Method):
         m = len(peers)
         columns, column_weights = _teaching(teachers, weight, ensemble)
         # All of L in one pass: m + 1 learners, of which the last, z_e, learns from the labels and teaches the others.
-        losses = functional.mutual_kd(
+        losses, terms = functional.mutual_kd(
             [*peers, joint],
             target,
             weights=[*([0.0] * m + [weight] for _ in range(m)), [0.0] * (m + 1)],
@@ -254,17 +254,10 @@ class DKEL(Method):
             teacher_weights=[*column_weights, [0.0] * len(columns)] if columns else None,
             temperature=self.temperature,
             ce_weight=self.ce_weight,
-        )  # [m + 1]
-        loss, kept = losses.sum(), losses.detach()
-        ce = kept[:m].sum()
-        if weight != 0:
-            ce = self._cross_entropies([z.detach() for z in peers], target, self.ce_weight).sum()
-        return loss, {"ce": ce, "ensemble_ce": kept[m], "kd": kept[:m].sum() - ce}
-
-    @staticmethod
-    def _cross_entropies(logits: list[Tensor], target: Tensor, weight: float) -> Tensor:
-        """[m], in one pass over m logits [B, C]."""
-        return functional.mutual_kd(logits, target, weights=[[0.0] * len(logits)] * len(logits), ce_weight=weight)
+            return_terms=True,
+        )  # each [m + 1]
+        ce = self.ce_weight * terms.ce
+        return losses.sum(), {"ce": ce[:m].sum(), "ensemble_ce": ce[m], "kd": terms.kd.sum()}
 
     def _check_branched(self, argument: str, value: object) -> None:
         if not isinstance(value, Branched):

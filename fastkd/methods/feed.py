@@ -22,7 +22,7 @@ import torch.nn.functional as torch_functional
 from torch import Tensor, nn
 
 from fastkd import functional
-from fastkd.methods._batch import IGNORE_INDEX
+from fastkd._core.labels import counted
 from fastkd.methods._checks import check_integer, check_network, check_networks, is_sequence
 from fastkd.methods._features import outputs_of
 from fastkd.methods._fresh import beside, weights_from
@@ -138,16 +138,14 @@ class FEED(Method):
     def _distance(self, students: Sequence[Tensor], teachers: Sequence[Tensor], target: Tensor) -> Tensor:
         """The sum over the teachers, the mean over the rows that count; a scalar."""
         pairs = [of_one_size(*pair) for pair in zip(students, teachers, strict=True)]
-        rows = functional.feature_ensemble(
+        return functional.feature_ensemble(
             [student for student, _ in pairs],
             [teacher for _, teacher in pairs],
             p=self.p,
             norm=self.norm,
             elements=self.reduction,
-            reduction="none",
-        )  # [B]
-        counts = target != IGNORE_INDEX
-        return rows.masked_fill(~counts, 0).sum() / counts.sum().clamp(min=1)
+            mask=counted(target),
+        )
 
     def _channels(self, student, teachers, channels, example) -> tuple[int, list[int]]:
         name = self._name()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
-from fastkd.methods._batch import IGNORE_INDEX
+from fastkd._core.labels import counted, is_soft
 from fastkd.methods._checks import check_integer, check_temperature
 from fastkd.methods._peers import Peers, check_peers, per_peer
 from fastkd.methods.base import Batch, Phase
@@ -117,10 +117,10 @@ class KDCL(Peers):
         views = self.view_of_each(inputs)
         logits = [self.learned_logits(f"peers.{k}", view) for k, view in enumerate(views)]  # each [..., C]
         self.check_classes("peers", logits, logits[0].shape)
-        common.check_target(self._name(), target, logits[0], "the peers' logits'")
+        self._check_labels(target, logits[0])
         ensemble = self.ensemble_of(logits, target)  # without a graph
         alone = [[0.0] * len(logits)] * len(logits)  # no peer learns from another one
-        losses = functional.mutual_kd(
+        losses, terms = functional.mutual_kd(
             logits,
             target,
             weights=alone,
@@ -128,18 +128,23 @@ class KDCL(Peers):
             teacher_weights=[[weight] for weight in self.lam],
             temperature=self.temperature,
             ce_weight=1.0,
-        )  # [M]
-        with torch.no_grad():
-            ce = functional.mutual_kd(logits, target, weights=alone, ce_weight=1.0)
-        terms = {"ce": ce, "kd": losses.detach() - ce}
-        return losses.sum(), self.parts_of(terms)
+            return_terms=True,
+        )  # each [M]
+        return losses.sum(), self.parts_of({"ce": terms.ce, "kd": terms.kd})
+
+    def _check_labels(self, target: Tensor, logits: Tensor) -> None:
+        if not is_soft(target):
+            common.check_target(self._name(), target, logits, "the peers' logits'")
+        elif self.ensemble != "naive":
+            expected = f"class indices for ensemble={self.ensemble!r}, which is relative to the label's logit"
+            raise common.wrong_type(self._name(), "target", expected, "probabilities")
 
     @torch.no_grad()
     def ensemble_of(self, logits: Sequence[Tensor], target: Tensor) -> Tensor:
         """z_e [..., C] in the logits' dtype, or float32 where that has fewer bits. Rows of -100 hold anything."""
         if self.ensemble == "naive":
             ce = functional.group_stats(logits, target).ce  # [M, R]
-            best = ce.argmin(0).reshape(target.shape)[..., None]
+            best = ce.argmin(0).reshape(logits[0].shape[:-1])[..., None]
             chosen = logits[0]
             for k, z in enumerate(logits[1:], 1):
                 chosen = torch.where(best == k, z, chosen)
@@ -181,7 +186,7 @@ def linear_weights(relative: Tensor, target: Tensor, steps: int) -> Tensor:
         relative: `relative_logits`, [M, R, C].
         target: [R]; rows of -100 do not count.
     """
-    valid = (target != IGNORE_INDEX)[:, None]  # [R, 1]
+    valid = counted(target)[:, None]  # [R, 1]
     least = torch.finfo(relative.dtype).min / 16  # 0 * -inf is NaN
     z = relative.masked_fill(~valid, 0).clamp(min=least)
     share = valid[:, 0].to(z.dtype) / valid.sum().clamp(min=1)  # [R]

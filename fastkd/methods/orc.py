@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
+from fastkd._core.labels import IGNORE_INDEX, is_soft
 from fastkd.functional import GroupStats
-from fastkd.methods._batch import IGNORE_INDEX, map_tree
+from fastkd.methods._batch import map_tree
 from fastkd.methods._calls import as_argument, logits_in
 from fastkd.methods._checks import check_integer, check_network, check_networks, check_temperature
 from fastkd.methods._observe import observe, read_later
@@ -34,7 +35,7 @@ from fastkd.methods._pool import Pool, gather_pool
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 from fastkd.ops import _common as common
 from fastkd.ops._gather import check_process_group
-from fastkd.ops.group_stats import BY
+from fastkd.ops.ranking import BY
 
 
 class ORC(Method):
@@ -214,7 +215,8 @@ class ORC(Method):
 
     def _mix(self, batch: Batch, feedback: Tensor, share: float, pool: Pool | None = None) -> Batch:
         """x~ = l * x_t + (1 - l) * x_F with both targets (y_t, y_F), to be cut as the batch is."""
-        target, mixed = batch.target.long(), []
+        target = batch.target if is_soft(batch.target) else batch.target.long()
+        mixed = []
         others, labels = (batch.inputs, target) if pool is None else (pool.inputs, pool.target)
 
         def mix(x: Any, other: Any) -> Any:
@@ -231,7 +233,9 @@ class ORC(Method):
             expected = "a floating-point tensor [B, ...] to mix, or a tuple, list or dict with one"
             got = f"dtype {batch.inputs.dtype}" if isinstance(batch.inputs, Tensor) else type(batch.inputs).__name__
             raise common.wrong_type(self._name(), "inputs", expected, got)
-        other = labels.index_select(0, feedback).masked_fill(target == IGNORE_INDEX, IGNORE_INDEX)
+        other = labels.index_select(0, feedback)
+        if not is_soft(target):
+            other = other.masked_fill(target == IGNORE_INDEX, IGNORE_INDEX)
         return Batch(inputs, (target, other), batch.chunks, name=self._name())
 
     def _intensive_terms(self, names: Sequence[str], classes: int, share: float, inputs: Any, targets: Any) -> Terms:
@@ -245,20 +249,21 @@ class ORC(Method):
 
     def _taught_terms(self, phase: str, names: Sequence[str], inputs: Any, target: Tensor) -> Terms:
         inputs, teachers = inputs
-        loss = kd = 0
+        loss = ce = kd = 0
         for name in names:
-            one, stats = functional.multi_teacher_kd(
+            one, terms = functional.multi_teacher_kd(
                 self.learned_logits(name, inputs),
                 teachers,
                 target,
-                weights=[self.beta] * len(teachers),
+                weights=[1.0] * len(teachers),
+                kd_weight=self.beta,
                 temperature=self.temperature,
                 ce_weight=1 - self.beta,
-                return_stats=True,
+                return_terms=True,
             )
             loss = loss + one
-            kd = kd + self.beta * self.temperature**2 * stats.kl.sum()
-        return loss, {f"{phase}_ce": loss.detach() - kd, f"{phase}_kd": kd}
+            ce, kd = ce + (1 - self.beta) * terms.ce, kd + self.beta * terms.kd
+        return loss, {f"{phase}_ce": ce, f"{phase}_kd": kd}
 
     def _observe(self, name: str, batch: Batch) -> Tensor:
         """Logits [B, C] of a network for the batch, part by part."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastkd.methods._batch import IGNORE_INDEX
+from fastkd._core.labels import mean_over_counted
 from fastkd.methods._checks import check_integer, check_network
 from fastkd.methods._fresh import beside, weights_from
 from fastkd.methods._map_channels import map_channels
@@ -83,11 +83,7 @@ class Reconstruction(Method):
     def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
         map = self._map(inputs)
         rows = _distance(self.learner("autoencoder")(map), map)  # [B]
-        if target is None:
-            loss = rows.mean()
-        else:
-            counts = target != IGNORE_INDEX
-            loss = rows.masked_fill(~counts, 0).sum() / counts.sum().clamp(min=1)
+        loss = rows.mean() if target is None else mean_over_counted(rows, target)
         return loss, {"reconstruction": loss.detach()}
 
     def _map(self, inputs: Any) -> Tensor:

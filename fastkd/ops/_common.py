@@ -175,9 +175,17 @@ def check_layout(op: str, logits: Tensor, class_dim: object, labelled: bool, nam
             f"{op}: the classes of {name} {list(logits.shape)} were taken from the last dimension; "
             "class_dim=1 is for maps [B, C, H, W]",
             UserWarning,
-            stacklevel=4,  # the caller of the public function, which calls a check that calls this
+            stacklevel=_level_of_the_caller(),
         )
     return class_dim
+
+
+def _level_of_the_caller() -> int:
+    """warnings' stacklevel, seen from the function that calls this, of the first frame outside of fastkd."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fastkd."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def classes_last(logits: Tensor, class_dim: int) -> Tensor:
@@ -262,6 +270,30 @@ def check_soft_target(op: str, target: Tensor, student: Tensor, whose: str = "th
     if may_read_values(target) and target.numel() and not float(target.detach().min()) >= 0:
         raise wrong_value(op, "target", "probabilities, at least 0", "a negative one or NaN")
     return rows_of(target)
+
+
+def check_labels(
+    op: str,
+    target: object,
+    mask: object,
+    ignore_index: object,
+    student: Tensor,
+    class_dim: int = -1,
+    whose: str = "the student's",
+) -> tuple[Tensor | None, Tensor | None]:
+    """(int64 [R] or None, probabilities as rows_of() or None) of a target, whose rows outside the mask are ignored.
+
+    Beside probabilities the first one only says which rows count. `student` has its classes last; in the target of
+    probabilities they still stand at `class_dim`, as check_class_dim() gives it.
+    """
+    check_index(op, "ignore_index", ignore_index)
+    mask = check_mask(op, mask, student.shape[:-1], student.device)
+    if isinstance(target, Tensor) and target.is_floating_point() and target.shape != student.shape[:-1]:
+        moved = classes_last(target, class_dim) if target.dim() == student.dim() else target
+        return with_mask(None, mask, ignore_index), check_soft_target(op, moved, student, whose)
+    if target is not None:
+        target = check_target(op, target, student, whose)
+    return with_mask(target, mask, ignore_index), None
 
 
 def out_of_range(op: str, target: Tensor, classes: int, ignore_index: int) -> ValueError:

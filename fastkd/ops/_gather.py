@@ -16,20 +16,27 @@ def check_process_group(op: str, process_group: object) -> None:
         raise common.wrong_type(op, "process_group", "None or a torch.distributed.ProcessGroup (group.WORLD)", got)
 
 
-def gather_pair(op: str, student: Tensor, teacher: Tensor, group) -> tuple[Tensor, Tensor]:
-    """[n, D], [n, E] of each process -> [N, D], [N, E] in the order of the ranks; n may differ between the processes.
+def gather_pair(
+    op: str, student: Tensor, teacher: Tensor, mask: Tensor | None, group
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """[n, D], [n, E], bool [n] of each process -> [N, D], [N, E], [N] in the order of the ranks; n may differ.
 
     The backward sums the gradients of all processes' losses, each of which sees all rows. Waits for the device once:
     the sizes of the others must be known to the host.
     """
-    sizes = everybodys([student.shape[0], student.shape[1], teacher.shape[1]], student.device, group)
-    for rank, (_, *widths) in enumerate(sizes):
+    masked = 0 if mask is None else 1
+    sizes = everybodys([student.shape[0], masked, student.shape[1], teacher.shape[1]], student.device, group)
+    for rank, (_, _, *widths) in enumerate(sizes):
         for name, width, own in zip(("student", "teacher"), widths, (student, teacher), strict=True):
             if width != own.shape[1]:
                 expected = f"as wide on every process of the group ({own.shape[1]} here)"
                 raise common.wrong_value(op, name, expected, f"{width} on rank {rank}")
     rows = [size[0] for size in sizes]
-    return gather_rows(student, rows, group), gather_rows(teacher, rows, group)
+    student, teacher = gather_rows(student, rows, group), gather_rows(teacher, rows, group)
+    if not any([size[1] for size in sizes]):
+        return student, teacher, None
+    mask = torch.ones(rows[torch.distributed.get_rank(group)], device=student.device) if mask is None else mask
+    return student, teacher, gather_rows(mask.to(torch.uint8)[:, None], rows, group)[:, 0].bool()
 
 
 def everybodys(numbers: list[int], device: torch.device, group) -> list[list[int]]:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as torch_functional
 from torch import Tensor
 
 from fastkd.ops import _common as common
 
 POSITIVE = "a finite number > 0, or one per teacher"
+
+
+class LossTerms(NamedTuple):
+    """What `return_terms=True` adds: the two parts of kd_weight * kd + ce_weight * ce, without these weights.
+
+    Detached, reduced as the loss, in its dtype. ce is 0 without labels; kd is 0 where kd_weight is: no teacher is read.
+    """
+
+    kd: Tensor
+    ce: Tensor
 
 
 def check_teachers(op: str, teachers: object, student: Tensor, whose: str = "the student's") -> Sequence[Tensor]:
@@ -43,28 +55,25 @@ def check_teachers(op: str, teachers: object, student: Tensor, whose: str = "the
 
 def check_temperature(op: str, temperature: object, k: int) -> tuple:
     """One temperature or K of them, as numbers; as 0-d tensors where they require grad or cannot be read."""
-    if isinstance(temperature, Tensor):
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
         if temperature.dim() > 1 or not temperature.is_floating_point():
             got = f"a tensor of {temperature.dtype} and shape {list(temperature.shape)}"
             raise common.wrong_value(op, "temperature", POSITIVE, got)
-        single, values = temperature.dim() == 0, temperature.reshape(-1)
-        if common.may_read_values(values):
-            numbers = [_positive(op, value) for value in values.tolist()]
-            values = values.unbind(0) if temperature.requires_grad else numbers
-        else:
-            values = values.unbind(0)
+        readable = common.may_read_values(temperature) and not temperature.requires_grad
+        single, values = False, temperature.tolist() if readable else temperature.unbind(0)
     elif isinstance(temperature, Sequence) and not isinstance(temperature, str):
-        single, values = False, [t if isinstance(t, Tensor) else _positive(op, t) for t in temperature]
+        single, values = False, temperature
     else:
-        single, values = True, (_positive(op, temperature),)
+        single, values = True, (temperature,)
+    values = tuple([_positive(op, t) for t in values])
     if not single and len(values) != k:
         raise common.wrong_value(op, "temperature", f"one number or {k}, one per teacher", f"{len(values)} numbers")
-    return tuple(values)
+    return values
 
 
-def _positive(op: str, value: object) -> float:
-    value = common.check_number(op, "temperature", value, POSITIVE)
-    if value <= 0:
+def _positive(op: str, value: object) -> float | Tensor:
+    value = common.check_scalar(op, "temperature", value, POSITIVE)
+    if not isinstance(value, Tensor) and value <= 0:
         raise common.wrong_value(op, "temperature", POSITIVE, value)
     return value
 
@@ -124,14 +133,18 @@ def _host_weights(op: str, weights: Sequence[float], nonnegative: bool) -> tuple
 def log_softmax(logits: Tensor, temperature) -> Tensor:
     """log softmax(logits / T); masked classes (-inf) are kept from a T that learns, or its gradient would be NaN."""
     if not isinstance(temperature, Tensor):
-        return torch.log_softmax(logits / temperature, -1)
+        return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
     masked = logits == -math.inf
     return torch.log_softmax((logits.masked_fill(masked, 0) / temperature).masked_fill(masked, -math.inf), -1)
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """sum_c p (log p - log q), [R]: 0 where p is masked, +inf where only q is, also where p underflows."""
-    p, masked = log_p.exp(), log_p == -math.inf
+    p = log_p.exp()
+    plain = (p * (log_p - log_q)).sum(-1)
+    if common.may_read_values(plain) and bool(plain.isfinite().all()):  # no masked class, which is NaN or +inf there
+        return plain
+    masked = log_p == -math.inf
     terms = p * (log_p - log_q).masked_fill(masked, 0)
     return terms.masked_fill((p == 0) & ~masked & (log_q == -math.inf), math.inf).sum(-1)
 
@@ -139,6 +152,37 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 def weighted_divergence(log_p: Tensor, log_q: Tensor, weight, scale) -> Tensor:
     """weight * scale * KL(p || q), [R], for a weight that is a number or [R]."""
     kl = divergence(log_p, log_q)
-    kl = kl.masked_fill((weight == 0) & kl.isinf(), 0)  # a weight of 0 removes an infinite divergence as well
+    if isinstance(weight, Tensor):
+        kl = kl.masked_fill((weight == 0) & kl.isinf(), 0)  # a weight of 0 removes an infinite divergence as well
     # A KL below zero is rounding. The gradient is kept, which clamp would drop.
     return (weight * scale) * (kl - kl.detach().clamp(max=0))
+
+
+def mixture(log_ps: Sequence[Tensor], weights: Sequence) -> Tensor:
+    """log sum_k w_k p_k, [R, C], without underflow and with finite gradients where the sum is 0."""
+    top = torch.stack([lp.detach() for lp in log_ps]).amax(0).clamp(min=torch.finfo(log_ps[0].dtype).min)
+    uniform = not isinstance(weights[0], Tensor) and len(set(weights)) == 1
+    total = sum(lp.sub(top).exp() if uniform else w * (lp - top).exp() for w, lp in zip(weights, log_ps, strict=True))
+    if uniform:  # equal networks have exactly their own mixture
+        total = (total / len(log_ps)) * (weights[0] * len(log_ps))
+    empty = total == 0
+    return (total.masked_fill(empty, 1).log() + top).masked_fill(empty, -math.inf)
+
+
+def mean_logits(teachers: Sequence[Tensor], weights: Sequence, uniform: bool) -> Tensor:
+    """sum_k w_k t_k, [R, C]; -inf where a teacher that counts is. `uniform`: all w_k are 1/K, a running mean."""
+    masked = [(t == -math.inf) & (w != 0) for t, w in zip(teachers, weights, strict=True)]
+    total = 0
+    for k, (t, w) in enumerate(zip(teachers, weights, strict=True)):
+        t = t.masked_fill(t == -math.inf, 0)
+        total = t if uniform and k == 0 else total + ((t - total) / (k + 1) if uniform else w * t)
+    return total.masked_fill(sum(masked) > 0, -math.inf)
+
+
+def label_losses(student: Tensor, target: Tensor | None, soft: Tensor | None, smoothing: float) -> Tensor:
+    """Cross-entropy [R] with classes [R], or with probabilities [R, C]; a class of probability 0 counts 0."""
+    if soft is None:
+        return torch_functional.cross_entropy(student, target, reduction="none", label_smoothing=smoothing)
+    soft = soft.to(student.dtype) * (1 - smoothing) + smoothing / student.shape[-1]
+    log_q = torch.log_softmax(student, -1)
+    return -(soft * log_q.masked_fill((soft == 0) & (log_q == -math.inf), 0)).sum(-1)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastkd import _backend
 from fastkd.ops import _common as common
+from fastkd.ops import _feature_maps as maps
 from fastkd.ops import _networks as networks
 
 OP = "feature_ensemble"
@@ -27,169 +28,32 @@ NORMS = ("sample", "position", "channel")
 ELEMENTS = ("mean", "sum")
 LAUNCH_PAIRS = 16  # pairs of one CUDA launch; more go in groups
 STATE_PLANES = 5  # numbers per norm that the backward needs (csrc/feature_ensemble/op.h)
-MOST_ELEMENTS = 2**31  # of one sample of a map
+SUPPORTED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-class Call(NamedTuple):
-    """A checked call. `students` has K maps, or one that is compared with every teacher."""
+class Tensors(NamedTuple):
+    """The tensors of a checked call. `students` has K maps, or one that is compared with every teacher."""
 
     students: tuple[Tensor, ...]  # [B, C_k, ...]
     teachers: tuple[Tensor, ...]  # K x [B, C_k, ...]
     weights: Tensor | None  # [K] or [K, B] on the device, where they are not known on the host
-    host_weights: tuple[float, ...]  # K numbers, empty where `weights` is a tensor
+    mask: Tensor | None  # bool [B]
+
+
+class Options(NamedTuple):
+    """What is known on the host."""
+
+    host_weights: tuple[float, ...]  # K numbers, empty where Tensors.weights is a tensor
     p: int
     norm: str
     elements: str
     reduction: str
+    num_items: float | Tensor | None
 
-
-# --- reference ---------------------------------------------------------------------------------------------------
-
-
-def _normalised(x: Tensor, norm: str) -> Tensor:
-    """x [B, C, ...] over its L2 norm; scaled by its largest magnitude first, so that no square over- or underflows."""
-    x = x.reshape(*x.shape[:2], -1)  # [B, C, places]
-    dims = {"sample": (1, 2), "position": (1,), "channel": (2,)}[norm]
-    largest = x.detach().abs().amax(dims, keepdim=True)
-    x = x / largest.where((largest > 0) & largest.isfinite(), 1)
-    squares = x.square().sum(dims, keepdim=True)
-    empty = squares == 0
-    return x * squares.masked_fill(empty, 1).rsqrt().masked_fill(empty, 0)
-
-
-def reference(call: Call) -> Tensor:
-    """The specification in plain PyTorch: the loss by `call.reduction`, differentiable in all of its inputs."""
-    students = call.students * (len(call.teachers) if len(call.students) == 1 else 1)
-    # A copy, since autograd refuses to keep a tensor made under torch.inference_mode().
-    weights = call.host_weights if call.weights is None else call.weights.clone()
-    total = 0
-    for student, teacher, weight in zip(students, call.teachers, weights, strict=True):
-        dtype = common.accumulate_dtype(torch.promote_types(student.dtype, teacher.dtype))
-        difference = _normalised(student.to(dtype), call.norm) - _normalised(teacher.to(dtype), call.norm)
-        # Times 1, or NaN: the derivative of |NaN| is 0 in torch.
-        powers = difference.abs() * (difference.detach() * 0 + 1) if call.p == 1 else difference.square()
-        pair = powers.mean((1, 2)) if call.elements == "mean" else powers.sum((1, 2))
-        total = total + (weight.to(dtype) if isinstance(weight, Tensor) else weight) * pair
-    return common.reduce_rows(total, None, call.reduction, (-1,))
-
-
-# --- native: raw operations, fake kernels, autograd ---------------------------------------------------------------
-
-# csrc/feature_ensemble/op.cpp registers, with A = float64 for float64 maps, else float32:
-#   forward(students, teachers, weights, host_weights, p, norm, mean_elements, reduction, need_grad, store)
-#       -> loss A [] or [B]; state A [5, norms], or [0, norms] without a gradient; with `store` (CPU, a loss that is one
-#          number) the gradients for grad_output = 1, else none
-#   backward(grad_output, students, teachers, weights, state, ...) -> a gradient per student's map, dense, in its layout
-# `namespace` is fastkd, or the test build that runs the CUDA kernels on the host.
-
-
-def register_fakes(namespace: str) -> None:
-    def forward(students, teachers, weights, host_weights, p, norm, mean_elements, reduction, need_grad, store):
-        student, dtype = students[0], common.accumulate_dtype(students[0].dtype)
-        norms = sum(teacher.shape[0] * _norms_of_a_sample(teacher, NORMS[norm]) for teacher in teachers)
-        return (
-            student.new_empty((student.shape[0],) if reduction == 0 else (), dtype=dtype),
-            student.new_empty((STATE_PLANES if need_grad else 0, norms), dtype=dtype),
-            [_dense_like(student) for student in students] if store else [],
-        )
-
-    def backward(grad, students, *rest):
-        return [_dense_like(student) for student in students]
-
-    torch.library.register_fake(f"{namespace}::feature_ensemble_forward", forward)
-    torch.library.register_fake(f"{namespace}::feature_ensemble_backward", backward)
-
-
-def _norms_of_a_sample(map: Tensor, norm: str) -> int:
-    places = 1
-    for size in map.shape[2:]:
-        places *= size
-    return {"sample": 1, "position": places, "channel": map.shape[1]}[norm]
-
-
-def _is_dense(map: Tensor, order: Sequence[int]) -> bool:
-    """Whether each sample is dense with its dimensions in this order in memory, the last one fastest."""
-    expected = 1
-    for d in reversed(order):
-        if map.shape[d] != 1:
-            if map.stride(d) != expected:
-                return False
-            expected *= map.shape[d]
-    return True
-
-
-def _dense_like(map: Tensor) -> Tensor:
-    """Uninitialised, with the map's shape: channels_last where only that describes its samples, else contiguous."""
-    contiguous, last = list(range(1, map.dim())), [*range(2, map.dim()), 1]
-    order = contiguous if _is_dense(map, contiguous) or not _is_dense(map, last) else last
-    if all(size == 1 for size in map.shape[2:]):
-        order = last
-    strides, step = [0] * map.dim(), 1
-    for d in reversed([0, *order]):
-        strides[d] = step
-        step *= map.shape[d]
-    return map.new_empty_strided(map.shape, strides)
-
-
-def _options(call: Call) -> tuple:
-    """The arguments that forward and backward share after the tensors."""
-    return (
-        call.host_weights, call.p, NORMS.index(call.norm), call.elements == "mean",
-        common.REDUCTIONS.index(call.reduction),
-    )  # fmt: skip
-
-
-def _forward(call: Call, need_grad: bool, store: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
-    ops = _backend.native_ops(call.students[0])
-    return ops.feature_ensemble_forward(call.students, call.teachers, call.weights, *_options(call), need_grad, store)
-
-
-def _stores(call: Call) -> bool:
-    """Whether the forward writes the gradients while the maps are in cache: on the CPU, of a loss that is one number.
-
-    Half precision would round them before grad_output comes to it.
-    """
-    if torch.compiler.is_compiling() or _backend.device_kind(call.students[0]) != "cpu":
-        return False
-    return call.reduction != "none" and call.students[0].dtype in (torch.float32, torch.float64)
-
-
-def _times(gradients: Sequence[Tensor], grad: Tensor) -> Sequence[Tensor]:
-    """Handing out the saved tensors is safe: autograd copies them where they are still saved (retain_graph=True)."""
-    return gradients if grad.item() == 1.0 else [gradient * grad for gradient in gradients]
-
-
-class _Native(torch.autograd.Function):
-    """The native loss. The backward asked for with create_graph=True goes through the reference formula."""
-
-    @staticmethod
-    def forward(ctx, count, weights, options, *maps):
-        call = Call(maps[:count], maps[count:], weights, *options)
-        loss, state, gradients = _forward(call, True, _stores(call))
-        ctx.options, ctx.count, ctx.stored = options, count, len(gradients)
-        common.save_for_backward(ctx, (*gradients, state, weights, *maps))
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        saved = ctx.saved_tensors
-        gradients = saved[: ctx.stored]
-        # First the backward of a plain training loop. A fake tensor has no value to look at.
-        if gradients and type(grad) is Tensor and not torch.is_grad_enabled():
-            return None, None, None, *_times(gradients, grad), *([None] * (len(ctx.needs_input_grad) - 3 - ctx.count))
-        state, weights, *maps = common.with_kept(ctx, saved)[ctx.stored :]
-        students = tuple(maps[: ctx.count])
-        call = Call(students, tuple(maps[ctx.count :]), weights, *ctx.options)
-        if torch.is_grad_enabled():
-            wanted = [s for s in students if s.requires_grad]
-            found = iter(torch.autograd.grad(reference(call), wanted, grad, create_graph=True))
-            grads = [next(found) if s.requires_grad else None for s in students]
-        else:
-            ops = _backend.native_ops(students[0])
-            grads = ops.feature_ensemble_backward(
-                grad.contiguous(), students, call.teachers, call.weights, state, *_options(call)
-            )
-        return None, None, None, *grads, *([None] * len(call.teachers))
+    def native(self) -> tuple:
+        """The arguments that the raw forward and backward share after the tensors."""
+        norm, reduction = NORMS.index(self.norm), common.REDUCTIONS.index(self.reduction)
+        return self.host_weights, self.p, norm, self.elements == "mean", reduction, self.num_items or 0.0
 
 
 # --- public function ------------------------------------------------------------------------------------------------
@@ -203,7 +67,9 @@ def feature_ensemble(
     p: int = 1,
     norm: str = "sample",
     elements: str = "mean",
+    mask: Tensor | None = None,
     reduction: str = "mean",
+    num_items: float | Tensor | None = None,
 ) -> Tensor:
     """Distance of K pairs of normalised feature maps, the student's to the teachers'.
 
@@ -212,149 +78,277 @@ def feature_ensemble(
     (`fastkd.nn.FeatureTransforms`). With one pair: the loss of Factor Transfer (arXiv 1802.04977). p=2 with
     norm="channel" or "position" compares maps as the attention and similarity losses do.
 
+    >>> student, teacher = torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]])
+    >>> fastkd.functional.feature_ensemble(student, [teacher, student])  # |0.6 - 0.8| + 0
+    tensor(0.2000)
+
     Args:
         students: K maps, each pair with its own shape [B, C_k, H_k, W_k] (or [B, D_k], [B, C_k, ...]), or one map,
-            compared with all K teachers. float32, float64, float16 or bfloat16.
-        teachers: K maps, or one; each of its student's shape. In the students' dtype or float32 natively.
+            compared with all K teachers. float32, float64, float16 or bfloat16, each its own.
+        teachers: K maps, or one; each of its student's shape, and of any of these dtypes.
             A tensor with one dimension more than the student's map is K maps stacked.
-        weights: none = 1 each; [K]; or [K, B] per sample. Not normalised: they multiply each pair's term.
+        weights: none = 1 each; [K]; or [K, B] per sample. Not normalised: they multiply each pair's term. Where one is
+            0, the pair is not read (in that sample), so that NaN behind it reaches nothing.
         p: 1 or 2. With p=1 the derivative where both normalised maps are equal is 0.
         norm: what is divided by its L2 norm: the "sample" (over C*H*W), each "position" (over C), each "channel"
             (over H*W). A norm of 0 leaves the map at 0, with gradient 0.
         elements: "mean" or "sum" over a pair's C*H*W elements.
-        reduction: "none" (per sample, [B]), "sum" or "mean" over the samples.
+        mask: bool [B]: samples where it is False count nowhere: no loss (0 for "none"), no gradient, not in the mean's
+            divisor, and they are not read.
+        reduction: "none" (per sample, [B]), "sum", or "mean" over the samples that count.
+        num_items: a number or 0-d tensor > 0 that the sum over samples is divided by, for "mean" and "sum" alike.
 
     Contiguous and channels_last maps are read as they are, also where the two of a pair differ; a map whose samples are
     dense in neither order is copied. The gradient flows to the students, and to a teacher or weight that requires grad.
+    On the CPU the maps may be changed in place before the backward; a second derivative then raises.
 
     Returns:
-        The loss in float32 (float64 for float64 maps): a scalar, or [B] for "none". An empty batch gives 0.
+        The loss in float32 (float64 where a student is): a scalar, or [B] for "none". An empty batch gives 0.
 
     Raises:
         ValueError, TypeError: one sentence with argument, what was expected, what came.
     """
-    return _dispatch(_check(students, teachers, weights, p, norm, elements, reduction))
+    tensors, options = _check(students, teachers, weights, p, norm, elements, mask, reduction, num_items)
+    return _dispatch(tensors, options)
 
 
-def _dispatch(call: Call) -> Tensor:
-    if (reason := why_reference(call)) is not None:
-        _backend.note_fallback(OP, reason, call.students[0])
-        return reference(call)
-    if len(call.teachers) > LAUNCH_PAIRS and _backend.device_kind(call.students[0]) != "cpu":
-        return _in_groups(call)
-    if not (torch.is_grad_enabled() and any([s.requires_grad for s in call.students])):
-        return _forward(call, False)[0]
-    return _Native.apply(len(call.students), call.weights, tuple(call[3:]), *call.students, *call.teachers)
+def _dispatch(tensors: Tensors, options: Options) -> Tensor:
+    if (reason := why_reference(tensors)) is not None:
+        _backend.note_fallback(OP, reason, tensors.students[0])
+        return reference(tensors, options)
+    divisor = options.num_items
+    if not isinstance(divisor, Tensor):
+        divisor = None
+        if tensors.mask is not None and options.reduction == "mean" and not _on_cpu(tensors) and not options.num_items:
+            divisor = tensors.mask.sum().clamp(min=1)  # the kernels' host code reads no tensor of a device
+    if divisor is not None:
+        options = options._replace(reduction="sum", num_items=None)
+    losses = [_native(*part) for part in _in_groups(tensors, options)]
+    total = losses[0]
+    for loss in losses[1:]:
+        total = total + loss
+    return total if divisor is None else total / divisor.to(total.dtype)
 
 
-def _in_groups(call: Call) -> Tensor:
-    """More pairs than one launch takes: their terms add up."""
-    total = 0
-    for k in range(0, len(call.teachers), LAUNCH_PAIRS):
-        part = slice(k, k + LAUNCH_PAIRS)
-        total = total + _dispatch(
-            call._replace(
-                students=call.students if len(call.students) == 1 else call.students[part],
-                teachers=call.teachers[part],
-                weights=None if call.weights is None else call.weights[part],
-                host_weights=call.host_weights[part],
-            )
-        )
-    return total
+def _native(tensors: Tensors, options: Options) -> Tensor:
+    if not (torch.is_grad_enabled() and any([s.requires_grad for s in tensors.students])):
+        return _forward(tensors, options, False)[0]
+    students, teachers, weights, mask = tensors
+    return _Native.apply(options, len(students), weights, mask, *students, *teachers)
 
 
-def why_reference(call: Call) -> str | None:
+def _on_cpu(tensors: Tensors) -> bool:
+    return _backend.device_kind(tensors.students[0]) == "cpu"
+
+
+def _in_groups(tensors: Tensors, options: Options) -> Sequence[tuple[Tensors, Options]]:
+    """Parts for one call of the kernels each: students of one dtype, no more pairs than a launch takes."""
+    students, k = tensors.students, len(tensors.teachers)
+    most = k if _on_cpu(tensors) else LAUNCH_PAIRS
+    dtypes = [s.dtype for s in students]
+    if k <= most and dtypes.count(dtypes[0]) == len(dtypes):
+        return [(tensors, options)]
+    alike = [
+        [i for i in range(k) if dtypes[0 if len(students) == 1 else i] == dtype] for dtype in dict.fromkeys(dtypes)
+    ]
+    return [_selected(tensors, options, pairs[i : i + most]) for pairs in alike for i in range(0, len(pairs), most)]
+
+
+def _selected(tensors: Tensors, options: Options, pairs: Sequence[int]) -> tuple[Tensors, Options]:
+    students, teachers, weights, mask = tensors
+    chosen = students if len(students) == 1 else tuple([students[k] for k in pairs])
+    if weights is not None:
+        weights = weights[list(pairs)].to(common.accumulate_dtype(chosen[0].dtype))
+    part = Tensors(chosen, tuple([teachers[k] for k in pairs]), weights, mask)
+    return part, options._replace(host_weights=tuple([options.host_weights[k] for k in pairs if weights is None]))
+
+
+def why_reference(tensors: Tensors) -> str | None:
     """Why this call goes to plain PyTorch, or None where the native kernels take it."""
-    student = call.students[0]
-    reason = _backend.why_not_native(student)
+    reason = _backend.why_not_native(tensors.students[0])
     if reason is not None:
         return reason
     if common.is_transformed():
         return "a torch.func transform or forward-mode AD is active"
     if torch.is_grad_enabled():
-        for k, teacher in enumerate(call.teachers):
+        for k, teacher in enumerate(tensors.teachers):
             if teacher.requires_grad:
-                return common.why_learning(f"teachers[{k}]", call.students)
-        if call.weights is not None and call.weights.requires_grad:
+                return common.why_learning(f"teachers[{k}]", tensors.students)
+        if tensors.weights is not None and tensors.weights.requires_grad:
             return "the weights require grad"
-    if any([s.dtype != student.dtype for s in call.students]):
-        return "the students' dtypes differ"
-    teacher = call.teachers[0]
-    if any([t.dtype != teacher.dtype for t in call.teachers]):
-        return "the teachers' dtypes differ"
-    if teacher.dtype != student.dtype and (teacher.dtype != torch.float32 or student.dtype == torch.float64):
-        return f"teachers in {teacher.dtype} for students in {student.dtype}: only the students' dtype or float32"
+    for map in (*tensors.students, *tensors.teachers):
+        if map.dtype not in SUPPORTED:
+            return f"there are no native kernels for {map.dtype}"
     return None
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _maps(name: str, maps: object) -> tuple[Tensor, ...]:
-    """One map or a sequence of maps, as a tuple."""
-    if isinstance(maps, Tensor):
-        maps = (maps,)
-    elif not isinstance(maps, Sequence) or isinstance(maps, str):
-        raise common.wrong_type(OP, name, "a feature map or a sequence of them", type(maps).__name__)
-    if len(maps) == 0:
-        raise common.wrong_value(OP, name, "at least one feature map", "none")
-    for k, value in enumerate(maps):
-        if not isinstance(value, Tensor):
-            raise common.wrong_type(OP, f"{name}[{k}]", "a floating-point tensor [B, C, ...]", type(value).__name__)
-        if not value.is_floating_point():
-            raise common.wrong_type(OP, f"{name}[{k}]", "a floating-point tensor", f"dtype {value.dtype}")
-    return tuple(maps)
-
-
-def _check_map(k: int, student: Tensor, first: Tensor) -> None:
-    shape = list(student.shape)
-    if len(shape) < 2 or any([size == 0 for size in shape[1:]]):
-        expected = "of shape [B, C, ...] with at least one element per sample"
-        raise common.wrong_value(OP, f"students[{k}]", expected, f"shape {shape}")
-    if shape[0] != first.shape[0]:
-        raise common.wrong_value(OP, f"students[{k}]", f"of students[0]'s batch size {first.shape[0]}", shape[0])
-    if student.device != first.device:
-        raise common.wrong_value(OP, f"students[{k}]", f"on students[0]'s device {first.device}", student.device)
-    elements = 1
-    for size in shape[1:]:
-        elements *= size
-    if elements >= MOST_ELEMENTS:
-        raise common.wrong_value(OP, f"students[{k}]", "of fewer than 2**31 elements per sample", elements)
-
-
-def _check_pairs(students: object, teachers: object) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    one, students = isinstance(students, Tensor), _maps("students", students)
-    if isinstance(teachers, Tensor) and teachers.dim() == students[0].dim() + 1:
-        teachers = teachers.unbind(0)
-    teachers = _maps("teachers", teachers)
-    for k, student in enumerate(students):
-        _check_map(k, student, students[0])
-    if not one and len(teachers) != len(students):
-        raise common.wrong_value(OP, "teachers", f"{len(students)} maps, one per student", f"{len(teachers)} maps")
-    for k, teacher in enumerate(teachers):
-        student = students[0 if one else k]
-        if teacher.shape != student.shape:
-            expected = f"of its student's shape {list(student.shape)} (pool the larger map first)"
-            raise common.wrong_value(OP, f"teachers[{k}]", expected, f"shape {list(teacher.shape)}")
-        if teacher.device != student.device:
-            raise common.wrong_value(OP, f"teachers[{k}]", f"on the student's device {student.device}", teacher.device)
-    return students, teachers
-
-
-def _check(students, teachers, weights, p, norm, elements, reduction) -> Call:
-    students, teachers = _check_pairs(students, teachers)
+def _check(students, teachers, weights, p, norm, elements, mask, reduction, num_items) -> tuple[Tensors, Options]:
+    students, teachers = maps.check_pairs(OP, students, teachers)
     if isinstance(p, bool) or p not in (1, 2):
         raise common.wrong_value(OP, "p", "1 or 2", repr(p))
     common.check_choice(OP, "norm", norm, NORMS)
     common.check_choice(OP, "elements", elements, ELEMENTS)
     common.check_choice(OP, "reduction", reduction, common.REDUCTIONS)
-    k = len(teachers)
+    first, k = students[0], len(teachers)
+    mask = common.check_mask(OP, mask, first.shape[:1], first.device)
+    items = common.check_num_items(OP, num_items, reduction)
     if weights is None:
         weights, host_weights = None, (1.0,) * k
     else:
-        rows = students[0][(slice(None), *[0] * (students[0].dim() - 2))]  # [B, anything]: a weight per row of it
+        widest = next((s for s in students if s.dtype == torch.float64), first)  # whose dtype weights are converted to
+        rows = widest[(slice(None), *[0] * (widest.dim() - 2))]  # [B, anything]: a weight per row of it
         weights, host_weights = networks.check_weights(OP, weights, k, rows, False)
-    return Call(students, teachers, weights, host_weights, int(p), norm, elements, reduction)
+    options = Options(host_weights, int(p), norm, elements, reduction, items)
+    return Tensors(students, teachers, weights, mask), options
 
 
-_backend.register(feature_ensemble, OP, lambda arguments: why_reference(_check(**arguments)), register_fakes)
+# --- reference ------------------------------------------------------------------------------------------------------
+
+
+def _skipped(weight: float | Tensor, mask: Tensor | None) -> Tensor | None:
+    """bool [B] or []: the samples that a pair is not read at; None for none. A weight that learns has a derivative."""
+    skipped = None if mask is None else ~mask
+    if isinstance(weight, Tensor) and not (weight.requires_grad and torch.is_grad_enabled()):
+        skipped = weight == 0 if skipped is None else skipped | (weight == 0)
+    return skipped
+
+
+def _pair(student: Tensor, teacher: Tensor, weight: float | Tensor, mask: Tensor | None, options: Options) -> Tensor:
+    """The weighted distances of one pair, [B]."""
+    dtype = common.accumulate_dtype(torch.promote_types(student.dtype, teacher.dtype))
+    if not isinstance(weight, Tensor) and weight == 0:
+        return student.new_zeros(student.shape[:1], dtype=dtype) + student[:0].sum()  # with a gradient of 0
+    x, y, skipped = student.to(dtype), teacher.to(dtype), _skipped(weight, mask)
+    if skipped is not None:
+        skipped = skipped.reshape(-1, *[1] * (x.dim() - 1))
+        x, y = x.masked_fill(skipped, 0), y.masked_fill(skipped, 0)
+    difference = maps.normalised(x, options.norm) - maps.normalised(y, options.norm)
+    # Times 1, or NaN: the derivative of |NaN| is 0 in torch.
+    powers = difference.abs() * (difference.detach() * 0 + 1) if options.p == 1 else difference.square()
+    distances = powers.mean((1, 2)) if options.elements == "mean" else powers.sum((1, 2))
+    return (weight.to(dtype) if isinstance(weight, Tensor) else weight) * distances
+
+
+def reference(tensors: Tensors, options: Options) -> Tensor:
+    """The specification in plain PyTorch: the loss by `options.reduction`, differentiable in all of its inputs."""
+    students, teachers, weights, mask = tensors
+    students = students * (len(teachers) if len(students) == 1 else 1)
+    # A copy, since autograd refuses to keep a tensor made under torch.inference_mode().
+    weights = options.host_weights if weights is None else weights.clone()
+    total = 0
+    for student, teacher, weight in zip(students, teachers, weights, strict=True):
+        pair = _pair(student, teacher, weight, mask, options)
+        total = total + pair.to(common.accumulate_dtype(student.dtype))
+    items = options.num_items
+    items = items.to(total.dtype) if isinstance(items, Tensor) else items
+    return common.reduce_rows(total, mask, options.reduction, (-1,), items)
+
+
+# --- native: raw operations, fake kernels, autograd -----------------------------------------------------------------
+
+# csrc/feature_ensemble/op.cpp registers, with A = float64 for float64 students, else float32:
+#   forward(students, teachers, weights, mask, *Options.native(), need_grad, store)
+#       -> loss A [] or [B]; state A [5, norms], or [0, norms] without a gradient; with `store` (on the CPU) the
+#          gradients for grad_output = 1 (those of float16 in float32), else none
+#   backward(grad_output, students, teachers, weights, mask, state, *Options.native())
+#       -> a gradient per student's map, dense, in its layout
+# `namespace` is fastkd, or the test build that runs the CUDA kernels on the host.
+
+
+def register_fakes(namespace: str) -> None:
+    def forward(
+        students, teachers, weights, mask, host_weights, p, norm, mean_elements, reduction, items, need_grad, store
+    ):
+        student, dtype = students[0], common.accumulate_dtype(students[0].dtype)
+        norms = sum(teacher.shape[0] * maps.norms_of_a_sample(teacher, NORMS[norm]) for teacher in teachers)
+        return (
+            student.new_empty((student.shape[0],) if reduction == 0 else (), dtype=dtype),
+            student.new_empty((STATE_PLANES if need_grad else 0, norms), dtype=dtype),
+            [maps.dense_like(s, dtype if s.dtype == torch.float16 else s.dtype) for s in students] if store else [],
+        )
+
+    def backward(grad, students, *rest):
+        return [maps.dense_like(student, student.dtype) for student in students]
+
+    torch.library.register_fake(f"{namespace}::feature_ensemble_forward", forward)
+    torch.library.register_fake(f"{namespace}::feature_ensemble_backward", backward)
+
+
+def _forward(
+    tensors: Tensors, options: Options, need_grad: bool, store: bool = False
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    ops = _backend.native_ops(tensors.students[0])
+    return ops.feature_ensemble_forward(*tensors, *options.native(), need_grad, store)
+
+
+class _Native(torch.autograd.Function):
+    """The native loss. The backward asked for with create_graph=True goes through the reference formula.
+
+    On the CPU the forward writes the gradients for grad_output = 1 while the maps are in cache, and the backward does
+    not read them. On CUDA the backward computes the gradients, from the maps.
+    """
+
+    @staticmethod
+    def forward(ctx, options, count, weights, mask, *both):
+        tensors = Tensors(both[:count], both[count:], weights, mask)
+        store = _on_cpu(tensors) and not torch.compiler.is_compiling()
+        loss, state, gradients = _forward(tensors, options, True, store)
+        ctx.options, ctx.count, ctx.dtype = options, count, tensors.students[0].dtype
+        ctx.inputs = ctx.gradients = None
+        if store:
+            ctx.gradients, ctx.inputs = gradients, common.Inputs((weights, mask, *both))
+        else:
+            common.save_for_backward(ctx, (state, weights, mask, *both))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        saved = ctx.saved_tensors  # an error where the graph was freed
+        wanted = ctx.needs_input_grad[4 : 4 + ctx.count]
+        if ctx.inputs is None:
+            state, *kept = common.with_kept(ctx, saved)
+        else:
+            kept = ctx.inputs.unchanged(OP) if torch.is_grad_enabled() else None
+        if kept is None:
+            grads = _stored(ctx, grad, wanted)
+        else:
+            tensors = Tensors(tuple(kept[2 : 2 + ctx.count]), tuple(kept[2 + ctx.count :]), *kept[:2])
+            if torch.is_grad_enabled():
+                grads = _of_the_reference(tensors, ctx.options, grad, wanted)
+            else:
+                ops = _backend.native_ops(tensors.students[0])
+                grads = ops.feature_ensemble_backward(grad.contiguous(), *tensors, state, *ctx.options.native())
+        if ctx.inputs is not None and not common.graph_is_kept():
+            ctx.inputs = ctx.gradients = None
+        return None, None, None, None, *grads, *([None] * (len(ctx.needs_input_grad) - 4 - ctx.count))
+
+
+def _of_the_reference(tensors: Tensors, options: Options, grad: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+    learners = [s for s, learns in zip(tensors.students, wanted, strict=True) if learns]
+    found = iter(torch.autograd.grad(reference(tensors, options), learners, grad, create_graph=True))
+    return [next(found) if learns else None for learns in wanted]
+
+
+def _stored(ctx, grad: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The stored gradients times grad_output, [] or [B]: the caller's own tensors."""
+    mine = not common.graph_is_kept()  # nobody will see them again
+    # A fake tensor has no value to look at.
+    plain = type(grad) is Tensor and (grad.item() == 1.0 if grad.dim() == 0 else bool((grad == 1).all()))
+    factor = None if plain else grad
+    pairs = zip(ctx.gradients, wanted, strict=True)
+    return [_handed_out(gradient, factor, mine, ctx.dtype) if learns else None for gradient, learns in pairs]
+
+
+def _handed_out(gradient: Tensor, factor: Tensor | None, mine: bool, dtype: torch.dtype) -> Tensor:
+    if factor is not None:
+        factor = factor.reshape(-1, *[1] * (gradient.dim() - 1)) if factor.dim() else factor
+        gradient, mine = (gradient.mul_(factor) if mine else gradient * factor), True
+    if gradient.dtype != dtype:  # rounded once, after the factor
+        return gradient.to(dtype)
+    return gradient if mine else gradient.clone()
+
+
+_backend.register(feature_ensemble, OP, lambda arguments: why_reference(_check(**arguments)[0]), register_fakes)

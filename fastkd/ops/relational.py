@@ -28,162 +28,16 @@ DISTANCE, ANGLE = "rkd_distance", "rkd_angle"
 KIND_DISTANCE, KIND_SINGLE, KIND_FULL = 0, 1, 2
 
 
-class Call(NamedTuple):
-    """A checked call."""
-
+class Tensors(NamedTuple):
     student: Tensor  # [N, D]
     teacher: Tensor  # [N, E]
+    mask: Tensor | None  # bool [N]: the rows that count
+
+
+class Options(NamedTuple):
     op: str
     eps: float
     reduction: str
-
-
-# --- reference ---------------------------------------------------------------------------------------------------
-
-
-def _differences(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x_i - x_j [N, N, D] at [j, i]; their norms [N, N]; the mean of the positive norms."""
-    differences = (x - x.mean(0))[None] - (x - x.mean(0))[:, None]
-    squares = differences.square().sum(-1)
-    equal = squares == 0  # sqrt has no finite derivative there
-    norms = squares.masked_fill(equal, 1).sqrt().masked_fill(equal, 0)
-    return differences, norms, norms.sum() / (~equal).sum().clamp(min=1)
-
-
-def _relative_distances(x: Tensor) -> Tensor:
-    _, norms, mean = _differences(x)
-    return norms / mean.masked_fill(mean == 0, 1)
-
-
-def _cosines(x: Tensor, eps: float) -> Tensor:
-    """[N, N, N]: at [j, i, k] the cosine of the angle at j between i and k."""
-    differences, norms, mean = _differences(x)
-    short = norms <= eps * mean.detach()
-    units = (differences / norms.masked_fill(short, 1)[..., None]).masked_fill(short[..., None], 0)
-    return units @ units.mT
-
-
-def reference(call: Call) -> Tensor:
-    """The specification in plain PyTorch, differentiable in both networks. Memory: [N, N, D], for angles [N, N, N]."""
-    dtype = result_dtype(call)
-    with torch.autocast(call.student.device.type, enabled=False):
-        student, teacher = call.student.to(dtype), call.teacher.to(dtype)
-        if call.op == DISTANCE:
-            pair, others = (_relative_distances(student), _relative_distances(teacher)), 1
-        else:
-            pair, others = (_cosines(student, call.eps), _cosines(teacher, call.eps)), (1, 2)
-        rows = torch_functional.smooth_l1_loss(*pair, reduction="none").mean(others)
-    return common.reduce_rows(rows, None, call.reduction, rows.shape)
-
-
-def result_dtype(call: Call) -> torch.dtype:
-    return common.accumulate_dtype(torch.promote_types(call.student.dtype, call.teacher.dtype))
-
-
-# --- native: raw operations, fake kernels, autograd ---------------------------------------------------------------
-
-
-# csrc/relational/op.cpp registers, all in float64 but for the planes of KIND_SINGLE:
-#   sides(x centred [N, D], x x^T, kind, eps) -> planes [1 to 3, N, N padded] of the distances relative to their mean;
-#                                                [2] that mean and the number of positive distances
-#   loss(planes, planes, student's mean, weight [N] of the N losses, kind, reduction, need_grad)
-#        -> loss [] or [N]; the matrix [N, N] whose product with the student's centred rows is the gradient
-# and for the CPU, without a Gram matrix, in x's float32 or float64:
-#   distances(x [N, D]) -> planes of the distances; [3] their mean, their number, the scale of the rows; scaled rows
-#   pull(matrix of loss, rows, mean, D) -> the gradient [N, D]
-# `namespace` is fastkd, or the test build that runs the CUDA kernels on the host.
-def _padded(n: int) -> int:
-    """As csrc/relational/op.h pads: an odd number of 32s."""
-    return ((n + 31) // 32 // 2 * 2 + 1) * 32
-
-
-def register_fakes(namespace: str) -> None:
-    def sides(x, gram, kind, eps):
-        n = x.shape[0]
-        dtype = torch.float32 if kind == KIND_SINGLE else torch.float64
-        planes = {KIND_DISTANCE: 1, KIND_SINGLE: 3, KIND_FULL: 2}[kind]
-        return x.new_empty((planes, n, _padded(n)), dtype=dtype), x.new_empty((2,))
-
-    def loss(student, teacher, mean, weight, kind, reduction, need_grad):
-        n = student.shape[1]
-        square = (n, n) if need_grad else (0, 0)
-        return mean.new_empty((n,) if reduction == 0 else ()), mean.new_empty(square)
-
-    def distances(x):
-        n, width = x.shape[0], (x.shape[1] + 15) // 16 * 16
-        planes = x.new_empty((1, n, _padded(n)), dtype=torch.float64)
-        return planes, x.new_empty((3,), dtype=torch.float64), x.new_empty((n, width))
-
-    def pull(laplacian, rows, mean, columns):
-        return rows.new_empty((rows.shape[0], columns))
-
-    torch.library.register_fake(f"{namespace}::relational_distances", distances)
-    torch.library.register_fake(f"{namespace}::relational_pull", pull)
-    torch.library.register_fake(f"{namespace}::relational_sides", sides)
-    torch.library.register_fake(f"{namespace}::relational_loss", loss)
-
-
-def _kind(call: Call) -> int:
-    if call.op == DISTANCE:
-        return KIND_DISTANCE
-    return KIND_FULL if result_dtype(call) == torch.float64 else KIND_SINGLE
-
-
-def _centred(x: Tensor) -> Tensor:
-    x = x.double()
-    return x - x.mean(0)
-
-
-def _sides(x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    # float64: from a float32 Gram matrix the distances within tight clusters are noise. Autocast leaves it alone.
-    return _backend.native_ops(call.student).relational_sides(x, x @ x.T, _kind(call), call.eps)
-
-
-def _forward(call: Call, weight: Tensor | None, need_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """The loss, and the gradient [N, D] in float32 (float64 where the loss is) of its sum weighted by `weight` [N]."""
-    ops, dtype = _backend.native_ops(call.student), result_dtype(call)
-    direct = call.op == DISTANCE and _backend.device_kind(call.student) == "cpu"
-    if direct:
-        planes, mean, rows = ops.relational_distances(call.student.to(dtype))
-        targets, *_ = ops.relational_distances(call.teacher.to(dtype))
-    else:
-        rows = _centred(call.student)
-        planes, mean = _sides(rows, call)
-        targets, _ = _sides(_centred(call.teacher), call)
-    loss, laplacian = ops.relational_loss(
-        planes, targets, mean, weight, _kind(call), common.REDUCTIONS.index(call.reduction), need_grad
-    )
-    if not need_grad:
-        return loss.to(dtype), None
-    # Half-precision students, too: in float16 a small gradient would be lost before a loss scale saves it.
-    if direct:
-        return loss.to(dtype), ops.relational_pull(laplacian, rows, mean, call.student.shape[1])
-    return loss.to(dtype), (laplacian @ rows).to(dtype)
-
-
-class _Native(torch.autograd.Function):
-    """The native loss. The backward asked for with create_graph=True goes through the reference formula."""
-
-    @staticmethod
-    def forward(ctx, student, teacher, options):
-        call = Call(student, teacher, *options)
-        # The gradient of N losses with N factors is known in the backward only, which computes all again.
-        loss, grad = _forward(call, None, call.reduction != "none")
-        ctx.options = options
-        common.save_for_backward(ctx, (student, grad, teacher))
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        student, grad, teacher = common.with_kept(ctx, ctx.saved_tensors)
-        call = Call(student, teacher, *ctx.options)
-        if torch.is_grad_enabled():
-            (result,) = torch.autograd.grad(reference(call), student, grad_loss, create_graph=True)
-        elif grad is None:
-            result = _forward(call, grad_loss.double(), True)[1]
-        else:
-            result = grad * grad_loss
-        return result.to(student.dtype), None, None
 
 
 # --- public functions -----------------------------------------------------------------------------------------------
@@ -193,7 +47,9 @@ def rkd_distance(
     student: Tensor,  # [N, D]
     teacher: Tensor,  # [N, E]
     *,
+    mask: Tensor | None = None,  # [N]
     reduction: str = "mean",
+    num_items: float | Tensor | None = None,
     process_group=None,
 ) -> Tensor:
     """Distance-wise relational distillation: Huber loss between the distances in a batch, each network's over its mean.
@@ -202,33 +58,44 @@ def rkd_distance(
     positive distances. Collapsed embeddings (all rows equal) have distances 0. The gradient flows to the student, and
     to the teacher where it requires grad.
 
+    >>> student = torch.tensor([[0.0], [1.0], [3.0]])
+    >>> fastkd.functional.rkd_distance(student, 2 * student), fastkd.functional.rkd_distance(student, student**2)
+    (tensor(0.), tensor(0.0247))
+
     Args:
         student: embeddings [N, D], float32, float64, float16 or bfloat16.
         teacher: embeddings [N, E] of the same N samples; width and dtype may differ.
-        reduction: "none" (per anchor [N], the mean over the other index), "sum", or "mean" over the anchors, which is
-            the usual loss.
+        mask: bool [N]: the loss of `student[mask]` and `teacher[mask]`, out of the mean distance too; "none" gives 0
+            at the other rows. They are not compared with, so that NaN in them reaches nothing.
+        reduction: "none" (per anchor [N], the mean over the other index), "sum", or "mean" over the anchors that count,
+            which is the usual loss.
+        num_items: a number or 0-d tensor > 0 that the sum over the anchors is divided by, for "mean" and "sum" alike.
         process_group: embeddings of all processes of this torch.distributed group are compared with each other, in the
-            order of the ranks; their numbers of rows may differ. Every process gets the loss of the whole batch, and
-            the backward sums the gradients of all processes' losses: averaged over the processes, as
-            DistributedDataParallel does, the parameters' gradients are those of one process with the whole batch.
-            Reads the sizes of the parts on the host, so it waits for the device; forward and backward communicate, so
-            every process must run both.
+            order of the ranks; their numbers of rows, and of those that count, may differ (num_items is the same for
+            all). Every process gets the loss of the whole batch, and the backward sums the gradients of all processes'
+            losses: averaged over the processes, as DistributedDataParallel does, the parameters' gradients are those of
+            one process with the whole batch. Reads the sizes of the parts on the host, so it waits for the device;
+            forward and backward communicate, so every process must run both.
+
+    The embeddings may be changed in place before the backward of "sum" and "mean", not before that of "none".
 
     Returns:
-        The loss in float32 (float64 where an input is float64): a scalar, or [N] for "none". NaN or infinity in an
-        input makes all of it NaN. N = 0 gives 0.
+        The loss in float32 (float64 where an input is float64): a scalar, or [N] for "none". NaN or infinity in a row
+        that counts makes all of it NaN. N = 0 gives 0.
 
     Raises:
         ValueError, TypeError: one sentence with argument, what was expected, what came.
     """
-    return _run(_check(DISTANCE, student, teacher, reduction, process_group), process_group)
+    return _run(*_check(DISTANCE, student, teacher, mask, reduction, num_items, process_group), process_group)
 
 
 def rkd_angle(
     student: Tensor,  # [N, D]
     teacher: Tensor,  # [N, E]
     *,
+    mask: Tensor | None = None,  # [N]
     reduction: str = "mean",
+    num_items: float | Tensor | None = None,
     eps: float = 1e-6,
     process_group=None,
 ) -> Tensor:
@@ -238,45 +105,71 @@ def rkd_angle(
     triplets. O(N^2 D + N^3) operations and O(N^2) memory, in float64 up to the distances and in float32 from there
     (float64 where an input is float64).
 
+    >>> square = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    >>> fastkd.functional.rkd_angle(square, 0 * square)  # collapsed: all cosines are 0
+    tensor(0.1562)
+
     Args:
-        student, teacher, process_group: as in `rkd_distance`.
-        reduction: "none" (per vertex [N], the mean over the other two indices), "sum", or "mean" over the vertices: the
-            usual loss.
+        student, teacher, mask, num_items, process_group: as in `rkd_distance`.
+        reduction: "none" (per vertex [N], the mean over the other two indices), "sum", or "mean" over the vertices that
+            count: the usual loss.
         eps: a side no longer than eps times the network's mean side has cosine 0 with every other, and no gradient.
 
     Returns, raises: as `rkd_distance`.
     """
-    return _run(_check(ANGLE, student, teacher, reduction, process_group, eps), process_group)
+    return _run(*_check(ANGLE, student, teacher, mask, reduction, num_items, process_group, eps), process_group)
 
 
-def _run(call: Call, process_group) -> Tensor:
+def _run(tensors: Tensors, options: Options, num_items: float | Tensor | None, process_group) -> Tensor:
     if process_group is not None:
-        student, teacher = _gather.gather_pair(call.op, call.student, call.teacher, process_group)
-        call = call._replace(student=student, teacher=teacher)
-    if (reason := why_reference(call)) is not None:
-        _backend.note_fallback(call.op, reason, call.student)
-        return reference(call)
-    if not (torch.is_grad_enabled() and call.student.requires_grad):
-        return _forward(call, None, False)[0]
-    return _Native.apply(call.student, call.teacher, tuple(call[2:]))
+        tensors = Tensors(*_gather.gather_pair(options.op, *tensors, process_group))
+    if num_items is not None:
+        options = options._replace(reduction="sum")
+    if (reason := why_reference(tensors)) is not None:
+        _backend.note_fallback(options.op, reason, tensors.student)
+        loss = reference(tensors, options)
+    else:
+        loss = _native(tensors, options)
+    if num_items is None:
+        return loss
+    return loss / (num_items.to(loss.dtype) if isinstance(num_items, Tensor) else num_items)
 
 
-def why_reference(call: Call) -> str | None:
+def _native(tensors: Tensors, options: Options) -> Tensor:
+    student, teacher, mask = tensors
+    if mask is not None:  # a row that does not count may hold NaN
+        student, teacher = (x.masked_fill(~mask[:, None], 0) for x in (student, teacher))
+    if not (torch.is_grad_enabled() and student.requires_grad):
+        loss = _forward(Tensors(student, teacher, mask), options, None, False)[0]
+    else:
+        loss = _Native.apply(options, student, teacher, mask)
+    return loss if mask is None else loss * _share(options, mask).to(loss.dtype)
+
+
+def _share(options: Options, mask: Tensor) -> Tensor:
+    """What the kernels' means over all N rows are multiplied by, to be those over the rows that count."""
+    means = (1 if options.op == DISTANCE else 2) + (options.reduction == "mean")
+    return (mask.shape[0] / mask.sum(dtype=torch.float64).clamp(min=1)) ** means
+
+
+def why_reference(tensors: Tensors) -> str | None:
     """Why this call goes to plain PyTorch, or None where the native kernels take it."""
-    reason = _backend.why_not_native(call.student)
+    reason = _backend.why_not_native(tensors.student)
     if reason is not None:
         return reason
     if common.is_transformed():
         return "a torch.func transform or forward-mode AD is active"
-    if call.teacher.requires_grad and torch.is_grad_enabled():
-        return common.why_learning("teacher", (call.student,))
+    if tensors.teacher.requires_grad and torch.is_grad_enabled():
+        return common.why_learning("teacher", (tensors.student,))
     return None
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check(op: str, student, teacher, reduction, process_group, eps: object = 0.0) -> Call:
+def _check(
+    op: str, student, teacher, mask, reduction, num_items, process_group, eps: object = 0.0
+) -> tuple[Tensors, Options, float | Tensor | None]:
     for name, value in (("student", student), ("teacher", teacher)):
         if not isinstance(value, Tensor):
             raise common.wrong_type(op, name, "a floating-point tensor [N, D]", type(value).__name__)
@@ -290,13 +183,184 @@ def _check(op: str, student, teacher, reduction, process_group, eps: object = 0.
     if teacher.device != student.device:
         raise common.wrong_value(op, "teacher", f"on the student's device {student.device}", f"device {teacher.device}")
     common.check_choice(op, "reduction", reduction, common.REDUCTIONS)
+    mask = common.check_mask(op, mask, student.shape[:1], student.device)
+    items = common.check_num_items(op, num_items, reduction)
     eps = common.check_number(op, "eps", eps, "a finite number >= 0", low=0)
     _gather.check_process_group(op, process_group)
-    return Call(student, teacher, op, eps, reduction)
+    return Tensors(student, teacher, mask), Options(op, eps, reduction), items
+
+
+# --- reference ------------------------------------------------------------------------------------------------------
+
+
+def _differences(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """x_i - x_j [N, N, D] at [j, i]; their norms [N, N]; the mean of the positive norms."""
+    if mask is not None:
+        x = x.masked_fill(~mask[:, None], 0)
+    differences = (x - x.mean(0))[None] - (x - x.mean(0))[:, None]
+    squares = differences.square().sum(-1)
+    equal = squares == 0  # sqrt has no finite derivative there
+    if mask is not None:
+        equal = equal | ~(mask[None] & mask[:, None])
+    norms = squares.masked_fill(equal, 1).sqrt().masked_fill(equal, 0)
+    return differences, norms, norms.sum() / (~equal).sum().clamp(min=1)
+
+
+def _relative_distances(x: Tensor, mask: Tensor | None) -> Tensor:
+    _, norms, mean = _differences(x, mask)
+    return norms / mean.masked_fill(mean == 0, 1)
+
+
+def _cosines(x: Tensor, mask: Tensor | None, eps: float) -> Tensor:
+    """[N, N, N]: at [j, i, k] the cosine of the angle at j between i and k."""
+    differences, norms, mean = _differences(x, mask)
+    short = norms <= eps * mean.detach()
+    units = (differences / norms.masked_fill(short, 1)[..., None]).masked_fill(short[..., None], 0)
+    return units @ units.mT
+
+
+def reference(tensors: Tensors, options: Options) -> Tensor:
+    """The specification in plain PyTorch, differentiable in both networks. Memory: [N, N, D], for angles [N, N, N]."""
+    loss = _over_all_rows(tensors, options)
+    return loss if tensors.mask is None else loss * _share(options, tensors.mask).to(loss.dtype)
+
+
+def _over_all_rows(tensors: Tensors, options: Options) -> Tensor:
+    """The same, but as the kernels count: means over all N rows, those outside of the mask at distance 0 from all."""
+    dtype, (student, teacher, mask) = result_dtype(tensors), tensors
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = student.to(dtype), teacher.to(dtype)
+        if options.op == DISTANCE:
+            pair, others = (_relative_distances(student, mask), _relative_distances(teacher, mask)), 1
+        else:
+            pair, others = (_cosines(student, mask, options.eps), _cosines(teacher, mask, options.eps)), (1, 2)
+        rows = torch_functional.smooth_l1_loss(*pair, reduction="none").mean(others)
+    return common.reduce_rows(rows, None, options.reduction, rows.shape)
+
+
+def result_dtype(tensors: Tensors) -> torch.dtype:
+    return common.accumulate_dtype(torch.promote_types(tensors.student.dtype, tensors.teacher.dtype))
+
+
+# --- native: raw operations, fake kernels, autograd ---------------------------------------------------------------
+
+
+# csrc/relational/op.cpp registers, all in float64 but for the planes of KIND_SINGLE:
+#   sides(x centred [N, D], x x^T, mask [N], kind, eps)
+#        -> planes [1 to 3, N, N padded] of the distances relative to their mean, 0 beside rows that do not count;
+#           [2] that mean and the number of positive distances
+#   loss(planes, planes, student's mean, weight [N] of the N losses, kind, reduction, need_grad)
+#        -> loss [] or [N]; the matrix [N, N] whose product with the student's centred rows is the gradient
+# and for the CPU, without a Gram matrix, in x's float32 or float64:
+#   distances(x [N, D], mask) -> planes; [3] the distances' mean, their number, the scale of the rows; scaled rows
+#   pull(matrix of loss, rows, mean, D) -> the gradient [N, D]
+# Means are over all N rows; rows that do not count hold zeros.
+# `namespace` is fastkd, or the test build that runs the CUDA kernels on the host.
+def _padded(n: int) -> int:
+    """As csrc/relational/op.h pads: an odd number of 32s."""
+    return ((n + 31) // 32 // 2 * 2 + 1) * 32
+
+
+def register_fakes(namespace: str) -> None:
+    def sides(x, gram, mask, kind, eps):
+        n = x.shape[0]
+        dtype = torch.float32 if kind == KIND_SINGLE else torch.float64
+        planes = {KIND_DISTANCE: 1, KIND_SINGLE: 3, KIND_FULL: 2}[kind]
+        return x.new_empty((planes, n, _padded(n)), dtype=dtype), x.new_empty((2,))
+
+    def loss(student, teacher, mean, weight, kind, reduction, need_grad):
+        n = student.shape[1]
+        square = (n, n) if need_grad else (0, 0)
+        return mean.new_empty((n,) if reduction == 0 else ()), mean.new_empty(square)
+
+    def distances(x, mask):
+        n, width = x.shape[0], (x.shape[1] + 15) // 16 * 16
+        planes = x.new_empty((1, n, _padded(n)), dtype=torch.float64)
+        return planes, x.new_empty((3,), dtype=torch.float64), x.new_empty((n, width))
+
+    def pull(laplacian, rows, mean, columns):
+        return rows.new_empty((rows.shape[0], columns))
+
+    torch.library.register_fake(f"{namespace}::relational_distances", distances)
+    torch.library.register_fake(f"{namespace}::relational_pull", pull)
+    torch.library.register_fake(f"{namespace}::relational_sides", sides)
+    torch.library.register_fake(f"{namespace}::relational_loss", loss)
+
+
+def _kind(tensors: Tensors, options: Options) -> int:
+    if options.op == DISTANCE:
+        return KIND_DISTANCE
+    return KIND_FULL if result_dtype(tensors) == torch.float64 else KIND_SINGLE
+
+
+def _centred(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    x = x.double()
+    if mask is None:
+        return x - x.mean(0)
+    return (x - x.sum(0) / mask.sum().clamp(min=1)).masked_fill(~mask[:, None], 0)
+
+
+def _forward(
+    tensors: Tensors, options: Options, weight: Tensor | None, need_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, and the gradient [N, D] in float32 (float64 where the loss is) of its sum weighted by `weight` [N]."""
+    student, teacher, mask = tensors
+    ops, dtype, kind = _backend.native_ops(student), result_dtype(tensors), _kind(tensors, options)
+    direct = options.op == DISTANCE and _backend.device_kind(student) == "cpu"
+    if direct:
+        planes, mean, rows = ops.relational_distances(student.to(dtype), mask)
+        targets, *_ = ops.relational_distances(teacher.to(dtype), mask)
+    else:
+        # float64: from a float32 Gram matrix the distances within tight clusters are noise. Autocast leaves it alone.
+        rows, others = _centred(student, mask), _centred(teacher, mask)
+        planes, mean = ops.relational_sides(rows, rows @ rows.T, mask, kind, options.eps)
+        targets, _ = ops.relational_sides(others, others @ others.T, mask, kind, options.eps)
+    reduction = common.REDUCTIONS.index(options.reduction)
+    loss, laplacian = ops.relational_loss(planes, targets, mean, weight, kind, reduction, need_grad)
+    if not need_grad:
+        return loss.to(dtype), None
+    # Half-precision students, too: in float16 a small gradient would be lost before a loss scale saves it.
+    if direct:
+        return loss.to(dtype), ops.relational_pull(laplacian, rows, mean, student.shape[1])
+    return loss.to(dtype), (laplacian @ rows).to(dtype)
+
+
+class _Native(torch.autograd.Function):
+    """The native loss. The backward asked for with create_graph=True goes through the reference formula."""
+
+    @staticmethod
+    def forward(ctx, options, student, teacher, mask):
+        tensors = Tensors(student, teacher, mask)
+        # The gradient of N losses with N factors is known in the backward only, which computes all again.
+        loss, grad = _forward(tensors, options, None, options.reduction != "none")
+        ctx.options, ctx.dtype, ctx.grad, ctx.inputs = options, student.dtype, None, None
+        if grad is not None and not torch.compiler.is_compiling():
+            ctx.grad, ctx.inputs = grad, common.Inputs(tensors)
+        else:
+            common.save_for_backward(ctx, (grad, *tensors))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        saved = ctx.saved_tensors  # an error where the graph was freed
+        if ctx.inputs is None:
+            grad, *tensors = common.with_kept(ctx, saved)
+        else:
+            grad, tensors = ctx.grad, ctx.inputs.unchanged(ctx.options.op) if torch.is_grad_enabled() else ()
+            if not common.graph_is_kept():
+                ctx.grad = ctx.inputs = None
+        if torch.is_grad_enabled():
+            loss = _over_all_rows(Tensors(*tensors), ctx.options)
+            (result,) = torch.autograd.grad(loss, tensors[0], grad_loss, create_graph=True)
+        elif grad is None:
+            result = _forward(Tensors(*tensors), ctx.options, grad_loss.double(), True)[1]
+        else:
+            result = grad * grad_loss
+        return None, result.to(ctx.dtype), None, None
 
 
 def _why(op: str):
-    return lambda arguments: why_reference(_check(op, **arguments))
+    return lambda arguments: why_reference(_check(op, **arguments)[0])
 
 
 _backend.register(rkd_distance, DISTANCE, _why(DISTANCE), register_fakes)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastkd._core.labels import IGNORE_INDEX, counted
 from fastkd._recorder import CudaRecorder, Recorder
 from fastkd.graphs import Graphs
 from fastkd.methods import Method
-from fastkd.methods._batch import IGNORE_INDEX
 from fastkd.train.batch_norm import synchronise, synchronises
 from fastkd.train.config import Settings, UserError
 from fastkd.train.distributed import ALONE, World, launched
@@ -69,7 +69,7 @@ def batch_on(batch: tuple, device: torch.device, classes: int | None = None) -> 
 
 def rows_of(target: torch.Tensor, world: World) -> int:
     """How many images count. Asked before they go to a GPU."""
-    return len(target) if world.size == 1 else int((target != IGNORE_INDEX).sum())
+    return len(target) if world.size == 1 else int(counted(target).sum())
 
 
 def prepare(method: Method, settings: Settings, device: torch.device, world: World = ALONE) -> None:
@@ -127,7 +127,9 @@ def _check_labels(target: torch.Tensor, classes: int) -> None:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A tensor, or a list of them (several views of the images)."""
+    """A tensor, or a list (several views of the images) or dict of them."""
+    if isinstance(batch, Mapping):
+        return {name: to_device(item, device) for name, item in batch.items()}
     if isinstance(batch, (list, tuple)):
         return [to_device(item, device) for item in batch]
     return batch.to(device, non_blocking=True)

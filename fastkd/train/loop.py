@@ -16,7 +16,7 @@ from fastkd.data import Data, loader
 from fastkd.data.batches import image_set
 from fastkd.data.parts import Part
 from fastkd.methods import Method
-from fastkd.models import logits_of
+from fastkd.models import call_network, logits_of
 from fastkd.train import batch_norm, checkpoint, same_data
 from fastkd.train.bad_images import BadImages
 from fastkd.train.board import Board
@@ -75,7 +75,7 @@ def evaluate(
     for batch in batches:
         rows = rows_of(batch[1], world)
         inputs, target = batch_on(batch, device, classes)
-        logits = logits_of(network(inputs)).float()  # [B, C]
+        logits = logits_of(call_network(network, inputs)).float()  # [B, C]
         loss = nn.functional.cross_entropy(logits, target, reduction="sum")
         total += torch.stack([loss.double(), (logits.argmax(1) == target).sum().double(), total.new_tensor(rows)])
     network.train(was_training)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._core.labels import counted
 from fastkd.methods import Method, Phase
-from fastkd.methods._batch import IGNORE_INDEX
 from fastkd.methods._observe import data_parallel
 from fastkd.train.config import Settings, UserError
 from fastkd.train.distributed import ALONE, World
@@ -125,7 +125,7 @@ class Steps:
         """This process's loss in the sum of all, times the processes: a 0-d tensor; None where there is one."""
         if self.world.size == 1:
             return None
-        counts = (target != IGNORE_INDEX).sum(dtype=torch.float64)
+        counts = counted(target).sum(dtype=torch.float64)
         total = self.world.sum(counts.clone())
         return counts * self.world.size / total.clamp(min=1)
 

@@ -2,6 +2,9 @@
 
 Sources are compiled again only when they, a header, a flag or the compiler changed; the objects and the library lie in
 `build/simt/`. `python tests/simt/build.py` builds alone.
+
+FASTKD_SIMT_FMA=1 lets the compiler fuse a product and a sum of the kernels into one rounding, as nvcc does, into
+`build/simt_fma/`: what is exact must be so with and without.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
-OUT = ROOT / "build" / "simt"
+FUSED = os.environ.get("FASTKD_SIMT_FMA") == "1"
+OUT = ROOT / "build" / ("simt_fma" if FUSED else "simt")
 NAME = "fastkd_simt"
 HOST = ROOT / "tests" / "simt"
 JOBS = 2
@@ -30,7 +34,7 @@ COMMON = [
     "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DFASTKD_BACKEND_SIMT", f"-I{ROOT / 'csrc'}", f"-I{HOST.parent}",
 ]  # fmt: skip
 # Not to link the thread sanitizer, but to have every load and store reported to race.cpp.
-KERNEL = ["-fsanitize=thread", "-x", "c++"]
+KERNEL = ["-fsanitize=thread", "-x", "c++", *(["-mfma", "-ffp-contract=fast"] if FUSED else [])]
 
 
 def compiler() -> str | None:

@@ -1,0 +1,1 @@
+"""The ground floor: rules that every layer shares. Imports nothing of fastkd."""

@@ -1,0 +1,160 @@
+"""What one call of multi_teacher_kd says once it is checked, and its formula in plain PyTorch: the reference."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.ops import _common as common
+from fastkd.ops import _networks as networks
+
+
+class Tensors(NamedTuple):
+    """The tensors of a checked call; logits as rows_of() gives them, [R, C] where that is a view."""
+
+    student: Tensor  # [R, C]
+    teachers: tuple[Tensor, ...]  # K x [R, C]
+    target: Tensor | None  # int64 [R]: classes, or only which rows are ignored
+    soft: Tensor | None  # [R, C], probabilities in the place of classes
+    weights: Tensor | None  # [K] or [K, R] on the device, where they are not known on the host
+
+
+class Options(NamedTuple):
+    """What else a checked call says. Numbers are 0-d tensors where they require grad or cannot be read."""
+
+    operation: str
+    host_weights: tuple[float, ...]  # K numbers, unused beside a tensor of weights
+    temperatures: tuple[float | Tensor, ...]  # one, or one of each teacher
+    combine: str
+    kd_weight: float | Tensor
+    ce_weight: float | Tensor
+    label_smoothing: float
+    ignore_index: int
+    scale_by_t2: bool
+    reduction: str
+    num_items: float | Tensor | None
+    labels: bool  # the target holds classes
+    terms: bool
+
+
+def without_zeros(tensors: Tensors, options: Options) -> tuple[Tensors, Options]:
+    """Without the teachers whose weight is known to be 0."""
+    weights, temperatures = options.host_weights, options.temperatures
+    if not isinstance(options.kd_weight, Tensor) and options.kd_weight == 0:
+        keep = []
+    elif tensors.weights is None and 0.0 in weights:
+        keep = [k for k, weight in enumerate(weights) if weight != 0]
+    else:
+        return tensors, options
+    if len(temperatures) > 1:
+        temperatures = tuple([temperatures[k] for k in keep]) or temperatures[:1]
+    weights = tuple([weights[k] for k in keep]) if weights else ()
+    tensors = tensors._replace(
+        teachers=tuple([tensors.teachers[k] for k in keep]), weights=tensors.weights if keep else None
+    )
+    return tensors, options._replace(host_weights=weights, temperatures=temperatures)
+
+
+def is_uniform(options: Options) -> bool:
+    """Whether all weights are 1/K: the mixture of equal networks is then exactly each of them."""
+    weights = options.host_weights
+    return len(set(weights)) == 1 and weights[0] == 1.0 / len(weights)
+
+
+def _reference_kd(student: Tensor, tensors: Tensors, options: Options) -> Tensor:
+    """KD of each row, [R]. A teacher is read where its weight is not 0."""
+    weights, teachers = _read_teachers(tensors, options, student.dtype)
+    several = len(options.temperatures) > 1
+    temperatures = [options.temperatures[k if several else 0] for k, _ in teachers]
+    teachers = [t for _, t in teachers]
+    if not teachers:
+        return student[:, :0].sum(-1)  # 0, and so is its gradient
+    t = temperatures[0]
+    scales = [t * t if options.scale_by_t2 else 1.0 for t in temperatures]
+    log_q = networks.log_softmax(student, t)
+    if options.combine == "losses":
+        total = 0
+        for k, (teacher, weight, t) in enumerate(zip(teachers, weights, temperatures, strict=True)):
+            log_q = networks.log_softmax(student, t) if k > 0 and several else log_q
+            weight = weight[:, 0] if isinstance(weight, Tensor) else weight
+            total = total + networks.weighted_divergence(networks.log_softmax(teacher, t), log_q, weight, scales[k])
+        return total
+    if options.combine == "probs":
+        log_p = networks.mixture([networks.log_softmax(z, t) for z in teachers], weights)
+    else:
+        log_p = networks.log_softmax(networks.mean_logits(teachers, weights, is_uniform(options)), t)
+    kd = scales[0] * networks.divergence(log_p, log_q)
+    if tensors.weights is None:
+        return kd
+    return kd.masked_fill(sum(weight[:, 0] != 0 for weight in weights) == 0, 0)
+
+
+def _read_teachers(tensors: Tensors, options: Options, dtype: torch.dtype) -> tuple[list, list[tuple[int, Tensor]]]:
+    """The weights, numbers or [1 or R, 1], and (k, teacher [R, C]) of the teachers that are read at all."""
+    teachers = [(k, common.flat_rows(t).to(dtype)) for k, t in enumerate(tensors.teachers)]
+    if tensors.weights is None:
+        teachers = [(k, t) for k, t in teachers if options.host_weights[k] != 0]
+        return [options.host_weights[k] for k, _ in teachers], teachers
+    weights = [w.reshape(-1, 1) for w in tensors.weights.to(dtype)]
+    if not tensors.weights.requires_grad:  # else the gradient of a weight of 0 is the divergence itself
+        teachers = [(k, t.masked_fill(weights[k] == 0, 0)) for k, t in teachers]
+    return weights, teachers
+
+
+def reference(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
+    """The specification in plain PyTorch: the loss, and with `terms` KD and CE; differentiable in all inputs."""
+    student, target, soft = common.flat_rows(tensors.student), tensors.target, tensors.soft
+    dtype = common.accumulate_dtype(_promoted(tensors))
+    valid = outside = None
+    if target is not None:
+        valid = target != options.ignore_index  # [R]
+        outside = valid & ((target < 0) | (target >= student.shape[1]))
+        if not (common.may_read_values(valid) and bool(valid.all())):
+            # Ignored rows leave before any arithmetic: what they hold (NaN, say) must not reach a gradient.
+            clean = lambda z: common.flat_rows(z).masked_fill(~valid[:, None], 0)  # noqa: E731
+            student, soft = clean(student), None if soft is None else clean(soft)
+            tensors = tensors._replace(teachers=tuple([clean(t) for t in tensors.teachers]))
+        target = target.where(valid & ~outside, 0)
+    student = student.to(dtype)
+    no_kd = not isinstance(options.kd_weight, Tensor) and options.kd_weight == 0
+    kd = _reference_kd(student, tensors._replace(teachers=()) if no_kd else tensors, options)
+    loss, ce = kd if _is(options.kd_weight, 1) else options.kd_weight * kd, torch.zeros_like(kd)
+    if (options.labels or soft is not None) and (options.terms or not _is(options.ce_weight, 0)):
+        soft = None if soft is None else common.flat_rows(soft)
+        ce = networks.label_losses(student, target, soft, options.label_smoothing)
+        loss = loss if _is(options.ce_weight, 0) else loss + options.ce_weight * ce
+    rows = (loss, kd.detach(), ce.detach()) if options.terms else (loss,)
+    if valid is not None:
+        factor = torch.ones_like(kd).masked_fill(outside, math.nan)  # NaN in the gradient as well
+        rows = [(row * factor).masked_fill(~valid, 0) for row in rows]
+    own = common.accumulate_dtype(tensors.student.dtype)
+    return tuple([common.reduce_rows(r, valid, options.reduction, (-1,), options.num_items).to(own) for r in rows])
+
+
+def _is(scalar: float | Tensor, value: float) -> bool:
+    return not isinstance(scalar, Tensor) and scalar == value
+
+
+def _promoted(tensors: Tensors) -> torch.dtype:
+    dtype = tensors.student.dtype
+    for teacher in tensors.teachers:
+        dtype = torch.promote_types(dtype, teacher.dtype)
+    return dtype
+
+
+def reference_divergences(tensors: Tensors, options: Options) -> Tensor:
+    """KL(p_k || q) of each teacher and row, [K, R]: 0 for ignored rows, NaN for labels out of range."""
+    dtype, divergences = common.accumulate_dtype(_promoted(tensors)), []
+    student = common.flat_rows(tensors.student).to(dtype)
+    for k, teacher in enumerate(tensors.teachers):
+        t = options.temperatures[k if len(options.temperatures) > 1 else 0]
+        log_p, log_q = networks.log_softmax(common.flat_rows(teacher).to(dtype), t), networks.log_softmax(student, t)
+        divergences.append(networks.divergence(log_p, log_q).clamp(min=0))
+    kl, target = torch.stack(divergences), tensors.target
+    if target is None:
+        return kl
+    outside = (target < 0) | (target >= student.shape[1])
+    return kl.masked_fill(outside, math.nan).masked_fill(target == options.ignore_index, 0)

@@ -1,0 +1,331 @@
+"""Which kernels run a checked call of multi_teacher_kd, or why plain PyTorch does; autograd; the fake kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastkd import _backend
+from fastkd.ops import _common as common
+from fastkd.ops import _multi_teacher_formula as formula
+from fastkd.ops import group_stats
+from fastkd.ops._multi_teacher_formula import Options, Tensors
+from fastkd.ops.group_stats import GroupStats
+
+COMBINE = ("losses", "probs", "logits")
+LAUNCH_TEACHERS = 16  # teachers of one CUDA launch; more go in groups
+# The longest row that a CUDA thread block holds in registers; a longer one is streamed twice (csrc/multi_teacher/op.h).
+ON_CHIP_CLASSES = {torch.float64: 2048}
+ON_CHIP_CLASSES_DEFAULT = 8192
+
+
+class DistillationStats(NamedTuple):
+    """What `return_stats=True` adds: all detached, in float32 (float64 for float64 logits).
+
+    kl: [K], the mean over the rows that count of KL(p_k || q) at the temperature, without weight and T^2.
+    student: GroupStats of the student, each [1, R]. teachers: GroupStats of the teachers, each [K, R].
+    """
+
+    kl: Tensor
+    student: GroupStats
+    teachers: GroupStats
+
+
+def losses_of(tensors: Tensors, options: Options) -> Sequence[Tensor]:
+    """The loss; with `terms` also KD and CE."""
+    if (reason := why_reference(tensors, options)) is not None:
+        _backend.note_fallback(options.operation, reason, tensors.student)
+        if options.labels:
+            common.check_range(options.operation, tensors.target, tensors.student.shape[-1], options.ignore_index)
+        return formula.reference(tensors, options)
+    return _in_groups(tensors, options) if _too_many(tensors) else _native(tensors, options, False)[0]
+
+
+def _too_many(tensors: Tensors) -> bool:
+    return len(tensors.teachers) > LAUNCH_TEACHERS and _backend.device_kind(tensors.student) != "cpu"
+
+
+def _streams(student: Tensor) -> bool:
+    """Whether the backward reads all logits again instead of a stored gradient: rows too long for one CUDA block."""
+    if _backend.device_kind(student) == "cpu":
+        return False
+    return student.shape[-1] > ON_CHIP_CLASSES.get(student.dtype, ON_CHIP_CLASSES_DEFAULT)
+
+
+def _in_groups(tensors: Tensors, options: Options) -> Sequence[Tensor]:
+    """More teachers than one launch takes: the terms of combine="losses" add up, the cross-entropy goes first."""
+    total = []
+    for k in range(0, len(tensors.teachers), LAUNCH_TEACHERS):
+        part, weights, temperatures = slice(k, k + LAUNCH_TEACHERS), tensors.weights, options.temperatures
+        some = tensors._replace(teachers=tensors.teachers[part], weights=None if weights is None else weights[part])
+        rest = options._replace(
+            host_weights=options.host_weights[part],
+            temperatures=temperatures if len(temperatures) == 1 else temperatures[part],
+        )
+        if k > 0:
+            some, rest = some._replace(soft=None), rest._replace(ce_weight=0.0)
+        losses = _native(some, rest, False)[0]
+        # The loss and KD add up; CE is the first group's.
+        total = [*(a + b for a, b in zip(total[:2], losses, strict=False)), *total[2:]] if total else losses
+    return total
+
+
+def why_reference(tensors: Tensors, options: Options) -> str | None:
+    """Why this call goes to plain PyTorch, or None where the native kernels take it."""
+    student, learns = tensors.student, torch.is_grad_enabled()
+    reason = _backend.why_not_native(student)
+    if reason is not None:
+        return reason
+    if common.is_transformed():
+        return "a torch.func transform or forward-mode AD is active"
+    if learns:
+        for k, teacher in enumerate(tensors.teachers):
+            if teacher.requires_grad:
+                return common.why_learning(f"teachers[{k}]", (student,))
+        if tensors.weights is not None and tensors.weights.requires_grad:
+            return "the weights require grad"
+        if tensors.soft is not None and tensors.soft.requires_grad:
+            return "the target requires grad"
+    for name, scalar in (("kd_weight", options.kd_weight), ("ce_weight", options.ce_weight)):
+        if not common.on_host((scalar,)):
+            return f"{name} is a tensor that requires grad or whose value is not known on the host"
+    if not common.on_host(options.temperatures):
+        return "the temperature is a tensor that requires grad or whose value is not known on the host"
+    if options.combine != "losses" and _too_many(tensors):
+        return f"combine={options.combine!r} with more than {LAUNCH_TEACHERS} teachers"
+    return None
+
+
+def _split(options: Options) -> tuple[Options, Tensor | None]:
+    """The options without tensors, and the numbers that the kernels read from `scalars` in their place."""
+    items = 0.0 if options.num_items is None else options.num_items
+    scalars = common.host_scalars((options.kd_weight, options.ce_weight, items, *options.temperatures))
+    if scalars is None:
+        return options, None
+    ones = (1.0,) * len(options.temperatures)
+    weight = 1.0 if isinstance(options.ce_weight, Tensor) else options.ce_weight
+    return options._replace(kd_weight=1.0, ce_weight=weight, num_items=None, temperatures=ones), scalars
+
+
+def _joined(options: Options, scalars: Tensor | None) -> Options:
+    """What _split() took apart."""
+    if scalars is None:
+        return options
+    kd_weight, ce_weight, items, *temperatures = scalars.tolist()
+    return options._replace(
+        kd_weight=kd_weight, ce_weight=ce_weight, num_items=items or None, temperatures=tuple(temperatures)
+    )
+
+
+def _numbers(options: Options) -> tuple:
+    """The arguments that forward and stream_backward share after the tensors."""
+    return (
+        options.host_weights, options.temperatures, COMBINE.index(options.combine), options.kd_weight,
+        options.ce_weight, options.label_smoothing, options.ignore_index, options.scale_by_t2,
+        common.REDUCTIONS.index(options.reduction), options.num_items or 0.0, formula.is_uniform(options),
+        options.labels, options.terms,
+    )  # fmt: skip
+
+
+def _native(tensors: Tensors, options: Options, with_stats: bool) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The losses, as losses_of() gives them; with_stats also kl [K, R] and the GroupStats [K + 1, R]."""
+    options, scalars = _split(options)
+    student, teachers, target, soft, weights = tensors
+    if torch.is_grad_enabled() and student.requires_grad:
+        out = _Native.apply(options, with_stats, student, target, soft, weights, scalars, *teachers)
+        out = (out,) if isinstance(out, Tensor) else out
+    else:
+        losses, _, _, _, *stats = _forward(tensors, options, scalars, False, with_stats)
+        out = (*(losses.unbind(0) if options.terms else (losses,)), *stats)
+    losses = 3 if options.terms else 1
+    return out[:losses], out[losses:]
+
+
+def _forward(
+    tensors: Tensors, options: Options, scalars: Tensor | None, need_grad: bool, with_stats: bool
+) -> tuple[Tensor, ...]:
+    student, teachers, target, soft, weights = tensors
+    ops, numbers = _backend.native_ops(student), _numbers(options)
+    if with_stats:
+        out = ops.multi_teacher_forward_stats(student, teachers, target, weights, scalars, *numbers, need_grad)
+    else:
+        out = ops.multi_teacher_forward(
+            student, teachers, target, soft, weights, scalars, *numbers, need_grad, _streams(student)
+        )
+    if options.labels and common.may_read_values(student) and out[3].tolist()[1] != 0:
+        raise common.out_of_range(options.operation, target, student.shape[-1], options.ignore_index)
+    return out
+
+
+class _Native(torch.autograd.Function):
+    """The native loss, with `terms` KD and CE, and with_stats its statistics: kl [K, R], those of GroupStats.
+
+    Inputs are saved only where the backward reads them: in rows that stream. A compiled graph prunes what it does not
+    need. The backward asked for with create_graph=True goes through the reference formula.
+    """
+
+    @staticmethod
+    def forward(ctx, options, with_stats, student, target, soft, weights, scalars, *teachers):
+        tensors = Tensors(student, teachers, target, soft, weights)
+        inputs = (student, target, soft, weights, scalars, *teachers)
+        losses, rows, saved, aux, *stats = _forward(tensors, options, scalars, True, with_stats)
+        ctx.options, ctx.shape = options, student.shape
+        ctx.saves_inputs = torch.compiler.is_compiling() or _streams(student)
+        if ctx.saves_inputs:
+            common.save_for_backward(ctx, (saved, aux, rows, *inputs))
+        else:
+            common.save_for_backward(ctx, (saved, aux))
+            ctx.gradient, ctx.inputs = rows, common.Inputs(inputs)
+        if not (options.terms or with_stats):
+            return losses
+        # Clones: views of one tensor could not be changed in place.
+        loss, *terms = [z.clone() for z in losses.unbind(0)] if options.terms else [losses]
+        ctx.mark_non_differentiable(*terms, *stats)
+        return loss, *terms, *stats
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        tensors = common.with_kept(ctx, ctx.saved_tensors)  # an error where the graph was freed
+        if ctx.saves_inputs:
+            result = _backward_of_inputs(ctx.options, grad, *tensors)
+        elif torch.is_grad_enabled():
+            result = _second_derivative(ctx.options, grad, *ctx.inputs.unchanged(ctx.options.operation))
+        else:
+            result = _backward_of_rows(ctx, grad, *tensors)
+        result = result if result.shape == ctx.shape else result.view(ctx.shape)
+        return None, None, result, *([None] * (len(ctx.needs_input_grad) - 3))
+
+
+def _second_derivative(options, grad, student, target, soft, weights, scalars, *teachers) -> Tensor:
+    tensors = Tensors(student, teachers, target, soft, weights)
+    loss = formula.reference(tensors, _joined(options, scalars))[0]
+    return torch.autograd.grad(loss, student, grad, create_graph=True)[0]
+
+
+def _backward_of_inputs(options, grad, saved, aux, rows, student, target, soft, weights, scalars, *teachers) -> Tensor:
+    if torch.is_grad_enabled():
+        return _second_derivative(options, grad, student, target, soft, weights, scalars, *teachers)
+    ops = _backend.native_ops(student)
+    if not _streams(student):
+        reduction = common.REDUCTIONS.index(options.reduction)
+        return ops.multi_teacher_backward(grad.contiguous(), rows, saved, aux, reduction)
+    return ops.multi_teacher_stream_backward(
+        grad.contiguous(), student, teachers, target, soft, weights, scalars, saved, aux, *_numbers(options)
+    )
+
+
+def _backward_of_rows(ctx, grad: Tensor, saved: Tensor, aux: Tensor) -> Tensor:
+    """From the stored gradient, which on the CPU is the result of `loss.backward()`. The last pass frees it."""
+    rows = ctx.gradient
+    ready = ctx.options.reduction != "none" and rows.dtype != torch.float16 and _backend.device_kind(rows) == "cpu"
+    # A fake tensor has no value to look at.
+    if ready and type(grad) is Tensor and grad.item() == 1.0:
+        result = common.hand_out(ctx, "gradient")
+    else:
+        reduction = common.REDUCTIONS.index(ctx.options.reduction)
+        result = _backend.native_ops(rows).multi_teacher_backward(grad.contiguous(), rows, saved, aux, reduction)
+    if not common.graph_is_kept():
+        ctx.gradient = ctx.inputs = None
+    return result
+
+
+def with_statistics(tensors: Tensors, options: Options) -> tuple[Sequence[Tensor], DistillationStats]:
+    """The losses and the statistics of their inputs, from one pass where the row is at hand as a whole."""
+    apart = why_reference(tensors, options) is not None or _too_many(tensors) or _streams(tensors.student)
+    if apart or tensors.soft is not None:
+        left, rest = formula.without_zeros(tensors, options)
+        return losses_of(left, rest), _separate_statistics(tensors, options)
+    losses, (kl, *stats) = _native(tensors, options, True)
+    return losses, _statistics(tensors, options, kl, GroupStats(*stats))
+
+
+def _statistics(tensors: Tensors, options: Options, kl: Tensor, stats: GroupStats) -> DistillationStats:
+    """From divergences [K, R] and the statistics of student and teachers [K + 1, R]."""
+    target = tensors.target
+    counted = torch.ones_like(kl[:1]) if target is None else (target != options.ignore_index)[None]
+    # Summed with the counts: torch splits a single row among threads, whose number would change the last bits.
+    sums = torch.cat([kl.double(), counted.double()]).sum(-1)
+    mean = (sums[:-1] / sums[-1].clamp(min=1)).to(kl.dtype)
+    return DistillationStats(mean, GroupStats(*[t[:1] for t in stats]), GroupStats(*[t[1:] for t in stats]))
+
+
+@torch.no_grad()
+def _separate_statistics(tensors: Tensors, options: Options) -> DistillationStats:
+    """The statistics by a second read of the logits: where the loss's own pass does not give them."""
+    labelled = options.labels or tensors.soft is not None
+    soft = {} if tensors.soft is None else {"soft": tensors.soft.detach()}
+    target = tensors.target if labelled else None
+    stats = group_stats.statistics((tensors.student, *tensors.teachers), target, options.ignore_index, **soft)
+    if why_reference(tensors, options) is not None:
+        with forward_ad._set_fwd_grad_enabled(False):
+            kl = formula.reference_divergences(tensors, options)
+    else:
+        kl = torch.stack([_divergences(tensors, options, k) for k in range(len(tensors.teachers))])
+    return _statistics(tensors, options, kl, stats)
+
+
+def _divergences(tensors: Tensors, options: Options, k: int) -> Tensor:
+    """Of teacher k, [R], by the kernels."""
+    t = options.temperatures[k if len(options.temperatures) > 1 else 0]
+    one = options._replace(
+        host_weights=(1.0,), temperatures=(t,), combine="losses", kd_weight=1.0, ce_weight=0.0, scale_by_t2=False,
+        reduction="none", num_items=None, terms=False,
+    )  # fmt: skip
+    return _native(tensors._replace(teachers=(tensors.teachers[k],), soft=None, weights=None), one, False)[0][0]
+
+
+# csrc/multi_teacher/op.cpp registers, with R rows of C classes, A = float64 for float64 logits, else float32, and L = 3
+# with `terms` (the loss, KD, CE), else one loss without that dimension:
+#   forward(student, teachers, target, soft, weights, scalars, host_weights, temperatures, combine, kd_weight,
+#           ce_weight, label_smoothing, ignore_index, scale_by_t2, reduction, num_items, uniform, labels, terms,
+#           need_grad, stream)
+#       logits [..., C], each of its own dtype and strides; `scalars` float64 [3 + temperatures] on the CPU, or None:
+#       kd_weight, ce_weight, num_items (0: none), temperatures, in the place of the numbers; `labels`: the target holds
+#       classes, not only the rows that are ignored
+#    -> losses A [L] or [L, R]; rows [R, C]: the row's gradient without reduction and grad_output;
+#       saved A: [R] the power of two that float16 rows were multiplied by, or [R, 3K + 2] states to stream again
+#       (3K + 3 with soft targets); aux A [2]: the factor that `rows` still lacks (1 / rows that count), targets out of
+#       range
+#   forward_stats(...), without `soft` and `stream` -> these; kl A [K, R]; the GroupStats of student and teachers, each
+#       [K + 1, R]
+#   backward(grad_output, rows, saved, aux, reduction) -> [R, C]
+#   stream_backward(grad_output, student, ..., scalars, saved, aux, host_weights, ..., terms) -> [R, C]
+# `namespace` is fastkd, or the test build that runs the CUDA kernels on the host.
+
+
+def register_fakes(namespace: str) -> None:
+    def forward(student, teachers, target, soft, weights, scalars, *options):
+        *_, reduction, _, _, _, terms, need_grad, stream = options
+        rows, classes = common.count_rows(student), student.shape[-1]
+        dtype, three = common.accumulate_dtype(student.dtype), (3,) if terms else ()
+        stored, streamed = need_grad and not stream, need_grad and stream
+        scaled = stored and student.dtype == torch.float16
+        states = 3 * len(teachers) + (2 if soft is None else 3)
+        return (
+            student.new_empty((*three, rows) if reduction == 0 else three, dtype=dtype),
+            student.new_empty((rows, classes) if stored else (0,)),
+            student.new_empty((rows, states) if streamed else (rows,) if scaled else (0,), dtype=dtype),
+            student.new_empty((2,), dtype=dtype),
+        )
+
+    def forward_stats(student, teachers, target, weights, scalars, *options):
+        rows, dtype = common.count_rows(student), common.accumulate_dtype(student.dtype)
+        dtypes = (dtype, torch.bool, torch.int64, dtype, dtype, dtype)
+        stats = [student.new_empty((len(teachers) + 1, rows), dtype=d) for d in dtypes]
+        kl = student.new_empty((len(teachers), rows), dtype=dtype)
+        return (*forward(student, teachers, target, None, weights, scalars, *options, False), kl, *stats)
+
+    def backward(grad, rows, saved, aux, reduction):
+        return torch.empty_like(rows)
+
+    def stream_backward(grad, student, *rest):
+        return student.new_empty((common.count_rows(student), student.shape[-1]))
+
+    torch.library.register_fake(f"{namespace}::multi_teacher_forward", forward)
+    torch.library.register_fake(f"{namespace}::multi_teacher_forward_stats", forward_stats)
+    torch.library.register_fake(f"{namespace}::multi_teacher_backward", backward)
+    torch.library.register_fake(f"{namespace}::multi_teacher_stream_backward", stream_backward)
