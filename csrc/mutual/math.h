@@ -31,12 +31,6 @@ FASTKD_HD A smoothed(A probability, A smoothing, int64_t classes) {
   return (1 - smoothing) * probability + smoothing / A(classes);
 }
 
-// One class's part of sum_c t (logit - max): a class of probability 0 counts 0, also where it is masked.
-template <class A>
-FASTKD_HD A soft_part(A t, A above_max) {
-  return t == 0 ? A(0) : t * above_max;
-}
-
 // A row's loss from its terms; a weight of 0 also removes an infinite one.
 template <class A>
 FASTKD_HD A weigh(A kd_weight, A kd, A ce_weight, A ce) {

@@ -152,7 +152,7 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 def weighted_divergence(log_p: Tensor, log_q: Tensor, weight, scale) -> Tensor:
     """weight * scale * KL(p || q), [R], for a weight that is a number or [R]."""
     kl = divergence(log_p, log_q)
-    if isinstance(weight, Tensor):
+    if isinstance(weight, Tensor) or weight == 0:
         kl = kl.masked_fill((weight == 0) & kl.isinf(), 0)  # a weight of 0 removes an infinite divergence as well
     # A KL below zero is rounding. The gradient is kept, which clamp would drop.
     return (weight * scale) * (kl - kl.detach().clamp(max=0))

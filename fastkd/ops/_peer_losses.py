@@ -172,8 +172,7 @@ def _all(conditions: Sequence[Tensor]) -> Tensor | None:
 
 
 def _cross_entropy(z: Tensor, tensors: Tensors, options: Options) -> Tensor:
-    soft = None if tensors.soft is None else common.flat_rows(tensors.soft)
-    labels = tensors.target
+    soft, labels = tensors.soft, tensors.target
     if soft is None:
         labels = labels.where((labels >= 0) & (labels < z.shape[1]), 0)
-    return networks.label_losses(z, labels, soft, options.label_smoothing)
+    return networks.label_losses(z, labels, soft if soft is None else common.flat_rows(soft), options.label_smoothing)
