@@ -339,7 +339,7 @@ def test_views_are_for_training_only(tmp_path, method, views):
 def test_a_method_is_initialised_once_before_the_first_epoch(tmp_path, monkeypatch):
     calls = []
 
-    def initialise(self, batches, lr):
+    def initialise(self, batches, lr, chunks=1):
         (inputs, target), *_ = batches
         calls.append((self.iterations, len(inputs), len(target), lr))
 

@@ -34,7 +34,8 @@ def tables(rows: Rows, facts: Facts) -> str:
     parts = []
     for setting in dict.fromkeys(row["setting"] for row in rows):
         own = [row for row in rows if row["setting"] == setting]
-        there = f"{len(own)} of {facts.planned[setting]} runs" if setting in facts.planned else f"{len(own)} runs"
+        of = f" of {facts.planned[setting]}" if setting in facts.planned else ""
+        there = f"{len(own)}{of} run{'s' * (bool(of) or len(own) > 1)}"
         parts += [f"## {setting}: {there}", "", accuracies(own), ""]
         for baseline in facts.baselines:
             parts += [gains(own, baseline), ""] if differences(own, baseline) else []
