@@ -12,10 +12,11 @@ from benchmarks.inputs import Embeddings, Heads, Logits, Maps, Networks
 from benchmarks.registry import OPERATIONS, Case
 from fastkd import _backend
 
-# Odd sizes: rows that no vector width divides, more than a block's, and of one number.
+# Odd sizes: rows that no vector width divides, more than a block's, and of two numbers.
 SMALL = {
-    "multi_teacher": [Logits(3, 37, 2), Logits(2, 1, 1), Logits(2, 5003, 3), Logits(1, 40003, 1)],
+    "multi_teacher": [Logits(3, 37, 2), Logits(2, 2, 1), Logits(2, 5003, 3), Logits(1, 40003, 1)],
     "mutual": [Networks(3, 37, 3), Networks(2, 5003, 2)],
+    "cross_entropy": [Networks(3, 37, 3), Networks(2, 5003, 2)],
     "group_stats": [Networks(3, 37, 3), Networks(2, 5003, 2)],
     "feature_ensemble": [Maps(2, 5, 3, 3, 2), Maps(2, 64, 9, 9, 1)],
     "rkd_distance": [Embeddings(7, 5), Embeddings(33, 17)],

@@ -106,6 +106,11 @@ def mutual(shape: Networks, dtype: torch.dtype, device: str, seed: int) -> Input
     return Inputs((networks, target, TEMPERATURE, CE_WEIGHT), tuple(networks))
 
 
+def cross_entropy(shape: Networks, dtype: torch.dtype, device: str, seed: int) -> Inputs:
+    made = mutual(shape, dtype, device, seed)
+    return Inputs(made.arguments[:2], made.learning)
+
+
 def group_stats(shape: Networks, dtype: torch.dtype, device: str, seed: int) -> Inputs:
     return Inputs(_group(shape, [6.0] * shape.networks, dtype, device, seed), ())
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks import inputs, peers
 from benchmarks.baselines import (
+    cross_entropy_eager,
     feature_ensemble_eager,
     group_stats_eager,
     linear_kd_eager,
@@ -112,6 +113,10 @@ def mutual(logits, target, temperature, ce_weight) -> Tensor:
     return functional.mutual_kd(logits, target, temperature=temperature, ce_weight=ce_weight).sum()
 
 
+def cross_entropy(logits, target) -> Tensor:
+    return functional.cross_entropy(logits, target).sum()
+
+
 def linear_kd(student, teacher, head, teacher_head) -> Tensor:
     """PyTorch's matrix products, then the fused divergence: what flash-linear-attention cuts into parts."""
     logits = torch.nn.functional.linear(student, head)
@@ -146,6 +151,15 @@ OPERATIONS = {
             bytes_floor=inputs.mutual_bytes,
             gpu=((Networks(8192, 32000, 3), BF16),),
             tests="tests/test_mutual*.py",
+        ),
+        Operation(
+            name="cross_entropy",
+            shapes=(Networks(256, 1000, 4),),
+            make_inputs=inputs.cross_entropy,
+            fused=cross_entropy,
+            baselines=eager_and_compiled(cross_entropy_eager.cross_entropy),
+            bytes_floor=inputs.mutual_bytes,
+            tests="tests/test_cross_entropy*.py",
         ),
         Operation(
             name="group_stats",

@@ -84,7 +84,7 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
 
     _tensors = ("weights", "temperature")
     _shown = (
-        "weights", "kd_weight", "temperature", "combine", "ce_weight", "label_smoothing", "ignore_index", "class_dim",
+        "weights", "temperature", "combine", "kd_weight", "ce_weight", "label_smoothing", "ignore_index", "class_dim",
         "scale_by_t2", "reduction", "return_terms", "return_stats",
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ import torch.nn.functional as torch_functional
 from torch import Tensor, nn
 
 from fastkd import functional
-from fastkd._core.labels import counted
+from fastkd._core.labels import counted, is_soft
 from fastkd.methods._checks import check_integer, check_network, check_networks, is_sequence
 from fastkd.methods._features import outputs_of
 from fastkd.methods._fresh import beside, weights_from
@@ -170,10 +170,10 @@ class FEED(Method):
         common.check_choice(name, "norm", norm, NORMS)
 
     def _check_target(self, target: Any) -> None:
-        expected = "class indices of shape [B]"
+        expected = "class indices of shape [B], or probabilities [B, C]"
         if not isinstance(target, Tensor):
             raise common.wrong_type(self._name(), "target", expected, type(target).__name__)
-        if target.dim() != 1:
+        if target.dim() != (2 if is_soft(target) else 1):
             raise common.wrong_value(self._name(), "target", expected, f"shape {list(target.shape)}")
 
     def _check_maps(self, student: Tensor, teachers: Sequence[Tensor]) -> None:

@@ -138,6 +138,8 @@ class KDCL(Peers):
         elif self.ensemble != "naive":
             expected = f"class indices for ensemble={self.ensemble!r}, which is relative to the label's logit"
             raise common.wrong_type(self._name(), "target", expected, "probabilities")
+        else:
+            common.check_soft_target(self._name(), target, logits, "the peers' logits'")
 
     @torch.no_grad()
     def ensemble_of(self, logits: Sequence[Tensor], target: Tensor) -> Tensor:
