@@ -11,7 +11,7 @@ from fastkd._version import __version__
 from fastkd.losses import FeatureEnsemble, MultiTeacherKD, MutualKD, RKDAngle, RKDDistance
 
 if TYPE_CHECKING:
-    from fastkd import data, graphs, methods, models, nn, testing, train
+    from fastkd import data, methods, models, nn, testing, train
 
 _ON_FIRST_USE = ("data", "graphs", "methods", "models", "nn", "testing", "train")
 

@@ -13,7 +13,7 @@ from torch.nn.modules.loss import _Loss
 
 from fastkd import functional
 from fastkd._outputs import find_logits
-from fastkd.ops._networks import LossTerms
+from fastkd.ops._formulas import LossTerms
 from fastkd.ops.multi_teacher import DistillationStats
 
 if TYPE_CHECKING:

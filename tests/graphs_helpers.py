@@ -6,7 +6,7 @@ from fastkd.graphs import Graphed, Graphs
 
 
 class StandIn:
-    """As `fastkd._recorder.CudaRecorder`. Recording computes nothing: what it gives is NaN before the first replay.
+    """As `fastkd.graphs.recorder.CudaRecorder`. Recording computes nothing: it gives NaN before the first replay.
 
     `fails` raises while something is recorded, as what a GPU does not allow there.
     """

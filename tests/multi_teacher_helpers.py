@@ -7,6 +7,7 @@ import torch.nn.functional as torch_functional
 from rows_helpers import weighted_sum
 
 import fastkd
+from fastkd.ops import _formulas
 from fastkd.ops import _multi_teacher_kernels as kernels
 from fastkd.ops import multi_teacher as op
 from fastkd.testing import assert_as_accurate, assert_grad_close
@@ -115,7 +116,7 @@ def check(student, teachers, target=None, **options):
 
 def build_options(device, dtype, rows=5, classes=50, k=3, labels="hard", mask=False, weights=None, **options):
     student, teachers, target = make(rows, classes, k, dtype, device=device)
-    accumulate = op.common.accumulate_dtype(dtype)
+    accumulate = _formulas.accumulate_dtype(dtype)
     if labels == "soft":
         target = soft_labels(rows, classes, device, dtype)
     if mask:

@@ -5,7 +5,7 @@ from multi_teacher_helpers import size_of_gradient_terms, size_of_terms
 from rows_helpers import weighted_sum
 
 import fastkd
-from fastkd.ops import _common as common
+from fastkd.ops._formulas import accumulate_dtype
 from fastkd.testing import assert_as_accurate, assert_grad_close
 
 F = fastkd.functional
@@ -47,7 +47,7 @@ def row_of_weights(m, count, n, weights, teacher_weights):
 
 
 def as_tensor(row, like):
-    dtype = common.accumulate_dtype(like.dtype)
+    dtype = accumulate_dtype(like.dtype)
     row = [torch.as_tensor(w, dtype=dtype, device=like.device) for w in row]
     return torch.stack([w.expand(like.shape[:-1]) for w in row]) if any(w.dim() for w in row) else torch.stack(row)
 

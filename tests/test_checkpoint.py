@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from fastkd._core import files
+from fastkd._core.files import StorageError, sweep, write_atomic
 from fastkd.train import UserError, checkpoint
 
 
@@ -186,7 +188,7 @@ def largest_file(size):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call, number):
     path = tmp_path / "epoch-0001.pt"
-    checkpoint.write_atomic(path, b"old")
+    write_atomic(path, b"old")
 
     def full(*args):
         raise OSError(number, os.strerror(number))
@@ -197,9 +199,9 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, c
     if call == "fsync":
         monkeypatch.setattr(os, "fsync", full)
     else:
-        monkeypatch.setattr(checkpoint, "open", lambda path, mode: FullFile(path, mode), raising=False)
-    with pytest.raises(checkpoint.StorageError, match=r"epoch-0001\.pt cannot be written, the .* --resume") as error:
-        checkpoint.write_atomic(path, b"new")
+        monkeypatch.setattr(files, "open", lambda path, mode: FullFile(path, mode), raising=False)
+    with pytest.raises(StorageError, match=r"epoch-0001\.pt cannot be written, the .* --resume") as error:
+        write_atomic(path, b"new")
     assert error.value.status == 1 and "\n" not in str(error.value)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["epoch-0001.pt"]
@@ -209,7 +211,7 @@ def test_write_beyond_the_limit_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "epoch-0001.pt"
     checkpoint.save(path, {"w": torch.zeros(10)})
     old = path.read_bytes()
-    with largest_file(1 << 16), pytest.raises(checkpoint.StorageError, match="the file is too large"):
+    with largest_file(1 << 16), pytest.raises(StorageError, match="the file is too large"):
         checkpoint.save(path, {"w": torch.zeros(1 << 16)})
     assert path.read_bytes() == old
     assert os.listdir(tmp_path) == ["epoch-0001.pt"]
@@ -218,15 +220,15 @@ def test_write_beyond_the_limit_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_other_failure_names_the_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError) as error:
-        checkpoint.write_atomic(tmp_path / "file" / "x.pt", b"")
+        write_atomic(tmp_path / "file" / "x.pt", b"")
     assert error.value.filename == str(tmp_path / "file")
 
 
 def test_what_a_killed_writer_left_is_swept(tmp_path):
-    checkpoint.write_atomic(tmp_path / "epoch-0001.pt", b"")
+    write_atomic(tmp_path / "epoch-0001.pt", b"")
     (tmp_path / ".epoch-0002.pt.77.tmp").write_bytes(b"half")
     (tmp_path / ".lock").touch()
-    checkpoint.sweep(tmp_path)
+    sweep(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".lock", "epoch-0001.pt"]
 
 

@@ -10,7 +10,8 @@ import torch
 
 import fastkd
 import fastkd.functional as F
-from fastkd.ops import _common
+from fastkd._core.checks import check_number
+from fastkd.ops import _autograd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,7 +51,7 @@ def test_a_number_out_of_range_is_refused_whatever_its_type(value):
         warnings.simplefilter("error")
         with pytest.raises(ValueError, match="^multi_teacher_kd: temperature must be a finite number > 0"):
             F.multi_teacher_kd(Z, [-Z], temperature=value)
-    assert _common.check_number("op", "x", np.float32(3e38), "finite") == float(np.float32(3e38))
+    assert check_number("op", "x", np.float32(3e38), "finite") == float(np.float32(3e38))
 
 
 P = Z.softmax(-1)
@@ -69,7 +70,7 @@ PROBABILITIES = {
 def test_probabilities_are_told_from_logits_where_checks_are_on(where, dtype, monkeypatch):
     call = PROBABILITIES[where]
     call(P)
-    monkeypatch.setattr(_common, "CHECK_VALUES_EVERYWHERE", True)
+    monkeypatch.setattr(_autograd, "CHECK_VALUES_EVERYWHERE", True)
     with pytest.raises(ValueError) as caught:
         call(P.to(dtype).requires_grad_())
     assert str(caught.value).startswith(f"{where} must be logits, got probabilities")
@@ -79,7 +80,7 @@ def test_probabilities_are_told_from_logits_where_checks_are_on(where, dtype, mo
 
 
 def test_probabilities_of_many_classes_in_half_precision_are_found_and_empty_batches_pass(monkeypatch):
-    monkeypatch.setattr(_common, "CHECK_VALUES_EVERYWHERE", True)
+    monkeypatch.setattr(_autograd, "CHECK_VALUES_EVERYWHERE", True)
     z = torch.randn(2, 32000)
     for dtype in (torch.float16, torch.bfloat16):
         with pytest.raises(ValueError, match="student must be logits"):

@@ -11,10 +11,11 @@ import torch
 
 from fastkd import data as datasets
 from fastkd import models
-from fastkd._extras import require
+from fastkd._core.extras import require
 from fastkd.cli import main
-from fastkd.train import RECIPES, Runner, TrainConfig, UserError, compare, runner
-from fastkd.train.config import read_yaml
+from fastkd.runs import compare, runner
+from fastkd.runs.config import read_yaml
+from fastkd.train import RECIPES, Runner, TrainConfig, UserError
 from fastkd.train.metrics import read_csv
 
 RECIPE_FOLDER = Path(__file__).resolve().parent.parent / "fastkd" / "recipes"

@@ -301,8 +301,8 @@ def test_one_process_needs_no_group():
 
 
 def test_compare_is_refused(monkeypatch, tmp_path):
+    from fastkd.runs.commands import compare
     from fastkd.train import CompareConfig
-    from fastkd.train.commands import compare
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="fastkd compare runs in one process: start it without torchrun"):

@@ -9,6 +9,7 @@ import torch.nn.functional as torch_functional
 from feature_ensemble_helpers import LAYOUTS, PLACES, F, as_list, channels_last, check, in_float64, loss_and_grads, make
 
 import fastkd
+from fastkd.ops import _formulas
 from fastkd.ops import feature_ensemble as op
 from fastkd.testing import DTYPES, Case, assert_grad_close, over
 
@@ -93,7 +94,7 @@ def build(device, dtype, shapes, shared=False, layouts=("contiguous",), weights=
     if weights == "samples":
         g = torch.Generator().manual_seed(1)
         weights = torch.rand(len(shapes), batch, generator=g, dtype=torch.float64)
-        weights = weights.to(device, op.common.accumulate_dtype(dtype))
+        weights = weights.to(device, _formulas.accumulate_dtype(dtype))
     if left_out:
         options["mask"] = torch.tensor([b not in left_out for b in range(batch)], device=device)
     return students[0] if shared else students, teachers, dict(options, weights=weights)

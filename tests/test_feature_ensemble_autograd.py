@@ -9,6 +9,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fastkd
 from fastkd import _backend
+from fastkd.ops import _formulas, _inputs
 from fastkd.ops import feature_ensemble as op
 from fastkd.testing import DTYPES
 
@@ -228,7 +229,7 @@ def test_backward_twice_and_accumulation():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_maps_may_be_changed_in_place_before_the_backward(dtype, options):
     students, teachers = make(SHAPES, dtype)
-    weights, mask = torch.ones(2, 3, dtype=op.common.accumulate_dtype(dtype)), torch.tensor([True, True, False])
+    weights, mask = torch.ones(2, 3, dtype=_formulas.accumulate_dtype(dtype)), torch.tensor([True, True, False])
     expected = torch.autograd.grad(call(dict(options, mask=mask))(*students, *teachers).sum(), students)
     loss = F.feature_ensemble(students, teachers, weights=weights, mask=mask, **options).sum()
     with torch.no_grad():
@@ -344,7 +345,7 @@ def test_sums_of_few_and_of_many_elements_round_little(shape, dtype):
             p=st.sampled_from([1, 2]),
             norm=st.sampled_from(["sample", "position"]),
             elements=st.sampled_from(op.ELEMENTS),
-            reduction=st.sampled_from(op.common.REDUCTIONS),
+            reduction=st.sampled_from(_inputs.REDUCTIONS),
         )
     ),
 )
@@ -357,7 +358,7 @@ def test_random_cases(batch, shapes, layouts, dtype, exponent, weights, options)
     if weights == "pairs":
         options = dict(options, weights=[1.5 - k for k in range(len(shapes))])
     elif weights == "samples":
-        options = dict(options, weights=torch.rand(len(shapes), batch, dtype=op.common.accumulate_dtype(dtype)))
+        options = dict(options, weights=torch.rand(len(shapes), batch, dtype=_formulas.accumulate_dtype(dtype)))
     check(students, teachers, **options)
 
 

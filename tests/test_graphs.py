@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from train_helpers import one_thread  # noqa: F401
 
-from fastkd import _capture, graphs, methods
-from fastkd._capture import copies
-from fastkd._recorder import CudaRecorder
+from fastkd import graphs, methods
 from fastkd.graphs import Graphed, Graphs
+from fastkd.graphs import capture as _capture
+from fastkd.graphs.capture import copies
+from fastkd.graphs.recorder import CudaRecorder
 from fastkd.models import Outputs, branched, create, with_features
 
 

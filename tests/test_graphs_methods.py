@@ -12,8 +12,8 @@ from torch import nn
 from train_helpers import assert_same, config, last_state, one_thread, rows_without_times, run  # noqa: F401
 
 from fastkd import methods
+from fastkd.runs.config import differences
 from fastkd.train import Runner, UserError, devices
-from fastkd.train.config import differences
 from fastkd.train.steps import Steps
 
 STEPS = 4

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rows_helpers import LAYOUTS
 
 import fastkd
-from fastkd.ops import group_stats as op
+from fastkd.ops import _autograd, _inputs
 from fastkd.testing import DTYPES, Case, assert_as_accurate, difficult_logits, over
 
 F = fastkd.functional
@@ -307,7 +307,7 @@ def test_rows_without_a_label(place, at):
 def test_a_target_that_cannot_be_checked_is_no_label(bad, place, at, monkeypatch):
     """As on a GPU, where reading the target would wait; no access out of range."""
     device = at(place)
-    monkeypatch.setattr(op.common, "may_read_values", lambda tensor: False)
+    monkeypatch.setattr(_autograd, "VALUES_ARE_READABLE", False)
     stats = check([torch.randn(4, 6, device=device)] * 2, torch.tensor([0, bad, 2, -100], device=device))
     assert stats.labelled().tolist() == [[True, False, True, False]] * 2
     assert stats.ce.isnan().tolist() == [[False, True, False, True]] * 2
@@ -344,14 +344,14 @@ def test_class_dim_of_maps(memory_format, place, at):
 
 
 def test_maps_without_labels_warn_once_that_their_width_is_taken_for_classes():
-    op.common._warned_of_maps.discard("group_stats")
+    _inputs._warned_of_maps.discard("group_stats")
     maps = [torch.randn(1, 2, 1, 3)]
     told = r"group_stats: the classes of logits\[0\] \[1, 2, 1, 3\] were taken from the last dimension; class_dim=1"
     with pytest.warns(UserWarning, match=told) as caught:
         F.group_stats(maps)
         F.group_stats(maps)
     assert len(caught) == 1 and caught[0].filename == __file__
-    op.common._warned_of_maps.discard("group_stats")
+    _inputs._warned_of_maps.discard("group_stats")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         F.group_stats(maps, class_dim=1)

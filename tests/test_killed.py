@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from train_helpers import assert_same, config, last_state, one_thread, rows_without_times, run  # noqa: F401
 
+from fastkd._core import files as whole_files
+from fastkd._core.locks import lock
 from fastkd.train import checkpoint
 from fastkd.train.devices import cpu_threads
-from fastkd.train.locks import lock
 from fastkd.train.metrics import Meter
 
 OPTIONS = dict(method="kd", batch_size=16, epochs=4, guide_epochs=2, save_every=3, keep=2, threads=1)
@@ -39,7 +40,7 @@ def slow_down(step: float, piece: float) -> None:
                 time.sleep(piece)
             return len(view)
 
-    checkpoint.open = lambda path, mode: SlowFile(path, mode)
+    whole_files.open = lambda path, mode: SlowFile(path, mode)
     end_batch = Meter.end_batch
 
     def slow_end_batch(meter, target, *rows):

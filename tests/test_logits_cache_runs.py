@@ -10,16 +10,16 @@ from distributed_helpers import processes
 from distributed_helpers import train as train_here
 from train_helpers import assert_same, config, last_state, one_thread, rows_without_times, run  # noqa: F401
 
+from fastkd._core.files import StorageError
 from fastkd.cli import main
 from fastkd.data import logits as files
+from fastkd.runs.config import CompareConfig, differences
+from fastkd.runs.plans import RECIPES
+from fastkd.runs.runner import stage_key
 from fastkd.train import Runner, UserError
-from fastkd.train.checkpoint import StorageError
-from fastkd.train.config import CompareConfig, differences
 from fastkd.train.distributed import World
 from fastkd.train.kept_logits import KeptLogits
 from fastkd.train.kept_logits import size as in_words
-from fastkd.train.plans import RECIPES
-from fastkd.train.runner import stage_key
 
 # Batches of one size: a network's answer to an image may change in the last bit with the rows beside it.
 OPTIONS = dict(train_size=64, batch_size=16, epochs=3, guide_epochs=2, own_epochs=2)
@@ -269,7 +269,7 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
 
 
 def test_compare_shares_and_lets_others_pass(tmp_path, passes):
-    from fastkd.train import compare
+    from fastkd.runs import compare
 
     options = dict(train_size=64, batch_size=16, epochs=2, guide_epochs=1, own_epochs=1, quiet=True, device="cpu")
     options |= dict(teacher="plain2:width=0.25", assistants=["plain2:width=0.125"], student="plain2:width=0.0625")

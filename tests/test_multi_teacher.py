@@ -10,6 +10,7 @@ from conftest import PLACES
 from multi_teacher_helpers import check, in_float64, loss_and_grad, make
 
 import fastkd
+from fastkd.ops import _formulas
 from fastkd.ops import multi_teacher as op
 from fastkd.testing import DTYPES, Case, assert_grad_close, difficult_logits, over
 
@@ -84,7 +85,7 @@ def build(device, dtype, rows=5, classes=50, k=3, labels=False, ignored=(), weig
     target[list(ignored)] = -100
     if isinstance(weights, str):
         g = torch.Generator().manual_seed(1)
-        weights = torch.rand(k, rows, generator=g, dtype=torch.float64).to(device, op.common.accumulate_dtype(dtype))
+        weights = torch.rand(k, rows, generator=g, dtype=torch.float64).to(device, _formulas.accumulate_dtype(dtype))
     return student, teachers, target if labels else None, dict(options, weights=weights)
 
 

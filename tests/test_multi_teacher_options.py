@@ -10,6 +10,7 @@ from conftest import PLACES
 from multi_teacher_helpers import both, build_options, check, in_float64, loss_and_grad, make, soft_labels
 
 import fastkd
+from fastkd.ops import _inputs
 from fastkd.ops import multi_teacher as op
 from fastkd.ops._multi_teacher_kernels import COMBINE
 from fastkd.testing import DTYPES, Case, over
@@ -298,7 +299,7 @@ def test_the_smallest_map():
     teacher[0, 0, 0, 0] = 3
     for loss in both(lambda: F.multi_teacher_kd(student, [teacher], temperature=1.0, class_dim=1)):
         assert float(loss) == pytest.approx(0.167427, abs=1e-6)
-    op.common._warned_of_maps.discard(op.OP)
+    _inputs._warned_of_maps.discard(op.OP)
     with pytest.warns(
         UserWarning, match=r"classes of student \[1, 2, 1, 3\] were taken from the last dimension"
     ) as told:

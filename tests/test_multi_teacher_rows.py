@@ -11,6 +11,7 @@ from multi_teacher_helpers import check, loss_and_grad, make
 from rows_helpers import LAYOUTS
 
 import fastkd
+from fastkd.ops import _formulas
 from fastkd.ops import multi_teacher as op
 from fastkd.testing import DTYPES
 
@@ -198,7 +199,7 @@ def test_anything(place, at):
             target[::2] = -100
         weights = torch.rand(k, rows, generator=torch.Generator().manual_seed(seed)) if row_weights else None
         if weights is not None:
-            weights = weights.to(op.common.accumulate_dtype(dtype))
+            weights = weights.to(_formulas.accumulate_dtype(dtype))
         options = dict(combine=combine, reduction=reduction, temperature=temperature, weights=weights)
         check(student, teachers, target if labelled else None, ce_weight=0.5 if labelled else 0.0, **options)
 

@@ -9,7 +9,7 @@ from conftest import PLACES
 from mutual_helpers import by_multi_teacher, check, loss_and_grads, make
 
 import fastkd
-from fastkd.ops import _common as common
+from fastkd.ops._formulas import accumulate_dtype
 from fastkd.testing import DTYPES, Case, assert_grad_close, difficult_logits, over
 
 F = fastkd.functional
@@ -75,7 +75,7 @@ def build(
         w = random(m, columns, rows) if kind == "rows" else random(m, columns)
         if columns == m and weights is not None:
             w[range(m), range(m)] = math.nan
-        return w.to(device, common.accumulate_dtype(dtype))
+        return w.to(device, accumulate_dtype(dtype))
 
     peers = numbers(weights, m)
     frozen = numbers(teacher_weights, n)

@@ -10,9 +10,9 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fastkd
 from fastkd import _backend
-from fastkd.ops import _common as common
 from fastkd.ops import _peer_kernels as kernels
 from fastkd.ops import mutual as op
+from fastkd.ops._inputs import REDUCTIONS
 
 F = fastkd.functional
 OPTIONS = [
@@ -307,7 +307,7 @@ def test_opcheck(dtype, place, at):
             given = options._replace(return_terms=len(learners) == 1)
             torch.library.opcheck(ops.mutual_forward.default, kernels.arguments(tensors, given, learners))
         loss, _, rows, saved, aux = ops.mutual_forward(*kernels.arguments(tensors, options, [0, 2]))
-        arguments = (torch.ones_like(loss), rows, saved, aux, [0, 2], common.REDUCTIONS.index(reduction))
+        arguments = (torch.ones_like(loss), rows, saved, aux, [0, 2], REDUCTIONS.index(reduction))
         torch.library.opcheck(ops.mutual_backward.default, arguments)
 
 

@@ -11,7 +11,8 @@ from mutual_helpers import check, loss_and_grads, make
 from rows_helpers import LAYOUTS
 
 import fastkd
-from fastkd.ops import _common as common
+from fastkd.ops._formulas import accumulate_dtype
+from fastkd.ops._inputs import REDUCTIONS
 from fastkd.testing import DTYPES
 
 F = fastkd.functional
@@ -164,11 +165,11 @@ def test_anything(place, at, data):
         target = target.clamp(min=1)
     if rows > 1 and draw(st.booleans()):
         target[0] = -100
-    weights = torch.rand(m, m, *([rows] if draw(st.booleans()) else []), dtype=common.accumulate_dtype(dtype)) * 2 - 0.5
+    weights = torch.rand(m, m, *([rows] if draw(st.booleans()) else []), dtype=accumulate_dtype(dtype)) * 2 - 0.5
     ce_weight = draw(st.sampled_from([0.0, 0.3, 1.0]))
     check(
         logits, target, teachers=teachers, weights=weights, ce_weight=ce_weight,
         label_smoothing=0.0 if masked else draw(st.sampled_from([0.0, 0.1])),
-        temperature=draw(st.sampled_from([0.5, 1.0, 3.0, 4.5])), reduction=draw(st.sampled_from(common.REDUCTIONS)),
+        temperature=draw(st.sampled_from([0.5, 1.0, 3.0, 4.5])), reduction=draw(st.sampled_from(REDUCTIONS)),
         scale_by_t2=draw(st.booleans()),
     )  # fmt: skip

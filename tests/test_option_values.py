@@ -9,8 +9,9 @@ import pytest
 import torch
 from train_helpers import config, one_thread, untrained  # noqa: F401
 
-from fastkd.train import CompareConfig, Runner, TrainConfig, UserError, compare
-from fastkd.train.config import differences, read_yaml, to_yaml
+from fastkd.runs import compare
+from fastkd.runs.config import differences, read_yaml, to_yaml
+from fastkd.train import CompareConfig, Runner, TrainConfig, UserError
 
 KINDS = (TrainConfig, CompareConfig)
 LITERALS = [(k, n, h) for k in KINDS for n, h in get_type_hints(k).items() if get_origin(h) is Literal]

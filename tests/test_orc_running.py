@@ -10,8 +10,8 @@ from methods_helpers import batch, bn_net, images, mlp, same, snapshot, train
 from orc_helpers import bn_mlp, optimizer_of, orc
 from torch import nn
 
+from fastkd._core.modes import data_parallel
 from fastkd.methods import ORC
-from fastkd.methods._observe import data_parallel
 from fastkd.models import Outputs
 
 

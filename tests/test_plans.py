@@ -6,6 +6,7 @@ import pytest
 import torch
 from train_helpers import TINY, assert_same, config, last_state, one_thread, run  # noqa: F401
 
+from fastkd.runs.runner import stage_key
 from fastkd.train import (
     RECIPES,
     TrainConfig,
@@ -13,7 +14,6 @@ from fastkd.train import (
     plan,
 )
 from fastkd.train.metrics import read_csv
-from fastkd.train.runner import stage_key
 
 
 def shape(method, **options):

@@ -9,14 +9,18 @@ from train_helpers import TINY, one_thread, untrained  # noqa: F401
 
 import fastkd
 from fastkd import data as datasets
-from fastkd.train import Runner, TrainConfig, commands, evaluate, report
-from fastkd.train import compare as comparing
-from fastkd.train.config import CompareConfig
-from fastkd.train.runner import Result
+from fastkd.runs import compare as comparing
+from fastkd.runs import figures as figures_module
+from fastkd.runs.commands import train
+from fastkd.runs.config import CompareConfig
+from fastkd.runs.figures import draw_curves
+from fastkd.runs.runner import Result
+from fastkd.runs.tables import table, terms
+from fastkd.train import Runner, TrainConfig, evaluate
 
 
 def test_table_is_aligned_markdown():
-    text = report.table(["method", "x [%]"], [["ce", "1.0"], ["a-long-name", "10.25"]])
+    text = table(["method", "x [%]"], [["ce", "1.0"], ["a-long-name", "10.25"]])
     assert text.splitlines() == [
         "| method      | x [%] |",
         "| :---------- | ----: |",
@@ -38,8 +42,8 @@ def test_curves(tmp_path, epochs, monkeypatch):
         for e in range(1, epochs + 1)
     ]
     figures = []
-    monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
-    report.draw_curves(rows, tmp_path / "c.png", "title", {"teacher": 0.97})
+    monkeypatch.setattr(figures_module, "save_figure", lambda figure, path: figures.append(figure))
+    draw_curves(rows, tmp_path / "c.png", "title", {"teacher": 0.97})
     loss, accuracy = figures[0].axes
     assert (loss.get_xlabel(), loss.get_ylabel(), accuracy.get_ylabel()) == ("epoch", "loss per image", "accuracy [%]")
     lines = {line.get_label(): line for line in [*loss.lines, *accuracy.lines]}
@@ -52,7 +56,7 @@ def test_curves(tmp_path, epochs, monkeypatch):
 def test_train_leaves_a_report_that_says_what_was_done(tmp_path):
     out = tmp_path / "run"
     config = TrainConfig(method="takd", epochs=2, seed=3, out=str(out), validation=0.1, **TINY)
-    results = commands.train(config, "fastkd train --method takd", say=lambda text: None)
+    results = train(config, "fastkd train --method takd", say=lambda text: None)
     assert image_size(out / "curves.png")[0] > 800
     text = (out / "report.md").read_text()
     last = results["student"].rows[-1]
@@ -144,13 +148,13 @@ def test_steps_are_timed_with_both_backends_and_change_no_guide(tmp_path, monkey
 
 def test_terms_of_the_loss_add_up_over_peers():
     row = {"train_loss": 9.0, "train_accuracy": 0.5, "train_peers.0.ce": 1.0, "train_peers.1.ce": 2.0, "test_loss": 1.0}
-    assert report.terms([row]) == {}  # one term is the loss
-    assert report.terms([row | {"train_peers.0.kd": 4.0}]) == {"ce": [3.0], "kd": [4.0]}
+    assert terms([row]) == {}  # one term is the loss
+    assert terms([row | {"train_peers.0.kd": 4.0}]) == {"ce": [3.0], "kd": [4.0]}
 
 
 def test_report_of_a_group_shows_all_its_networks(tmp_path):
     out = tmp_path / "run"
-    results = commands.train(TrainConfig(method="orc", epochs=2, out=str(out), **TINY), "x", say=lambda text: None)
+    results = train(TrainConfig(method="orc", epochs=2, out=str(out), **TINY), "x", say=lambda text: None)
     text = (out / "report.md").read_text()
     for name in ("teacher ", "student ", "assistant1 ", "teacher, going on "):
         assert f"| {name}" in text

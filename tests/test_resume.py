@@ -21,13 +21,7 @@ from train_helpers import (  # noqa: F401
 )
 
 from fastkd.cli import main
-from fastkd.train import (
-    RECIPES,
-    Interrupted,
-    Runner,
-    UserError,
-    checkpoint,
-)
+from fastkd.train import RECIPES, Interrupted, Runner, UserError, checkpoint
 from fastkd.train.metrics import Meter, read_csv
 
 

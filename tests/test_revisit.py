@@ -6,8 +6,8 @@ import pytest
 from train_helpers import config, one_thread, run  # noqa: F401
 
 from fastkd.cli import main
-from fastkd.train.commands import compare, train
-from fastkd.train.config import CompareConfig, read_yaml, to_yaml
+from fastkd.runs.commands import compare, train
+from fastkd.runs.config import CompareConfig, read_yaml, to_yaml
 from fastkd.train.metrics import read_csv, write_csv
 
 

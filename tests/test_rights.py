@@ -9,9 +9,9 @@ import torch
 from rights_helpers import read_only
 from train_helpers import assert_same, config, last_state, one_thread, rows_without_times, run  # noqa: F401
 
+from fastkd._core.locks import NotWritable, lock, why_not_writable
 from fastkd.cli import main
 from fastkd.train import UserError
-from fastkd.train.locks import NotWritable, lock, why_not_writable
 
 SMALL = (
     "--epochs 1 --train-size 60 --teacher plain2:width=0.125 --student plain2:width=0.125 --device cpu --quiet".split()

@@ -15,10 +15,10 @@ from fastkd import data
 from fastkd.cli import main
 from fastkd.data import catalog, description
 from fastkd.data.description import changes
+from fastkd.runs.config import CompareConfig, differences
+from fastkd.runs.runner import stage_key
 from fastkd.train import Runner, UserError, same_data
-from fastkd.train.config import CompareConfig, differences
 from fastkd.train.distributed import World
-from fastkd.train.runner import stage_key
 
 
 @pytest.fixture
@@ -403,8 +403,8 @@ def test_processes_have_the_same_data(tmp_path, monkeypatch, folder, many):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr("fastkd.train.compare.ROUNDS", 1)
-    monkeypatch.setattr("fastkd.train.compare.draw_bars", lambda comparison, path: None)
+    monkeypatch.setattr("fastkd.runs.compare.ROUNDS", 1)
+    monkeypatch.setattr("fastkd.runs.compare.draw_bars", lambda comparison, path: None)
 
 
 def comparison(folder, out, *more, methods="ce,kd", seeds="0"):

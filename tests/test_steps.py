@@ -10,11 +10,11 @@ from torch import nn
 from train_helpers import assert_same, config, last_state, one_thread, rows_without_times, run, untrained  # noqa: F401
 
 from fastkd._core.labels import IGNORE_INDEX
+from fastkd.cli.options import parse
 from fastkd.methods import CE, KD
 from fastkd.train import Runner, UserError
 from fastkd.train.distributed import World, deterministic
 from fastkd.train.metrics import read_csv
-from fastkd.train.options import parse
 from fastkd.train.steps import Steps
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ import pytest
 from train_helpers import assert_same, config, last_state, one_thread, rows_without_times, run  # noqa: F401
 
 from fastkd.cli import main
+from fastkd.runs.config import differences
 from fastkd.train import TrainConfig, UserError, checkpoint
-from fastkd.train.config import differences
 from fastkd.train.loop import Fit
 from fastkd.train.metrics import Meter
 

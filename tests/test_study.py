@@ -11,16 +11,17 @@ import yaml
 from torch import nn
 from train_helpers import assert_same, last_state
 
+from fastkd._core.messages import UserError
 from fastkd.cli import main
-from fastkd.train import Runner, study_command, study_pool, study_report, study_worker
-from fastkd.train.config import UserError
+from fastkd.runs import study_command, study_pool, study_report, study_worker
+from fastkd.runs.runner import Result
+from fastkd.runs.stages import Stage
+from fastkd.runs.study import RECIPES, find, read
+from fastkd.runs.study_cost import flops
+from fastkd.runs.study_stats import half_width, holm, paired
+from fastkd.train import Runner
 from fastkd.train.devices import cpu_threads
 from fastkd.train.metrics import read_csv
-from fastkd.train.runner import Result
-from fastkd.train.stages import Stage
-from fastkd.train.study import RECIPES, find, read
-from fastkd.train.study_cost import flops
-from fastkd.train.study_stats import half_width, holm, paired
 
 FILE = dict(
     data="fake",

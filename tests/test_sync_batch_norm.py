@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from train_helpers import assert_same, config, last_state, one_thread, rows_without_times, run, untrained  # noqa: F401
 
-from fastkd.train import Runner, UserError, batch_norm, loop, runner
-from fastkd.train.config import differences
+from fastkd.runs import runner
+from fastkd.runs.config import differences
+from fastkd.runs.runner import stage_key
+from fastkd.train import Runner, UserError, batch_norm, loop
 from fastkd.train.devices import prepare
 from fastkd.train.distributed import World
-from fastkd.train.runner import stage_key
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,8 @@ import torch
 from train_helpers import config, one_thread  # noqa: F401
 
 from fastkd import use_backend
+from fastkd.runs.runner import make_network
 from fastkd.train import Runner
-from fastkd.train.runner import make_network
 
 
 def fit_of(tmp_path, method, **options):

@@ -11,21 +11,14 @@ from train_helpers import assert_same, config, one_thread, run  # noqa: F401
 
 from fastkd import data as datasets
 from fastkd import methods, models
-from fastkd.train import (
-    Fit,
-    Runner,
-    TrainConfig,
-    UserError,
-    checkpoint,
-    evaluate,
-    train_epoch,
-)
-from fastkd.train.config import CompareConfig, OptimizationOptions, differences, read_yaml, to_yaml
+from fastkd._core.locks import lock
+from fastkd.runs.config import CompareConfig, differences, read_yaml, to_yaml
+from fastkd.runs.runner import make_network, parse_network
+from fastkd.train import Fit, Runner, TrainConfig, UserError, checkpoint, evaluate, train_epoch
 from fastkd.train.devices import pick_device
-from fastkd.train.locks import lock
 from fastkd.train.metrics import Divergence, Meter, read_csv, write_csv
 from fastkd.train.optim import make_optimizer, make_schedule
-from fastkd.train.runner import make_network, parse_network
+from fastkd.train.settings import OptimizationOptions
 from fastkd.train.steps import Steps
 
 

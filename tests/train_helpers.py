@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastkd.runs.runner import make_network
 from fastkd.train import Runner, TrainConfig, checkpoint
 from fastkd.train.devices import cpu_threads
 from fastkd.train.metrics import read_csv
-from fastkd.train.runner import make_network
 
 TINY = dict(
     train_size=60,

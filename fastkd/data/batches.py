@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from .images import ImageSet, UnreadableImage
-from .parts import Part
-from .seeding import SHUFFLE, WORKERS, check_seed, stream
+from fastkd.data.images import ImageSet, UnreadableImage
+from fastkd.data.parts import Part
+from fastkd.data.seeding import SHUFFLE, WORKERS, check_seed, stream
 
 
 class EpochSampler(Sampler[int]):

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from . import sources
-from .description import describe
-from .images import ImageSet
-from .kept_images import keep
-from .seeding import check_seed, stratified_order
-from .sources import Part, Source
+from fastkd.data import sources
+from fastkd.data.description import describe
+from fastkd.data.images import ImageSet
+from fastkd.data.kept_images import keep
+from fastkd.data.seeding import check_seed, stratified_order
+from fastkd.data.sources import Part, Source
 
 _SOURCES = {
     "digits": sources.digits,

@@ -9,7 +9,7 @@ import errno
 
 import numpy as np
 
-from .._extras import require
+from fastkd._core.extras import require
 
 VERSION = 2  # changes when the pixels of a file do; kept logits and trained guides know it
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from .decoding import VERSION
-from .folders import listed
-from .images import Files, ImageSet
+from fastkd.data.decoding import VERSION
+from fastkd.data.folders import listed
+from fastkd.data.images import Files, ImageSet
 
 BY_CONTENT = 64 << 20  # bytes of a part's files up to which they are read
 BY_CONTENT_FILES = 20_000

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .._extras import require
+from fastkd._core.extras import require
 
 NESTED = "images"  # the one folder that a class folder may hold its images in, as Tiny-ImageNet's do
 _SHOWN = 3  # names of each kind in a note

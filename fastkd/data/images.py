@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .._extras import require
-from .decoding import VERSION, UnreadableImage, open_image
-from .seeding import AUGMENT, stream
+from fastkd._core.extras import require
+from fastkd.data.decoding import VERSION, UnreadableImage, open_image
+from fastkd.data.seeding import AUGMENT, stream
 
 LARGE = 96  # from this image_size on, files are cropped as ImageNet's are
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .images import LARGE, Files, UnreadableImage
-from .sources import Part, Source
+from fastkd.data.images import LARGE, Files, UnreadableImage
+from fastkd.data.sources import Part, Source
 
 
 class KeptFiles(Files):

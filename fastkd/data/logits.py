@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .images import ImageSet
+from fastkd.data.images import ImageSet
 
 FORMAT = 1
 DTYPES = {"float32": np.float32, "float16": np.float16}

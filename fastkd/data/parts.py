@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from torch.utils.data import Dataset
 
 from fastkd._core.labels import IGNORE_INDEX
-
-from .images import ImageSet, UnreadableImage
+from fastkd.data.images import ImageSet, UnreadableImage
 
 LEAST = 2  # rows: batch normalisation cannot train on one
 

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .._extras import require
-from .folders import LeftOut, check_several, class_folders, labelled_files, listed
-from .images import LARGE, Augmentation, Files, InMemory, UnreadableImage, open_image
-from .seeding import FAKE, stratified_order, stream
+from fastkd._core.extras import require
+from fastkd.data.folders import LeftOut, check_several, class_folders, labelled_files, listed
+from fastkd.data.images import LARGE, Augmentation, Files, InMemory, UnreadableImage, open_image
+from fastkd.data.seeding import FAKE, stratified_order, stream
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of the channels
 TINY_IMAGENET = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._core.checks import check_integer
 from fastkd._core.labels import counted
-from fastkd.methods._checks import check_integer
-from fastkd.ops import _common as common
+from fastkd._core.messages import wrong_type, wrong_value
 
 Share = tuple[Tensor | int, Tensor | int]
 # (name of a frozen network, its rows of the batch, what runs it on them) -> its logits of these rows
@@ -53,7 +53,7 @@ class Batch:
         if self.chunks > 1:
             rows = _rows(name, "inputs", inputs)
             if target is not None and _rows(name, "target", target) != rows:
-                raise common.wrong_value(name, "target", f"of {rows} rows as inputs", _rows(name, "target", target))
+                raise wrong_value(name, "target", f"of {rows} rows as inputs", _rows(name, "target", target))
             self.chunks = max(1, min(chunks, rows))
 
     def __iter__(self) -> Iterator[tuple[Any, Any, Share | None]]:
@@ -115,10 +115,10 @@ def _rows(name: str, argument: str, tree: Any) -> int:
     if not leaves or not all(isinstance(leaf, Tensor) and leaf.dim() > 0 for leaf in leaves):
         expected = "a tensor [B, ...], or a tuple, list or dict of them, to be cut into chunks"
         other = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)]
-        raise common.wrong_type(name, argument, expected, ", ".join(other) or "nothing that has rows")
+        raise wrong_type(name, argument, expected, ", ".join(other) or "nothing that has rows")
     rows = {leaf.shape[0] for leaf in leaves}
     if len(rows) > 1:
-        raise common.wrong_value(name, argument, "tensors of one number of rows", sorted(rows))
+        raise wrong_value(name, argument, "tensors of one number of rows", sorted(rows))
     return rows.pop()
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastkd._core.messages import wrong_type
 from fastkd.models import call_network, logits_of
-from fastkd.ops import _common as common
 
 __all__ = ["GivesLogits", "as_argument", "call_network", "has_auxiliary_heads", "logits_from", "logits_in"]
 
@@ -26,9 +26,9 @@ def logits_in(output: Any, method: str, argument: str) -> Tensor:
     try:
         logits = logits_of(output)
     except TypeError:
-        raise common.wrong_type(method, argument, EXPECTED, _told(output)) from None
+        raise wrong_type(method, argument, EXPECTED, _told(output)) from None
     if not logits.is_floating_point():
-        raise common.wrong_type(method, argument, EXPECTED, f"dtype {logits.dtype}")
+        raise wrong_type(method, argument, EXPECTED, f"dtype {logits.dtype}")
     return logits
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.methods._calls import call_network
 from fastkd.models import Network, Outputs, logits_of
-from fastkd.ops import _common as common
 
 _NEEDS = {"features": "its pooled embedding", "maps": "its feature maps"}
 
@@ -39,15 +39,15 @@ def outputs_of(
     output = call_network(partial(full_output, network), inputs)
     expected = f"a network that gives {_NEEDS[need]} (fastkd.models.with_features makes one of any network)"
     if isinstance(output, Tensor) or not isinstance(getattr(output, "logits", None), Tensor):
-        raise common.wrong_type(method_name, argument, expected, f"{type(output).__name__} instead of Outputs")
+        raise wrong_type(method_name, argument, expected, f"{type(output).__name__} instead of Outputs")
     outputs = Outputs(logits_of(output), getattr(output, "features", None), getattr(output, "maps", None))
     if getattr(outputs, need) is None:
-        raise common.wrong_value(method_name, argument, expected, f"Outputs whose {need} are None")
+        raise wrong_value(method_name, argument, expected, f"Outputs whose {need} are None")
     if need == "features":
         _check_shape(method_name, argument, outputs.features, "[B, D]", 2)
     else:
         if len(outputs.maps) == 0:
-            raise common.wrong_value(method_name, argument, expected, "Outputs without a map")
+            raise wrong_value(method_name, argument, expected, "Outputs without a map")
         for feature_map in outputs.maps:
             _check_shape(method_name, argument, feature_map, "[B, c, h, w]", 4)
     return outputs
@@ -112,4 +112,4 @@ def _check_shape(method_name: str, argument: str, value: object, shape: str, dim
     if not isinstance(value, Tensor) or value.dim() != dims:
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         kind = "features" if dims == 2 else "maps"
-        raise common.wrong_value(method_name, argument, f"a network whose {kind} have shape {shape}", got)
+        raise wrong_value(method_name, argument, f"a network whose {kind} have shape {shape}", got)

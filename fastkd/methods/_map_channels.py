@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd._core.messages import wrong_value
 from fastkd.methods._calls import call_network
 from fastkd.methods._features import full_output, outputs_of
-from fastkd.ops import _common as common
 
 IMAGE_SIZE = 32  # pixels of the image that is tried where the network does not tell its own
 
@@ -72,4 +72,4 @@ def _no_maps(method_name: str, argument: str, got: str) -> ValueError:
         "a network that gives its feature maps (fastkd.models.with_features makes one of any network; example= where "
         "it needs other inputs)"
     )
-    return common.wrong_value(method_name, argument, expected, got)
+    return wrong_value(method_name, argument, expected, got)

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.methods._fresh import beside
 from fastkd.models import Branched
-from fastkd.ops import _common as common
 
 
 def fresh_like(method: str, student: Branched) -> Branched:
@@ -17,7 +17,7 @@ def fresh_like(method: str, student: Branched) -> Branched:
         teacher = student.fresh()
     except ValueError:
         expected = "given where the student was not made by fastkd.models.branched, which could make another one"
-        raise common.wrong_value(method, "teacher", expected, None) from None
+        raise wrong_value(method, "teacher", expected, None) from None
     return beside(student, teacher)
 
 
@@ -29,7 +29,7 @@ def check_precision(method: str, teacher: nn.Module) -> None:
     dtype = next(teacher.parameters()).dtype
     if dtype.itemsize < 4:
         expected = "of float32 or float64 parameters, since lower ones round an average away (use torch.autocast)"
-        raise common.wrong_type(method, "student", expected, dtype)
+        raise wrong_type(method, "student", expected, dtype)
 
 
 def average(teacher: nn.Module, student: nn.Module, momentum: float) -> None:

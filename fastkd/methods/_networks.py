@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastkd._core.messages import wrong_type
 from fastkd.methods._batch import Batch
 from fastkd.methods._calls import GivesLogits, as_argument, call_network, has_auxiliary_heads, logits_from, logits_in
 from fastkd.methods._checks import check_apart, check_network, check_networks, is_sequence
 from fastkd.methods._features import giving_outputs
-from fastkd.ops import _common as common
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -123,7 +123,7 @@ class Networks(nn.Module):
         wrapped = wrap(network)
         if not callable(wrapped):
             expected = f"a function that returns a callable network for {name}"
-            raise common.wrong_type(self._name(), "wrap", expected, type(wrapped).__name__)
+            raise wrong_type(self._name(), "wrap", expected, type(wrapped).__name__)
         return wrapped
 
     def _to_wrap(self, name: str) -> Any:

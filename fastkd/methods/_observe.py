@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from fastkd._core.modes import data_parallel, eval_mode
 from fastkd.models import call_network
 
 
@@ -23,27 +22,6 @@ def observe(network: nn.Module, wrapped: Any, inputs: Any) -> Any:
     with eval_mode(network, wrapped):
         # DistributedDataParallel's own forward broadcasts buffers, in eval mode too.
         return call_network(parallel.module if parallel is not None else wrapped, inputs)
-
-
-def data_parallel(network: Any) -> DistributedDataParallel | None:
-    """The DistributedDataParallel around a network, which torch.compile may be around."""
-    network = getattr(network, "_orig_mod", network)
-    return network if isinstance(network, DistributedDataParallel) else None
-
-
-@contextlib.contextmanager
-def eval_mode(*networks: Any) -> Iterator[None]:
-    """Eval mode within the block; then every module is in the mode that it had."""
-    modules = [m for network in networks if isinstance(network, nn.Module) for m in network.modules()]
-    modes = [m.training for m in modules]
-    try:
-        # Not eval(): what a network's own train() does beside setting modes could not be undone.
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 def read_later(values: Tensor) -> Callable[[], list]:

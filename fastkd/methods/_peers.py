@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.methods._checks import check_integer, check_networks
+from fastkd._core.checks import check_integer
+from fastkd._core.messages import wrong_type, wrong_value
+from fastkd.methods._checks import check_networks
 from fastkd.methods.base import Method
-from fastkd.ops import _common as common
 
 
 class Peers(Method):
@@ -33,7 +34,7 @@ class Peers(Method):
     ):
         deploy = check_integer(self._name(), "deploy", deploy, 0, len(check_peers(self._name(), peers)) - 1)
         if not isinstance(views, bool):
-            raise common.wrong_type(self._name(), "views", "True or False", type(views).__name__)
+            raise wrong_type(self._name(), "views", "True or False", type(views).__name__)
         super().__init__(learners={"peers": peers}, frozen=frozen)
         self.deploy, self.views = deploy, views
 
@@ -52,9 +53,9 @@ class Peers(Method):
             return [inputs] * count
         expected = f"a tuple or list of {count} views, one per peer (views=True)"
         if not isinstance(inputs, (tuple, list)):
-            raise common.wrong_type(self._name(), "inputs", expected, type(inputs).__name__)
+            raise wrong_type(self._name(), "inputs", expected, type(inputs).__name__)
         if len(inputs) != count:
-            raise common.wrong_value(self._name(), "inputs", expected, f"{len(inputs)} of them")
+            raise wrong_value(self._name(), "inputs", expected, f"{len(inputs)} of them")
         return inputs
 
     def check_classes(self, argument: str, logits: Sequence[Tensor | None], shape: torch.Size) -> None:
@@ -62,7 +63,7 @@ class Peers(Method):
         for k, z in enumerate(logits):
             if z is not None and z.shape != shape:
                 expected = f"a network whose logits have the shape {list(shape)} of the first peer's"
-                raise common.wrong_value(self._name(), f"{argument}[{k}]", expected, f"logits of shape {list(z.shape)}")
+                raise wrong_value(self._name(), f"{argument}[{k}]", expected, f"logits of shape {list(z.shape)}")
 
     def parts_of(self, terms: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
         """Terms [M] by name as the parts of a phase: "peers.0.ce", ... ."""
@@ -74,7 +75,7 @@ class Peers(Method):
 def check_peers(method: str, peers: object) -> list[nn.Module]:
     networks = check_networks(method, "peers", peers)
     if len(networks) < 2:
-        raise common.wrong_value(method, "peers", "a sequence of at least two networks", len(networks))
+        raise wrong_value(method, "peers", "a sequence of at least two networks", len(networks))
     return networks
 
 
@@ -82,6 +83,6 @@ def per_peer(method: str, argument: str, value: object, count: int, check) -> li
     """A value for each of `count` peers, from one value or a sequence; check(argument, value) refuses wrong ones."""
     if isinstance(value, (tuple, list)):
         if len(value) != count:
-            raise common.wrong_value(method, argument, f"one value, or {count}, one per peer", f"{len(value)} values")
+            raise wrong_value(method, argument, f"one value, or {count}, one per peer", f"{len(value)} values")
         return [check(f"{argument}[{k}]", one) for k, one in enumerate(value)]
     return [check(argument, value)] * count

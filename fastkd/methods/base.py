@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
+from fastkd._core.checks import check_integer
+from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.methods._batch import Batch, Taught
 from fastkd.methods._calls import as_argument
-from fastkd.methods._checks import check_integer
 from fastkd.methods._networks import Networks
 from fastkd.methods._phase import Phase, Terms
 from fastkd.methods._state import pack, unpack
-from fastkd.ops import _common as common
 
 __all__ = ["Batch", "Method", "Phase", "Terms", "cross_entropy"]
 
@@ -248,16 +248,16 @@ class Method(Networks):
     def _check_taught(self, taught: Mapping[str, Tensor] | Taught) -> Taught:
         if not self.teaches_logits:
             expected = "None: this method takes more of its frozen networks than their logits of a batch, or has none"
-            raise common.wrong_value(self._name(), "taught", expected, type(taught).__name__)
+            raise wrong_value(self._name(), "taught", expected, type(taught).__name__)
         if callable(taught):
             return taught
         if not isinstance(taught, Mapping):
             expected = "a dict of logits by the frozen networks' names, or a function (name, rows, run)"
-            raise common.wrong_type(self._name(), "taught", expected, type(taught).__name__)
+            raise wrong_type(self._name(), "taught", expected, type(taught).__name__)
         for name in taught:
             if name not in self.frozen_names:
                 expected = f"a dict whose keys are among {', '.join(self.frozen_names)}"
-                raise common.wrong_value(self._name(), "taught", expected, name)
+                raise wrong_value(self._name(), "taught", expected, name)
         return lambda name, rows, run: taught[name][rows] if name in taught else run()
 
     def _note_start(self) -> None:

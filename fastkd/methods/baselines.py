@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd._core.checks import check_number
 from fastkd.methods._checks import check_network, check_networks
 from fastkd.methods.base import Batch, Method, Phase, cross_entropy
 from fastkd.methods.dgkd import DGKD
-from fastkd.ops import _common as common
 
 
 class CE(Method):
@@ -68,7 +68,7 @@ class KD(DGKD):
     ):
         check_network(self._name(), "teacher", teacher)
         if ce_weight is not None:
-            ce_weight = common.check_number(self._name(), "ce_weight", ce_weight, "a number >= 0, or None", 0)
+            ce_weight = check_number(self._name(), "ce_weight", ce_weight, "a number >= 0, or None", 0)
         super().__init__(student, [teacher], temperature=temperature, lam=lam)
         self.ce_weight = ce_weight
 

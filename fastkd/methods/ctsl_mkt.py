@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
-from fastkd.methods._checks import check_networks, check_temperature
+from fastkd._core.checks import check_number, check_temperature
+from fastkd._core.messages import wrong_type, wrong_value
+from fastkd.methods._checks import check_networks
 from fastkd.methods._features import outputs_of
 from fastkd.methods._peers import Peers, check_peers, per_peer
 from fastkd.methods._relations import rows_that_count, select
 from fastkd.methods.base import Batch, Phase
 from fastkd.models import Outputs
-from fastkd.ops import _common as common
 
 Terms = dict[str, list[Tensor]]  # name of a term -> one scalar per peer
 
@@ -93,7 +94,7 @@ class CTSLMKT(Peers):
     ):
         name, count = self._name(), len(check_peers(self._name(), peers))
         numbers = {"alpha": alpha, "beta": beta, "beta1": beta1, "beta2": beta2, "gamma": gamma}
-        numbers = {key: common.check_number(name, key, value, "a number >= 0", 0) for key, value in numbers.items()}
+        numbers = {key: check_number(name, key, value, "a number >= 0", 0) for key, value in numbers.items()}
         switches = {"mutual_response": mutual_response, "mutual_relation": mutual_relation}
         switches |= {"self_learning": self_learning}
         switches = {
@@ -189,20 +190,20 @@ class CTSLMKT(Peers):
         for k, (a, b, c) in enumerate(zip(self.mutual_response, self.mutual_relation, self.self_learning, strict=True)):
             if not (self.alpha > 0 or (a and response) or (b and relation) or (c and self.gamma > 0)):
                 expected = f"> 0 where nothing else teaches peers[{k}]"
-                raise common.wrong_value(self._name(), "alpha", expected, self.alpha)
+                raise wrong_value(self._name(), "alpha", expected, self.alpha)
 
 
 def _check_switch(method: str, argument: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise common.wrong_type(method, argument, "True or False, or one of them per peer", type(value).__name__)
+        raise wrong_type(method, argument, "True or False, or one of them per peer", type(value).__name__)
     return value
 
 
 def _check_self_teachers(method: str, networks: object, count: int) -> list[nn.Module]:
     expected = f"{count} networks, each peer's own frozen self in the peers' order (self_learning is on)"
     if isinstance(networks, (tuple, list)) and len(networks) == 0:
-        raise common.wrong_value(method, "self_teachers", expected, "none")
+        raise wrong_value(method, "self_teachers", expected, "none")
     teachers = check_networks(method, "self_teachers", networks)
     if len(teachers) != count:
-        raise common.wrong_value(method, "self_teachers", expected, f"{len(teachers)} networks")
+        raise wrong_value(method, "self_teachers", expected, f"{len(teachers)} networks")
     return teachers

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
-from fastkd.methods._checks import check_integer, check_network, check_networks, check_temperature
+from fastkd._core.checks import check_choice, check_integer, check_number, check_temperature
+from fastkd._core.messages import wrong_value
+from fastkd.methods._checks import check_network, check_networks
 from fastkd.methods.base import Batch, Method, Phase
-from fastkd.ops import _common as common
 
 
 class DGKD(Method):
@@ -73,15 +74,15 @@ class DGKD(Method):
         name = self._name()
         check_network(name, "student", student)
         guides = check_networks(name, "guides", guides)
-        common.check_choice(name, "scale", scale, ("paper", "code"))
-        common.check_choice(name, "drop", drop, ("none", "bernoulli", "fixed"))
+        check_choice(name, "scale", scale, ("paper", "code"))
+        check_choice(name, "drop", drop, ("none", "bernoulli", "fixed"))
         drop_num = check_integer(name, "drop_num", drop_num, 0)
         if drop == "fixed" and drop_num >= len(guides):
             expected = f"less than the number of guides, {len(guides)} (one is always kept)"
-            raise common.wrong_value(name, "drop_num", expected, drop_num)
+            raise wrong_value(name, "drop_num", expected, drop_num)
         temperature = check_temperature(name, temperature)
-        lam = common.check_number(name, "lam", lam, "a number in [0, 1]", 0, 1)
-        survival = common.check_number(name, "survival", survival, "a number in [0, 1]", 0, 1)
+        lam = check_number(name, "lam", lam, "a number in [0, 1]", 0, 1)
+        survival = check_number(name, "survival", survival, "a number in [0, 1]", 0, 1)
         super().__init__(learners={"student": student}, frozen={"guides": guides}, seed=seed)
         self.temperature, self.lam, self.scale = temperature, lam, scale
         self.drop, self.survival, self.drop_num = drop, survival, drop_num
@@ -120,7 +121,7 @@ class DGKD(Method):
             if guide.shape != logits.shape:
                 expected = f"a network whose logits have the student's shape {list(logits.shape)}"
                 got = f"logits of shape {list(guide.shape)}"
-                raise common.wrong_value(self._name(), self._argument(g), expected, got)
+                raise wrong_value(self._name(), self._argument(g), expected, got)
         weight, ce_weight = self.weights(logits.shape[-1])
         loss, terms = functional.multi_teacher_kd(
             logits,

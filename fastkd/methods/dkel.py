@@ -26,13 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
+from fastkd._core.checks import check_choice, check_integer, check_number, check_temperature
 from fastkd._core.labels import counted
-from fastkd.methods._checks import check_apart, check_integer, check_network, check_temperature
+from fastkd._core.messages import wrong_type, wrong_value
+from fastkd.methods._checks import check_apart, check_network
 from fastkd.methods._fresh import weights_from
 from fastkd.methods._mean_teacher import average, average_gradients, check_precision, fresh_like, shapes
 from fastkd.methods.base import Batch, Method, Phase
 from fastkd.models import Branched
-from fastkd.ops import _common as common
 
 NEGLIGIBLE = 0.01  # a weight of the teachers' ensemble that counts as 0 (P, code)
 INIT_LR_FACTOR, INIT_WEIGHT_DECAY = 0.01, 5e-4  # of the teacher's first steps (P, code)
@@ -112,15 +113,15 @@ class DKEL(Method):
         name = self._name()
         self._check_branched("student", student)
         seed = check_integer(name, "seed", seed)
-        common.check_choice(name, "variant", variant, ("intended", "released"))
+        check_choice(name, "variant", variant, ("intended", "released"))
         temperature = check_temperature(name, temperature)
-        ce_weight = common.check_number(name, "ce_weight", ce_weight, "a finite number >= 0", 0)
-        c = common.check_number(name, "c", c, "a finite number >= 0", 0)
-        ramp = common.check_number(name, "ramp", ramp, "a finite number >= 0", 0)
-        of = None if of is None else common.check_number(name, "of", of, "a number >= 1, or None", 1)
-        decay = None if decay is None else common.check_number(name, "decay", decay, "a number >= 0, or None", 0)
+        ce_weight = check_number(name, "ce_weight", ce_weight, "a finite number >= 0", 0)
+        c = check_number(name, "c", c, "a finite number >= 0", 0)
+        ramp = check_number(name, "ramp", ramp, "a finite number >= 0", 0)
+        of = None if of is None else check_number(name, "of", of, "a number >= 1, or None", 1)
+        decay = None if decay is None else check_number(name, "decay", decay, "a number >= 0, or None", 0)
         init = None if init is None else check_integer(name, "init", init, 0)
-        momentum = common.check_number(name, "momentum", momentum, "a number in [0, 1]", 0, 1)
+        momentum = check_number(name, "momentum", momentum, "a number in [0, 1]", 0, 1)
         with weights_from(seed):  # the classifier first: the same one whatever the teacher
             classifier = _classifier_of(name, student) if classifier is None else classifier
             if teacher is None:
@@ -129,7 +130,7 @@ class DKEL(Method):
         check_network(name, "classifier", classifier)
         self._check_branched("teacher", teacher)
         if shapes(teacher) != shapes(student):
-            raise common.wrong_value(name, "teacher", "a network of the student's shapes", "one of other shapes")
+            raise wrong_value(name, "teacher", "a network of the student's shapes", "one of other shapes")
         learners = {"student": student, "classifier": classifier}
         check_apart(name, learners, {"teacher": teacher}, tied=False)
         super().__init__(learners=learners, seed=seed)
@@ -177,7 +178,7 @@ class DKEL(Method):
         """
         if self.init is None or self.initialised:
             return
-        lr = common.check_number(self._name(), "lr", lr, "a finite number >= 0", 0)
+        lr = check_number(self._name(), "lr", lr, "a finite number >= 0", 0)
         check_integer(self._name(), "chunks", chunks, 1)
         device, training, done = next(self.teacher.parameters()).device, self.teacher.training, 0
         self.teacher.requires_grad_(True).train()
@@ -197,7 +198,7 @@ class DKEL(Method):
             self.teacher.requires_grad_(False).train(training)
             self.teacher.zero_grad(set_to_none=True)
         if done == 0:
-            raise common.wrong_value(self._name(), "batches", "an iterable of at least one (views, target)", "none")
+            raise wrong_value(self._name(), "batches", "an iterable of at least one (views, target)", "none")
         self.initialised = True
 
     def distillation_weight(self, epoch: int, epochs: int) -> float:
@@ -232,7 +233,7 @@ class DKEL(Method):
 
     def _terms(self, weight: float, ensemble: float, views: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
         if target is None:
-            raise common.wrong_value(self._name(), "target", "class indices [B]", None)
+            raise wrong_value(self._name(), "target", "class indices [B]", None)
         # Also where nothing is distilled: its batch statistics follow.
         with torch.no_grad():
             running, _ = self._teaching.get(self.teacher, (self.teacher, None))
@@ -242,7 +243,7 @@ class DKEL(Method):
         joint = self.learned_logits("classifier", torch.cat([o.features for o in outputs], 1))  # [B, C]
         if joint.shape != peers[0].shape:
             expected = f"a network whose logits have the peers' shape {list(peers[0].shape)}"
-            raise common.wrong_value(self._name(), "classifier", expected, f"logits of shape {list(joint.shape)}")
+            raise wrong_value(self._name(), "classifier", expected, f"logits of shape {list(joint.shape)}")
         m = len(peers)
         columns, column_weights = _teaching(teachers, weight, ensemble)
         # All of L in one pass: m + 1 learners, of which the last, z_e, learns from the labels and teaches the others.
@@ -262,16 +263,16 @@ class DKEL(Method):
     def _check_branched(self, argument: str, value: object) -> None:
         if not isinstance(value, Branched):
             expected = "peers on a shared stem, a fastkd.models.Branched (fastkd.models.branched makes one)"
-            raise common.wrong_type(self._name(), argument, expected, type(value).__name__)
+            raise wrong_type(self._name(), argument, expected, type(value).__name__)
 
     def _check_views(self, argument: str, views: object) -> None:
         m = len(self.teacher.peers)
         expected = f"{m} views of the images, a tuple or list of {m} tensors (fastkd.data.load(..., views={m}))"
         if not isinstance(views, (tuple, list)) or not all(isinstance(view, Tensor) for view in views):
             got = "one tensor" if isinstance(views, Tensor) else type(views).__name__
-            raise common.wrong_type(self._name(), argument, expected, got)
+            raise wrong_type(self._name(), argument, expected, got)
         if len(views) != m:
-            raise common.wrong_value(self._name(), argument, expected, f"{len(views)} views")
+            raise wrong_value(self._name(), argument, expected, f"{len(views)} views")
 
 
 def _teaching(teachers: list[Tensor], weight: float, ensemble: float) -> tuple[list[Tensor], list[list[float]]]:
@@ -296,5 +297,5 @@ def _classifier_of(name: str, student: Branched) -> nn.Module:
     head = getattr(peer, "fc", None)
     if not isinstance(head, nn.Linear):
         expected = "given where the peers have no linear layer `fc` that tells the number of classes"
-        raise common.wrong_value(name, "classifier", expected, None)
+        raise wrong_value(name, "classifier", expected, None)
     return nn.Linear(len(student.peers) * peer.features_width, head.out_features).to(like.device, like.dtype)

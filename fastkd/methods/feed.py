@@ -22,14 +22,15 @@ import torch.nn.functional as torch_functional
 from torch import Tensor, nn
 
 from fastkd import functional
+from fastkd._core.checks import check_choice, check_integer, check_number
 from fastkd._core.labels import counted, is_soft
-from fastkd.methods._checks import check_integer, check_network, check_networks, is_sequence
+from fastkd._core.messages import wrong_type, wrong_value
+from fastkd.methods._checks import check_network, check_networks, is_sequence
 from fastkd.methods._features import outputs_of
 from fastkd.methods._fresh import beside, weights_from
 from fastkd.methods._map_channels import map_channels
 from fastkd.methods.base import Batch, Method, Phase, cross_entropy
 from fastkd.nn import FeatureTransforms
-from fastkd.ops import _common as common
 from fastkd.ops.feature_ensemble import NORMS
 
 Channels = tuple[int, Sequence[int]]
@@ -97,15 +98,15 @@ class FEED(Method):
         name = self._name()
         check_network(name, "student", student)
         teachers = check_networks(name, "teachers", teachers)
-        common.check_choice(name, "mode", mode, ("parallel", "sequential"))
+        check_choice(name, "mode", mode, ("parallel", "sequential"))
         if mode == "sequential" and len(teachers) != 1:
             expected = "exactly one network, the previous one of the chain, where mode is 'sequential'"
-            raise common.wrong_value(name, "teachers", expected, len(teachers))
+            raise wrong_value(name, "teachers", expected, len(teachers))
         self._check_options(beta, reduction, p, norm)
         layers = check_integer(name, "layers", layers, 1)
-        negative_slope = common.check_number(name, "negative_slope", negative_slope, "a number in [0, 1]", 0, 1)
+        negative_slope = check_number(name, "negative_slope", negative_slope, "a number in [0, 1]", 0, 1)
         if not isinstance(batch_norm, bool):
-            raise common.wrong_type(name, "batch_norm", "True or False", type(batch_norm).__name__)
+            raise wrong_type(name, "batch_norm", "True or False", type(batch_norm).__name__)
         seed = check_integer(name, "seed", seed)
         width, widths = self._channels(student, teachers, channels, example)
         normalised = nn.BatchNorm2d if batch_norm else None
@@ -155,33 +156,33 @@ class FEED(Method):
             return width, widths
         expected = f"(channels of the student's map, [channels of the teachers' {len(teachers)} maps])"
         if not is_sequence(channels) or len(channels) != 2 or not is_sequence(channels[1]):
-            raise common.wrong_type(name, "channels", expected, repr(channels))
+            raise wrong_type(name, "channels", expected, repr(channels))
         if len(channels[1]) != len(teachers):
-            raise common.wrong_value(name, "channels", expected, repr(channels))
+            raise wrong_value(name, "channels", expected, repr(channels))
         width = check_integer(name, "channels[0]", channels[0], 1)
         return width, [check_integer(name, f"channels[1][{n}]", c, 1) for n, c in enumerate(channels[1])]
 
     def _check_options(self, beta: float, reduction: str, p: int, norm: str) -> None:
         name = self._name()
-        common.check_number(name, "beta", beta, "a number >= 0", 0)
-        common.check_choice(name, "reduction", reduction, ("mean", "sum"))
+        check_number(name, "beta", beta, "a number >= 0", 0)
+        check_choice(name, "reduction", reduction, ("mean", "sum"))
         if isinstance(p, bool) or p not in (1, 2):
-            raise common.wrong_value(name, "p", "1 or 2", repr(p))
-        common.check_choice(name, "norm", norm, NORMS)
+            raise wrong_value(name, "p", "1 or 2", repr(p))
+        check_choice(name, "norm", norm, NORMS)
 
     def _check_target(self, target: Any) -> None:
         expected = "class indices of shape [B], or probabilities [B, C]"
         if not isinstance(target, Tensor):
-            raise common.wrong_type(self._name(), "target", expected, type(target).__name__)
+            raise wrong_type(self._name(), "target", expected, type(target).__name__)
         if target.dim() != (2 if is_soft(target) else 1):
-            raise common.wrong_value(self._name(), "target", expected, f"shape {list(target.shape)}")
+            raise wrong_value(self._name(), "target", expected, f"shape {list(target.shape)}")
 
     def _check_maps(self, student: Tensor, teachers: Sequence[Tensor]) -> None:
         """The maps have the channels that the transforms were made for."""
         made_for = (self.transforms.in_channels, list(self.transforms.out_channels))
         found = (student.shape[1], [teacher.shape[1] for teacher in teachers])
         if made_for != found:
-            raise common.wrong_value(self._name(), "channels", f"those of the last feature maps, {found}", made_for)
+            raise wrong_value(self._name(), "channels", f"those of the last feature maps, {found}", made_for)
 
 
 class FT(FEED):

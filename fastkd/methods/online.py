@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
+from fastkd._core.checks import check_choice, check_integer, check_number, check_temperature
 from fastkd._core.labels import counted, is_soft
-from fastkd.methods._checks import check_integer, check_temperature
+from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.methods._peers import Peers, check_peers, per_peer
 from fastkd.methods.base import Batch, Phase
 from fastkd.methods.ctsl_mkt import CTSLMKT
-from fastkd.ops import _common as common
+from fastkd.ops._formulas import accumulate_dtype
+from fastkd.ops._inputs import check_soft_target, check_target
 
 ENSEMBLES = ("naive", "linear", "minlogit")
 
@@ -101,7 +103,7 @@ class KDCL(Peers):
         linear_steps: int = 20,
     ):
         name, count = self._name(), len(check_peers(self._name(), peers))
-        common.check_choice(name, "ensemble", ensemble, ENSEMBLES)
+        check_choice(name, "ensemble", ensemble, ENSEMBLES)
         temperature = check_temperature(name, temperature)
         lam = per_peer(name, "lam", lam, count, partial(_check_weight, name))
         linear_steps = check_integer(name, "linear_steps", linear_steps, 0)
@@ -113,7 +115,7 @@ class KDCL(Peers):
 
     def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
         if target is None:
-            raise common.wrong_value(self._name(), "target", "class indices: they choose the ensemble", None)
+            raise wrong_value(self._name(), "target", "class indices: they choose the ensemble", None)
         views = self.view_of_each(inputs)
         logits = [self.learned_logits(f"peers.{k}", view) for k, view in enumerate(views)]  # each [..., C]
         self.check_classes("peers", logits, logits[0].shape)
@@ -134,12 +136,12 @@ class KDCL(Peers):
 
     def _check_labels(self, target: Tensor, logits: Tensor) -> None:
         if not is_soft(target):
-            common.check_target(self._name(), target, logits, "the peers' logits'")
+            check_target(self._name(), target, logits, "the peers' logits'")
         elif self.ensemble != "naive":
             expected = f"class indices for ensemble={self.ensemble!r}, which is relative to the label's logit"
-            raise common.wrong_type(self._name(), "target", expected, "probabilities")
+            raise wrong_type(self._name(), "target", expected, "probabilities")
         else:
-            common.check_soft_target(self._name(), target, logits, "the peers' logits'")
+            check_soft_target(self._name(), target, logits, "the peers' logits'")
 
     @torch.no_grad()
     def ensemble_of(self, logits: Sequence[Tensor], target: Tensor) -> Tensor:
@@ -164,7 +166,7 @@ def relative_logits(logits: Sequence[Tensor], target: Tensor) -> Tensor:
     The softmax, and with it every loss of these logits, is that of z. Rows of -100, and labels out of range, for which
     the losses themselves raise or give NaN, take another class instead.
     """
-    dtype = common.accumulate_dtype(logits[0].dtype)
+    dtype = accumulate_dtype(logits[0].dtype)
     labels = target.long().clamp(0, logits[0].shape[-1] - 1)[..., None]  # [..., 1]
     return torch.stack([z.to(dtype) - z.gather(-1, labels).to(dtype) for z in logits])
 
@@ -217,4 +219,4 @@ def _loss_and_slope(a: Tensor, z: Tensor, share: Tensor) -> tuple[Tensor, Tensor
 
 
 def _check_weight(method: str, argument: str, value: object) -> float:
-    return common.check_number(method, argument, value, "a number >= 0, or one of them per peer", 0)
+    return check_number(method, argument, value, "a number >= 0, or one of them per peer", 0)

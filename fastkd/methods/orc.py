@@ -25,15 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
+from fastkd._core.checks import check_choice, check_integer, check_number, check_temperature
 from fastkd._core.labels import IGNORE_INDEX, is_soft
+from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.functional import GroupStats
 from fastkd.methods._batch import map_tree
 from fastkd.methods._calls import as_argument, logits_in
-from fastkd.methods._checks import check_integer, check_network, check_networks, check_temperature
+from fastkd.methods._checks import check_network, check_networks
 from fastkd.methods._observe import observe, read_later
 from fastkd.methods._pool import Pool, gather_pool
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
-from fastkd.ops import _common as common
 from fastkd.ops._gather import check_process_group
 from fastkd.ops.ranking import BY
 
@@ -120,19 +121,19 @@ class ORC(Method):
         check_network(name, "pivot", pivot)
         students = check_networks(name, "students", students)
         if len(students) < 2:
-            raise common.wrong_value(name, "students", "a sequence of at least two networks", "one")
+            raise wrong_value(name, "students", "a sequence of at least two networks", "one")
         promote = check_integer(name, "promote", promote, 1, len(students) - 1)
-        common.check_choice(name, "rank_by", rank_by, BY)
-        common.check_choice(name, "intensive", intensive, ("pivot", "group"))
+        check_choice(name, "rank_by", rank_by, BY)
+        check_choice(name, "intensive", intensive, ("pivot", "group"))
         if not isinstance(errors_only, bool):
-            raise common.wrong_type(name, "errors_only", "True or False", type(errors_only).__name__)
+            raise wrong_type(name, "errors_only", "True or False", type(errors_only).__name__)
         check_process_group(name, process_group)
         _check_one_process(name, process_group)
-        common.check_choice(name, "feedback", feedback, ("local", "global"))
+        check_choice(name, "feedback", feedback, ("local", "global"))
         temperature = check_temperature(name, temperature)
-        beta = common.check_number(name, "beta", beta, "a number in [0, 1]", 0, 1)
-        alpha = common.check_number(name, "alpha", alpha, "a finite number > 0", sys.float_info.min)
-        pivot_lr = common.check_number(name, "pivot_lr", pivot_lr, "a finite number >= 0", 0)
+        beta = check_number(name, "beta", beta, "a number in [0, 1]", 0, 1)
+        alpha = check_number(name, "alpha", alpha, "a finite number > 0", sys.float_info.min)
+        pivot_lr = check_number(name, "pivot_lr", pivot_lr, "a finite number >= 0", 0)
         super().__init__(learners={"pivot": pivot, "students": students}, seed=seed)
         self.temperature, self.beta, self.alpha, self.promote = temperature, beta, alpha, promote
         self.rank_by, self.intensive, self.errors_only = rank_by, intensive, errors_only
@@ -190,7 +191,7 @@ class ORC(Method):
     def _evaluate(self, batch: Batch) -> tuple[GroupStats, int]:
         """Statistics [K, B] of the student group on the batch, and the number of classes."""
         if not isinstance(batch.target, Tensor):
-            raise common.wrong_type(self._name(), "target", "class indices [B]", type(batch.target).__name__)
+            raise wrong_type(self._name(), "target", "class indices [B]", type(batch.target).__name__)
         names, parts, classes = _names(range(len(self.students))), [], None
         for inputs, target, _ in batch:
             logits = [self._observed(name, inputs) for name in names]  # K x [B, C]
@@ -224,7 +225,7 @@ class ORC(Method):
                 return x
             if x.dim() == 0 or len(x) != len(target):
                 expected = f"tensors of {len(target)} rows as target"
-                raise common.wrong_value(self._name(), "inputs", expected, f"shape {list(x.shape)}")
+                raise wrong_value(self._name(), "inputs", expected, f"shape {list(x.shape)}")
             mixed.append(x)
             return torch.lerp(other.index_select(0, feedback), x, share)
 
@@ -232,7 +233,7 @@ class ORC(Method):
         if not mixed:
             expected = "a floating-point tensor [B, ...] to mix, or a tuple, list or dict with one"
             got = f"dtype {batch.inputs.dtype}" if isinstance(batch.inputs, Tensor) else type(batch.inputs).__name__
-            raise common.wrong_type(self._name(), "inputs", expected, got)
+            raise wrong_type(self._name(), "inputs", expected, got)
         other = labels.index_select(0, feedback)
         if not is_soft(target):
             other = other.masked_fill(target == IGNORE_INDEX, IGNORE_INDEX)
@@ -277,7 +278,7 @@ class ORC(Method):
         if list(logits.shape) != shape:
             expected = f"a network whose logits have shape {shape}, [B, C] with the classes of students[0]"
             got = f"logits of shape {list(logits.shape)}"
-            raise common.wrong_value(self._name(), as_argument(name), expected, got)
+            raise wrong_value(self._name(), as_argument(name), expected, got)
 
 
 def _check_one_process(method: str, process_group: Any) -> None:
@@ -288,7 +289,7 @@ def _check_one_process(method: str, process_group: Any) -> None:
                 "given where torch.distributed has several processes, so that all promote the same networks "
                 "(torch.distributed.group.WORLD, or a group of this process alone to train apart)"
             )
-            raise common.wrong_value(method, "process_group", expected, None)
+            raise wrong_value(method, "process_group", expected, None)
 
 
 def _names(indices: Iterable[int]) -> list[str]:

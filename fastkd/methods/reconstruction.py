@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastkd._core.checks import check_integer
 from fastkd._core.labels import mean_over_counted
-from fastkd.methods._checks import check_integer, check_network
+from fastkd._core.messages import wrong_value
+from fastkd.methods._checks import check_network
 from fastkd.methods._fresh import beside, weights_from
 from fastkd.methods._map_channels import map_channels
 from fastkd.methods.base import Batch, Method, Phase
 from fastkd.methods.feed import last_map
-from fastkd.ops import _common as common
 
 
 class ReconstructionError(NamedTuple):
@@ -90,7 +91,7 @@ class Reconstruction(Method):
         map = self.teach(self.network, inputs, partial(last_map, method_name=self._name(), argument="network"))
         if map.shape[1] != self.channels:
             expected = f"that of the last feature map, {map.shape[1]}"
-            raise common.wrong_value(self._name(), "channels", expected, self.channels)
+            raise wrong_value(self._name(), "channels", expected, self.channels)
         return map
 
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
+from fastkd._core.checks import check_number
+from fastkd._core.messages import wrong_value
 from fastkd.methods._checks import check_network
 from fastkd.methods._features import outputs_of
 from fastkd.methods._relations import rows_that_count, select
 from fastkd.methods.base import Batch, Method, Phase, cross_entropy
-from fastkd.ops import _common as common
 
 
 class RKD(Method):
@@ -61,9 +62,9 @@ class RKD(Method):
         check_network(name, "student", student)
         check_network(name, "teacher", teacher)
         numbers = {"distance": distance, "angle": angle, "ce_weight": ce_weight}
-        numbers = {key: common.check_number(name, key, value, "a number >= 0", 0) for key, value in numbers.items()}
+        numbers = {key: check_number(name, key, value, "a number >= 0", 0) for key, value in numbers.items()}
         if not any(numbers.values()):
-            raise common.wrong_value(name, "ce_weight", "> 0 where distance and angle are 0", ce_weight)
+            raise wrong_value(name, "ce_weight", "> 0 where distance and angle are 0", ce_weight)
         super().__init__(learners={"student": student}, frozen={"teacher": teacher})
         for key, value in numbers.items():
             setattr(self, key, value)

@@ -1,9 +1,9 @@
 """Networks: small ones, torchvision's with a first layer for small images, and the features of any network."""
 
-from .base import Network, Outputs, call_network, logits_of, parameters_count
-from .branched import Branched, branched
-from .features import with_features
-from .registry import create, names
+from fastkd.models.base import Network, Outputs, call_network, logits_of, parameters_count
+from fastkd.models.branched import Branched, branched
+from fastkd.models.features import with_features
+from fastkd.models.registry import create, names
 
 __all__ = [
     "Branched",

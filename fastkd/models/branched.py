@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Network, Outputs
-from .registry import create
+from fastkd.models.base import Network, Outputs
+from fastkd.models.registry import create
 
 
 class Branched(nn.Module):

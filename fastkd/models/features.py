@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .._extras import require
-from .base import Network, Outputs
-from .watched import Watched
+from fastkd._core.extras import require
+from fastkd.models.base import Network, Outputs
+from fastkd.models.watched import Watched
 
 _IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 

@@ -6,7 +6,7 @@ Sources: Mirzadeh et al., arXiv 1902.03393 (even sizes), Son et al., arXiv 2009.
 import torch
 from torch import Tensor, nn
 
-from .base import Network, Outputs, make_norm, scaled
+from fastkd.models.base import Network, Outputs, make_norm, scaled
 
 # Numbers are 3x3 convolutions with so many channels, M is a 2x2 max-pooling; behind the bar the hidden linear layer.
 LAYOUTS = {

@@ -8,11 +8,11 @@ from functools import partial
 
 from torch import nn
 
-from . import torchvision_nets
-from .plain import LAYOUTS, PlainCNN
-from .resnet import CifarResNet
-from .vgg import CONVOLUTIONS, VGG
-from .wrn import WideResNet
+from fastkd.models import torchvision_nets
+from fastkd.models.plain import LAYOUTS, PlainCNN
+from fastkd.models.resnet import CifarResNet
+from fastkd.models.vgg import CONVOLUTIONS, VGG
+from fastkd.models.wrn import WideResNet
 
 SMALLEST_IMAGE = 8
 

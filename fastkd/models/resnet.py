@@ -8,7 +8,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Network, Norm, Outputs, global_pool, init_kaiming, make_norm, scaled
+from fastkd.models.base import Network, Norm, Outputs, global_pool, init_kaiming, make_norm, scaled
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:

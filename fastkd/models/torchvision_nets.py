@@ -8,8 +8,8 @@ DenseNet-40-12 4 times.
 
 from torch import nn
 
-from .._extras import require
-from .base import make_norm
+from fastkd._core.extras import require
+from fastkd.models.base import make_norm
 
 SMALL = 64  # largest image_size that gets the small stem
 

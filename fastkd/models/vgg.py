@@ -5,7 +5,7 @@ Sources: Simonyan and Zisserman, arXiv 1409.1556 (11-19); Tian et al., arXiv 191
 
 from torch import Tensor, nn
 
-from .base import Network, Outputs, global_pool, init_kaiming, make_norm, scaled
+from fastkd.models.base import Network, Outputs, global_pool, init_kaiming, make_norm, scaled
 
 CHANNELS = (64, 128, 256, 512, 512)
 CONVOLUTIONS = {  # in each of the five stages

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Outputs, logits_of
+from fastkd.models.base import Outputs, logits_of
 
 
 class Watched:

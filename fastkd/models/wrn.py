@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Network, Norm, Outputs, global_pool, init_kaiming, make_norm
+from fastkd.models.base import Network, Norm, Outputs, global_pool, init_kaiming, make_norm
 
 
 class PreActBlock(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops import _common as common
+from fastkd._core.messages import wrong_type, wrong_value
 
 MOST_ELEMENTS = 2**31  # of one sample of a map
 
@@ -17,14 +17,14 @@ def _as_tuple(op: str, name: str, maps: object) -> tuple[Tensor, ...]:
     if isinstance(maps, Tensor):
         maps = (maps,)
     elif not isinstance(maps, Sequence) or isinstance(maps, str):
-        raise common.wrong_type(op, name, "a feature map or a sequence of them", type(maps).__name__)
+        raise wrong_type(op, name, "a feature map or a sequence of them", type(maps).__name__)
     if len(maps) == 0:
-        raise common.wrong_value(op, name, "at least one feature map", "none")
+        raise wrong_value(op, name, "at least one feature map", "none")
     for k, value in enumerate(maps):
         if not isinstance(value, Tensor):
-            raise common.wrong_type(op, f"{name}[{k}]", "a floating-point tensor [B, C, ...]", type(value).__name__)
+            raise wrong_type(op, f"{name}[{k}]", "a floating-point tensor [B, C, ...]", type(value).__name__)
         if not value.is_floating_point():
-            raise common.wrong_type(op, f"{name}[{k}]", "a floating-point tensor", f"dtype {value.dtype}")
+            raise wrong_type(op, f"{name}[{k}]", "a floating-point tensor", f"dtype {value.dtype}")
     return tuple(maps)
 
 
@@ -32,16 +32,16 @@ def _check_map(op: str, k: int, student: Tensor, first: Tensor) -> None:
     shape = list(student.shape)
     if len(shape) < 2 or any([size == 0 for size in shape[1:]]):
         expected = "of shape [B, C, ...] with at least one element per sample"
-        raise common.wrong_value(op, f"students[{k}]", expected, f"shape {shape}")
+        raise wrong_value(op, f"students[{k}]", expected, f"shape {shape}")
     if shape[0] != first.shape[0]:
-        raise common.wrong_value(op, f"students[{k}]", f"of students[0]'s batch size {first.shape[0]}", shape[0])
+        raise wrong_value(op, f"students[{k}]", f"of students[0]'s batch size {first.shape[0]}", shape[0])
     if student.device != first.device:
-        raise common.wrong_value(op, f"students[{k}]", f"on students[0]'s device {first.device}", student.device)
+        raise wrong_value(op, f"students[{k}]", f"on students[0]'s device {first.device}", student.device)
     elements = 1
     for size in shape[1:]:
         elements *= size
     if elements >= MOST_ELEMENTS:
-        raise common.wrong_value(op, f"students[{k}]", "of fewer than 2**31 elements per sample", elements)
+        raise wrong_value(op, f"students[{k}]", "of fewer than 2**31 elements per sample", elements)
 
 
 def check_pairs(op: str, students: object, teachers: object) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -53,14 +53,14 @@ def check_pairs(op: str, students: object, teachers: object) -> tuple[tuple[Tens
     for k, student in enumerate(students):
         _check_map(op, k, student, students[0])
     if not one and len(teachers) != len(students):
-        raise common.wrong_value(op, "teachers", f"{len(students)} maps, one per student", f"{len(teachers)} maps")
+        raise wrong_value(op, "teachers", f"{len(students)} maps, one per student", f"{len(teachers)} maps")
     for k, teacher in enumerate(teachers):
         student = students[0 if one else k]
         if teacher.shape != student.shape:
             expected = f"of its student's shape {list(student.shape)} (pool the larger map first)"
-            raise common.wrong_value(op, f"teachers[{k}]", expected, f"shape {list(teacher.shape)}")
+            raise wrong_value(op, f"teachers[{k}]", expected, f"shape {list(teacher.shape)}")
         if teacher.device != student.device:
-            raise common.wrong_value(op, f"teachers[{k}]", f"on the student's device {student.device}", teacher.device)
+            raise wrong_value(op, f"teachers[{k}]", f"on the student's device {student.device}", teacher.device)
     return students, teachers
 
 

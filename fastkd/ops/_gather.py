@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkd.ops import _common as common
+from fastkd._core.messages import wrong_type, wrong_value
 
 
 def check_process_group(op: str, process_group: object) -> None:
@@ -13,7 +13,7 @@ def check_process_group(op: str, process_group: object) -> None:
         return
     if not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
         got = type(process_group).__name__
-        raise common.wrong_type(op, "process_group", "None or a torch.distributed.ProcessGroup (group.WORLD)", got)
+        raise wrong_type(op, "process_group", "None or a torch.distributed.ProcessGroup (group.WORLD)", got)
 
 
 def gather_pair(
@@ -30,7 +30,7 @@ def gather_pair(
         for name, width, own in zip(("student", "teacher"), widths, (student, teacher), strict=True):
             if width != own.shape[1]:
                 expected = f"as wide on every process of the group ({own.shape[1]} here)"
-                raise common.wrong_value(op, name, expected, f"{width} on rank {rank}")
+                raise wrong_value(op, name, expected, f"{width} on rank {rank}")
     rows = [size[0] for size in sizes]
     student, teacher = gather_rows(student, rows, group), gather_rows(teacher, rows, group)
     if not any([size[1] for size in sizes]):

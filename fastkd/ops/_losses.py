@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastkd.ops import _common as common
+from fastkd.ops._autograd import is_transformed
 
 
 class Losses(Tensor):
@@ -35,7 +35,7 @@ class Losses(Tensor):
         return self.detach().requires_grad_(self.requires_grad).__reduce_ex__(protocol)
 
     def _of_one(self, index: int) -> Tensor | None:
-        if not torch.is_grad_enabled() or self._version != self._made or common.is_transformed():
+        if not torch.is_grad_enabled() or self._version != self._made or is_transformed():
             return None
         return self._alone(index % len(self))
 
@@ -45,7 +45,7 @@ def with_graphs(losses: Tensor, alone: Callable[[int], Tensor | None]) -> Tensor
 
     A compiled graph has one backward for all: there, and where nothing learns, they stay a plain Tensor.
     """
-    if torch.compiler.is_compiling() or not losses.requires_grad or common.is_transformed():
+    if torch.compiler.is_compiling() or not losses.requires_grad or is_transformed():
         return losses
     losses.__class__ = Losses
     losses._alone, losses._made = alone, losses._version

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.ops import _common as common
-from fastkd.ops import _networks as networks
+from fastkd.ops._autograd import may_read_values
+from fastkd.ops._formulas import accumulate_dtype, divergence, flat_rows, log_softmax, reduce_rows, weighted_divergence
+from fastkd.ops._teachers import label_losses, mean_logits, mixture
 
 
 class Tensors(NamedTuple):
@@ -74,19 +75,19 @@ def _reference_kd(student: Tensor, tensors: Tensors, options: Options) -> Tensor
         return student[:, :0].sum(-1)  # 0, and so is its gradient
     t = temperatures[0]
     scales = [t * t if options.scale_by_t2 else 1.0 for t in temperatures]
-    log_q = networks.log_softmax(student, t)
+    log_q = log_softmax(student, t)
     if options.combine == "losses":
         total = 0
         for k, (teacher, weight, t) in enumerate(zip(teachers, weights, temperatures, strict=True)):
-            log_q = networks.log_softmax(student, t) if k > 0 and several else log_q
+            log_q = log_softmax(student, t) if k > 0 and several else log_q
             weight = weight[:, 0] if isinstance(weight, Tensor) else weight
-            total = total + networks.weighted_divergence(networks.log_softmax(teacher, t), log_q, weight, scales[k])
+            total = total + weighted_divergence(log_softmax(teacher, t), log_q, weight, scales[k])
         return total
     if options.combine == "probs":
-        log_p = networks.mixture([networks.log_softmax(z, t) for z in teachers], weights)
+        log_p = mixture([log_softmax(z, t) for z in teachers], weights)
     else:
-        log_p = networks.log_softmax(networks.mean_logits(teachers, weights, is_uniform(options)), t)
-    kd = scales[0] * networks.divergence(log_p, log_q)
+        log_p = log_softmax(mean_logits(teachers, weights, is_uniform(options)), t)
+    kd = scales[0] * divergence(log_p, log_q)
     if tensors.weights is None:
         return kd
     return kd.masked_fill(sum(weight[:, 0] != 0 for weight in weights) == 0, 0)
@@ -94,7 +95,7 @@ def _reference_kd(student: Tensor, tensors: Tensors, options: Options) -> Tensor
 
 def _read_teachers(tensors: Tensors, options: Options, dtype: torch.dtype) -> tuple[list, list[tuple[int, Tensor]]]:
     """The weights, numbers or [1 or R, 1], and (k, teacher [R, C]) of the teachers that are read at all."""
-    teachers = [(k, common.flat_rows(t).to(dtype)) for k, t in enumerate(tensors.teachers)]
+    teachers = [(k, flat_rows(t).to(dtype)) for k, t in enumerate(tensors.teachers)]
     if tensors.weights is None:
         teachers = [(k, t) for k, t in teachers if options.host_weights[k] != 0]
         return [options.host_weights[k] for k, _ in teachers], teachers
@@ -106,15 +107,15 @@ def _read_teachers(tensors: Tensors, options: Options, dtype: torch.dtype) -> tu
 
 def reference(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
     """The specification in plain PyTorch: the loss, and with `terms` KD and CE; differentiable in all inputs."""
-    student, target, soft = common.flat_rows(tensors.student), tensors.target, tensors.soft
-    dtype = common.accumulate_dtype(_promoted(tensors))
+    student, target, soft = flat_rows(tensors.student), tensors.target, tensors.soft
+    dtype = accumulate_dtype(_promoted(tensors))
     valid = outside = None
     if target is not None:
         valid = target != options.ignore_index  # [R]
         outside = valid & ((target < 0) | (target >= student.shape[1]))
-        if not (common.may_read_values(valid) and bool(valid.all())):
+        if not (may_read_values(valid) and bool(valid.all())):
             # Ignored rows leave before any arithmetic: what they hold (NaN, say) must not reach a gradient.
-            clean = lambda z: common.flat_rows(z).masked_fill(~valid[:, None], 0)  # noqa: E731
+            clean = lambda z: flat_rows(z).masked_fill(~valid[:, None], 0)  # noqa: E731
             student, soft = clean(student), None if soft is None else clean(soft)
             tensors = tensors._replace(teachers=tuple([clean(t) for t in tensors.teachers]))
         target = target.where(valid & ~outside, 0)
@@ -123,15 +124,15 @@ def reference(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
     kd = _reference_kd(student, tensors._replace(teachers=()) if no_kd else tensors, options)
     loss, ce = kd if _is(options.kd_weight, 1) else options.kd_weight * kd, torch.zeros_like(kd)
     if (options.labels or soft is not None) and (options.terms or not _is(options.ce_weight, 0)):
-        soft = None if soft is None else common.flat_rows(soft)
-        ce = networks.label_losses(student, target, soft, options.label_smoothing)
+        soft = None if soft is None else flat_rows(soft)
+        ce = label_losses(student, target, soft, options.label_smoothing)
         loss = loss if _is(options.ce_weight, 0) else loss + options.ce_weight * ce
     rows = (loss, kd.detach(), ce.detach()) if options.terms else (loss,)
     if valid is not None:
         factor = torch.ones_like(kd).masked_fill(outside, math.nan)  # NaN in the gradient as well
         rows = [(row * factor).masked_fill(~valid, 0) for row in rows]
-    own = common.accumulate_dtype(tensors.student.dtype)
-    return tuple([common.reduce_rows(r, valid, options.reduction, (-1,), options.num_items).to(own) for r in rows])
+    own = accumulate_dtype(tensors.student.dtype)
+    return tuple([reduce_rows(r, valid, options.reduction, (-1,), options.num_items).to(own) for r in rows])
 
 
 def _is(scalar: float | Tensor, value: float) -> bool:
@@ -147,12 +148,12 @@ def _promoted(tensors: Tensors) -> torch.dtype:
 
 def reference_divergences(tensors: Tensors, options: Options) -> Tensor:
     """KL(p_k || q) of each teacher and row, [K, R]: 0 for ignored rows, NaN for labels out of range."""
-    dtype, divergences = common.accumulate_dtype(_promoted(tensors)), []
-    student = common.flat_rows(tensors.student).to(dtype)
+    dtype, divergences = accumulate_dtype(_promoted(tensors)), []
+    student = flat_rows(tensors.student).to(dtype)
     for k, teacher in enumerate(tensors.teachers):
         t = options.temperatures[k if len(options.temperatures) > 1 else 0]
-        log_p, log_q = networks.log_softmax(common.flat_rows(teacher).to(dtype), t), networks.log_softmax(student, t)
-        divergences.append(networks.divergence(log_p, log_q).clamp(min=0))
+        log_p, log_q = log_softmax(flat_rows(teacher).to(dtype), t), log_softmax(student, t)
+        divergences.append(divergence(log_p, log_q).clamp(min=0))
     kl, target = torch.stack(divergences), tensors.target
     if target is None:
         return kl

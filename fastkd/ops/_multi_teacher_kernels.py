@@ -10,9 +10,21 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastkd import _backend
-from fastkd.ops import _common as common
 from fastkd.ops import _multi_teacher_formula as formula
 from fastkd.ops import group_stats
+from fastkd.ops._autograd import (
+    Inputs,
+    graph_is_kept,
+    hand_out,
+    host_scalars,
+    is_transformed,
+    may_read_values,
+    on_host,
+    save_for_backward,
+    with_kept,
+)
+from fastkd.ops._formulas import accumulate_dtype, count_rows
+from fastkd.ops._inputs import REDUCTIONS, check_range, out_of_range, why_learning
 from fastkd.ops._multi_teacher_formula import Options, Tensors
 from fastkd.ops.group_stats import GroupStats
 
@@ -40,7 +52,7 @@ def losses_of(tensors: Tensors, options: Options) -> Sequence[Tensor]:
     if (reason := why_reference(tensors, options)) is not None:
         _backend.note_fallback(options.operation, reason, tensors.student)
         if options.labels:
-            common.check_range(options.operation, tensors.target, tensors.student.shape[-1], options.ignore_index)
+            check_range(options.operation, tensors.target, tensors.student.shape[-1], options.ignore_index)
         return formula.reference(tensors, options)
     return _in_groups(tensors, options) if _too_many(tensors) else _native(tensors, options, False)[0]
 
@@ -80,20 +92,20 @@ def why_reference(tensors: Tensors, options: Options) -> str | None:
     reason = _backend.why_not_native(student)
     if reason is not None:
         return reason
-    if common.is_transformed():
+    if is_transformed():
         return "a torch.func transform or forward-mode AD is active"
     if learns:
         for k, teacher in enumerate(tensors.teachers):
             if teacher.requires_grad:
-                return common.why_learning(f"teachers[{k}]", (student,))
+                return why_learning(f"teachers[{k}]", (student,))
         if tensors.weights is not None and tensors.weights.requires_grad:
             return "the weights require grad"
         if tensors.soft is not None and tensors.soft.requires_grad:
             return "the target requires grad"
     for name, scalar in (("kd_weight", options.kd_weight), ("ce_weight", options.ce_weight)):
-        if not common.on_host((scalar,)):
+        if not on_host((scalar,)):
             return f"{name} is a tensor that requires grad or whose value is not known on the host"
-    if not common.on_host(options.temperatures):
+    if not on_host(options.temperatures):
         return "the temperature is a tensor that requires grad or whose value is not known on the host"
     if options.combine != "losses" and _too_many(tensors):
         return f"combine={options.combine!r} with more than {LAUNCH_TEACHERS} teachers"
@@ -103,7 +115,7 @@ def why_reference(tensors: Tensors, options: Options) -> str | None:
 def _split(options: Options) -> tuple[Options, Tensor | None]:
     """The options without tensors, and the numbers that the kernels read from `scalars` in their place."""
     items = 0.0 if options.num_items is None else options.num_items
-    scalars = common.host_scalars((options.kd_weight, options.ce_weight, items, *options.temperatures))
+    scalars = host_scalars((options.kd_weight, options.ce_weight, items, *options.temperatures))
     if scalars is None:
         return options, None
     ones = (1.0,) * len(options.temperatures)
@@ -126,7 +138,7 @@ def _numbers(options: Options) -> tuple:
     return (
         options.host_weights, options.temperatures, COMBINE.index(options.combine), options.kd_weight,
         options.ce_weight, options.label_smoothing, options.ignore_index, options.scale_by_t2,
-        common.REDUCTIONS.index(options.reduction), options.num_items or 0.0, formula.is_uniform(options),
+        REDUCTIONS.index(options.reduction), options.num_items or 0.0, formula.is_uniform(options),
         options.labels, options.terms,
     )  # fmt: skip
 
@@ -156,8 +168,8 @@ def _forward(
         out = ops.multi_teacher_forward(
             student, teachers, target, soft, weights, scalars, *numbers, need_grad, _streams(student)
         )
-    if options.labels and common.may_read_values(student) and out[3].tolist()[1] != 0:
-        raise common.out_of_range(options.operation, target, student.shape[-1], options.ignore_index)
+    if options.labels and may_read_values(student) and out[3].tolist()[1] != 0:
+        raise out_of_range(options.operation, target, student.shape[-1], options.ignore_index)
     return out
 
 
@@ -176,10 +188,10 @@ class _Native(torch.autograd.Function):
         ctx.options, ctx.shape = options, student.shape
         ctx.saves_inputs = torch.compiler.is_compiling() or _streams(student)
         if ctx.saves_inputs:
-            common.save_for_backward(ctx, (saved, aux, rows, *inputs))
+            save_for_backward(ctx, (saved, aux, rows, *inputs))
         else:
-            common.save_for_backward(ctx, (saved, aux))
-            ctx.gradient, ctx.inputs = rows, common.Inputs(inputs)
+            save_for_backward(ctx, (saved, aux))
+            ctx.gradient, ctx.inputs = rows, Inputs(inputs)
         if not (options.terms or with_stats):
             return losses
         # Clones: views of one tensor could not be changed in place.
@@ -189,7 +201,7 @@ class _Native(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        tensors = common.with_kept(ctx, ctx.saved_tensors)  # an error where the graph was freed
+        tensors = with_kept(ctx, ctx.saved_tensors)  # an error where the graph was freed
         if ctx.saves_inputs:
             result = _backward_of_inputs(ctx.options, grad, *tensors)
         elif torch.is_grad_enabled():
@@ -211,7 +223,7 @@ def _backward_of_inputs(options, grad, saved, aux, rows, student, target, soft, 
         return _second_derivative(options, grad, student, target, soft, weights, scalars, *teachers)
     ops = _backend.native_ops(student)
     if not _streams(student):
-        reduction = common.REDUCTIONS.index(options.reduction)
+        reduction = REDUCTIONS.index(options.reduction)
         return ops.multi_teacher_backward(grad.contiguous(), rows, saved, aux, reduction)
     return ops.multi_teacher_stream_backward(
         grad.contiguous(), student, teachers, target, soft, weights, scalars, saved, aux, *_numbers(options)
@@ -224,11 +236,11 @@ def _backward_of_rows(ctx, grad: Tensor, saved: Tensor, aux: Tensor) -> Tensor:
     ready = ctx.options.reduction != "none" and rows.dtype != torch.float16 and _backend.device_kind(rows) == "cpu"
     # A fake tensor has no value to look at.
     if ready and type(grad) is Tensor and grad.item() == 1.0:
-        result = common.hand_out(ctx, "gradient")
+        result = hand_out(ctx, "gradient")
     else:
-        reduction = common.REDUCTIONS.index(ctx.options.reduction)
+        reduction = REDUCTIONS.index(ctx.options.reduction)
         result = _backend.native_ops(rows).multi_teacher_backward(grad.contiguous(), rows, saved, aux, reduction)
-    if not common.graph_is_kept():
+    if not graph_is_kept():
         ctx.gradient = ctx.inputs = None
     return result
 
@@ -300,8 +312,8 @@ def _divergences(tensors: Tensors, options: Options, k: int) -> Tensor:
 def register_fakes(namespace: str) -> None:
     def forward(student, teachers, target, soft, weights, scalars, *options):
         *_, reduction, _, _, _, terms, need_grad, stream = options
-        rows, classes = common.count_rows(student), student.shape[-1]
-        dtype, three = common.accumulate_dtype(student.dtype), (3,) if terms else ()
+        rows, classes = count_rows(student), student.shape[-1]
+        dtype, three = accumulate_dtype(student.dtype), (3,) if terms else ()
         stored, streamed = need_grad and not stream, need_grad and stream
         scaled = stored and student.dtype == torch.float16
         states = 3 * len(teachers) + (2 if soft is None else 3)
@@ -313,7 +325,7 @@ def register_fakes(namespace: str) -> None:
         )
 
     def forward_stats(student, teachers, target, weights, scalars, *options):
-        rows, dtype = common.count_rows(student), common.accumulate_dtype(student.dtype)
+        rows, dtype = count_rows(student), accumulate_dtype(student.dtype)
         dtypes = (dtype, torch.bool, torch.int64, dtype, dtype, dtype)
         stats = [student.new_empty((len(teachers) + 1, rows), dtype=d) for d in dtypes]
         kl = student.new_empty((len(teachers), rows), dtype=dtype)
@@ -323,7 +335,7 @@ def register_fakes(namespace: str) -> None:
         return torch.empty_like(rows)
 
     def stream_backward(grad, student, *rest):
-        return student.new_empty((common.count_rows(student), student.shape[-1]))
+        return student.new_empty((count_rows(student), student.shape[-1]))
 
     torch.library.register_fake(f"{namespace}::multi_teacher_forward", forward)
     torch.library.register_fake(f"{namespace}::multi_teacher_forward_stats", forward_stats)

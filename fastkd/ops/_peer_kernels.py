@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from fastkd import _backend
-from fastkd.ops import _common as common
 from fastkd.ops import _losses
+from fastkd.ops._autograd import Inputs, graph_is_kept, may_read_values, save_for_backward, with_kept
+from fastkd.ops._formulas import accumulate_dtype, count_rows, rows_of
+from fastkd.ops._inputs import REDUCTIONS, out_of_range
 from fastkd.ops._peer_losses import Options, Tensors, block_of, is_read, reference
 
 # Of one CUDA launch (csrc/mutual/op.h); more networks go in groups.
@@ -36,8 +38,8 @@ def register_fakes(namespace: str) -> None:
         ce_weight, num_items, cross_entropy, label_smoothing, ignore_index, scale_by_t2, reduction, with_terms,
         learners, stream,
     ):  # fmt: skip
-        like, rows = logits[0], common.count_rows(logits[0])
-        dtype = common.accumulate_dtype(like.dtype)
+        like, rows = logits[0], count_rows(logits[0])
+        dtype = accumulate_dtype(like.dtype)
         shape = (len(logits), rows) if reduction == 0 else (len(logits),)
         return (
             like.new_empty(shape, dtype=dtype),
@@ -60,15 +62,15 @@ def arguments(tensors: Tensors, options: Options, learners: Sequence[int]) -> tu
         tensors.logits, tensors.teachers, tensors.target, tensors.soft, tensors.weights, tensors.teacher_weights,
         tensors.scalars, options.host_weights, options.temperature, options.kd_weight, options.ce_weight,
         options.num_items, options.cross_entropy, options.label_smoothing, options.ignore_index, options.scale_by_t2,
-        common.REDUCTIONS.index(options.reduction), options.return_terms, learners, STREAM_ALWAYS,
+        REDUCTIONS.index(options.reduction), options.return_terms, learners, STREAM_ALWAYS,
     )  # fmt: skip
 
 
 def forward(op: str, tensors: Tensors, options: Options, learners: Sequence[int]) -> tuple[Tensor, ...]:
     first = tensors.logits[0]
     out = _backend.native_ops(first).mutual_forward(*arguments(tensors, options, learners))
-    if tensors.target is not None and common.may_read_values(first) and out[4].tolist()[1] != 0:
-        raise common.out_of_range(op, tensors.target, first.shape[-1], options.ignore_index)
+    if tensors.target is not None and may_read_values(first) and out[4].tolist()[1] != 0:
+        raise out_of_range(op, tensors.target, first.shape[-1], options.ignore_index)
     return out
 
 
@@ -115,7 +117,7 @@ def _tensors(flat: Sequence[Tensor | None], given: int) -> Tensors:
     logits, stacked = tuple(networks[:given]), None
     if given == 0:
         stacked, given = networks[0], 1
-        logits = tuple([common.rows_of(z) for z in stacked.unbind(0)])
+        logits = tuple([rows_of(z) for z in stacked.unbind(0)])
     return Tensors(logits, tuple(networks[given:]), stacked, target, soft, weights, teacher_weights, scalars)
 
 
@@ -125,7 +127,7 @@ class _State:
     def __init__(self, op, options, learners, given, flat, rows, saved, aux):
         self.op, self.options, self.learners, self.given = op, options, learners, given
         self.rows, self.saved, self.aux = rows, saved, aux
-        self.inputs = common.Inputs(flat)
+        self.inputs = Inputs(flat)
         self.networks = _networks(flat, given)
         self.teachers = len(flat) - BEFORE_NETWORKS - len(self.networks)
         self.graphs = [z.grad_fn for z in self.networks]
@@ -138,7 +140,7 @@ class _State:
     def gradients(self, grad: Tensor) -> Sequence[Tensor]:
         """Of the networks that learn; the stored rows themselves where nobody will ask for them again."""
         rows = self.rows if self.rows is not None else self._stored()
-        kept = common.graph_is_kept() or bool(self.waiting)
+        kept = graph_is_kept() or bool(self.waiting)
         if self.ready and type(grad) is Tensor and all([g == 1.0 for g in grad.tolist()]):
             result = rows.clone() if kept else rows
         else:
@@ -176,7 +178,7 @@ class _State:
 
     def leave(self, graph, m: int) -> None:
         """After the backward of network m alone, if that was its last."""
-        if common.graph_is_kept():
+        if graph_is_kept():
             return
         self.waiting.discard(graph)
         self.done.add(m)
@@ -209,7 +211,7 @@ class _Native(torch.autograd.Function):
         if torch.compiler.is_compiling():
             ctx.state = None
             ctx.options, ctx.learners, ctx.given = options, learners, given
-            common.save_for_backward(ctx, (rows, saved, aux, *flat))
+            save_for_backward(ctx, (rows, saved, aux, *flat))
         else:
             ctx.state = _State(op, options, learners, given, flat, rows, saved, aux)
             ctx.save_for_backward(aux)  # by which a second backward is told that the graph was freed
@@ -231,7 +233,7 @@ class _Native(torch.autograd.Function):
                 return (*NOTHING, *result, *([None] * state.teachers))
         else:
             learners, given = ctx.learners, ctx.given
-            rows, saved, aux, *flat = common.with_kept(ctx, saved_tensors)
+            rows, saved, aux, *flat = with_kept(ctx, saved_tensors)
             if torch.is_grad_enabled():
                 result = _differentiable(flat, given, ctx.options, learners, grad)
             else:
@@ -266,7 +268,7 @@ class _Alone(torch.autograd.Function):
 
 def _scaled(grad, rows, saved, aux, learners, options: Options) -> Tensor:
     """[S, R, C], the stored rows times what they lack."""
-    reduction = common.REDUCTIONS.index(options.reduction)
+    reduction = REDUCTIONS.index(options.reduction)
     return _backend.native_ops(rows).mutual_backward(grad.contiguous(), rows, saved, aux, learners, reduction)
 
 
@@ -306,7 +308,7 @@ def _exceeds_a_launch(tensors: Tensors) -> bool:
 def _of_groups(op: str, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor | None]:
     """Learners of one dtype, and no more than a launch takes, learn together; the others are teachers to them."""
     if tensors.stacked is not None:
-        rows = [common.rows_of(z) for z in tensors.stacked.unbind(0)]
+        rows = [rows_of(z) for z in tensors.stacked.unbind(0)]
         tensors = tensors._replace(logits=tuple(rows), stacked=None)
     limited = _backend.device_kind(tensors.logits[0]) != "cpu"
     by_dtype: dict[torch.dtype, list[int]] = {}

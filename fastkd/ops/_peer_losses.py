@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.ops import _common as common
+from fastkd.ops import _formulas as formulas
 from fastkd.ops import _losses
-from fastkd.ops import _networks as networks
+from fastkd.ops._formulas import accumulate_dtype, flat_rows, reduce_rows, weighted_divergence
+from fastkd.ops._teachers import label_losses
 
 
 class Tensors(NamedTuple):
@@ -65,7 +66,7 @@ def block_of(tensors: Tensors, options: Options, group: list[int], columns: list
     known = [w for row in rows for w in row if isinstance(w, Tensor)]
     if not known:
         return None, rows
-    like = max(known, key=len).to(common.accumulate_dtype(tensors.logits[group[0]].dtype))  # [1] or [R]
+    like = max(known, key=len).to(accumulate_dtype(tensors.logits[group[0]].dtype))  # [1] or [R]
     filled = [[torch.zeros_like(like) + w for w in row] for row in rows]
     block = torch.stack([torch.stack(row) for row in filled]).to(like.dtype)
     return (block if len(like) > 1 else block[..., 0]), [[0.0] * len(columns)] * len(group)
@@ -80,7 +81,7 @@ def reference(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor | None
     if tensors.scalars is not None:
         options = options._replace(**dict(zip(SCALARS, tensors.scalars.unbind(0), strict=True)))
     learners = tensors.logits if tensors.stacked is None else tensors.stacked.unbind(0)
-    zs = [common.flat_rows(z).to(dtype) for z in (*learners, *tensors.teachers)]
+    zs = [flat_rows(z).to(dtype) for z in (*learners, *tensors.teachers)]
     target, items = tensors.target, options.num_items
     valid = outside = None
     if target is not None:
@@ -94,7 +95,7 @@ def reference(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor | None
             rows = rows * torch.ones_like(rows).masked_fill(outside, math.nan)  # NaN in the gradient as well
             rows = rows.masked_fill(~valid, 0)
         divisor = None if items is None or (not isinstance(items, Tensor) and items == 0) else items
-        return common.reduce_rows(rows, valid, options.reduction, (-1,), divisor).to(result_dtype)
+        return reduce_rows(rows, valid, options.reduction, (-1,), divisor).to(result_dtype)
 
     losses, kds, ces = [], [], []
     for m, kd in enumerate(_divergences(zs, tensors, options)):
@@ -113,7 +114,7 @@ def _widest(zs: Sequence[Tensor]) -> torch.dtype:
     dtype = zs[0].dtype
     for z in zs:
         dtype = torch.promote_types(dtype, z.dtype)
-    return common.accumulate_dtype(dtype)
+    return accumulate_dtype(dtype)
 
 
 def _divergences(zs: Sequence[Tensor], tensors: Tensors, options: Options) -> list[Tensor]:
@@ -129,14 +130,14 @@ def _divergences(zs: Sequence[Tensor], tensors: Tensors, options: Options) -> li
             pairs = [row[n] for row in unread] + (unread[n] if n < count else [])
             nobody = None if any([p is False for p in pairs]) else _all([p for p in pairs if p is not True])
             z = zs[n] if nobody is None else zs[n].masked_fill(nobody[:, None], 0)
-            log_p[n] = networks.log_softmax(z, t)
+            log_p[n] = formulas.log_softmax(z, t)
         return log_p[n]
 
     def teaches(n: int) -> Tensor:
         if n >= count:
             return log_softmax(n)
         # Constant in the peer, not in a temperature that learns.
-        return networks.log_softmax(zs[n].detach(), t) if isinstance(t, Tensor) else log_softmax(n).detach()
+        return formulas.log_softmax(zs[n].detach(), t) if isinstance(t, Tensor) else log_softmax(n).detach()
 
     result = []
     for m in range(count):
@@ -147,7 +148,7 @@ def _divergences(zs: Sequence[Tensor], tensors: Tensors, options: Options) -> li
             p, q = teaches(n), log_softmax(m)
             if nothing is not False:
                 p, q = (x.masked_fill(nothing[:, None], 0) for x in (p, q))
-            rows = rows + networks.weighted_divergence(p, q, weight, scale)
+            rows = rows + weighted_divergence(p, q, weight, scale)
         result.append(rows)
     return result
 
@@ -175,4 +176,4 @@ def _cross_entropy(z: Tensor, tensors: Tensors, options: Options) -> Tensor:
     soft, labels = tensors.soft, tensors.target
     if soft is None:
         labels = labels.where((labels >= 0) & (labels < z.shape[1]), 0)
-    return networks.label_losses(z, labels, soft if soft is None else common.flat_rows(soft), options.label_smoothing)
+    return label_losses(z, labels, soft if soft is None else flat_rows(soft), options.label_smoothing)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastkd import _backend
-from fastkd.ops import _common as common
+from fastkd._core.messages import wrong_type
 from fastkd.ops import _losses, mutual
+from fastkd.ops._inputs import check_labels
 from fastkd.ops._peer_losses import Options, Tensors
 
 OP = "cross_entropy"
@@ -65,9 +66,9 @@ def _check(logits, target, class_dim, label_smoothing, ignore_index, mask, reduc
     given = (logits,) if one else logits
     networks, _, class_dim = mutual.check_networks(OP, given, class_dim, target is not None, least=1, name=name)
     if target is None:
-        raise common.wrong_type(OP, "target", "class indices or probabilities", None)
+        raise wrong_type(OP, "target", "class indices or probabilities", None)
     whose = "the logits'" if one else mutual.WHOSE
-    target, soft = common.check_labels(OP, target, mask, ignore_index, networks[0], class_dim, whose)
+    target, soft = check_labels(OP, target, mask, ignore_index, networks[0], class_dim, whose)
     options = Options(
         (0.0,) * len(networks) ** 2,
         kd_weight=0.0,

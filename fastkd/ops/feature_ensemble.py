@@ -19,9 +19,13 @@ import torch
 from torch import Tensor
 
 from fastkd import _backend
-from fastkd.ops import _common as common
+from fastkd._core.checks import check_choice
+from fastkd._core.messages import wrong_value
 from fastkd.ops import _feature_maps as maps
-from fastkd.ops import _networks as networks
+from fastkd.ops._autograd import Inputs, graph_is_kept, is_transformed, save_for_backward, with_kept
+from fastkd.ops._formulas import accumulate_dtype, reduce_rows
+from fastkd.ops._inputs import REDUCTIONS, check_mask, check_num_items, why_learning
+from fastkd.ops._teachers import check_weights
 
 OP = "feature_ensemble"
 NORMS = ("sample", "position", "channel")
@@ -52,7 +56,7 @@ class Options(NamedTuple):
 
     def native(self) -> tuple:
         """The arguments that the raw forward and backward share after the tensors."""
-        norm, reduction = NORMS.index(self.norm), common.REDUCTIONS.index(self.reduction)
+        norm, reduction = NORMS.index(self.norm), REDUCTIONS.index(self.reduction)
         return self.host_weights, self.p, norm, self.elements == "mean", reduction, self.num_items or 0.0
 
 
@@ -158,7 +162,7 @@ def _selected(tensors: Tensors, options: Options, pairs: Sequence[int]) -> tuple
     students, teachers, weights, mask = tensors
     chosen = students if len(students) == 1 else tuple([students[k] for k in pairs])
     if weights is not None:
-        weights = weights[list(pairs)].to(common.accumulate_dtype(chosen[0].dtype))
+        weights = weights[list(pairs)].to(accumulate_dtype(chosen[0].dtype))
     part = Tensors(chosen, tuple([teachers[k] for k in pairs]), weights, mask)
     return part, options._replace(host_weights=tuple([options.host_weights[k] for k in pairs if weights is None]))
 
@@ -168,12 +172,12 @@ def why_reference(tensors: Tensors) -> str | None:
     reason = _backend.why_not_native(tensors.students[0])
     if reason is not None:
         return reason
-    if common.is_transformed():
+    if is_transformed():
         return "a torch.func transform or forward-mode AD is active"
     if torch.is_grad_enabled():
         for k, teacher in enumerate(tensors.teachers):
             if teacher.requires_grad:
-                return common.why_learning(f"teachers[{k}]", tensors.students)
+                return why_learning(f"teachers[{k}]", tensors.students)
         if tensors.weights is not None and tensors.weights.requires_grad:
             return "the weights require grad"
     for map in (*tensors.students, *tensors.teachers):
@@ -188,19 +192,19 @@ def why_reference(tensors: Tensors) -> str | None:
 def _check(students, teachers, weights, p, norm, elements, mask, reduction, num_items) -> tuple[Tensors, Options]:
     students, teachers = maps.check_pairs(OP, students, teachers)
     if isinstance(p, bool) or p not in (1, 2):
-        raise common.wrong_value(OP, "p", "1 or 2", repr(p))
-    common.check_choice(OP, "norm", norm, NORMS)
-    common.check_choice(OP, "elements", elements, ELEMENTS)
-    common.check_choice(OP, "reduction", reduction, common.REDUCTIONS)
+        raise wrong_value(OP, "p", "1 or 2", repr(p))
+    check_choice(OP, "norm", norm, NORMS)
+    check_choice(OP, "elements", elements, ELEMENTS)
+    check_choice(OP, "reduction", reduction, REDUCTIONS)
     first, k = students[0], len(teachers)
-    mask = common.check_mask(OP, mask, first.shape[:1], first.device)
-    items = common.check_num_items(OP, num_items, reduction)
+    mask = check_mask(OP, mask, first.shape[:1], first.device)
+    items = check_num_items(OP, num_items, reduction)
     if weights is None:
         weights, host_weights = None, (1.0,) * k
     else:
         widest = next((s for s in students if s.dtype == torch.float64), first)  # whose dtype weights are converted to
         rows = widest[(slice(None), *[0] * (widest.dim() - 2))]  # [B, anything]: a weight per row of it
-        weights, host_weights = networks.check_weights(OP, weights, k, rows, False)
+        weights, host_weights = check_weights(OP, weights, k, rows, False)
     options = Options(host_weights, int(p), norm, elements, reduction, items)
     return Tensors(students, teachers, weights, mask), options
 
@@ -218,7 +222,7 @@ def _skipped(weight: float | Tensor, mask: Tensor | None) -> Tensor | None:
 
 def _pair(student: Tensor, teacher: Tensor, weight: float | Tensor, mask: Tensor | None, options: Options) -> Tensor:
     """The weighted distances of one pair, [B]."""
-    dtype = common.accumulate_dtype(torch.promote_types(student.dtype, teacher.dtype))
+    dtype = accumulate_dtype(torch.promote_types(student.dtype, teacher.dtype))
     if not isinstance(weight, Tensor) and weight == 0:
         return student.new_zeros(student.shape[:1], dtype=dtype) + student[:0].sum()  # with a gradient of 0
     x, y, skipped = student.to(dtype), teacher.to(dtype), _skipped(weight, mask)
@@ -241,10 +245,10 @@ def reference(tensors: Tensors, options: Options) -> Tensor:
     total = 0
     for student, teacher, weight in zip(students, teachers, weights, strict=True):
         pair = _pair(student, teacher, weight, mask, options)
-        total = total + pair.to(common.accumulate_dtype(student.dtype))
+        total = total + pair.to(accumulate_dtype(student.dtype))
     items = options.num_items
     items = items.to(total.dtype) if isinstance(items, Tensor) else items
-    return common.reduce_rows(total, mask, options.reduction, (-1,), items)
+    return reduce_rows(total, mask, options.reduction, (-1,), items)
 
 
 # --- native: raw operations, fake kernels, autograd -----------------------------------------------------------------
@@ -262,7 +266,7 @@ def register_fakes(namespace: str) -> None:
     def forward(
         students, teachers, weights, mask, host_weights, p, norm, mean_elements, reduction, items, need_grad, store
     ):
-        student, dtype = students[0], common.accumulate_dtype(students[0].dtype)
+        student, dtype = students[0], accumulate_dtype(students[0].dtype)
         norms = sum(teacher.shape[0] * maps.norms_of_a_sample(teacher, NORMS[norm]) for teacher in teachers)
         return (
             student.new_empty((student.shape[0],) if reduction == 0 else (), dtype=dtype),
@@ -299,9 +303,9 @@ class _Native(torch.autograd.Function):
         ctx.options, ctx.count, ctx.dtype = options, count, tensors.students[0].dtype
         ctx.inputs = ctx.gradients = None
         if store:
-            ctx.gradients, ctx.inputs = gradients, common.Inputs((weights, mask, *both))
+            ctx.gradients, ctx.inputs = gradients, Inputs((weights, mask, *both))
         else:
-            common.save_for_backward(ctx, (state, weights, mask, *both))
+            save_for_backward(ctx, (state, weights, mask, *both))
         return loss
 
     @staticmethod
@@ -309,7 +313,7 @@ class _Native(torch.autograd.Function):
         saved = ctx.saved_tensors  # an error where the graph was freed
         wanted = ctx.needs_input_grad[4 : 4 + ctx.count]
         if ctx.inputs is None:
-            state, *kept = common.with_kept(ctx, saved)
+            state, *kept = with_kept(ctx, saved)
         else:
             kept = ctx.inputs.unchanged(OP) if torch.is_grad_enabled() else None
         if kept is None:
@@ -321,7 +325,7 @@ class _Native(torch.autograd.Function):
             else:
                 ops = _backend.native_ops(tensors.students[0])
                 grads = ops.feature_ensemble_backward(grad.contiguous(), *tensors, state, *ctx.options.native())
-        if ctx.inputs is not None and not common.graph_is_kept():
+        if ctx.inputs is not None and not graph_is_kept():
             ctx.inputs = ctx.gradients = None
         return None, None, None, None, *grads, *([None] * (len(ctx.needs_input_grad) - 4 - ctx.count))
 
@@ -334,7 +338,7 @@ def _of_the_reference(tensors: Tensors, options: Options, grad: Tensor, wanted: 
 
 def _stored(ctx, grad: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
     """The stored gradients times grad_output, [] or [B]: the caller's own tensors."""
-    mine = not common.graph_is_kept()  # nobody will see them again
+    mine = not graph_is_kept()  # nobody will see them again
     # A fake tensor has no value to look at.
     plain = type(grad) is Tensor and (grad.item() == 1.0 if grad.dim() == 0 else bool((grad == 1).all()))
     factor = None if plain else grad

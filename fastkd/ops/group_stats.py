@@ -19,7 +19,21 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastkd import _backend
-from fastkd.ops import _common as common
+from fastkd._core.checks import check_index
+from fastkd._core.messages import wrong_type, wrong_value
+from fastkd.ops._autograd import is_transformed
+from fastkd.ops._formulas import accumulate_dtype, count_rows, flat_rows, rows_of
+from fastkd.ops._inputs import (
+    check_layout,
+    check_logits,
+    check_mask,
+    check_not_probabilities,
+    check_range,
+    check_soft_target,
+    check_target,
+    classes_last,
+    with_mask,
+)
 
 OP = "group_stats"
 SUPPORTED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -113,19 +127,19 @@ def group_stats(
 
 def _check(logits, target, ignore_index, mask, class_dim) -> tuple[Sequence[Tensor], Labels]:
     """The networks' rows as rows_of() gives them, and their labels."""
-    common.check_index(OP, "ignore_index", ignore_index)
+    check_index(OP, "ignore_index", ignore_index)
     networks, class_dim = _check_networks(logits, target, class_dim)
-    common.check_not_probabilities(OP, "logits", networks)
+    check_not_probabilities(OP, "logits", networks)
     first, soft = networks[0], None
-    mask = common.check_mask(OP, mask, first.shape[:-1], first.device)
+    mask = check_mask(OP, mask, first.shape[:-1], first.device)
     if isinstance(target, Tensor) and target.is_floating_point():
-        soft = common.classes_last(target, class_dim) if target.dim() == first.dim() else target
-        soft = common.check_soft_target(OP, soft, first, "one network's").detach()
-        target = common.with_mask(None, mask, ignore_index)
+        soft = classes_last(target, class_dim) if target.dim() == first.dim() else target
+        soft = check_soft_target(OP, soft, first, "one network's").detach()
+        target = with_mask(None, mask, ignore_index)
     elif target is not None:
-        target = common.with_mask(common.check_target(OP, target, first, "one network's"), mask, ignore_index)
-        common.check_range(OP, target, first.shape[-1], ignore_index)
-    return [common.rows_of(z) for z in networks], Labels(target, soft, ignore_index)
+        target = with_mask(check_target(OP, target, first, "one network's"), mask, ignore_index)
+        check_range(OP, target, first.shape[-1], ignore_index)
+    return [rows_of(z) for z in networks], Labels(target, soft, ignore_index)
 
 
 def _check_networks(logits: object, target: object, class_dim: object) -> tuple[Sequence[Tensor], int]:
@@ -134,14 +148,14 @@ def _check_networks(logits: object, target: object, class_dim: object) -> tuple[
         logits = _unstacked(logits, target)
     elif not isinstance(logits, Sequence) or isinstance(logits, str):
         expected = "a sequence of logits tensors or one stacked tensor"
-        raise common.wrong_type(OP, "logits", expected, type(logits).__name__)
+        raise wrong_type(OP, "logits", expected, type(logits).__name__)
     if len(logits) == 0:
-        raise common.wrong_value(OP, "logits", "of at least one network", "none")
+        raise wrong_value(OP, "logits", "of at least one network", "none")
     for m, z in enumerate(logits):
         _check_network(m, z, logits[0])
-    class_dim = common.check_layout(OP, logits[0], class_dim, target is not None, "logits[0]")
-    networks = [common.classes_last(z, class_dim) for z in logits]
-    common.check_logits(OP, "logits[0]", networks[0])
+    class_dim = check_layout(OP, logits[0], class_dim, target is not None, "logits[0]")
+    networks = [classes_last(z, class_dim) for z in logits]
+    check_logits(OP, "logits[0]", networks[0])
     return networks, class_dim
 
 
@@ -152,18 +166,18 @@ def _unstacked(logits: Tensor, target: object) -> Sequence[Tensor]:
     if networks < 1:
         expected = "M networks stacked, [M, ..., C], or a sequence of them (a single network goes into a list)"
         got = "" if target is None else f" for a target of {target.dim()} dimensions"
-        raise common.wrong_value(OP, "logits", expected, f"shape {list(logits.shape)}{got}")
+        raise wrong_value(OP, "logits", expected, f"shape {list(logits.shape)}{got}")
     return logits.unbind(0)
 
 
 def _check_network(m: int, z: object, first: Tensor) -> None:
     name = f"logits[{m}]"
     if not isinstance(z, Tensor) or not z.is_floating_point():
-        common.check_logits(OP, name, z)  # which raises
+        check_logits(OP, name, z)  # which raises
     if z.shape != first.shape:
-        raise common.wrong_value(OP, name, f"of logits[0]'s shape {list(first.shape)}", f"shape {list(z.shape)}")
+        raise wrong_value(OP, name, f"of logits[0]'s shape {list(first.shape)}", f"shape {list(z.shape)}")
     if z.device != first.device:
-        raise common.wrong_value(OP, name, f"on logits[0]'s device {first.device}", f"device {z.device}")
+        raise wrong_value(OP, name, f"on logits[0]'s device {first.device}", f"device {z.device}")
 
 
 # --- reference ------------------------------------------------------------------------------------------------------
@@ -173,15 +187,15 @@ def reference_stats(
     networks: Sequence[Tensor], target: Tensor | None, ignore_index: int = -100, soft: Tensor | None = None
 ) -> GroupStats:
     """GroupStats of logits M x [R, C] with labels [R], or soft ones [R, C], or None, in plain PyTorch."""
-    soft = None if soft is None else common.flat_rows(soft)
-    columns = [_network_stats(common.flat_rows(z).detach(), target, ignore_index, soft) for z in networks]
+    soft = None if soft is None else flat_rows(soft)
+    columns = [_network_stats(flat_rows(z).detach(), target, ignore_index, soft) for z in networks]
     # Networks of several dtypes: stack wants one.
     return GroupStats(*(torch.stack(_promoted(column)) for column in zip(*columns, strict=True)))
 
 
 def _network_stats(logits: Tensor, target: Tensor | None, ignore_index: int, soft: Tensor | None) -> tuple[Tensor, ...]:
     classes = logits.shape[-1]
-    logits = logits.to(common.accumulate_dtype(logits.dtype))
+    logits = logits.to(accumulate_dtype(logits.dtype))
     log_p = torch.log_softmax(logits, -1)  # [R, C]
     p = log_p.exp()
     entropy = -(p * log_p.masked_fill(log_p == -math.inf, 0)).sum(-1)
@@ -219,7 +233,7 @@ def _promoted(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def register_fakes(namespace: str) -> None:
     def fake(networks, target, soft, ignore_index):
-        first, shape = networks[0], (len(networks), common.count_rows(networks[0]))
+        first, shape = networks[0], (len(networks), count_rows(networks[0]))
         dtype = torch.float64 if any([z.dtype == torch.float64 for z in networks]) else torch.float32
         dtypes = (dtype, torch.bool, torch.int64, dtype, dtype, dtype)
         return tuple([first.new_empty(shape, dtype=d) for d in dtypes])
@@ -244,7 +258,7 @@ def why_reference(networks: Sequence[Tensor], soft: Tensor | None = None) -> str
     reason = _backend.why_not_native(networks[0])
     if reason is not None:
         return reason
-    if common.is_transformed():
+    if is_transformed():
         return "a torch.func transform or forward-mode AD is active"
     for tensor in networks if soft is None else (*networks, soft):
         if tensor.dtype not in SUPPORTED:

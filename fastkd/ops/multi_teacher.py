@@ -21,12 +21,27 @@ import torch
 from torch import Tensor
 
 from fastkd import _backend
-from fastkd.ops import _common as common
+from fastkd._core.checks import check_choice, check_index, check_number
+from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.ops import _multi_teacher_kernels as kernels
-from fastkd.ops import _networks as networks
+from fastkd.ops._autograd import on_host
+from fastkd.ops._formulas import LossTerms, rows_of
+from fastkd.ops._inputs import (
+    REDUCTIONS,
+    check_layout,
+    check_logits,
+    check_mask,
+    check_not_probabilities,
+    check_num_items,
+    check_scalar,
+    check_soft_target,
+    check_target,
+    classes_last,
+    with_mask,
+)
 from fastkd.ops._multi_teacher_formula import Options, Tensors, without_zeros
 from fastkd.ops._multi_teacher_kernels import COMBINE, DistillationStats
-from fastkd.ops._networks import LossTerms
+from fastkd.ops._teachers import check_teachers, check_temperature, check_weights
 
 __all__ = ["DistillationStats", "LossTerms", "cross_entropy_one", "multi_teacher_kd"]
 OP = "multi_teacher_kd"
@@ -104,7 +119,7 @@ def multi_teacher_kd(
         student, teachers, target, weights, kd_weight, temperature, combine, ce_weight, label_smoothing, ignore_index,
         mask, class_dim, scale_by_t2, reduction, num_items, return_terms, return_stats,
     )  # fmt: skip
-    return _results(tensors, options, common.classes_last(student, class_dim).shape[:-1], return_stats)
+    return _results(tensors, options, classes_last(student, class_dim).shape[:-1], return_stats)
 
 
 def cross_entropy_one(
@@ -113,7 +128,7 @@ def cross_entropy_one(
 ) -> Tensor:  # fmt: skip
     """The cross-entropy of one network, which is a call without teachers."""
     tensors, options = _check_one(logits, target, label_smoothing, ignore_index, mask, class_dim, reduction, num_items)
-    return _results(tensors, options, common.classes_last(logits, class_dim).shape[:-1], False)
+    return _results(tensors, options, classes_last(logits, class_dim).shape[:-1], False)
 
 
 def why_one_reference(logits: Tensor, target: Tensor, **options) -> str | None:
@@ -123,7 +138,7 @@ def why_one_reference(logits: Tensor, target: Tensor, **options) -> str | None:
 
 def _results(tensors: Tensors, options: Options, leading: torch.Size, return_stats: bool) -> Tensor | tuple:
     divisor = options.num_items
-    if divisor is not None and not common.on_host((divisor,)):  # on a GPU, or differentiated
+    if divisor is not None and not on_host((divisor,)):  # on a GPU, or differentiated
         options = options._replace(reduction="sum", num_items=None)
     else:
         divisor = None
@@ -149,25 +164,25 @@ def _check(
     mask, class_dim, scale_by_t2, reduction, num_items, return_terms=False, return_stats=False,
 ) -> tuple[Tensors, Options]:  # fmt: skip
     _check_tensor(OP, "student", student)
-    class_dim = common.check_layout(OP, student, class_dim, target is not None, "student")
-    teachers = networks.check_teachers(OP, teachers, student)
+    class_dim = check_layout(OP, student, class_dim, target is not None, "student")
+    teachers = check_teachers(OP, teachers, student)
     if class_dim != -1:
         student, teachers = student.movedim(class_dim, -1), [t.movedim(class_dim, -1) for t in teachers]
     tensors, options = _check_rows(
         OP, "student", student, target, label_smoothing, ignore_index, mask, class_dim, reduction, num_items
     )
-    common.check_not_probabilities(OP, "teachers", teachers)
-    common.check_choice(OP, "combine", combine, COMBINE)
-    kd_weight = common.check_scalar(OP, "kd_weight", kd_weight, "a finite number")
-    ce_weight = common.check_scalar(OP, "ce_weight", ce_weight, "a finite number")
+    check_not_probabilities(OP, "teachers", teachers)
+    check_choice(OP, "combine", combine, COMBINE)
+    kd_weight = check_scalar(OP, "kd_weight", kd_weight, "a finite number")
+    ce_weight = check_scalar(OP, "ce_weight", ce_weight, "a finite number")
     if target is None and (isinstance(ce_weight, Tensor) or ce_weight != 0):
-        raise common.wrong_value(OP, "target", f"given where ce_weight is {ce_weight}", None)
-    temperatures = networks.check_temperature(OP, temperature, len(teachers))
+        raise wrong_value(OP, "target", f"given where ce_weight is {ce_weight}", None)
+    temperatures = check_temperature(OP, temperature, len(teachers))
     if len(temperatures) > 1 and combine != "losses":
         expected = f"one number for combine={combine!r}"
-        raise common.wrong_value(OP, "temperature", expected, f"{len(temperatures)} numbers")
-    weights, host_weights = networks.check_weights(OP, weights, len(teachers), student, combine == "probs")
-    teachers = tuple([common.rows_of(t) for t in teachers])
+        raise wrong_value(OP, "temperature", expected, f"{len(temperatures)} numbers")
+    weights, host_weights = check_weights(OP, weights, len(teachers), student, combine == "probs")
+    teachers = tuple([rows_of(t) for t in teachers])
     tensors = Tensors(tensors.student, teachers, tensors.target, tensors.soft, weights)
     options = options._replace(
         host_weights=host_weights, temperatures=temperatures, combine=combine, kd_weight=kd_weight,
@@ -179,10 +194,10 @@ def _check(
 def _check_one(logits, target, label_smoothing, ignore_index, mask, class_dim, reduction, num_items):
     op = "cross_entropy"
     _check_tensor(op, "logits", logits)
-    class_dim = common.check_layout(op, logits, class_dim, target is not None)
-    logits = common.classes_last(logits, class_dim)
+    class_dim = check_layout(op, logits, class_dim, target is not None)
+    logits = classes_last(logits, class_dim)
     if target is None:
-        raise common.wrong_type(op, "target", "class indices or probabilities", "None")
+        raise wrong_type(op, "target", "class indices or probabilities", "None")
     return _check_rows(
         op, "logits", logits, target, label_smoothing, ignore_index, mask, class_dim, reduction, num_items
     )
@@ -190,31 +205,31 @@ def _check_one(logits, target, label_smoothing, ignore_index, mask, class_dim, r
 
 def _check_tensor(op, name, logits) -> None:
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        common.check_logits(op, name, logits)  # which raises
+        check_logits(op, name, logits)  # which raises
 
 
 def _check_rows(
     op, name, student, target, label_smoothing, ignore_index, mask, class_dim, reduction, num_items
 ) -> tuple[Tensors, Options]:
     """One network, its classes last, and its labels: a call without teachers."""
-    common.check_logits(op, name, student)
-    common.check_not_probabilities(op, name, student)
-    common.check_choice(op, "reduction", reduction, common.REDUCTIONS)
-    label_smoothing = common.check_number(op, "label_smoothing", label_smoothing, "a number in [0, 1]", 0, 1)
-    common.check_index(op, "ignore_index", ignore_index)
-    mask = common.check_mask(op, mask, student.shape[:-1], student.device)
+    check_logits(op, name, student)
+    check_not_probabilities(op, name, student)
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    label_smoothing = check_number(op, "label_smoothing", label_smoothing, "a number in [0, 1]", 0, 1)
+    check_index(op, "ignore_index", ignore_index)
+    mask = check_mask(op, mask, student.shape[:-1], student.device)
     whose, soft = f"the {name}'s" if name == "student" else "the logits'", None
     if isinstance(target, Tensor) and target.is_floating_point():
-        soft = common.classes_last(target, class_dim) if target.dim() == student.dim() else target
-        soft, target = common.check_soft_target(op, soft, student, whose), None
+        soft = classes_last(target, class_dim) if target.dim() == student.dim() else target
+        soft, target = check_soft_target(op, soft, student, whose), None
     elif target is not None:
-        target = common.check_target(op, target, student, whose)
+        target = check_target(op, target, student, whose)
     options = Options(
         op, (), (1.0,), "losses", 1.0, 1.0, label_smoothing, ignore_index, True, reduction,
-        common.check_num_items(op, num_items, reduction), target is not None, False,
+        check_num_items(op, num_items, reduction), target is not None, False,
     )  # fmt: skip
-    target = common.with_mask(target, mask, ignore_index)
-    return Tensors(common.rows_of(student), (), target, soft, None), options
+    target = with_mask(target, mask, ignore_index)
+    return Tensors(rows_of(student), (), target, soft, None), options
 
 
 _backend.register(

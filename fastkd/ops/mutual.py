@@ -17,12 +17,28 @@ import torch
 from torch import Tensor
 
 from fastkd import _backend
-from fastkd.ops import _common as common
+from fastkd._core.checks import check_choice, check_number
+from fastkd._core.messages import wrong_type, wrong_value
+from fastkd.ops import _formulas as formulas
 from fastkd.ops import _losses
-from fastkd.ops import _networks as networks
 from fastkd.ops import _peer_kernels as kernels
-from fastkd.ops._networks import LossTerms
+from fastkd.ops._autograd import host_scalars, is_transformed, may_read_values, on_host
+from fastkd.ops._formulas import LossTerms, accumulate_dtype
+from fastkd.ops._inputs import (
+    REDUCTIONS,
+    check_labels,
+    check_layout,
+    check_like,
+    check_logits,
+    check_not_probabilities,
+    check_num_items,
+    check_range,
+    check_scalar,
+    classes_last,
+    why_learning,
+)
 from fastkd.ops._peer_losses import SCALARS, Options, Tensors, reference
+from fastkd.ops._teachers import check_teachers
 
 OP = "mutual_kd"
 WHOSE = "the networks'"
@@ -107,7 +123,7 @@ def mutual_kd(
 def dispatch(op: str, tensors: Tensors, options: Options, leading: Sequence[int]):
     """The losses of a checked call, and with return_terms their terms."""
     items = options.num_items
-    outside = isinstance(items, Tensor) and not common.on_host([items])  # divided outside of the kernels
+    outside = isinstance(items, Tensor) and not on_host([items])  # divided outside of the kernels
     if outside:
         options = options._replace(num_items=0.0, reduction="sum")
     loss, terms = _losses_and_terms(op, tensors, options)
@@ -125,10 +141,10 @@ def _losses_and_terms(op: str, tensors: Tensors, options: Options) -> tuple[Tens
     """([M] or [M, R]; with return_terms the terms [2, M] or [2, M, R])."""
     if (reason := why_reference(tensors, options)) is not None:
         _backend.note_fallback(op, reason, tensors.logits[0])
-        common.check_range(op, tensors.target, tensors.logits[0].shape[-1], options.ignore_index)
+        check_range(op, tensors.target, tensors.logits[0].shape[-1], options.ignore_index)
         return reference(tensors, options)
     numbers = (options.temperature, options.kd_weight, options.ce_weight, options.num_items)
-    scalars = common.host_scalars(numbers)
+    scalars = host_scalars(numbers)
     if scalars is not None:
         tensors = tensors._replace(scalars=scalars)
         options = options._replace(temperature=1.0, kd_weight=1.0, ce_weight=0.0, num_items=0.0)
@@ -141,18 +157,18 @@ def why_reference(tensors: Tensors, options: Options) -> str | None:
     reason = _backend.why_not_native(tensors.logits[0])
     if reason is not None:
         return reason
-    if common.is_transformed():
+    if is_transformed():
         return "a torch.func transform or forward-mode AD is active"
     for k, teacher in enumerate(tensors.teachers):
         if teacher.requires_grad and learning:
-            return common.why_learning(f"teachers[{k}]", tensors.logits)
+            return why_learning(f"teachers[{k}]", tensors.logits)
     for weights in (tensors.weights, tensors.teacher_weights):
         if weights is not None and weights.requires_grad and learning:
             return "the weights require grad"
     if tensors.soft is not None and tensors.soft.requires_grad and learning:
         return "the target's probabilities require grad"
-    if not common.on_host((options.temperature, options.kd_weight, options.ce_weight)):
-        name = next(name for name in SCALARS if not common.on_host([getattr(options, name)]))
+    if not on_host((options.temperature, options.kd_weight, options.ce_weight)):
+        name = next(name for name in SCALARS if not on_host([getattr(options, name)]))
         return f"the {name} is a tensor that requires grad or lies on another device than the CPU"
     return None
 
@@ -168,17 +184,17 @@ def _check(
     logits, stacked, class_dim = check_networks(OP, logits, class_dim, target is not None, least=2)
     first = logits[0]
     teachers = _check_teachers(teachers, first, class_dim)
-    common.check_not_probabilities(OP, "teachers", teachers)
-    kd_weight = common.check_scalar(OP, "kd_weight", kd_weight, "a finite number")
-    ce_weight = common.check_scalar(OP, "ce_weight", ce_weight, "a finite number")
+    check_not_probabilities(OP, "teachers", teachers)
+    kd_weight = check_scalar(OP, "kd_weight", kd_weight, "a finite number")
+    ce_weight = check_scalar(OP, "ce_weight", ce_weight, "a finite number")
     weighted = isinstance(ce_weight, Tensor) or ce_weight != 0
     if target is None and weighted:
-        raise common.wrong_value(OP, "target", f"given where ce_weight is {ce_weight}", None)
+        raise wrong_value(OP, "target", f"given where ce_weight is {ce_weight}", None)
     cross_entropy = target is not None and (weighted or bool(return_terms))
     weights, teacher_weights, teachers, numbers = _check_all_weights(
         weights, teacher_weights, kd_weight, logits, teachers
     )
-    target, soft = common.check_labels(OP, target, mask, ignore_index, first, class_dim, WHOSE)
+    target, soft = check_labels(OP, target, mask, ignore_index, first, class_dim, WHOSE)
     tensors = Tensors(rows_of(logits), rows_of(teachers), stacked, target, soft, weights, teacher_weights)
     options = Options(
         numbers, _check_temperature(temperature), kd_weight, ce_weight, check_reduction(OP, reduction, num_items),
@@ -189,17 +205,17 @@ def _check(
 
 
 def rows_of(networks: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple([z if z.dim() == 2 else common.rows_of(z) for z in networks])
+    return tuple([z if z.dim() == 2 else formulas.rows_of(z) for z in networks])
 
 
 def check_smoothing(op: str, label_smoothing: object) -> float:
-    return common.check_number(op, "label_smoothing", label_smoothing, "a number in [0, 1]", 0, 1)
+    return check_number(op, "label_smoothing", label_smoothing, "a number in [0, 1]", 0, 1)
 
 
 def check_reduction(op: str, reduction: object, num_items: object) -> float | Tensor:
     """What the sum of the rows is divided by, 0: the reduction's own."""
-    common.check_choice(op, "reduction", reduction, common.REDUCTIONS)
-    items = common.check_num_items(op, num_items, reduction)
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    items = check_num_items(op, num_items, reduction)
     return 0.0 if items is None else items
 
 
@@ -210,38 +226,38 @@ def check_networks(
     stacked = None
     if isinstance(logits, Tensor):
         if logits.dim() < 2 or logits.shape[0] < least:
-            common.check_logits(op, "logits", logits)
+            check_logits(op, "logits", logits)
             expected = f"M >= {least} networks stacked [M, ..., C], or a sequence of them"
-            raise common.wrong_value(op, "logits", expected, f"shape {list(logits.shape)}")
-        class_dim = common.check_layout(op, logits[0], class_dim, labelled, "logits")
-        stacked = common.check_logits(op, "logits", common.classes_last(logits, class_dim))
-        common.check_not_probabilities(op, "logits", stacked)
+            raise wrong_value(op, "logits", expected, f"shape {list(logits.shape)}")
+        class_dim = check_layout(op, logits[0], class_dim, labelled, "logits")
+        stacked = check_logits(op, "logits", classes_last(logits, class_dim))
+        check_not_probabilities(op, "logits", stacked)
         return stacked.detach().unbind(0), stacked, class_dim
     if not isinstance(logits, Sequence) or isinstance(logits, str):
         expected = "a sequence of logits tensors or one stacked tensor"
-        raise common.wrong_type(op, "logits", expected, type(logits).__name__)
+        raise wrong_type(op, "logits", expected, type(logits).__name__)
     if len(logits) < least:
         many = "two networks'" if least == 2 else "one network's"
-        raise common.wrong_value(op, "logits", f"at least {many} logits", len(logits))
+        raise wrong_value(op, "logits", f"at least {many} logits", len(logits))
     first = logits[0]
     if not isinstance(first, Tensor):
-        common.check_logits(op, name, first)
-    class_dim = common.check_layout(op, first, class_dim, labelled, name)
+        check_logits(op, name, first)
+    class_dim = check_layout(op, first, class_dim, labelled, name)
     networks = logits if class_dim == -1 else [_moved(z, class_dim) for z in logits]
-    first = common.check_logits(op, name, networks[0])
+    first = check_logits(op, name, networks[0])
     for k, z in enumerate(networks):
         # The usual case in one look: this runs for every network of every step.
         if not (
             isinstance(z, Tensor) and z.shape == first.shape and z.device == first.device and z.is_floating_point()
         ):
-            common.check_like(op, f"logits[{k}]", z, first, "logits[0]'s")
-    common.check_not_probabilities(op, "logits", networks if name == "logits[0]" else first)
+            check_like(op, f"logits[{k}]", z, first, "logits[0]'s")
+    check_not_probabilities(op, "logits", networks if name == "logits[0]" else first)
     return tuple(networks), stacked, class_dim
 
 
 def _moved(logits: object, class_dim: int) -> object:
     movable = isinstance(logits, Tensor) and logits.dim() >= -class_dim
-    return common.classes_last(logits, class_dim) if movable else logits
+    return classes_last(logits, class_dim) if movable else logits
 
 
 def _check_teachers(teachers: object, first: Tensor, class_dim: int) -> Sequence[Tensor]:
@@ -252,14 +268,14 @@ def _check_teachers(teachers: object, first: Tensor, class_dim: int) -> Sequence
             return ()
         if class_dim != -1:
             teachers = [_moved(t, class_dim) for t in teachers]
-    return networks.check_teachers(OP, teachers, first, WHOSE)
+    return check_teachers(OP, teachers, first, WHOSE)
 
 
 def _check_temperature(temperature: object) -> float | Tensor:
     expected = "a finite number > 0"
-    number = common.check_scalar(OP, "temperature", temperature, expected)
+    number = check_scalar(OP, "temperature", temperature, expected)
     if not isinstance(number, Tensor) and number <= 0:
-        raise common.wrong_value(OP, "temperature", expected, number)
+        raise wrong_value(OP, "temperature", expected, number)
     return number
 
 
@@ -269,7 +285,7 @@ def _check_all_weights(
     """(weights and teacher_weights that the host does not know, the teachers that are read, the host's numbers)."""
     first, m, n = logits[0], len(logits), len(teachers)
     if teacher_weights is not None and n == 0:
-        raise common.wrong_value(OP, "teacher_weights", "None without teachers", type(teacher_weights).__name__)
+        raise wrong_value(OP, "teacher_weights", "None without teachers", type(teacher_weights).__name__)
     given = teacher_weights is not None
     weights, peers = _check_weights("weights", weights, m, m, first, diagonal=False)
     teacher_weights, frozen = _check_weights("teacher_weights", teacher_weights, m, n, first, diagonal=True)
@@ -296,30 +312,30 @@ def _check_weights(
     expected = f"of shape [{m}, {n}] or {[m, n, *like.shape[:-1]]}"
     if not isinstance(weights, Tensor):
         if not isinstance(weights, Sequence) or isinstance(weights, str):
-            raise common.wrong_type(OP, name, f"a tensor or nested sequence {expected}", type(weights).__name__)
+            raise wrong_type(OP, name, f"a tensor or nested sequence {expected}", type(weights).__name__)
         if len(weights) > 0 and all(isinstance(row, Tensor) and row.shape == weights[0].shape for row in weights):
             weights = torch.stack(tuple(weights))
         else:
             return None, _host_weights(name, weights, m, n, diagonal)
     shape = list(weights.shape)
     if weights.dtype == torch.bool or weights.is_complex():
-        raise common.wrong_type(OP, name, "of a floating-point dtype", f"dtype {weights.dtype}")
+        raise wrong_type(OP, name, "of a floating-point dtype", f"dtype {weights.dtype}")
     if shape != [m, n] and shape != [m, n, *like.shape[:-1]]:
-        raise common.wrong_value(OP, name, expected, f"shape {shape}")
-    readable = common.may_read_values(weights)
+        raise wrong_value(OP, name, expected, f"shape {shape}")
+    readable = may_read_values(weights)
     if weights.dim() == 2 and readable and not weights.requires_grad:
         return None, _host_weights(name, weights.tolist(), m, n, diagonal)
     if weights.device != like.device:
         if weights.dim() != 2 or weights.device.type != "cpu":
-            raise common.wrong_value(OP, name, f"on {WHOSE} device {like.device}", f"device {weights.device}")
+            raise wrong_value(OP, name, f"on {WHOSE} device {like.device}", f"device {weights.device}")
         weights = weights.to(like.device, non_blocking=True)
     if readable:
         finite = weights.isfinite().reshape(m, n, -1).all(-1)
         if not diagonal:
             finite = finite | torch.eye(m, dtype=torch.bool, device=finite.device)
         if not bool(finite.all()):
-            raise common.wrong_value(OP, name, "finite" + _beside(diagonal), "a NaN or infinite weight")
-    weights = weights.to(common.accumulate_dtype(like.dtype))
+            raise wrong_value(OP, name, "finite" + _beside(diagonal), "a NaN or infinite weight")
+    weights = weights.to(accumulate_dtype(like.dtype))
     return weights if weights.dim() == 2 else weights.reshape(m, n, -1), (0.0,) * (m * n)
 
 
@@ -332,14 +348,14 @@ def _host_weights(name: str, weights: Sequence, m: int, n: int, diagonal: bool) 
     lengths = [len(row) if isinstance(row, Sequence) and not isinstance(row, str) else -1 for row in weights]
     if lengths != [n] * m:
         got = f"{len(lengths)} rows of {lengths} numbers" if -1 not in lengths else "something else"
-        raise common.wrong_value(OP, name, f"{m} rows of {n} numbers, one row per network that learns", got)
+        raise wrong_value(OP, name, f"{m} rows of {n} numbers, one row per network that learns", got)
     numbers = []
     for i, row in enumerate(weights):
         for j, weight in enumerate(row):
             if i == j and not diagonal:
                 numbers.append(0.0)
                 continue
-            numbers.append(common.check_number(OP, f"{name}[{i}][{j}]", weight, "a finite number"))
+            numbers.append(check_number(OP, f"{name}[{i}][{j}]", weight, "a finite number"))
     return tuple(numbers)
 
 

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops import _common as common
+from fastkd._core.checks import LARGEST, check_choice, check_number
+from fastkd._core.messages import wrong_type, wrong_value
+from fastkd.ops._autograd import may_read_values
 from fastkd.ops.group_stats import GroupStats
 
 BY = ("ce", "accuracy", "top5")
@@ -32,7 +34,7 @@ def network_scores(stats: GroupStats, by: str = "ce", process_group=None) -> Ten
         `by`, and for all where no sample counts.
     """
     _check_stats("network_scores", stats)
-    common.check_choice("network_scores", "by", by, BY)
+    check_choice("network_scores", "by", by, BY)
     return _scores(stats, by, process_group)
 
 
@@ -46,7 +48,7 @@ def rank_networks(stats: GroupStats, by: str = "ce", process_group=None) -> Tens
         int64 [M] on the device of the statistics, the same on every rank of `process_group`.
     """
     _check_stats("rank_networks", stats)
-    common.check_choice("rank_networks", "by", by, BY)
+    check_choice("rank_networks", "by", by, BY)
     scores = _scores(stats, by, process_group)
     return (scores if by == "ce" else -scores).sort(stable=True).indices  # NaN sorts last
 
@@ -83,13 +85,13 @@ def hard_samples(stats: GroupStats, proportions: Tensor | Sequence[float], n: in
     op = "hard_samples"
     _check_stats(op, stats)
     if isinstance(n, bool) or not isinstance(n, int):
-        raise common.wrong_type(op, "n", "an integer", type(n).__name__)
+        raise wrong_type(op, "n", "an integer", type(n).__name__)
     if n < 0:
-        raise common.wrong_value(op, "n", "at least 0", n)
+        raise wrong_value(op, "n", "at least 0", n)
     networks, rows = stats.ce.shape
     proportions = _check_proportions(op, proportions, networks, stats.ce.device)
     if n > 0 and rows == 0:
-        raise common.wrong_value(op, "n", "0 where there are no samples", n)
+        raise wrong_value(op, "n", "0 where there are no samples", n)
     ends = _largest_remainder(proportions, n).cumsum(0)  # [M]
     slot = torch.arange(n, device=stats.ce.device)
     before = slot[:, None] >= ends  # [n, M]: the networks whose part ends before the slot
@@ -130,7 +132,7 @@ def _hardest(stats: GroupStats) -> tuple[Tensor, Tensor]:
 
 def _check_stats(op: str, stats: object) -> None:
     if not isinstance(stats, GroupStats):
-        raise common.wrong_type(op, "stats", "the GroupStats that group_stats returns", type(stats).__name__)
+        raise wrong_type(op, "stats", "the GroupStats that group_stats returns", type(stats).__name__)
 
 
 def _check_proportions(op: str, proportions: object, networks: int, device: torch.device) -> Tensor:
@@ -138,26 +140,26 @@ def _check_proportions(op: str, proportions: object, networks: int, device: torc
     expected = f"{networks} numbers, one per network"
     if isinstance(proportions, Tensor):
         if proportions.dtype == torch.bool or proportions.is_complex():
-            raise common.wrong_type(op, "proportions", "real numbers", f"dtype {proportions.dtype}")
+            raise wrong_type(op, "proportions", "real numbers", f"dtype {proportions.dtype}")
         if list(proportions.shape) != [networks]:
-            raise common.wrong_value(op, "proportions", f"of shape [{networks}]", f"shape {list(proportions.shape)}")
-        if common.may_read_values(proportions):
+            raise wrong_value(op, "proportions", f"of shape [{networks}]", f"shape {list(proportions.shape)}")
+        if may_read_values(proportions):
             _check_shares(op, proportions.tolist())
         if proportions.device != device and proportions.device.type != "cpu":
-            raise common.wrong_value(op, "proportions", f"on the device {device}", f"device {proportions.device}")
+            raise wrong_value(op, "proportions", f"on the device {device}", f"device {proportions.device}")
         return proportions.detach().to(device, torch.float64, non_blocking=True)
     if not isinstance(proportions, Sequence) or isinstance(proportions, str):
-        raise common.wrong_type(op, "proportions", "a sequence of numbers or a tensor", type(proportions).__name__)
+        raise wrong_type(op, "proportions", "a sequence of numbers or a tensor", type(proportions).__name__)
     if len(proportions) != networks:
-        raise common.wrong_value(op, "proportions", expected, f"{len(proportions)} numbers")
-    values = [common.check_number(op, "proportions", p, "finite numbers") for p in proportions]
+        raise wrong_value(op, "proportions", expected, f"{len(proportions)} numbers")
+    values = [check_number(op, "proportions", p, "finite numbers") for p in proportions]
     _check_shares(op, values)
     # Filled on the device: a copy from the host would be wrong in a replayed CUDA graph, and may wait.
     return torch.stack([torch.full((), p, dtype=torch.float64, device=device) for p in values])
 
 
 def _check_shares(op: str, values: Sequence[float]) -> None:
-    if not all([0 <= p <= common.LARGEST for p in values]):
-        raise common.wrong_value(op, "proportions", "finite and at least 0", values)
+    if not all([0 <= p <= LARGEST for p in values]):
+        raise wrong_value(op, "proportions", "finite and at least 0", values)
     if not any([p > 0 for p in values]):
-        raise common.wrong_value(op, "proportions", "larger than 0 for one network at least", values)
+        raise wrong_value(op, "proportions", "larger than 0 for one network at least", values)

@@ -20,8 +20,12 @@ import torch.nn.functional as torch_functional
 from torch import Tensor
 
 from fastkd import _backend
-from fastkd.ops import _common as common
+from fastkd._core.checks import check_choice, check_number
+from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.ops import _gather
+from fastkd.ops._autograd import Inputs, graph_is_kept, is_transformed, save_for_backward, with_kept
+from fastkd.ops._formulas import accumulate_dtype, reduce_rows
+from fastkd.ops._inputs import REDUCTIONS, check_mask, check_num_items, why_learning
 
 DISTANCE, ANGLE = "rkd_distance", "rkd_angle"
 # What the native kernels keep of the distances (csrc/relational/op.h).
@@ -157,10 +161,10 @@ def why_reference(tensors: Tensors) -> str | None:
     reason = _backend.why_not_native(tensors.student)
     if reason is not None:
         return reason
-    if common.is_transformed():
+    if is_transformed():
         return "a torch.func transform or forward-mode AD is active"
     if tensors.teacher.requires_grad and torch.is_grad_enabled():
-        return common.why_learning("teacher", (tensors.student,))
+        return why_learning("teacher", (tensors.student,))
     return None
 
 
@@ -172,20 +176,20 @@ def _check(
 ) -> tuple[Tensors, Options, float | Tensor | None]:
     for name, value in (("student", student), ("teacher", teacher)):
         if not isinstance(value, Tensor):
-            raise common.wrong_type(op, name, "a floating-point tensor [N, D]", type(value).__name__)
+            raise wrong_type(op, name, "a floating-point tensor [N, D]", type(value).__name__)
         if not value.is_floating_point():
-            raise common.wrong_type(op, name, "a floating-point tensor of embeddings", f"dtype {value.dtype}")
+            raise wrong_type(op, name, "a floating-point tensor of embeddings", f"dtype {value.dtype}")
         if value.dim() != 2 or value.shape[1] == 0:
-            raise common.wrong_value(op, name, "of shape [N, D] with D >= 1", f"shape {list(value.shape)}")
+            raise wrong_value(op, name, "of shape [N, D] with D >= 1", f"shape {list(value.shape)}")
     if teacher.shape[0] != student.shape[0]:
         expected = f"of {student.shape[0]} rows, as many as the student's"
-        raise common.wrong_value(op, "teacher", expected, f"shape {list(teacher.shape)}")
+        raise wrong_value(op, "teacher", expected, f"shape {list(teacher.shape)}")
     if teacher.device != student.device:
-        raise common.wrong_value(op, "teacher", f"on the student's device {student.device}", f"device {teacher.device}")
-    common.check_choice(op, "reduction", reduction, common.REDUCTIONS)
-    mask = common.check_mask(op, mask, student.shape[:1], student.device)
-    items = common.check_num_items(op, num_items, reduction)
-    eps = common.check_number(op, "eps", eps, "a finite number >= 0", low=0)
+        raise wrong_value(op, "teacher", f"on the student's device {student.device}", f"device {teacher.device}")
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    mask = check_mask(op, mask, student.shape[:1], student.device)
+    items = check_num_items(op, num_items, reduction)
+    eps = check_number(op, "eps", eps, "a finite number >= 0", low=0)
     _gather.check_process_group(op, process_group)
     return Tensors(student, teacher, mask), Options(op, eps, reduction), items
 
@@ -235,11 +239,11 @@ def _over_all_rows(tensors: Tensors, options: Options) -> Tensor:
         else:
             pair, others = (_cosines(student, mask, options.eps), _cosines(teacher, mask, options.eps)), (1, 2)
         rows = torch_functional.smooth_l1_loss(*pair, reduction="none").mean(others)
-    return common.reduce_rows(rows, None, options.reduction, rows.shape)
+    return reduce_rows(rows, None, options.reduction, rows.shape)
 
 
 def result_dtype(tensors: Tensors) -> torch.dtype:
-    return common.accumulate_dtype(torch.promote_types(tensors.student.dtype, tensors.teacher.dtype))
+    return accumulate_dtype(torch.promote_types(tensors.student.dtype, tensors.teacher.dtype))
 
 
 # --- native: raw operations, fake kernels, autograd ---------------------------------------------------------------
@@ -315,7 +319,7 @@ def _forward(
         rows, others = _centred(student, mask), _centred(teacher, mask)
         planes, mean = ops.relational_sides(rows, rows @ rows.T, mask, kind, options.eps)
         targets, _ = ops.relational_sides(others, others @ others.T, mask, kind, options.eps)
-    reduction = common.REDUCTIONS.index(options.reduction)
+    reduction = REDUCTIONS.index(options.reduction)
     loss, laplacian = ops.relational_loss(planes, targets, mean, weight, kind, reduction, need_grad)
     if not need_grad:
         return loss.to(dtype), None
@@ -335,19 +339,19 @@ class _Native(torch.autograd.Function):
         loss, grad = _forward(tensors, options, None, options.reduction != "none")
         ctx.options, ctx.dtype, ctx.grad, ctx.inputs = options, student.dtype, None, None
         if grad is not None and not torch.compiler.is_compiling():
-            ctx.grad, ctx.inputs = grad, common.Inputs(tensors)
+            ctx.grad, ctx.inputs = grad, Inputs(tensors)
         else:
-            common.save_for_backward(ctx, (grad, *tensors))
+            save_for_backward(ctx, (grad, *tensors))
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         saved = ctx.saved_tensors  # an error where the graph was freed
         if ctx.inputs is None:
-            grad, *tensors = common.with_kept(ctx, saved)
+            grad, *tensors = with_kept(ctx, saved)
         else:
             grad, tensors = ctx.grad, ctx.inputs.unchanged(ctx.options.op) if torch.is_grad_enabled() else ()
-            if not common.graph_is_kept():
+            if not graph_is_kept():
                 ctx.grad = ctx.inputs = None
         if torch.is_grad_enabled():
             loss = _over_all_rows(Tensors(*tensors), ctx.options)

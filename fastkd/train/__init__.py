@@ -1,23 +1,27 @@
-"""Training: the loop, its options and checkpoints, the plans of stages, comparisons and reports."""
+"""The engine that trains any method: the loop, its checkpoints, metrics and devices. Runs on top are fastkd.runs."""
 
-from fastkd.train.config import CompareConfig, TrainConfig, UserError
+from importlib import import_module
+from typing import Any
+
+from fastkd._core.messages import UserError
 from fastkd.train.interrupts import Interrupted
 from fastkd.train.loop import Fit, evaluate, train_epoch
-from fastkd.train.plans import RECIPES, plan
-from fastkd.train.runner import Runner
-from fastkd.train.stages import Learner, Stage
 
-__all__ = [
-    "RECIPES",
-    "CompareConfig",
-    "Fit",
-    "Interrupted",
-    "Learner",
-    "Runner",
-    "Stage",
-    "TrainConfig",
-    "UserError",
-    "evaluate",
-    "plan",
-    "train_epoch",
-]
+# Names of fastkd.runs that were here first; asked for on use, since runs stand on the engine.
+_RUNS = {
+    "CompareConfig": "config",
+    "TrainConfig": "config",
+    "RECIPES": "plans",
+    "plan": "plans",
+    "Runner": "runner",
+    "Learner": "stages",
+    "Stage": "stages",
+}
+
+__all__ = ["Fit", "Interrupted", "UserError", "evaluate", "train_epoch", *_RUNS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _RUNS:
+        return getattr(import_module(f"fastkd.runs.{_RUNS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

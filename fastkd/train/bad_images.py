@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastkd._core.files import write_atomic
+from fastkd._core.messages import note
 from fastkd.data.batches import Loader
-from fastkd.train import checkpoint
 from fastkd.train.distributed import ALONE, World
-from fastkd.train.progress import note
 
 NAMED = 5  # new ones in a note; the file holds the rest
 FILE = "bad_images.txt"
@@ -41,4 +41,4 @@ class BadImages:
         path = self.folder / FILE
         if path.exists():
             lines |= set(path.read_text().splitlines())
-        checkpoint.write_atomic(path, "".join(f"{line}\n" for line in sorted(lines)).encode())
+        write_atomic(path, "".join(f"{line}\n" for line in sorted(lines)).encode())

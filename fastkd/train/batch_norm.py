@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastkd._core.messages import UserError
 from fastkd.methods import Method
-from fastkd.train.config import Settings, UserError
 from fastkd.train.distributed import World
+from fastkd.train.settings import Settings
 
 
 def synchronises(settings: Settings, world: World) -> bool:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from fastkd._extras import require
+from fastkd._core.extras import require
+from fastkd._core.messages import note
 from fastkd.train.distributed import ALONE, World
 from fastkd.train.metrics import Meter, Row
-from fastkd.train.progress import note
 
 
 def writer_type() -> Any:

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from fastkd._core.labels import IGNORE_INDEX, counted
-from fastkd._recorder import CudaRecorder, Recorder
+from fastkd._core.messages import UserError, note
 from fastkd.graphs import Graphs
+from fastkd.graphs.recorder import CudaRecorder, Recorder
 from fastkd.methods import Method
 from fastkd.train.batch_norm import synchronise, synchronises
-from fastkd.train.config import Settings, UserError
 from fastkd.train.distributed import ALONE, World, launched
-from fastkd.train.progress import note
+from fastkd.train.settings import Settings
 
 
 def pick_device(name: str) -> torch.device:

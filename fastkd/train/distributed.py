@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastkd._core.locks import Busy, lock
+from fastkd._core.messages import UserError
 from fastkd.methods import Method
-from fastkd.train.config import UserError
-from fastkd.train.locks import Busy, lock
 
 POLL = 1.0  # seconds between two looks at a folder that another run holds
 

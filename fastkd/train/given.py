@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd._core.messages import UserError
 from fastkd.train import checkpoint
-from fastkd.train.config import UserError
 
 # Under which names a checkpoint keeps its network; ours first. A module's own state dict has none of them as a dict.
 HOLDERS = ("network", "state_dict", "model_state_dict", "model", "net", "module")

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
+from fastkd._core.files import FULL, StorageError
+from fastkd._core.locks import UNWRITABLE, NotWritable
+from fastkd._core.messages import note
 from fastkd.data import LogitsCache
 from fastkd.data.batches import image_set
 from fastkd.data.logits import identify
 from fastkd.methods import Method
-from fastkd.train.checkpoint import FULL, StorageError
-from fastkd.train.config import Settings
 from fastkd.train.distributed import World
-from fastkd.train.locks import UNWRITABLE, NotWritable
-from fastkd.train.progress import note
+from fastkd.train.settings import Settings
 
 _NOT_THERE = (
     "it does not hold all logits that this run needs: name a --cache that can be written, or leave out --logits-cache"

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastkd._core.files import sweep
+from fastkd._core.messages import UserError, note
 from fastkd.data import Data, loader
 from fastkd.data.batches import image_set
 from fastkd.data.parts import Part
@@ -20,14 +22,14 @@ from fastkd.models import call_network, logits_of
 from fastkd.train import batch_norm, checkpoint, same_data
 from fastkd.train.bad_images import BadImages
 from fastkd.train.board import Board
-from fastkd.train.config import Settings, UserError
 from fastkd.train.devices import batch_on, batches_on, pick_device, prepare, rows_of, run_as
 from fastkd.train.distributed import ALONE, World, own_seed, world
 from fastkd.train.interrupts import Interrupted, catch_interrupt, leave_interrupts
 from fastkd.train.kept_logits import KeptLogits
 from fastkd.train.metrics import Divergence, Meter, Row, read_csv, write_csv
 from fastkd.train.optim import make_optimizer, make_schedule
-from fastkd.train.progress import Progress, note
+from fastkd.train.progress import Progress
+from fastkd.train.settings import Settings
 from fastkd.train.steps import SKIPS, Steps
 
 FORMAT = 2
@@ -352,7 +354,7 @@ class Fit:
     def _last(self) -> tuple[dict[str, Any] | None, list[Row]]:
         """The last whole state, and the rows of metrics."""
         for folder in (self.folder, self.checkpoints):
-            checkpoint.sweep(folder)
+            sweep(folder)
         done = checkpoint.epochs(self.checkpoints)
         if done and done[-1] > self.epochs:
             raise UserError(f"{self.folder} has run {done[-1]} epochs already: give --epochs {done[-1]} or more")

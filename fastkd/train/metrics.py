@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd._core.files import write_atomic
+from fastkd._core.messages import UserError
 from fastkd.methods import Phase
 from fastkd.models import logits_of
-from fastkd.train import checkpoint
-from fastkd.train.config import UserError
 from fastkd.train.distributed import ALONE, World
 
 
@@ -226,7 +226,7 @@ def write_csv(path: str | Path, rows: list[Row]) -> None:
     writer.writeheader()
     for row in rows:
         writer.writerow({name: _cell(row.get(name, math.nan)) for name in names})
-    checkpoint.write_atomic(path, buffer.getvalue().encode())
+    write_atomic(path, buffer.getvalue().encode())
 
 
 def _cell(value: Any) -> Any:

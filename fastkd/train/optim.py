@@ -9,7 +9,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastkd.methods import Method
-from fastkd.train.config import OptimizationOptions
+from fastkd.train.settings import OptimizationOptions
 
 
 def make_optimizer(method: Method, options: OptimizationOptions) -> torch.optim.Optimizer:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import sys
 import time
 
-from fastkd._extras import require
+from fastkd._core.extras import require
 from fastkd.train.metrics import Meter, Row
 
 INTERVAL = 0.2  # seconds between two redraws: reading the means waits for a GPU
+
+
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n}/{total}, {remaining} left{postfix}"
+
+
 LINES = 2.0  # seconds between two lines, so that a thousand short epochs do not print a thousand
-
-
-def note(text: str) -> None:
-    """What whoever started the run should know, also where it is quiet."""
-    print(f"fastkd: note: {text}", file=sys.stderr, flush=True)
 
 
 class Progress:

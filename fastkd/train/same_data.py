@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastkd._core.files import write_atomic
+from fastkd._core.messages import UserError, note
 from fastkd.data.description import changes
 from fastkd.data.folders import listed
 from fastkd.train import checkpoint
-from fastkd.train.config import UserError
 from fastkd.train.distributed import World
-from fastkd.train.progress import note
 
 FILE = "data.json"
 
@@ -60,7 +60,7 @@ def _without_times(description: dict[str, Any]) -> dict[str, Any]:
 
 def keep(folder: Path, description: dict[str, Any]) -> None:
     """Record them."""
-    checkpoint.write_atomic(folder / FILE, json.dumps(description).encode() + b"\n")
+    write_atomic(folder / FILE, json.dumps(description).encode() + b"\n")
 
 
 def check_sizes(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fastkd._core.labels import counted
+from fastkd._core.messages import UserError
+from fastkd._core.modes import data_parallel
 from fastkd.methods import Method, Phase
-from fastkd.methods._observe import data_parallel
-from fastkd.train.config import Settings, UserError
 from fastkd.train.distributed import ALONE, World
+from fastkd.train.settings import Settings
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SKIPS = 10  # so many steps in a row that were left out end the run

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastkd import methods
-from fastkd.train.config import TrainConfig, UserError
+from fastkd._core.messages import UserError
+from fastkd.runs.config import TrainConfig
 
 
 @dataclass(frozen=True)

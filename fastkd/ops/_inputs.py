@@ -1,46 +1,28 @@
-"""What every operation needs: the shape of its arguments, their checks, the reductions.
+"""Checks of what operations take: logits, labels, masks, divisors, layouts.
 
-A check raises one sentence that names operation, argument, what was expected and what came.
 Shapes, dtypes, devices and options are always checked. Values (a target in its range, weights finite) are read
 only where reading them does not wait for a device: on CPU tensors, or everywhere with FASTKD_CHECKS=1.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from fastkd._core.checks import LARGEST, check_index, check_number
+from fastkd._core.messages import wrong_type, wrong_value
+from fastkd.ops import _autograd as autograd
+from fastkd.ops._autograd import is_transformed, may_read_values
+from fastkd.ops._formulas import rows_of
 
 MOST_CLASSES = 2**31
-LARGEST = sys.float_info.max
+
+
 REDUCTIONS = ("none", "sum", "mean")
-CHECK_VALUES_EVERYWHERE = os.environ.get("FASTKD_CHECKS", "0") == "1"
-
-
-def wrong_value(op: str, argument: str, expected: str, got: object) -> ValueError:
-    return ValueError(f"{op}: {argument} must be {expected}, got {got}")
-
-
-def wrong_type(op: str, argument: str, expected: str, got: object) -> TypeError:
-    return TypeError(f"{op}: {argument} must be {expected}, got {got}")
-
-
-def may_read_values(tensor: Tensor) -> bool:
-    """Whether looking at this tensor's numbers is free of a device wait and of a graph break."""
-    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor) or is_transformed():
-        return False
-    return tensor.device.type == "cpu" or CHECK_VALUES_EVERYWHERE
-
-
-def is_transformed() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, ...) or forward-mode AD is active around this call."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 ONE_LOGIT = "of shape [..., C] with C >= 2 classes (a network of one logit has a sigmoid, not a softmax)"
@@ -69,7 +51,7 @@ def check_like(op: str, name: str, value: object, student: Tensor, whose: str = 
 
 def check_not_probabilities(op: str, name: str, logits: Tensor | Sequence[Tensor]) -> None:
     """With FASTKD_CHECKS=1: refuses logits [..., C], one tensor or several, whose rows all are probabilities."""
-    if not CHECK_VALUES_EVERYWHERE:
+    if not autograd.CHECK_VALUES_EVERYWHERE:
         return
     for k, z in enumerate([logits] if isinstance(logits, Tensor) else logits):
         if may_read_values(z) and z.numel() > 0 and _are_probabilities(z.detach()):
@@ -90,25 +72,6 @@ def why_learning(name: str, learners: Sequence[Tensor]) -> str:
     return f"{name} requires grad and no student does (are the arguments swapped? The student comes first)"
 
 
-def check_number(
-    op: str, name: str, value: object, expected: str, low: float = -LARGEST, high: float = LARGEST
-) -> float:
-    """A finite Python number within [low, high]; a tensor is refused, since its gradient would be lost."""
-    if type(value) is not float:
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise wrong_type(op, name, expected, type(value).__name__)
-        if hasattr(value, "dtype"):  # np.float32 compares in its own dtype, in which LARGEST overflows
-            value = float(value)
-    if not low <= value <= high:  # comparisons only: NaN fails them, and torch.compile traces them for a dynamic float
-        raise wrong_value(op, name, expected, value)
-    return float(value)
-
-
-def check_index(op: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise wrong_type(op, name, "an integer", type(value).__name__)
-
-
 def check_scalar(
     op: str, name: str, value: object, expected: str, low: float = -LARGEST, high: float = LARGEST
 ) -> float | Tensor:
@@ -121,27 +84,6 @@ def check_scalar(
         return value.reshape(())
     number = check_number(op, name, value.item(), expected, low, high)
     return value.reshape(()) if value.requires_grad and torch.is_grad_enabled() else number
-
-
-def on_host(scalars: Sequence[float | Tensor]) -> bool:
-    """Whether native kernels of any device can take these: numbers, or 0-d tensors on the CPU that need no gradient.
-
-    Inside a compiled graph a CPU tensor is an input like any other, so that a schedule needs no second graph.
-    """
-    return all(
-        [
-            not isinstance(s, Tensor) or (s.device.type == "cpu" and not (s.requires_grad and torch.is_grad_enabled()))
-            for s in scalars
-        ]
-    )
-
-
-def host_scalars(scalars: Sequence[float | Tensor]) -> Tensor | None:
-    """None where all are numbers; else float64 [n] on the CPU, in their order, for the kernels to read."""
-    if not any([isinstance(s, Tensor) for s in scalars]):
-        return None
-    tensors = [s if isinstance(s, Tensor) else torch.tensor(s, dtype=torch.float64) for s in scalars]
-    return torch.stack([t.detach().to(torch.float64) for t in tensors])
 
 
 def check_class_dim(op: str, class_dim: object, dims: int) -> int:
@@ -231,11 +173,6 @@ def check_num_items(op: str, num_items: object, reduction: str) -> float | Tenso
     return items
 
 
-def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise wrong_value(op, name, "one of " + ", ".join(repr(c) for c in choices), repr(value))
-
-
 def check_target(op: str, target: object, student: Tensor, whose: str = "the student's") -> Tensor:
     """Class indices of the student's leading shape, returned as int64 [R]."""
     if not isinstance(target, Tensor):
@@ -313,113 +250,3 @@ def check_range(op: str, target: Tensor | None, classes: int, ignore_index: int)
     outside = (target != ignore_index) & ((target < 0) | (target >= classes))
     if bool(outside.any()):
         raise out_of_range(op, target, classes, ignore_index)
-
-
-def rows_of(logits: Tensor) -> Tensor:
-    """[..., C] as [R, C] where that is a view; else as it is: the kernels read rows anywhere in memory (flat_rows)."""
-    if logits.dim() == 2:
-        return logits
-    if logits.dim() == 1 or _rows_merge(logits.shape, logits.stride()):
-        return logits.view(-1, logits.shape[-1])
-    return logits if logits.stride(-1) == 1 else logits.reshape(-1, logits.shape[-1])
-
-
-def _rows_merge(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether the leading dimensions of a tensor can be seen as one."""
-    dims = [(n, s) for n, s in zip(shape[:-1], stride[:-1], strict=True) if n != 1]
-    return 0 in shape or all([s == inner_n * inner_s for (_, s), (inner_n, inner_s) in zip(dims, dims[1:])])  # noqa: B905
-
-
-def flat_rows(logits: Tensor) -> Tensor:
-    """[..., C] as [R, C], copied where no view can be: for the reference."""
-    return logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
-
-
-def count_rows(logits: Tensor) -> int:
-    """R of logits [..., C]."""
-    rows = 1
-    for size in logits.shape[:-1]:
-        rows = rows * size
-    return rows
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that losses of logits of this dtype are computed and returned in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def reduce_rows(
-    rows: Tensor,
-    valid: Tensor | None,
-    reduction: str,
-    leading: Sequence[int],
-    num_items: float | Tensor | None = None,
-) -> Tensor:
-    """Row losses [R] by "none" | "sum" | "mean"; the mean is over max(1, rows that count), or num_items."""
-    if reduction == "none":
-        return rows.reshape(leading)
-    if num_items is not None:
-        return rows.sum() / num_items
-    if reduction == "sum":
-        return rows.sum()
-    count = max(1, rows.shape[0]) if valid is None else valid.sum().clamp(min=1)
-    return rows.sum() / count
-
-
-# --- what autograd functions keep between forward and backward ------------------------------------------------------
-
-
-def save_for_backward(ctx, tensors: Sequence[Tensor | None]) -> None:
-    """ctx.save_for_backward, which refuses tensors made under torch.inference_mode(): ctx itself keeps these."""
-    kept = None
-    if not torch.compiler.is_compiling() and any([t is not None and t.is_inference() for t in tensors]):
-        kept = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
-        tensors = [None if i in kept else t for i, t in enumerate(tensors)]
-    ctx.kept = kept
-    ctx.save_for_backward(*tensors)
-
-
-def with_kept(ctx, saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """The tensors that save_for_backward() was given, from ctx.saved_tensors."""
-    return saved if ctx.kept is None else [ctx.kept.get(i, tensor) for i, tensor in enumerate(saved)]
-
-
-class Inputs:
-    """The inputs of an operation whose first derivative does not read them: only a second one does.
-
-    They may be changed in place between the loss and its backward, which tensors of save_for_backward may not.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor | None]):
-        self._tensors = tuple(tensors)
-        self._versions = tuple([_version(t) for t in tensors])
-
-    def unchanged(self, op: str) -> tuple[Tensor | None, ...]:
-        for tensor, version in zip(self._tensors, self._versions, strict=True):
-            if _version(tensor) != version:
-                raise RuntimeError(
-                    f"{op}: a second derivative (create_graph=True) needs the inputs as they were, but one of them was "
-                    "changed in place after the loss was computed; give the operation a clone of it"
-                )
-        return self._tensors
-
-
-def _version(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
-
-
-def graph_is_kept() -> bool:
-    """Inside a backward: whether the graph will be gone through again (retain_graph or create_graph)."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
-
-
-def hand_out(ctx, name: str) -> Tensor:
-    """The stored gradient `ctx.<name>` as the caller's own tensor: given away with the last pass, else copied.
-
-    Read ctx.saved_tensors before: it raises where the graph was freed already.
-    """
-    gradient = getattr(ctx, name)
-    if graph_is_kept():
-        return gradient.clone()
-    setattr(ctx, name, None)
-    return gradient

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastkd._extras import require
-from fastkd.train import checkpoint, environment
-from fastkd.train.config import to_yaml
+from fastkd._core.extras import require
+from fastkd._core.files import write_atomic
+from fastkd.runs import environment
+from fastkd.runs.config import to_yaml
+from fastkd.runs.figures import pyplot, save_figure
+from fastkd.runs.study import Study, arguments_text
+from fastkd.runs.study_stats import TEST, Difference, Rows, by_seed, half_width, holm, mean_of, paired
+from fastkd.runs.tables import table
 from fastkd.train.devices import pick_device
-from fastkd.train.report import pyplot, save_figure, table
-from fastkd.train.study import Study, arguments_text
-from fastkd.train.study_stats import TEST, Difference, Rows, by_seed, half_width, holm, mean_of, paired
 
 ALL = ("", "_before")  # of the student's stage, and of what was trained for it
 
@@ -167,7 +169,7 @@ are the processor time of the epochs, evaluation among them."""
 
 def write(out: Path, rows: Rows, facts: Facts, command: str, study: Study | None = None) -> Path:
     """OUT/report.md and a picture of gains and one of costs for each setting."""
-    from fastkd.train.study_cost import STEPS
+    from fastkd.runs.study_cost import STEPS
 
     lines = [f"# {facts.name}", "", tables(rows, facts), ""]
     for setting in dict.fromkeys(row["setting"] for row in rows):
@@ -179,7 +181,7 @@ def write(out: Path, rows: Rows, facts: Facts, command: str, study: Study | None
             lines += [f"![gains, {setting}](gains-{setting}.png)", ""]
     lines += ["## How to read this", "", READING.format(steps=STEPS), "", "## How to repeat it", "", f"`{command}`", ""]
     lines += _protocol(study) if study else []
-    checkpoint.write_atomic(out / "report.md", "\n".join(lines).encode())
+    write_atomic(out / "report.md", "\n".join(lines).encode())
     return out / "report.md"
 
 

@@ -1,28 +1,21 @@
-"""What the operations over several networks share: checks of teachers, temperatures, weights; the divergence."""
+"""Checks of what operations over several networks take: teachers, temperatures, weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from fastkd.ops import _common as common
+from fastkd._core.checks import LARGEST
+from fastkd._core.messages import wrong_type, wrong_value
+from fastkd.ops._autograd import may_read_values
+from fastkd.ops._formulas import accumulate_dtype
+from fastkd.ops._inputs import check_like, check_scalar
 
 POSITIVE = "a finite number > 0, or one per teacher"
-
-
-class LossTerms(NamedTuple):
-    """What `return_terms=True` adds: the two parts of kd_weight * kd + ce_weight * ce, without these weights.
-
-    Detached, reduced as the loss, in its dtype. ce is 0 without labels; kd is 0 where kd_weight is: no teacher is read.
-    """
-
-    kd: Tensor
-    ce: Tensor
 
 
 def check_teachers(op: str, teachers: object, student: Tensor, whose: str = "the student's") -> Sequence[Tensor]:
@@ -34,12 +27,12 @@ def check_teachers(op: str, teachers: object, student: Tensor, whose: str = "the
             teachers = teachers.unbind(0)
         else:
             expected = f"of {whose} shape {list(student.shape)} or with K stacked in front of it"
-            raise common.wrong_value(op, "teachers", expected, f"shape {list(teachers.shape)}")
+            raise wrong_value(op, "teachers", expected, f"shape {list(teachers.shape)}")
     elif not isinstance(teachers, Sequence) or isinstance(teachers, str):
         expected = "a sequence of logits tensors or one stacked tensor"
-        raise common.wrong_type(op, "teachers", expected, type(teachers).__name__)
+        raise wrong_type(op, "teachers", expected, type(teachers).__name__)
     if len(teachers) == 0:
-        raise common.wrong_value(op, "teachers", "at least one tensor of logits", "none")
+        raise wrong_value(op, "teachers", "at least one tensor of logits", "none")
     shape, device = student.shape, student.device
     for k, teacher in enumerate(teachers):
         # The usual case in one look: this runs for every teacher of every step.
@@ -49,7 +42,7 @@ def check_teachers(op: str, teachers: object, student: Tensor, whose: str = "the
             and teacher.device == device
             and teacher.is_floating_point()
         ):
-            common.check_like(op, f"teachers[{k}]", teacher, student, whose)
+            check_like(op, f"teachers[{k}]", teacher, student, whose)
     return teachers
 
 
@@ -58,8 +51,8 @@ def check_temperature(op: str, temperature: object, k: int) -> tuple:
     if isinstance(temperature, Tensor) and temperature.dim() > 0:
         if temperature.dim() > 1 or not temperature.is_floating_point():
             got = f"a tensor of {temperature.dtype} and shape {list(temperature.shape)}"
-            raise common.wrong_value(op, "temperature", POSITIVE, got)
-        readable = common.may_read_values(temperature) and not temperature.requires_grad
+            raise wrong_value(op, "temperature", POSITIVE, got)
+        readable = may_read_values(temperature) and not temperature.requires_grad
         single, values = False, temperature.tolist() if readable else temperature.unbind(0)
     elif isinstance(temperature, Sequence) and not isinstance(temperature, str):
         single, values = False, temperature
@@ -67,14 +60,14 @@ def check_temperature(op: str, temperature: object, k: int) -> tuple:
         single, values = True, (temperature,)
     values = tuple([_positive(op, t) for t in values])
     if not single and len(values) != k:
-        raise common.wrong_value(op, "temperature", f"one number or {k}, one per teacher", f"{len(values)} numbers")
+        raise wrong_value(op, "temperature", f"one number or {k}, one per teacher", f"{len(values)} numbers")
     return values
 
 
 def _positive(op: str, value: object) -> float | Tensor:
-    value = common.check_scalar(op, "temperature", value, POSITIVE)
+    value = check_scalar(op, "temperature", value, POSITIVE)
     if not isinstance(value, Tensor) and value <= 0:
-        raise common.wrong_value(op, "temperature", POSITIVE, value)
+        raise wrong_value(op, "temperature", POSITIVE, value)
     return value
 
 
@@ -86,76 +79,48 @@ def check_weights(
         return None, (1.0 / k,) * k
     if not isinstance(weights, Tensor):
         if not isinstance(weights, Sequence) or isinstance(weights, str):
-            raise common.wrong_type(op, "weights", "a sequence of K numbers or a tensor", type(weights).__name__)
+            raise wrong_type(op, "weights", "a sequence of K numbers or a tensor", type(weights).__name__)
         if all([isinstance(w, (int, float)) for w in weights]):
             if len(weights) != k:
-                raise common.wrong_value(op, "weights", f"{k} numbers, one per teacher", f"{len(weights)} numbers")
+                raise wrong_value(op, "weights", f"{k} numbers, one per teacher", f"{len(weights)} numbers")
             return None, _host_weights(op, weights, nonnegative)
         if any(isinstance(w, Tensor) for w in weights):
             weights = torch.stack([torch.as_tensor(w, device=student.device) for w in weights])
         else:
-            weights = torch.as_tensor(weights, dtype=common.accumulate_dtype(student.dtype), device=student.device)
+            weights = torch.as_tensor(weights, dtype=accumulate_dtype(student.dtype), device=student.device)
     return _tensor_weights(op, weights, k, student, nonnegative)
 
 
 def _tensor_weights(op: str, weights: Tensor, k: int, student: Tensor, nonnegative: bool):
     shape, per_row = list(weights.shape), [k, *student.shape[:-1]]
     if weights.dtype == torch.bool or weights.is_complex():
-        raise common.wrong_type(op, "weights", "of a floating-point dtype", f"dtype {weights.dtype}")
+        raise wrong_type(op, "weights", "of a floating-point dtype", f"dtype {weights.dtype}")
     if shape != [k] and shape != per_row:
-        raise common.wrong_value(op, "weights", f"of shape [{k}] or {per_row}", f"shape {shape}")
-    readable = common.may_read_values(weights)
+        raise wrong_value(op, "weights", f"of shape [{k}] or {per_row}", f"shape {shape}")
+    readable = may_read_values(weights)
     if weights.dim() == 1 and readable and not weights.requires_grad:
         return None, _host_weights(op, weights.tolist(), nonnegative)
     if weights.device != student.device:
         if weights.dim() != 1 or weights.device.type != "cpu":
             expected = f"on the student's device {student.device}"
-            raise common.wrong_value(op, "weights", expected, f"device {weights.device}")
+            raise wrong_value(op, "weights", expected, f"device {weights.device}")
         weights = weights.to(student.device, non_blocking=True)
     if readable and not bool(weights.isfinite().all()):
-        raise common.wrong_value(op, "weights", "finite", "a NaN or infinite weight")
+        raise wrong_value(op, "weights", "finite", "a NaN or infinite weight")
     if readable and nonnegative and bool((weights < 0).any()):
-        raise common.wrong_value(op, "weights", "at least 0 for combine='probs'", "a negative weight")
-    weights = weights.to(common.accumulate_dtype(student.dtype))
+        raise wrong_value(op, "weights", "at least 0 for combine='probs'", "a negative weight")
+    weights = weights.to(accumulate_dtype(student.dtype))
     return (weights if weights.dim() == 1 else weights.reshape(k, -1)), ()
 
 
 def _host_weights(op: str, weights: Sequence[float], nonnegative: bool) -> tuple[float, ...]:
     weights = tuple([float(w) for w in weights])
     for weight in weights:
-        if not -common.LARGEST <= weight <= common.LARGEST:
-            raise common.wrong_value(op, "weights", "finite", list(weights))
+        if not -LARGEST <= weight <= LARGEST:
+            raise wrong_value(op, "weights", "finite", list(weights))
         if nonnegative and weight < 0:
-            raise common.wrong_value(op, "weights", "at least 0 for combine='probs'", list(weights))
+            raise wrong_value(op, "weights", "at least 0 for combine='probs'", list(weights))
     return weights
-
-
-def log_softmax(logits: Tensor, temperature) -> Tensor:
-    """log softmax(logits / T); masked classes (-inf) are kept from a T that learns, or its gradient would be NaN."""
-    if not isinstance(temperature, Tensor):
-        return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
-    masked = logits == -math.inf
-    return torch.log_softmax((logits.masked_fill(masked, 0) / temperature).masked_fill(masked, -math.inf), -1)
-
-
-def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """sum_c p (log p - log q), [R]: 0 where p is masked, +inf where only q is, also where p underflows."""
-    p = log_p.exp()
-    plain = (p * (log_p - log_q)).sum(-1)
-    if common.may_read_values(plain) and bool(plain.isfinite().all()):  # no masked class, which is NaN or +inf there
-        return plain
-    masked = log_p == -math.inf
-    terms = p * (log_p - log_q).masked_fill(masked, 0)
-    return terms.masked_fill((p == 0) & ~masked & (log_q == -math.inf), math.inf).sum(-1)
-
-
-def weighted_divergence(log_p: Tensor, log_q: Tensor, weight, scale) -> Tensor:
-    """weight * scale * KL(p || q), [R], for a weight that is a number or [R]."""
-    kl = divergence(log_p, log_q)
-    if isinstance(weight, Tensor) or weight == 0:
-        kl = kl.masked_fill((weight == 0) & kl.isinf(), 0)  # a weight of 0 removes an infinite divergence as well
-    # A KL below zero is rounding. The gradient is kept, which clamp would drop.
-    return (weight * scale) * (kl - kl.detach().clamp(max=0))
 
 
 def mixture(log_ps: Sequence[Tensor], weights: Sequence) -> Tensor:

@@ -14,9 +14,10 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from fastkd.train import checkpoint, study_worker
+from fastkd._core.files import write_atomic
+from fastkd.runs import study_worker
+from fastkd.runs.study import Run
 from fastkd.train.interrupts import catch_interrupt
-from fastkd.train.study import Run
 
 SPENT = "spent.json"
 POLL = 0.5  # seconds
@@ -113,7 +114,7 @@ def spent(out: Path) -> dict[str, float]:
 def add_spent(out: Path, run: Run, seconds: float) -> None:
     known = spent(out)
     known[run.name] = round(known.get(run.name, 0.0) + seconds, 1)
-    checkpoint.write_atomic(out / SPENT, json.dumps(known, indent=1).encode())
+    write_atomic(out / SPENT, json.dumps(known, indent=1).encode())
 
 
 def left(out: Path, runs: Sequence[Run], finished: set[str], jobs: int) -> float | None:

@@ -12,15 +12,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastkd._extras import require
-from fastkd.train import study_pool, study_report
-from fastkd.train.config import Settings, UserError
-from fastkd.train.locks import lock
+from fastkd._core.extras import require
+from fastkd._core.locks import lock
+from fastkd._core.messages import UserError
+from fastkd.runs import study_pool, study_report
+from fastkd.runs.study import Run, Study, check_resumed, find, read
+from fastkd.runs.study_pool import Pool, duration
+from fastkd.runs.study_worker import DONE, ROW, STOPPED
+from fastkd.runs.tables import percent
 from fastkd.train.metrics import write_csv
-from fastkd.train.report import percent
-from fastkd.train.study import Run, Study, check_resumed, find, read
-from fastkd.train.study_pool import Pool, duration
-from fastkd.train.study_worker import DONE, ROW, STOPPED
+from fastkd.train.settings import Settings
 
 USAGE = "fastkd study FILE --out DIR [--jobs N] [--only A,B,...] [--limit MINUTES] [--OPTION VALUE ...]"
 ABOUT = """Methods x seeds x settings of a YAML file, one row a run in DIR/study.csv, a report with intervals and tests.

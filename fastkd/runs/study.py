@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastkd.train.config import Settings, TrainConfig, UserError, differences, read_yaml
-from fastkd.train.plans import accepted, arguments, check_options, plan, recipe
+from fastkd._core.messages import UserError
+from fastkd.runs.config import TrainConfig, differences, read_yaml
+from fastkd.runs.plans import accepted, arguments, check_options, plan, recipe
+from fastkd.train.settings import Settings
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "study"
 FORBIDDEN = ("method", "seed", "out", "resume", "cache")  # the study's own business

@@ -6,9 +6,9 @@ import math
 
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastkd.runs.runner import Result, Runner
+from fastkd.runs.stages import Stage
 from fastkd.train.devices import batch_on
-from fastkd.train.runner import Result, Runner
-from fastkd.train.stages import Stage
 
 STEPS = 4  # of each stage are counted: the steps of ORC differ
 

@@ -12,14 +12,18 @@ import torch
 
 import fastkd
 from fastkd import models
-from fastkd.train import checkpoint, environment, same_data
-from fastkd.train.config import CompareConfig, TrainConfig
+from fastkd._core.files import write_atomic
+from fastkd.runs import environment
+from fastkd.runs.config import CompareConfig, TrainConfig
+from fastkd.runs.figures import LAST_EPOCH, pyplot, save_figure
+from fastkd.runs.plans import accepted, check_options, plan, teaches_logits
+from fastkd.runs.report import data_text, method_text, optimization_text
+from fastkd.runs.runner import Result, Runner, load_data
+from fastkd.runs.tables import final, table
+from fastkd.train import same_data
 from fastkd.train.devices import pick_device, to_device
 from fastkd.train.loop import Fit
 from fastkd.train.metrics import write_csv
-from fastkd.train.plans import accepted, check_options, plan, teaches_logits
-from fastkd.train.report import LAST_EPOCH, data_text, final, method_text, optimization_text, pyplot, save_figure, table
-from fastkd.train.runner import Result, Runner, load_data
 
 ROUNDS = 30  # of timed steps with each backend
 WARM_UP = 3
@@ -246,5 +250,5 @@ def write(comparison: Comparison, command: str) -> list[Path]:
     out = Path(comparison.config.out)
     write_metrics(comparison, out)
     draw_bars(comparison, out / "comparison.png")
-    checkpoint.write_atomic(out / "report.md", text(comparison, command).encode())
+    write_atomic(out / "report.md", text(comparison, command).encode())
     return [out / name for name in ("report.md", "comparison.png", "metrics.csv", "results.csv")]

@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 
 from fastkd import methods
-from fastkd.train import stages
-from fastkd.train.config import TrainConfig, UserError
-from fastkd.train.stages import Stage
+from fastkd._core.messages import UserError
+from fastkd.runs import stages
+from fastkd.runs.config import TrainConfig
+from fastkd.runs.stages import Stage
 
 Networks = list[nn.Module]
 

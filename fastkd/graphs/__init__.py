@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten
 
-from fastkd._capture import Capture, Flights, NotCapturedError, TrainingCapture
-from fastkd._recorder import CudaRecorder, Recorder
+from fastkd.graphs.capture import Capture, Flights, NotCapturedError, TrainingCapture
+from fastkd.graphs.recorder import CudaRecorder, Recorder
 
 if TYPE_CHECKING:
     from fastkd.methods import Method

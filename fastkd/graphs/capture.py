@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastkd._recorder import Recorder, Recording
+from fastkd.graphs.recorder import Recorder, Recording
 
 CHOICES = 4  # so many recordings has the backward pass of one capture
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from fastkd import models
-from fastkd.train import checkpoint, commands
-from fastkd.train.config import TrainConfig
+from fastkd._core.files import write_atomic
+from fastkd.runs.commands import train
+from fastkd.runs.config import TrainConfig
+from fastkd.runs.runner import Result, Runner
+from fastkd.runs.study_cost import costs
+from fastkd.runs.tables import final
 from fastkd.train.devices import cpu_threads
 from fastkd.train.interrupts import Interrupted
-from fastkd.train.report import final
-from fastkd.train.runner import Result, Runner
-from fastkd.train.study_cost import costs
 
 ROW = "row.json"
 DONE, FAILED, STOPPED = 0, 1, 130  # exit statuses
@@ -63,10 +64,10 @@ def _follow_parent() -> None:
 def carry_out(config: TrainConfig, log) -> dict[str, Any]:
     """The run, its report, and its row."""
     command = f"fastkd train --config {config.out}/config.yaml --out {config.out} --resume"
-    results = commands.train(config, command, say=lambda text: print(text, file=log, flush=True))
+    results = train(config, command, say=lambda text: print(text, file=log, flush=True))
     with cpu_threads(config.threads):
         row = describe(config, results)
-    checkpoint.write_atomic(Path(config.out) / ROW, json.dumps(row, indent=1).encode())
+    write_atomic(Path(config.out) / ROW, json.dumps(row, indent=1).encode())
     return row
 
 

@@ -21,18 +21,19 @@ from torch import nn
 
 from fastkd import data as datasets
 from fastkd import methods, models
+from fastkd._core.files import write_atomic
+from fastkd._core.locks import NotWritable, why_not_writable
+from fastkd._core.messages import UserError, note
 from fastkd.models.registry import SMALLEST_IMAGE
+from fastkd.runs.config import TrainConfig, fingerprint
+from fastkd.runs.plans import arguments, plan, recipe, teaches_logits
+from fastkd.runs.stages import Learner, Stage, parameters
 from fastkd.train import batch_norm, checkpoint, same_data
-from fastkd.train.config import TrainConfig, UserError, fingerprint
 from fastkd.train.devices import check_cuda_graph, pick_device
 from fastkd.train.distributed import world
 from fastkd.train.given import load_weights
-from fastkd.train.locks import NotWritable, why_not_writable
 from fastkd.train.loop import Fit
 from fastkd.train.metrics import Row
-from fastkd.train.plans import arguments, plan, recipe, teaches_logits
-from fastkd.train.progress import note
-from fastkd.train.stages import Learner, Stage, parameters
 from fastkd.train.steps import check_amp
 
 _TRAINING = ("batch_size", "optimizer", "lr", "momentum", "nesterov", "weight_decay", "schedule", "milestones")
@@ -276,9 +277,9 @@ class Runner:
     def _copy(self, stage: Stage, source: Path, folder: Path) -> None:
         target = checkpoint.path_of(folder / "checkpoints", stage.epochs)
         if not target.exists():
-            checkpoint.write_atomic(folder / "metrics.csv", (source / "metrics.csv").read_bytes())
+            write_atomic(folder / "metrics.csv", (source / "metrics.csv").read_bytes())
             last = checkpoint.path_of(source / "checkpoints", stage.epochs)
-            checkpoint.write_atomic(target, last.read_bytes())
+            write_atomic(target, last.read_bytes())
 
     def _earlier(self, stage: Stage, trained: Mapping[str, nn.Module]) -> Result:
         if stage.name in self.config.checkpoint:

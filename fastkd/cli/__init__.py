@@ -76,8 +76,8 @@ def _dispatch(argv: list[str]) -> int:
     if command == "--version":
         print(f"fastkd {__version__}")
         return 0
-    from fastkd.train.config import UserError
-    from fastkd.train.options import guess, parse
+    from fastkd._core.messages import UserError
+    from fastkd.cli.options import guess, parse
 
     if command not in COMMANDS:
         raise UserError(f"there is no command {command!r}: {guess(command, COMMANDS)}use {', '.join(COMMANDS)}")
@@ -88,31 +88,31 @@ def _dispatch(argv: list[str]) -> int:
 
         return _bench.run(argv[1:])
     if command == "report":
-        from fastkd.train import revisit
+        from fastkd.runs import summary
 
-        return revisit.main(argv[1:], _command_line(argv))
+        return summary.main(argv[1:], _command_line(argv))
     if command == "study":
-        from fastkd.train import study_command
+        from fastkd.runs import study_command
 
         return study_command.main(argv[1:], _command_line(argv))
     config = parse(command, argv[1:])
     if config is None:
         return 0
-    from fastkd.train import commands
+    from fastkd.runs import commands
 
     getattr(commands, command)(config, _command_line(argv))
     return 0
 
 
 def _info(rest: list[str]) -> int:
-    from fastkd.train.config import UserError
+    from fastkd._core.messages import UserError
 
     if rest and rest[0] not in ("-h", "--help"):
         raise UserError(f"fastkd info takes no options, got {rest[0]!r}")
     if rest:
         print("usage: fastkd info\n\nVersions, devices, and which backend each operation uses and why.")
         return 0
-    from fastkd.train import environment
+    from fastkd.runs import environment
 
     print(environment.info())
     return 0
@@ -122,7 +122,7 @@ def _explain(error: Exception) -> str | None:
     """One sentence for an error that the user can put right, None for one that only a developer can."""
     import torch
 
-    from fastkd.train.config import UserError
+    from fastkd._core.messages import UserError
 
     if isinstance(error, ArgumentError):
         return _explain_option(str(error))
@@ -159,9 +159,9 @@ def _explain_option(message: str) -> str:
     message = " ".join(message.split())
     unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
     if unknown:
-        from fastkd.train.config import CompareConfig, TrainConfig
-        from fastkd.train.options import guess
-        from fastkd.train.plans import RECIPES, arguments
+        from fastkd.cli.options import guess
+        from fastkd.runs.config import CompareConfig, TrainConfig
+        from fastkd.runs.plans import RECIPES, arguments
 
         fields = {f.name for kind in (TrainConfig, CompareConfig) for f in dataclasses.fields(kind)}
         given = unknown[1].partition("=")[0]

@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from fastkd._extras import require
+from fastkd._core.extras import require
 
 Rows = list[dict[str, Any]]
 TEST = "paired t-test, two-sided"

@@ -5,21 +5,20 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from fastkd.train import board, checkpoint, environment
-from fastkd.train import compare as comparing
-from fastkd.train.config import CompareConfig, TrainConfig, UserError, differences, read_yaml, to_yaml
+from fastkd._core.files import write_atomic
+from fastkd._core.locks import lock, why_not_writable
+from fastkd._core.messages import UserError
+from fastkd.runs import compare as comparing
+from fastkd.runs import environment
+from fastkd.runs.config import CompareConfig, TrainConfig, differences, read_yaml, to_yaml
+from fastkd.runs.folder import CONFIG, holds_run
+from fastkd.runs.plans import RECIPES, plan, recipe
+from fastkd.runs.report import write_train_report
+from fastkd.runs.runner import Result, Runner
+from fastkd.runs.tables import percent
+from fastkd.train import board, checkpoint
 from fastkd.train.devices import cpu_threads, pick_device
 from fastkd.train.distributed import deterministic, joined, launched
-from fastkd.train.locks import lock, why_not_writable
-from fastkd.train.plans import RECIPES, plan, recipe
-from fastkd.train.report import percent, write_train_report
-from fastkd.train.runner import Result, Runner
-
-CONFIG = "config.yaml"
-
-
-def holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (CONFIG, "metrics.csv", "checkpoints"))
 
 
 def _open(config: TrainConfig | CompareConfig) -> Path:
@@ -48,7 +47,7 @@ def _open(config: TrainConfig | CompareConfig) -> Path:
 
 
 def _keep_config(out: Path, config: TrainConfig | CompareConfig) -> None:
-    checkpoint.write_atomic(out / CONFIG, to_yaml(config).encode())
+    write_atomic(out / CONFIG, to_yaml(config).encode())
 
 
 def train(config: TrainConfig, command: str, say=print) -> dict[str, Result]:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from fastkd import models
-from fastkd._extras import require
-from fastkd.train import config
-from fastkd.train.commands import CONFIG
-from fastkd.train.config import CompareConfig, TrainConfig, UserError, read_yaml
-from fastkd.train.plans import RECIPES, arguments
+from fastkd._core.extras import require
+from fastkd._core.messages import UserError
+from fastkd.runs.config import CompareConfig, CompareOptions, MethodOptions, TrainConfig, read_yaml
+from fastkd.runs.folder import CONFIG
+from fastkd.runs.plans import RECIPES, arguments
+from fastkd.train.settings import DataOptions, LoopOptions, NetworkOptions, OptimizationOptions, ScaleOptions
 
 RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"
 EXAMPLES = {
@@ -60,10 +61,10 @@ def _parser(command: str, config_type: type):
         metavar="FILE|NAME",
         help="YAML file of options, or the name of a recipe (below); the command line overrides it",
     )
-    first = config.MethodOptions if command == "train" else config.CompareOptions
-    for group in (first, config.OptimizationOptions, config.NetworkOptions, config.DataOptions):
+    first = MethodOptions if command == "train" else CompareOptions
+    for group in (first, OptimizationOptions, NetworkOptions, DataOptions):
         parser.add_class_arguments(group)
-    for group in (config.LoopOptions, config.ScaleOptions):
+    for group in (LoopOptions, ScaleOptions):
         parser.add_class_arguments(group)
     own = vars(config_type).get("__annotations__", {})  # the options to which this command gives its own defaults
     parser.set_defaults({f.name: f.default for f in dataclasses.fields(config_type) if f.name in own})

@@ -1,0 +1,101 @@
+"""Formulas that the references of several operations share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.ops._autograd import may_read_values
+
+
+def rows_of(logits: Tensor) -> Tensor:
+    """[..., C] as [R, C] where that is a view; else as it is: the kernels read rows anywhere in memory (flat_rows)."""
+    if logits.dim() == 2:
+        return logits
+    if logits.dim() == 1 or _rows_merge(logits.shape, logits.stride()):
+        return logits.view(-1, logits.shape[-1])
+    return logits if logits.stride(-1) == 1 else logits.reshape(-1, logits.shape[-1])
+
+
+def _rows_merge(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether the leading dimensions of a tensor can be seen as one."""
+    dims = [(n, s) for n, s in zip(shape[:-1], stride[:-1], strict=True) if n != 1]
+    return 0 in shape or all([s == inner_n * inner_s for (_, s), (inner_n, inner_s) in zip(dims, dims[1:])])  # noqa: B905
+
+
+def flat_rows(logits: Tensor) -> Tensor:
+    """[..., C] as [R, C], copied where no view can be: for the reference."""
+    return logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+
+
+def count_rows(logits: Tensor) -> int:
+    """R of logits [..., C]."""
+    rows = 1
+    for size in logits.shape[:-1]:
+        rows = rows * size
+    return rows
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that losses of logits of this dtype are computed and returned in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def reduce_rows(
+    rows: Tensor,
+    valid: Tensor | None,
+    reduction: str,
+    leading: Sequence[int],
+    num_items: float | Tensor | None = None,
+) -> Tensor:
+    """Row losses [R] by "none" | "sum" | "mean"; the mean is over max(1, rows that count), or num_items."""
+    if reduction == "none":
+        return rows.reshape(leading)
+    if num_items is not None:
+        return rows.sum() / num_items
+    if reduction == "sum":
+        return rows.sum()
+    count = max(1, rows.shape[0]) if valid is None else valid.sum().clamp(min=1)
+    return rows.sum() / count
+
+
+class LossTerms(NamedTuple):
+    """What `return_terms=True` adds: the two parts of kd_weight * kd + ce_weight * ce, without these weights.
+
+    Detached, reduced as the loss, in its dtype. ce is 0 without labels; kd is 0 where kd_weight is: no teacher is read.
+    """
+
+    kd: Tensor
+    ce: Tensor
+
+
+def log_softmax(logits: Tensor, temperature) -> Tensor:
+    """log softmax(logits / T); masked classes (-inf) are kept from a T that learns, or its gradient would be NaN."""
+    if not isinstance(temperature, Tensor):
+        return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
+    masked = logits == -math.inf
+    return torch.log_softmax((logits.masked_fill(masked, 0) / temperature).masked_fill(masked, -math.inf), -1)
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum_c p (log p - log q), [R]: 0 where p is masked, +inf where only q is, also where p underflows."""
+    p = log_p.exp()
+    plain = (p * (log_p - log_q)).sum(-1)
+    if may_read_values(plain) and bool(plain.isfinite().all()):  # no masked class, which is NaN or +inf there
+        return plain
+    masked = log_p == -math.inf
+    terms = p * (log_p - log_q).masked_fill(masked, 0)
+    return terms.masked_fill((p == 0) & ~masked & (log_q == -math.inf), math.inf).sum(-1)
+
+
+def weighted_divergence(log_p: Tensor, log_q: Tensor, weight, scale) -> Tensor:
+    """weight * scale * KL(p || q), [R], for a weight that is a number or [R]."""
+    kl = divergence(log_p, log_q)
+    if isinstance(weight, Tensor) or weight == 0:
+        kl = kl.masked_fill((weight == 0) & kl.isinf(), 0)  # a weight of 0 removes an infinite divergence as well
+    # A KL below zero is rounding. The gradient is kept, which clamp would drop.
+    return (weight * scale) * (kl - kl.detach().clamp(max=0))

@@ -1,0 +1,1 @@
+"""What `fastkd train`, `compare` and `report` do: recipes, stages, folders, reports, on the engine of fastkd.train."""

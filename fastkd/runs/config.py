@@ -1,0 +1,147 @@
+"""The options of a run: dataclasses that the command line, YAML files and Python share."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fastkd._core.messages import UserError
+from fastkd.train.settings import _LEAST, Settings, _flag
+
+
+@dataclass
+class MethodOptions:
+    """Method.
+
+    Args:
+        method: how the student is trained; see the list below
+        options: options.NAME=VALUE sets an argument of the method; see the list below
+        seed: of the initial weights, the order of the images, their augmentation and the method's random choices
+        out: folder of the run
+        resume: go on from OUT, or start where nothing is there; without it an OUT that holds a run is refused
+    """
+
+    method: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    out: str = ""
+    resume: bool = False
+
+
+COMPARED = ("ce", "kd", "dgkd", "orc", "ctsl-mkt", "dkel", "feed-parallel")
+
+
+@dataclass
+class CompareOptions:
+    """Comparison.
+
+    Args:
+        methods: which methods: A,B,...; all for all of them
+        seeds: one run of each method for each seed: 0,1,...
+        options: options.NAME=VALUE sets an argument of every method that has it
+        out: folder of the comparison
+        resume: go on from OUT, or start where nothing is there; without it an OUT that holds a run is refused
+    """
+
+    methods: list[str] = field(default_factory=lambda: [*COMPARED])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    options: dict[str, Any] = field(default_factory=dict)
+    out: str = "runs/compare"
+    resume: bool = False
+
+
+_LEAST |= {"num_teachers": 1, "generations": 1, "branches": 1, "keep": 0, "save_every": 0}
+
+
+_LEAST |= {"log_every": 1, "workers": 0, "train_size": 1, "image_size": 1, "seed": 0, "threads": 1}
+
+
+_LEAST |= {"accumulate": 1, "variants": 0}
+
+
+@dataclass
+class TrainConfig(Settings, MethodOptions):
+    """Everything that determines one run."""
+
+
+@dataclass
+class CompareConfig(Settings, CompareOptions):
+    """Everything that determines a comparison; defaults that make the student's own result leave room to gain."""
+
+    epochs: int = 80
+    guide_epochs: int = 30
+    schedule: Literal["constant", "multistep", "cosine"] = "cosine"
+    eval_every: int = 10
+    keep: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.train_size is None and self.data == "digits":
+            self.train_size = 200
+        for name in ("methods", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise UserError(f"--{name} must be one or more different values, got {values}")
+        if any(isinstance(seed, bool) or seed < 0 for seed in self.seeds):
+            raise UserError(f"--seeds must be integers of at least 0, got {self.seeds}")
+
+    def run(self, method: str, seed: int, options: dict[str, Any]) -> TrainConfig:
+        """The single run of this method and seed."""
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)}
+        shared["cache"] = self.cache or str(Path(self.out) / "cache")
+        out = str(Path(self.out) / "runs" / f"{method}-seed{seed}")
+        return TrainConfig(**shared, method=method, seed=seed, options=options, out=out, resume=True)
+
+
+# What may differ between the parts of one run without changing what it computes, or only where it goes on to.
+_FREE = {"out", "resume", "cache", "quiet", "keep", "log_every", "workers", "device", "threads", "data_root"}
+
+
+_FREE |= {"download", "keep_images", "epochs", "eval_every", "save_every", "bad_images", "non_finite"}
+
+
+_FREE |= {"channels_last", "compile", "cuda_graph", "deterministic", "timeout", "tensorboard", "logits_cache"}
+
+
+_GROWING = ("methods", "seeds")  # of a comparison: more may come, and none may go
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The options that hold a run to its results and that differ: "lr was 0.1, now 0.05"."""
+    names = [name for name in new if name not in _FREE and name in old and old[name] != new[name]]
+    names = [name for name in names if not (name in _GROWING and set(old[name]) <= set(new[name]))]
+    return [f"--{_flag(name)} was {old[name]}, now {new[name]}" for name in names]
+
+
+def fingerprint(facts: dict[str, Any]) -> str:
+    """12 hex digits that change when any of these (JSON-like) facts does."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def to_yaml(config: object) -> str:
+    """The options as YAML that `--config` reads; without `resume`, which belongs to one start of the run."""
+    from fastkd._core.extras import require
+
+    values = dataclasses.asdict(config)
+    values.pop("resume", None)
+    return require("yaml", "Writing config.yaml").safe_dump(values, sort_keys=False)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The options in a YAML file; UserError where it cannot be read or holds no options."""
+    from fastkd._core.extras import require
+
+    yaml = require("yaml", "Reading a config")
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"the config {path} cannot be read ({error.strerror}): give an existing YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"the config {path} holds no options: write one `name: value` a line")
+    return values

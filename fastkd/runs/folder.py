@@ -1,0 +1,77 @@
+"""A run's folder: what is in it, and reading it again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastkd._core.messages import UserError
+from fastkd.runs.config import read_yaml
+from fastkd.train.metrics import Row, read_csv
+
+UNFINISHED = "This run is not finished."
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder: its options and its metrics, one row an epoch, at least one."""
+
+    folder: Path
+    options: dict[str, Any]
+    rows: list[Row]
+
+    @property
+    def epochs(self) -> tuple[int, int]:
+        """Finished ones, and planned ones."""
+        return int(self.rows[-1]["epoch"]), int(self.options.get("epochs", self.rows[-1]["epoch"]))
+
+    @property
+    def finished(self) -> bool:
+        done, planned = self.epochs
+        return done >= planned
+
+    @property
+    def part(self) -> str:
+        """The part of the data that tells: test, else validation."""
+        return "test" if any(math.isfinite(row.get("test_accuracy", math.nan)) for row in self.rows) else "validation"
+
+    def last(self, column: str) -> float:
+        """The last value that was measured, or NaN."""
+        values = [row[column] for row in self.rows if math.isfinite(row.get(column, math.nan))]
+        return values[-1] if values else math.nan
+
+
+def read(folder: str | Path) -> list[Run]:
+    """The run in a folder, or all runs of a comparison; UserError where there is none with a finished epoch."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: give the folder (--out) of a run")
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} holds no run: it has no config.yaml")
+    options = read_yaml(folder / "config.yaml")
+    if "methods" in options:
+        return _compared(folder, options)
+    rows = read_csv(folder / "metrics.csv")
+    if not rows:
+        raise UserError(f"the run in {folder} has finished no epoch yet: there is nothing to report")
+    return [Run(folder, options, rows)]
+
+
+def _compared(folder: Path, options: dict[str, Any]) -> list[Run]:
+    """The runs of a comparison that have finished an epoch, in its order; they have its options."""
+    runs = []
+    for seed in options["seeds"]:
+        for method in options["methods"]:
+            each = folder / "runs" / f"{method}-seed{seed}"
+            rows = read_csv(each / "metrics.csv")
+            runs += [Run(each, options | {"method": method, "seed": seed}, rows)] if rows else []
+    return runs
+
+
+CONFIG = "config.yaml"
+
+
+def holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (CONFIG, "metrics.csv", "checkpoints"))
