@@ -289,7 +289,7 @@ def test_the_same_kernels_compile_with_nvcc(architecture, tmp_path):
     done = subprocess.run([*command, "-c", source, "-o", tmp_path / "selftest.o"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     listed = subprocess.run([*command, "-E", source], capture_output=True, text=True, check=True).stdout
-    assert not re.search(r"csrc/core/simt/|namespace simt\b", listed)  # nothing of the scheduler
+    assert not re.search(r"tests/simt/host/|namespace simt\b", listed)  # nothing of the scheduler
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 // Groups that lie in one piece of memory, on the CPU: whole samples, and the rows of one. Included by cpu.cpp alone.
 #pragma once
 
-#include "core/rows.h"
+#include "core/cpu/rows.h"
 #include "feature_ensemble/math.h"
 
 namespace fastkd::feature_ensemble {

@@ -1,6 +1,6 @@
 // feature_ensemble on CUDA: groups, then samples, then the loss; and the gradient. No torch header.
 #include "core/dispatch.h"
-#include "core/launch.cuh"
+#include "core/cuda/launch.cuh"
 #include "feature_ensemble/forward.cuh"
 
 namespace fastkd::feature_ensemble {

@@ -1,7 +1,7 @@
 // The norms, then the distances: a group that is one piece of memory by a warp or a block, columns side by side by threads.
 #pragma once
 
-#include "core/block.cuh"
+#include "core/cuda/block.cuh"
 #include "feature_ensemble/launch.cuh"
 
 namespace fastkd::feature_ensemble {

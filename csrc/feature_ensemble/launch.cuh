@@ -2,7 +2,7 @@
 // memory; and how a block finds its pair.
 #pragma once
 
-#include "core/vec.cuh"
+#include "core/cuda/vec.cuh"
 #include "feature_ensemble/math.h"
 
 namespace fastkd::feature_ensemble {

@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "core/run.h"
+#include "core/torch/run.h"
 
 #if defined(FASTKD_BACKEND_CPU)
 #include "feature_ensemble/math.h"

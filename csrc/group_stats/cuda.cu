@@ -1,6 +1,6 @@
 // group_stats on CUDA: which policy takes a row, the launches. No torch header.
 #include "core/dispatch.h"
-#include "core/launch.cuh"
+#include "core/cuda/launch.cuh"
 #include "group_stats/row.cuh"
 
 namespace fastkd::group_stats {

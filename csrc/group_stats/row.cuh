@@ -1,8 +1,8 @@
 // A row's statistics from the threads that share it: in registers where the row fits, else in one pass with running sums.
 #pragma once
 
-#include "core/block.cuh"
-#include "core/vec.cuh"
+#include "core/cuda/block.cuh"
+#include "core/cuda/vec.cuh"
 #include "group_stats/math.h"
 
 namespace fastkd::group_stats {

@@ -1,7 +1,7 @@
 // The statistics of a row that lies in scratch memory, in the CPU kernels.
 #pragma once
 
-#include "core/rows.h"
+#include "core/cpu/rows.h"
 #include "group_stats/math.h"
 
 namespace fastkd::group_stats {
@@ -49,7 +49,7 @@ Sums<A> sums_of_block(const A* logits, A max, A label_logit, int64_t begin, int6
   return {z, s, below, greater, largest};
 }
 
-// logits [padded] with -inf past the end, max of them: core/rows.h, load_row. In blocks, so that no sum has more than a
+// logits [padded] with -inf past the end, max of them: core/cpu/rows.h, load_row. In blocks, so that no sum has more than a
 // few dozen terms a SIMD lane: with the four lanes of x86-64's first level a thousand classes would lose a digit.
 template <class A>
 RowStats<A> stats_of_row(const A* logits, A max, const Label<A>& label, int64_t classes, int64_t padded) {

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "core/tensors.h"
+#include "core/torch/tensors.h"
 #include "group_stats/op.h"
 
 namespace fastkd::group_stats {

@@ -1,7 +1,7 @@
 // A row of one student and its teachers in scratch memory, and its cross-entropy, in the CPU kernels.
 #pragma once
 
-#include "core/softmax_rows.h"
+#include "core/cpu/softmax_rows.h"
 #include "multi_teacher/math.h"
 
 namespace fastkd::multi_teacher {

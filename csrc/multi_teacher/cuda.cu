@@ -1,6 +1,6 @@
 // multi_teacher on CUDA: forward, then its reduction over rows, then backward. No torch header.
-#include "core/launch.cuh"
-#include "core/row_kernels.cuh"
+#include "core/cuda/launch.cuh"
+#include "core/cuda/row_kernels.cuh"
 #include "multi_teacher/on_chip.cuh"
 #include "multi_teacher/streaming.cuh"
 

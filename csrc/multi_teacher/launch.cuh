@@ -2,7 +2,7 @@
 // memory and a loop over the teachers indexes it without a copy.
 #pragma once
 
-#include "core/vec.cuh"
+#include "core/cuda/vec.cuh"
 #include "group_stats/op.h"
 #include "multi_teacher/math.h"
 

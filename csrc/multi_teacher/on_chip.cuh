@@ -1,7 +1,7 @@
 // A row in the registers of a warp or a block: each tensor is read once, the gradient is written in the forward pass.
 #pragma once
 
-#include "core/block.cuh"
+#include "core/cuda/block.cuh"
 #include "group_stats/row.cuh"
 #include "multi_teacher/launch.cuh"
 

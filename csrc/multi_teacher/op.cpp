@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "core/run.h"
+#include "core/torch/run.h"
 #include "group_stats/tensors.h"
 
 namespace fastkd::multi_teacher {

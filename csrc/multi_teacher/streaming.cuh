@@ -2,7 +2,7 @@
 // row's maxima and sums. Backward: a second pass, element by element, from these states.
 #pragma once
 
-#include "core/block.cuh"
+#include "core/cuda/block.cuh"
 #include "multi_teacher/launch.cuh"
 
 namespace fastkd::multi_teacher {

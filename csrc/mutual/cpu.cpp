@@ -1,7 +1,7 @@
 // mutual on the CPU: a row of all networks at a time, in scratch memory that stays in the L1 or L2 cache. Compiled once
 // per instruction set; no headers of the standard library with inline functions here (core/config.h says why).
 #include "core/dispatch.h"
-#include "core/softmax_rows.h"
+#include "core/cpu/softmax_rows.h"
 #include "mutual/math.h"
 
 namespace fastkd::mutual {

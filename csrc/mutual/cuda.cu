@@ -1,6 +1,6 @@
 // mutual on CUDA: forward, its reductions over rows, backward. No torch header.
-#include "core/launch.cuh"
-#include "core/row_kernels.cuh"
+#include "core/cuda/launch.cuh"
+#include "core/cuda/row_kernels.cuh"
 #include "mutual/kernel.cuh"
 
 namespace fastkd::mutual {

@@ -2,7 +2,7 @@
 // passes, so that each tensor is read once. Streamed: tile by tile, each tensor read twice.
 #pragma once
 
-#include "core/block.cuh"
+#include "core/cuda/block.cuh"
 #include "mutual/launch.cuh"
 
 namespace fastkd::mutual {

@@ -1,8 +1,7 @@
 // What the CUDA kernels of mutual receive, by value, and how a row lies in shared memory.
 #pragma once
 
-#include "core/rows.h"
-#include "core/vec.cuh"
+#include "core/cuda/vec.cuh"
 #include "mutual/math.h"
 
 namespace fastkd::mutual {

@@ -2,8 +2,8 @@
 // j; a thread holds one i and eight k of a tile in registers while the vertices pass by in shared memory.
 #pragma once
 
-#include "core/block.cuh"
-#include "core/vec.cuh"
+#include "core/cuda/block.cuh"
+#include "core/cuda/vec.cuh"
 #include "relational/math.h"
 
 namespace fastkd::relational {

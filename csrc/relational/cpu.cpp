@@ -1,7 +1,7 @@
 // relational on the CPU. Compiled once per instruction set; no headers of the standard library with inline functions here
 // (core/config.h says why).
 #include "core/math.h"
-#include "core/rows.h"
+#include "core/cpu/rows.h"
 #include "relational/cpu_rows.h"
 
 namespace fastkd::relational {

@@ -1,6 +1,6 @@
 // relational on CUDA: the sides of a network, then the losses of angles or distances and the matrix of their gradient. No
 // torch header.
-#include "core/launch.cuh"
+#include "core/cuda/launch.cuh"
 #include "relational/angles.cuh"
 
 namespace fastkd::relational {

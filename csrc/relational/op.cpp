@@ -6,7 +6,7 @@
 
 #include <tuple>
 
-#include "core/run.h"
+#include "core/torch/run.h"
 
 namespace fastkd::relational {
 namespace {

@@ -1,4 +1,4 @@
-// What csrc/core/simt/machine.h declares.
+// What tests/simt/host/machine.h declares.
 #include <map>
 #include <memory>
 #include <mutex>

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "core/simt.h"
+#include "core/cuda/simt.h"
 #include "simt/selftest.h"
 
 namespace selftest {

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "core/simt.h"
+#include "core/cuda/simt.h"
 #include "simt/fiber.h"
 #include "simt/ready_queue.h"
 #include "simt/shared_memory.h"

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "core/simt.h"
+#include "core/cuda/simt.h"
 #include "simt/selftest.h"
 
 namespace py = pybind11;

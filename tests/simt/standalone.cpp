@@ -5,7 +5,7 @@
 #include <iterator>
 #include <vector>
 
-#include "core/simt.h"
+#include "core/cuda/simt.h"
 #include "simt/selftest.h"
 
 namespace {

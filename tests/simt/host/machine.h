@@ -1,4 +1,4 @@
-// What kernels and intrinsics ask of the host's scheduler (tests/simt/machine.cpp). Included by ../simt.h only.
+// What kernels and intrinsics ask of the host's scheduler (tests/simt/machine.cpp). Included by csrc/core/cuda/simt.h only.
 #pragma once
 
 #include <cstddef>

@@ -4,10 +4,10 @@
 #include <memory>
 
 #include "core/reduction.h"
-#include "core/tensors.h"
+#include "core/torch/tensors.h"
 
 #if defined(FASTKD_BACKEND_CPU)
-#include "core/cpu_level.h"
+#include "core/cpu/cpu_level.h"
 #elif defined(FASTKD_BACKEND_CUDA)
 #include <torch/csrc/stable/accelerator.h>
 #endif
@@ -66,7 +66,7 @@ void reduce_rows(const void* row_loss, int learners, int64_t rows, double factor
   }
 }
 
-// aux [2], as core/row_kernels.cuh writes it on a GPU.
+// aux [2], as core/cuda/row_kernels.cuh writes it on a GPU.
 inline void write_aux(DType type, double missing_factor, int64_t outside, void* aux) {
   for (int i = 0; i < 2; ++i) {
     const double value = i == 0 ? missing_factor : double(outside);

@@ -2,10 +2,10 @@
 // their stored gradients times grad_output.
 #pragma once
 
-#include "core/block.cuh"
+#include "core/cuda/block.cuh"
 #include "core/dispatch.h"
 #include "core/reduction.h"
-#include "core/vec.cuh"
+#include "core/cuda/vec.cuh"
 
 namespace fastkd {
 inline namespace FASTKD_TARGET {
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kScaleThreads)
   }
 }
 
-// Of an operation's forward; `type` is that of the learners, `losses` as for forward_over_rows() in core/run.h.
+// Of an operation's forward; `type` is that of the learners, `losses` as for forward_over_rows() in core/torch/run.h.
 template <class Args>
 void launch_reduce(const Args& args, DType type, int losses, cudaStream_t stream) {
   const auto reduce = [&]<class A>(A) {

@@ -1,4 +1,4 @@
-// CUDA's qualifiers and built-in vector types, for g++. Included by ../simt.h only.
+// CUDA's qualifiers and built-in vector types, for g++. Included by csrc/core/cuda/simt.h only.
 #pragma once
 
 #include <cstdint>

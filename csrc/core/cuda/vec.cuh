@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "core/network.h"
-#include "core/simt.h"
+#include "core/cuda/simt.h"
 
 namespace fastkd {
 inline namespace FASTKD_TARGET {

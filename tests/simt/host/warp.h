@@ -1,4 +1,4 @@
-// Barriers, warp operations, atomics and cached loads of CUDA, for the host's scheduler. Included by ../simt.h only.
+// Barriers, warp operations, atomics and cached loads of CUDA, for the host's scheduler. Included by csrc/core/cuda/simt.h only.
 //
 // Stricter than the hardware where the CUDA guide leaves a result undefined: every lane that a mask names must take
 // part (an exited one is an error), every thread of a block must reach the same __syncthreads(), and a value shuffled

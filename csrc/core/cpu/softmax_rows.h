@@ -1,7 +1,7 @@
-// Loops over the rows that core/rows.h loads into scratch memory: exponentials and their sums. Lengths are padded ones.
+// Loops over the rows that core/cpu/rows.h loads into scratch memory: exponentials and their sums. Lengths are padded ones.
 #pragma once
 
-#include "core/rows.h"
+#include "core/cpu/rows.h"
 #include "core/softmax_math.h"
 
 namespace fastkd {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/dtype.h"
-#include "core/simt.h"
+#include "core/cuda/simt.h"
 
 namespace fastkd {
 inline namespace FASTKD_TARGET {

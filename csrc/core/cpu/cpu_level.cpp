@@ -1,4 +1,4 @@
-#include "core/cpu_level.h"
+#include "core/cpu/cpu_level.h"
 
 #include <cstdlib>
 

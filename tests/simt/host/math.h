@@ -1,4 +1,4 @@
-// CUDA's device mathematics that <math.h> lacks. Included by ../simt.h only.
+// CUDA's device mathematics that <math.h> lacks. Included by csrc/core/cuda/simt.h only.
 // The fast forms are as exact as the plain ones here: the host run says nothing about their rounding.
 #pragma once
 

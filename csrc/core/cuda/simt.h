@@ -35,11 +35,11 @@
 
 #else
 
-#include "simt/types.h"
-#include "simt/machine.h"
-#include "simt/runtime.h"
-#include "simt/warp.h"
-#include "simt/math.h"
+#include "simt/host/types.h"
+#include "simt/host/machine.h"
+#include "simt/host/runtime.h"
+#include "simt/host/warp.h"
+#include "simt/host/math.h"
 
 // The kernel's name in an error is the macro's argument, without the parentheses that its commas need.
 #define SIMT_LAUNCH(kernel, grid, block, dynamic_bytes, stream, ...) \

@@ -1,4 +1,4 @@
-// The few calls of the CUDA runtime that a launcher makes. Included by ../simt.h only.
+// The few calls of the CUDA runtime that a launcher makes. Included by csrc/core/cuda/simt.h only.
 // A launch that CUDA would refuse throws simt::Error at once, so there is never a last error to read.
 #pragma once
 
