@@ -1,1 +1,1 @@
-"""One module per operation: reference, fake kernels, autograd, public function, in that order."""
+"""One module per operation: its public function first, then reference, fake kernels, autograd and checks."""
