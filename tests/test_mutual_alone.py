@@ -1,7 +1,9 @@
 """mutual_kd network by network: `losses[m]` has a graph of its own, and gradients belong to who gets them."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -167,3 +169,17 @@ def test_under_compile_the_losses_are_one_tensor():
         return losses.sum() * 2
 
     torch.testing.assert_close(total(F.mutual_kd(logits, target)), 2 * losses.sum())
+
+
+def test_losses_that_are_dropped_free_their_networks_at_once():
+    """Without a collector: an evaluation under enabled gradients would keep the logits of many batches."""
+    networks = [torch.randn(4, 5, requires_grad=True) * 1 for _ in range(3)]
+    alive = [weakref.ref(z) for z in networks]
+    gc.disable()
+    try:
+        losses = F.mutual_kd(networks)
+        assert losses[0].requires_grad
+        del losses, networks
+        assert [z() for z in alive] == [None] * 3
+    finally:
+        gc.enable()

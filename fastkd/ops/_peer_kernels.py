@@ -92,8 +92,8 @@ def losses(op: str, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor 
     loss = _Native.apply(op, options, learners, given, *_flat(tensors))
     loss, terms = loss if options.return_terms else (loss, None)
     if not torch.compiler.is_compiling():
-        state = loss.grad_fn.state
-        loss = _losses.with_graphs(loss, lambda m: state.alone(loss, m))
+        state, values = loss.grad_fn.state, loss.detach()  # without its graph: no circle that only a collector frees
+        loss = _losses.with_graphs(loss, lambda m: state.alone(values, m))
     return loss, terms
 
 
@@ -151,18 +151,18 @@ class _State:
         return _as_given(result, networks, self.learners, self.given)
 
     def alone(self, losses: Tensor, m: int) -> Tensor | None:
-        """Loss m with a graph of its own; None where the network is not what it was, or the graph was freed."""
+        """Loss m, of `losses` without a graph, with one of its own; None where the network is not what it was, or the graph was freed."""
         if self.rows is None:
             return None
         if m not in self.learners:
-            return losses.detach()[m]
+            return losses[m]
         place = m if self.given else 0
         z = self.networks[place]
         if not z.requires_grad or z.grad_fn is not self.graphs[place]:
             return None
         if self.waiting is None:
             self.waiting, self.done = weakref.WeakSet(), set()
-        return _Alone.apply(self, m, losses.detach()[m], z)
+        return _Alone.apply(self, m, losses[m], z)
 
     def gradient(self, m: int, grad: Tensor) -> Tensor:
         """Of network m alone, in memory of its own."""
