@@ -151,7 +151,10 @@ class _State:
         return _as_given(result, networks, self.learners, self.given)
 
     def alone(self, losses: Tensor, m: int) -> Tensor | None:
-        """Loss m, of `losses` without a graph, with one of its own; None where the network is not what it was, or the graph was freed."""
+        """Loss m of `losses`, which have no graph, with one of its own.
+
+        None where the network is not what it was, or the graph was freed.
+        """
         if self.rows is None:
             return None
         if m not in self.learners:
