@@ -74,7 +74,8 @@ class Inputs:
 
     def __init__(self, tensors: Sequence[Tensor | None]):
         self._tensors = tuple(tensors)
-        self._versions = tuple([_version(t) for t in tensors])
+        # Not by calls of _version: this runs in every step.
+        self._versions = [0 if t is None or t.is_inference() else t._version for t in tensors]
 
     def unchanged(self, op: str) -> tuple[Tensor | None, ...]:
         for tensor, version in zip(self._tensors, self._versions, strict=True):
