@@ -18,7 +18,10 @@ COLOURS = {
     "fused": "#0b6fb8", "eager": "#d1602a", "compile": "#7a5aa6", "torchdistill": "#4c9a5b",
     "liger": "#b8860b", "fla": "#a2306f", "floor": "#777777", "reference": "#d1602a",
 }  # fmt: skip
-MARKERS = {"fused": "o", "eager": "s", "compile": "^", "torchdistill": "D", "liger": "v", "fla": "P", "floor": ""}
+MARKERS = {
+    "fused": "o", "eager": "s", "compile": "^", "torchdistill": "D", "liger": "v", "fla": "P", "reference": "x",
+    "floor": "",
+}  # fmt: skip
 NONE = {"p50": float("nan")}
 NAMES = {"eager": "eager PyTorch", "compile": "torch.compile", "floor": "floor: a copy of the bytes that must move"}
 STYLE = {

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import fastkd
 from benchmarks import inputs, peers
 from benchmarks.baselines import (
     cross_entropy_eager,
@@ -24,6 +25,7 @@ from benchmarks.inputs import FORWARD, TRAINING, Embeddings, Heads, Inputs, Logi
 from fastkd import functional
 
 PASSES = (FORWARD, TRAINING)
+REFERENCE = "reference"  # a baseline
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 Result = Tensor | tuple[Tensor, ...]
 
@@ -103,6 +105,16 @@ def eager_and_compiled(function: Callable[..., Result]) -> dict[str, Callable[[]
     return {"eager": lambda: function, "compile": partial(compiled, function)}
 
 
+def with_reference(fused: Callable[..., Result], eager: Callable[..., Result]) -> dict[str, Callable]:
+    """Also the library's own formula, which runs where no kernel can: it must not be slower than the eager loop."""
+
+    def reference(*arguments) -> Result:
+        with fastkd.use_backend("reference"):
+            return fused(*arguments)
+
+    return eager_and_compiled(eager) | {REFERENCE: lambda: reference}
+
+
 def multi_teacher(student, teachers, target, weights, temperature, ce_weight) -> Tensor:
     return functional.multi_teacher_kd(
         student, teachers, target, weights=weights, temperature=temperature, ce_weight=ce_weight
@@ -138,7 +150,7 @@ OPERATIONS = {
             passes=PASSES,
             make_inputs=inputs.multi_teacher,
             fused=multi_teacher,
-            baselines=eager_and_compiled(multi_teacher_eager.multi_teacher),
+            baselines=with_reference(multi_teacher, multi_teacher_eager.multi_teacher),
             bytes_floor=inputs.multi_teacher_bytes,
             tests="tests/test_multi_teacher*.py",
         ),
@@ -147,7 +159,7 @@ OPERATIONS = {
             shapes=(Networks(128, 100, 4), Networks(256, 1000, 4)),
             make_inputs=inputs.mutual,
             fused=mutual,
-            baselines=eager_and_compiled(mutual_eager.mutual),
+            baselines=with_reference(mutual, mutual_eager.mutual),
             bytes_floor=inputs.mutual_bytes,
             gpu=((Networks(8192, 32000, 3), BF16),),
             tests="tests/test_mutual*.py",
