@@ -20,11 +20,7 @@ from fastkd.ops._autograd import is_transformed, may_read_values
 from fastkd.ops._formulas import rows_of
 
 MOST_CLASSES = 2**31
-
-
 REDUCTIONS = ("none", "sum", "mean")
-
-
 ONE_LOGIT = "of shape [..., C] with C >= 2 classes (a network of one logit has a sigmoid, not a softmax)"
 
 

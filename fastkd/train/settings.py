@@ -161,11 +161,7 @@ class ScaleOptions:
 
 
 _LEAST = {"epochs": 1, "guide_epochs": 0, "own_epochs": 0, "batch_size": 1, "warmup_epochs": 0, "eval_every": 1}
-
-
 _OPTIONAL = ("train_size", "image_size", "threads", "num_teachers", "seed")  # a comparison has no seed of its own
-
-
 _FINITE = ("lr", "momentum", "weight_decay", "gamma")  # >= 0
 
 
