@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastkd._core.messages import UserError
-from fastkd.train.settings import _LEAST, Settings, _flag
+from fastkd.train.settings import Settings, _flag
 
 
 @dataclass
@@ -52,15 +52,6 @@ class CompareOptions:
     options: dict[str, Any] = field(default_factory=dict)
     out: str = "runs/compare"
     resume: bool = False
-
-
-_LEAST |= {"num_teachers": 1, "generations": 1, "branches": 1, "keep": 0, "save_every": 0}
-
-
-_LEAST |= {"log_every": 1, "workers": 0, "train_size": 1, "image_size": 1, "seed": 0, "threads": 1}
-
-
-_LEAST |= {"accumulate": 1, "variants": 0}
 
 
 @dataclass

@@ -161,6 +161,9 @@ class ScaleOptions:
 
 
 _LEAST = {"epochs": 1, "guide_epochs": 0, "own_epochs": 0, "batch_size": 1, "warmup_epochs": 0, "eval_every": 1}
+_LEAST |= {"num_teachers": 1, "generations": 1, "branches": 1, "keep": 0, "save_every": 0}
+_LEAST |= {"log_every": 1, "workers": 0, "train_size": 1, "image_size": 1, "seed": 0, "threads": 1}
+_LEAST |= {"accumulate": 1, "variants": 0}
 _OPTIONAL = ("train_size", "image_size", "threads", "num_teachers", "seed")  # a comparison has no seed of its own
 _FINITE = ("lr", "momentum", "weight_decay", "gamma")  # >= 0
 
