@@ -27,7 +27,7 @@ def toolchain(monkeypatch):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("", ["80-real", "90-real", "100-real", "120-real", "90-virtual"]),
+        ("", ["80-real", "90-real", "90-virtual"]),
         ("9.0", ["90-real"]),
         ("8.0;9.0+PTX", ["80-real", "90-real", "90-virtual"]),
         ("8.0 9.0a 12.0+PTX", ["80-real", "90a-real", "120-real", "120-virtual"]),
@@ -45,7 +45,7 @@ def test_architecture_list(toolchain, text, expected):
         ("auto", "", "9.0\n9.0\n", ["90-real"]),
         ("auto", "", "8.9\n12.0\n7.5\n", ["89-real", "120-real"]),
         ("auto", "8.0", "", ["80-real"]),
-        ("1", "", "9.0\n", ["80-real", "90-real", "100-real", "120-real", "90-virtual"]),
+        ("1", "", "9.0\n", ["80-real", "90-real", "90-virtual"]),
         ("0", "8.0", "9.0\n", []),
     ],
 )
@@ -62,9 +62,9 @@ def test_what_cuda_kernels_are_built_for(toolchain, monkeypatch, tmp_path, with_
 def test_an_old_nvcc_builds_what_it_knows_of_the_default(toolchain, monkeypatch, tmp_path):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     old = tmp_path / "nvcc"
-    old.write_text("#!/bin/sh\nprintf 'sm_80\\nsm_90\\n'\n")
+    old.write_text("#!/bin/sh\nprintf 'sm_75\\nsm_80\\n'\n")
     old.chmod(0o755)
-    assert toolchain.known_architectures(str(old), toolchain.architectures()) == ["80-real", "90-real", "90-virtual"]
+    assert toolchain.known_architectures(str(old), toolchain.architectures()) == ["80-real"]
     assert toolchain.known_architectures(str(old), ["120-real"]) == ["120-real"]
 
 

@@ -21,7 +21,7 @@ OLDEST_TORCH = (2, 11)
 OLDEST_CMAKE = (3, 24)
 OLDEST_GPU = 80
 LAUNCHERS = ("ccache", "sccache")  # in front of the compiler in CXX="ccache g++"; CMake finds ccache by itself
-ALL_ARCHITECTURES = ["80-real", "90-real", "100-real", "120-real", "90-virtual"]  # of which nvcc knows what it knows
+ALL_ARCHITECTURES = ["80-real", "90-real", "90-virtual"]  # newer GPUs compile the PTX of 9.0
 
 # Inline namespaces, std::bit_cast and template lambdas: what the sources need of C++20 (GCC 11, Clang 14).
 CXX_PROBE = """
