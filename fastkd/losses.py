@@ -6,7 +6,7 @@ Logits may come as what a network returned: a tensor, or an object or dict with 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
@@ -18,6 +18,8 @@ from fastkd.ops.multi_teacher import DistillationStats
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from fastkd.ops._keywords import Distillation
 
 Logits = Any  # Tensor [..., C], or an object or dict with one in `logits`
 Loss = TypeVar("Loss")
@@ -60,21 +62,6 @@ class _Fixed(_Loss):
         return ", ".join(f"{name}={_told(getattr(self, name))}" for name in self._shown)
 
 
-class _Distillation(TypedDict, total=False):
-    """The hyper-parameters of MultiTeacherKD that do not change what it returns."""
-
-    weights: Tensor | Sequence[float] | None
-    kd_weight: float | Tensor
-    temperature: float | Tensor | Sequence[float]
-    combine: str
-    ce_weight: float | Tensor
-    label_smoothing: float
-    ignore_index: int
-    class_dim: int
-    scale_by_t2: bool
-    reduction: str
-
-
 class MultiTeacherKD(_Fixed, Generic[Loss]):
     """`fastkd.functional.multi_teacher_kd` with its hyper-parameters fixed; see there for what they mean.
 
@@ -89,20 +76,20 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
     )  # fmt: skip
 
     @overload
-    def __init__(self: MultiTeacherKD[Tensor], **options: Unpack[_Distillation]) -> None: ...
+    def __init__(self: MultiTeacherKD[Tensor], **options: Unpack[Distillation]) -> None: ...
     @overload
     def __init__(
         self: MultiTeacherKD[tuple[Tensor, DistillationStats]],
         *,
         return_stats: Literal[True],
-        **options: Unpack[_Distillation],
+        **options: Unpack[Distillation],
     ) -> None: ...
     @overload
     def __init__(
         self: MultiTeacherKD[tuple[Tensor, LossTerms]],
         *,
         return_terms: Literal[True],
-        **options: Unpack[_Distillation],
+        **options: Unpack[Distillation],
     ) -> None: ...
     @overload
     def __init__(
@@ -110,7 +97,7 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
         *,
         return_terms: Literal[True],
         return_stats: Literal[True],
-        **options: Unpack[_Distillation],
+        **options: Unpack[Distillation],
     ) -> None: ...
     def __init__(
         self,

@@ -1,6 +1,8 @@
 """The loss modules: outputs of networks in the place of logits, hyper-parameters that change, states old and new."""
 
 import copy
+import inspect
+import typing
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 import fastkd
 from fastkd import functional as F
 from fastkd.models import Outputs
+from fastkd.ops import _keywords
 
 MODULES = {
     "MultiTeacherKD": (fastkd.MultiTeacherKD, {"weights": [0.25, 0.75], "temperature": 3.0}),
@@ -115,3 +118,13 @@ def test_the_statistics_come_beside_the_loss_and_a_module_compiles():
     assert loss.dim() == 0 and stats.kl.shape == (2,)
     compiled = torch.compile(fastkd.MultiTeacherKD(weights=torch.tensor([0.3, 0.7])), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(Outputs(z), [a, Outputs(b)]), F.multi_teacher_kd(z, [a, b], weights=[0.3, 0.7]))
+
+
+def test_the_types_of_the_overloads_know_every_keyword():
+    def keywords(function):
+        parameters = inspect.signature(function).parameters.values()
+        return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"return_terms", "return_stats"}
+
+    assert set(typing.get_type_hints(_keywords.DistillationCall)) == keywords(F.multi_teacher_kd)
+    assert set(typing.get_type_hints(_keywords.MutualCall)) == keywords(F.mutual_kd)
+    assert set(typing.get_type_hints(_keywords.Distillation)) == keywords(fastkd.MultiTeacherKD.__init__)

@@ -16,6 +16,7 @@ is finite gives +inf. The reference is in _multi_teacher_formula.py, what runs t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -43,10 +44,55 @@ from fastkd.ops._multi_teacher_formula import Options, Tensors, without_zeros
 from fastkd.ops._multi_teacher_kernels import COMBINE, DistillationStats
 from fastkd.ops._teachers import check_teachers, check_temperature, check_weights
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastkd.ops._keywords import DistillationCall
+
 __all__ = ["DistillationStats", "LossTerms", "cross_entropy_one", "multi_teacher_kd"]
 OP = "multi_teacher_kd"
 
 
+@overload
+def multi_teacher_kd(
+    student: Tensor,
+    teachers: Tensor | Sequence[Tensor],
+    target: Tensor | None = None,
+    *,
+    return_terms: Literal[False] = False,
+    return_stats: Literal[False] = False,
+    **options: Unpack[DistillationCall],
+) -> Tensor: ...
+@overload
+def multi_teacher_kd(
+    student: Tensor,
+    teachers: Tensor | Sequence[Tensor],
+    target: Tensor | None = None,
+    *,
+    return_terms: Literal[True],
+    return_stats: Literal[False] = False,
+    **options: Unpack[DistillationCall],
+) -> tuple[Tensor, LossTerms]: ...
+@overload
+def multi_teacher_kd(
+    student: Tensor,
+    teachers: Tensor | Sequence[Tensor],
+    target: Tensor | None = None,
+    *,
+    return_terms: Literal[False] = False,
+    return_stats: Literal[True],
+    **options: Unpack[DistillationCall],
+) -> tuple[Tensor, DistillationStats]: ...
+@overload
+def multi_teacher_kd(
+    student: Tensor,
+    teachers: Tensor | Sequence[Tensor],
+    target: Tensor | None = None,
+    *,
+    return_terms: Literal[True],
+    return_stats: Literal[True],
+    **options: Unpack[DistillationCall],
+) -> tuple[Tensor, LossTerms, DistillationStats]: ...
 def multi_teacher_kd(
     student: Tensor,
     teachers: Tensor | Sequence[Tensor],
@@ -66,7 +112,7 @@ def multi_teacher_kd(
     num_items: float | Tensor | None = None,
     return_terms: bool = False,
     return_stats: bool = False,
-) -> Tensor | tuple:
+) -> Any:
     """Distillation loss of one student and K teachers, with the labels' cross-entropy in the same pass.
 
     Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), summed over teachers; the

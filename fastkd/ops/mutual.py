@@ -12,6 +12,7 @@ its element m flows to z_m alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -40,12 +41,33 @@ from fastkd.ops._inputs import (
 from fastkd.ops._peer_losses import SCALARS, Options, Tensors, reference
 from fastkd.ops._teachers import check_teachers
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastkd.ops._keywords import MutualCall
+
 OP = "mutual_kd"
 WHOSE = "the networks'"
 
 # --- public function ------------------------------------------------------------------------------------------------
 
 
+@overload
+def mutual_kd(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor | None = None,
+    *,
+    return_terms: Literal[False] = False,
+    **options: Unpack[MutualCall],
+) -> Tensor: ...
+@overload
+def mutual_kd(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor | None = None,
+    *,
+    return_terms: Literal[True],
+    **options: Unpack[MutualCall],
+) -> tuple[Tensor, LossTerms]: ...
 def mutual_kd(
     logits: Tensor | Sequence[Tensor],
     target: Tensor | None = None,
@@ -64,7 +86,7 @@ def mutual_kd(
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
     return_terms: bool = False,
-) -> Tensor | tuple[Tensor, LossTerms]:
+) -> Any:
     """Losses of M networks that teach each other, with the labels' cross-entropy in the same pass.
 
     Zhang et al., "Deep Mutual Learning" (arXiv 1706.00384), eq. 8, with weights, a temperature and frozen teachers.
