@@ -74,8 +74,10 @@ def wheel_and_log(sdist, tmp_path_factory) -> tuple[Path, str]:
     """Built once, by pip in isolation, from the source distribution: so that one holds everything needed."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", folder, sdist]
-    # One architecture, for time's sake: the libraries in the tree have all.
-    log = run(*command, env=environment(FASTKD_REQUIRE_NATIVE="1", TORCH_CUDA_ARCH_LIST="9.0"))
+    # With CUDA where the tree has it, and for one architecture, for time's sake: the libraries in the tree have all.
+    with_cuda = (ROOT / "fastkd" / "libfastkd_cuda.so").is_file()
+    cuda = {"TORCH_CUDA_ARCH_LIST": "9.0"} if with_cuda else {"FASTKD_WITH_CUDA": "0"}
+    log = run(*command, env=environment(FASTKD_REQUIRE_NATIVE="1", **cuda))
     (wheel,) = folder.glob("*.whl")
     return wheel, log
 
