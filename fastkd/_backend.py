@@ -114,7 +114,7 @@ def note_fallback(operation: str, reason: str, like: Tensor | None = None) -> No
     if not _warns or (operation, reason) in _warned or _is_fake(like):
         return
     text = f"{operation} runs in plain PyTorch, slower than its kernels: {reason}. {_SILENCE}"
-    warnings.warn(text, FallbackWarning, stacklevel=_users_level())
+    warnings.warn(text, FallbackWarning, stacklevel=users_level())
     _warned.add((operation, reason))  # after the warning: where warnings are errors, every call raises
 
 
@@ -128,7 +128,7 @@ def _is_fake(tensor: Tensor | None) -> bool:
     return tensor is not None and (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
-def _users_level() -> int:
+def users_level() -> int:
     """The stacklevel, for a warning by the caller, of the innermost line outside of fastkd and torch."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARY_FOLDERS):

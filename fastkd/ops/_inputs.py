@@ -6,13 +6,13 @@ only where reading them does not wait for a device: on CPU tensors, or everywher
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fastkd import _backend
 from fastkd._core.checks import LARGEST, check_index, check_number
 from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.ops import _autograd as autograd
@@ -113,17 +113,9 @@ def check_layout(op: str, logits: Tensor, class_dim: object, labelled: bool, nam
             f"{op}: the classes of {name} {list(logits.shape)} were taken from the last dimension; "
             "class_dim=1 is for maps [B, C, H, W]",
             UserWarning,
-            stacklevel=_level_of_the_caller(),
+            stacklevel=_backend.users_level(),
         )
     return class_dim
-
-
-def _level_of_the_caller() -> int:
-    """warnings' stacklevel, seen from the function that calls this, of the first frame outside of fastkd."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fastkd."):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def classes_last(logits: Tensor, class_dim: int) -> Tensor:

@@ -64,38 +64,10 @@ inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_
   return empty_strided_like_device(like, sizes.begin(), strides, int64_t(sizes.size()), type);
 }
 
-// A matrix whose rows are contiguous: itself, with any row stride, or a copy.
-inline Tensor with_contiguous_rows(const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 2, "fastkd: expected a matrix [R, C]");
-  const bool fits = t.size(1) <= 1 || t.stride(1) == 1;
-  return fits ? t : torch::stable::contiguous(t);
-}
-
 template <class T>
 T* optional_data(const std::optional<Tensor>& t) {
   return t ? static_cast<T*>(t->data_ptr()) : nullptr;
 }
-
-// Matrices [R, C] as kernels read them, kept alive for the call.
-struct NetworkRows {
-  std::vector<Tensor> kept;
-  std::vector<const void*> data;
-  std::vector<int64_t> strides;
-
-  // Networks of one dtype, which is returned.
-  DType add(const std::vector<Tensor>& networks, int64_t rows, int64_t classes) {
-    STD_TORCH_CHECK(!networks.empty(), "fastkd: no network");
-    for (const Tensor& network : networks) {
-      kept.push_back(with_contiguous_rows(network));
-      const Tensor& z = kept.back();
-      STD_TORCH_CHECK(z.size(0) == rows && z.size(1) == classes, "fastkd: the networks' shapes differ");
-      STD_TORCH_CHECK(dtype_of(z) == dtype_of(networks.front()), "fastkd: the networks' dtypes differ");
-      data.push_back(z.data_ptr());
-      strides.push_back(z.stride(0));
-    }
-    return dtype_of(networks.front());
-  }
-};
 
 // How the rows of [..., C] lie, or nothing where they have no layout that kernels know: too many dimensions that do not
 // merge, or classes that are not next to each other.
@@ -152,12 +124,6 @@ struct Networks {
     return types[0] == types[1] && indices[0] == indices[1];
   }
 };
-
-// Those that dispatch_pair() of core/dispatch.h takes.
-inline void check_teacher_type(DType teacher, DType learner) {
-  STD_TORCH_CHECK(teacher == learner || (teacher == DType::f32 && learner != DType::f64),
-                  "fastkd: teachers must be of the learners' dtype or float32");
-}
 
 // The labels of rows, where there are any.
 inline std::optional<Tensor> contiguous_target(const std::optional<Tensor>& target, int64_t rows) {
