@@ -48,9 +48,7 @@ def test_outputs_of_a_network_that_cannot_be_traced():
     logits, last = by_hand(network, x)
     for outputs in (watched(x), watched(x / 2, scale=torch.full((10, 1), 2.0, dtype=torch.float64))):
         assert isinstance(outputs, Outputs) and outputs.maps is None
-        assert torch.equal(outputs.logits, logits) and torch.equal(
-            outputs.features, last
-        )  # the second run
+        assert torch.equal(outputs.logits, logits) and torch.equal(outputs.features, last)  # the second run
     assert not any(module._forward_hooks for module in network.modules())
     assert list(watched.state_dict()) == list(network.state_dict())
 

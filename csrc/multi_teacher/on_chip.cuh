@@ -295,8 +295,9 @@ __device__ __forceinline__ void store_nothing(const Params<A>& p, RowState<A, kI
                              p.grad_vectors, row.acc);
 }
 
+// A least number of blocks with statistics: without one ptxas aims at 96 registers and spills one of them (sm_80).
 template <class S, class A, class Policy, bool WithStats>
-__global__ void __launch_bounds__(Policy::kBlock) on_chip_kernel(const __grid_constant__ Params<A> p) {
+__global__ void __launch_bounds__(Policy::kBlock, WithStats ? 1 : 0) on_chip_kernel(const __grid_constant__ Params<A> p) {
   using Threads = RowThreads<A, Policy::kThreads>;
   constexpr int kWidth = kVector<S, S>, kItems = Policy::kItems;
   SIMT_SHARED(A, buffer, 2 * Threads::kWarps * Threads::kMost);
