@@ -42,7 +42,8 @@ class DGKD(Method):
         guides: the teacher, then the assistants by decreasing size; with the student's number of classes. They are
             frozen in place.
         temperature: T > 0. 5 (P, code).
-        lam: weight of the guides, in [0, 1]. 1 (P, code): no cross-entropy, labels are not needed.
+        lam: weight of the guides, in [0, 1]. None follows `scale`: 1 with "code" (P, code), which has no cross-entropy
+            and needs no labels; 0.5 (C) with "paper", whose text has one: no source pairs the text's loss with 1.
         scale: "paper" (S) | "code" (P). "paper" by default (C).
         drop: "none" | "bernoulli": each guide survives with probability `survival` | "fixed": exactly `drop_num`
             guides, chosen at random, are dropped. At least one guide is always kept (C): where none survives, one
@@ -64,7 +65,7 @@ class DGKD(Method):
         guides: Sequence[nn.Module],
         *,
         temperature: float = 5.0,
-        lam: float = 1.0,
+        lam: float | None = None,
         scale: str = "paper",
         drop: str = "none",
         survival: float = 0.75,
@@ -81,6 +82,7 @@ class DGKD(Method):
             expected = f"less than the number of guides, {len(guides)} (one is always kept)"
             raise wrong_value(name, "drop_num", expected, drop_num)
         temperature = check_temperature(name, temperature)
+        lam = {"paper": 0.5, "code": 1.0}[scale] if lam is None else lam
         lam = check_number(name, "lam", lam, "a number in [0, 1]", 0, 1)
         survival = check_number(name, "survival", survival, "a number in [0, 1]", 0, 1)
         super().__init__(learners={"student": student}, frozen={"guides": guides}, seed=seed)

@@ -18,7 +18,7 @@ class PCL(DKEL):
 
     Args:
         student, teacher, classifier, temperature, ce_weight, ramp, of, momentum, seed: as in `DKEL`; T = 3, ramp = 80
-            epochs of 300, momentum = 0.999 (P); the scaling to other lengths of a run is ours (C).
+            epochs of 300 (P), momentum None; the scaling of both to other lengths of a run is ours (C).
         c: weight of the distillation after the ramp-up; 1 (P).
         variant: "intended" | "released": the ramp-up of the reproduction that the authors of DKEL released.
     """
@@ -35,7 +35,7 @@ class PCL(DKEL):
         ramp: float = 80,
         of: float | None = 300,
         variant: str = "intended",
-        momentum: float = 0.999,
+        momentum: float | None = None,
         seed: int = 0,
     ):
         super().__init__(

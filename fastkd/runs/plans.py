@@ -30,8 +30,8 @@ class Recipe:
         stages: config -> the stages that the student's needs, and the student's.
         about: which networks there are and who teaches whom, for --help and report.md.
         fixed: arguments of the class that this recipe sets itself.
-        digits: defaults of its arguments for digits, where a run has few steps and maps are small. Our choice: the
-            average's momentum so that it follows within an epoch or so, FEED's beta by validation images (5 over 50).
+        digits: defaults of its arguments for digits, where maps are small. Our choice: FEED's beta, by validation images
+            (5 over 50).
     """
 
     method: type[methods.Method]
@@ -117,7 +117,6 @@ RECIPES = {
         "Peers of the student's architecture on one stem (--branches), each with its own augmentation of the images, "
         "learn together from their ensemble and from their mean teachers. The first mean teacher is the network that "
         "is kept.",
-        digits={"momentum": 0.97},
     ),
     "ban": Recipe(methods.BAN, _with_teacher(methods.BAN), stages.generations, _GENERATIONS + "one before it."),
     "dgkd": Recipe(
@@ -147,7 +146,6 @@ RECIPES = {
         stages.branches,
         "As pcl, with mean teachers that start apart from the student and whose ensemble fades out. The first mean "
         "teacher is the network that is kept.",
-        digits={"momentum": 0.97},
     ),
     "feed-parallel": Recipe(
         methods.FEED,
