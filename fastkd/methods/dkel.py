@@ -39,7 +39,7 @@ from fastkd.methods._mean_teacher import (
     momentum_of_run,
     shapes,
 )
-from fastkd.methods.base import Batch, Method, Phase
+from fastkd.methods.base import Batch, Method, Phase, Terms
 from fastkd.models import Branched
 
 NEGLIGIBLE = 0.01  # a weight of the teachers' ensemble that counts as 0 (P, code)
@@ -254,9 +254,7 @@ class DKEL(Method):
         super().set_extra(extra)
         self.steps, self.initialised = extra["steps"], extra["initialised"]
 
-    def _terms(
-        self, weight: float, together: float, one_by_one: float, views: Any, target: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _terms(self, weight: float, together: float, one_by_one: float, views: Any, target: Any) -> Terms:
         if target is None:
             raise wrong_value(self._name(), "target", "class indices [B]", None)
         # Also where nothing is distilled: its batch statistics follow.
@@ -283,7 +281,7 @@ class DKEL(Method):
             return_terms=True,
         )  # each [m + 1]
         ce = self.ce_weight * terms.ce
-        return losses.sum(), {"ce": ce[:m].sum(), "ensemble_ce": ce[m], "kd": terms.kd.sum()}
+        return losses.sum(), {"ce": ce[:m].sum(), "ensemble_ce": ce[m], "kd": terms.kd.sum()}, teachers[0]
 
     def _check_branched(self, argument: str, value: object) -> None:
         if not isinstance(value, Branched):
