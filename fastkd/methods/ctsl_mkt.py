@@ -51,8 +51,8 @@ class CTSLMKT(Peers):
         beta1, beta2: weights of the angles and of the response beside the distances, >= 0. 2 and 1 (C).
         gamma: weight of self-learning, >= 0. 0.5 (C).
         temperature: t > 0 of self-learning. 4 (C).
-        scale_by_t2: multiply self-learning by t^2. True (C): with t = 4 it then weighs 16 times what the printed loss has,
-            which is without.
+        scale_by_t2: multiply self-learning by t^2. True (C): with t = 4 it then weighs 16 times what it weighs in the
+            printed loss, which is without.
         mutual_response, mutual_relation, self_learning: the switches of the three transfers (S), True or False for all
             peers, or a sequence of M of them. A peer with none learns by alpha * CE alone, but still teaches.
         deploy: which peer `deployable()` gives.

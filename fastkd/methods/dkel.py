@@ -74,7 +74,7 @@ class DKEL(Method):
 
     An average with a = 0.999 follows about 1000 steps behind: in a run of 2,340 steps the deployed network was up to
     2.3 points below plain cross-entropy. So a follows the length of the run, which `start_epoch(epoch, epochs, steps)`
-    tells: 1 - a = 117 / steps of the run, between 0.001 and 0.5 (C); the paper's 300 epochs of 390 steps have its 0.999.
+    tells: 1 - a = 117 / steps of the run, between 0.001 and 0.5 (C); 300 epochs of 390 steps have the paper's 0.999.
 
     Each default is marked (P) published in paper or code, (C) our choice.
 
@@ -95,8 +95,8 @@ class DKEL(Method):
             PCL's, a copy of the student with the a of "released".
         variant: "intended" (C) | "released".
         ensemble_ramp: True: w instead of c before the teachers' ensemble, too. False (C). "released" always has it.
-        momentum: a, in [0, 1]. None: by the length of the run (C), or 0.999 (P) with "released" and where no loop has told
-            the number of steps.
+        momentum: a, in [0, 1]. None: by the length of the run (C), or 0.999 (P) with "released" and where no loop has
+            told the number of steps.
         seed: of the random weights of teacher and classifier. Take the same on every rank.
 
     Errors: ValueError or TypeError in one sentence, before training for all of the above; at the first batch for
@@ -316,8 +316,9 @@ def _teaching(teachers: list[Tensor], together: float, one_by_one: float) -> tup
 
 def _classifier_of(name: str, student: Branched) -> nn.Module:
     peer, like = student.peer(0), next(student.parameters())
-    head = getattr(peer, "fc", None)
+    head = getattr(peer, "fc", getattr(peer, "classifier", None))
+    head = head[-1] if isinstance(head, nn.Sequential) else head
     if not isinstance(head, nn.Linear):
-        expected = "given where the peers have no linear layer `fc` that tells the number of classes"
+        expected = "given where the peers have no linear layer `fc` or `classifier` that tells the number of classes"
         raise wrong_value(name, "classifier", expected, None)
     return nn.Linear(len(student.peers) * peer.features_width, head.out_features).to(like.device, like.dtype)

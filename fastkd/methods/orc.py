@@ -38,7 +38,6 @@ from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 from fastkd.ops._gather import check_process_group
 from fastkd.ops.ranking import BY
 
-
 TEACHINGS = ("intensive", "private", "group")
 
 
@@ -103,8 +102,8 @@ class ORC(Method):
     Attributes:
         promotions: int64 [K], how often each network was promoted; in the state dict.
 
-    Phases: "intensive", "private", "group", by `phase.name`, as far as `teach` has them. Under gradient accumulation ranking, feedback and mix-up
-    are those of the whole batch.
+    Phases: "intensive", "private", "group", by `phase.name`, as far as `teach` has them. Under gradient accumulation
+    ranking, feedback and mix-up are those of the whole batch.
 
     Errors: ValueError or TypeError in one sentence, before training for all of the above; at the first batch for
     missing labels, inputs without a floating-point tensor, and networks whose logits differ in shape.

@@ -30,8 +30,8 @@ class Recipe:
         stages: config -> the stages that the student's needs, and the student's.
         about: which networks there are and who teaches whom, for --help and report.md.
         fixed: arguments of the class that this recipe sets itself.
-        digits: defaults of its arguments for digits, where maps are small. Our choice: FEED's beta, by validation images
-            (5 over 50).
+        digits: defaults of its arguments for digits, where maps are small. Our choice: FEED's beta, by validation
+            images (5 over 50).
     """
 
     method: type[methods.Method]

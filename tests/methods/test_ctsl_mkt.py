@@ -43,7 +43,9 @@ def former(count=2):
     return [mlp(seed=20 + k) for k in range(count)]  # self-teachers need no embedding
 
 
-def paper(alpha, beta, beta1, beta2, gamma, t, mutual_t=1.0, former=(), response=True, relation=True, own=True, t2=True):
+def paper(
+    alpha, beta, beta1, beta2, gamma, t, mutual_t=1.0, former=(), response=True, relation=True, own=True, t2=True
+):  # fmt: skip
     """The loss of all peers."""
 
     def loss(networks, x, y):

@@ -52,7 +52,8 @@ def compare_to_plain(make, iterations=4, lr=0.3, **options):
 @pytest.mark.parametrize("options", [
     {}, {"promote": 2}, {"intensive": "group"}, {"errors_only": False}, {"rank_by": "accuracy"},
     {"rank_by": "top5", "promote": 2, "intensive": "group", "errors_only": False},
-    {"rank_by": "fixed"}, {"rank_by": "fixed", "promote": 2}, {"combine": "mean"}, {"mix": "feedback"}, {"mix": "batch"},
+    {"rank_by": "fixed"}, {"rank_by": "fixed", "promote": 2}, {"combine": "mean"},
+    {"mix": "feedback"}, {"mix": "batch"},
     {"teach": ["group"]}, {"teach": ["group", "intensive"], "mix": "batch"}, {"teach": ["private"]},
 ], ids=str)  # fmt: skip
 def test_losses_and_gradients_are_the_papers(make, options):
