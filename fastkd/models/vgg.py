@@ -3,8 +3,6 @@
 Sources: Simonyan and Zisserman, arXiv 1409.1556 (11-19); Tian et al., arXiv 1910.10699 (VGG-8, small classifier).
 """
 
-import copy
-
 from torch import Tensor, nn
 
 from fastkd.models.base import Network, Outputs, global_pool, init_kaiming, make_norm, scaled
@@ -55,8 +53,9 @@ class VGG(Network):
         self.features_width = channels
         if head not in ("linear", "mlp"):
             raise ValueError(f'create: head must be "linear" or "mlp", got {head!r}')
-        hidden = [nn.Dropout(), nn.Linear(channels, channels), nn.ReLU(inplace=True)] if head == "mlp" else []
-        self.hidden = nn.Sequential(*hidden, *copy.deepcopy(hidden))
+        self.hidden = nn.Sequential()
+        for _ in range(2 if head == "mlp" else 0):
+            self.hidden.extend([nn.Dropout(), nn.Linear(channels, channels), nn.ReLU(inplace=True)])
         self.fc = nn.Linear(channels, num_classes)
         init_kaiming(self)
         nn.init.normal_(self.fc.weight, std=0.01)

@@ -89,7 +89,7 @@ def test_a_vgg_with_a_classifier_of_three_layers():
     model = models.create("vgg8", 7, 16, width=0.125, head="mlp").eval()
     assert [type(layer).__name__ for layer in model.hidden] == ["Dropout", "Linear", "ReLU"] * 2
     first, second = model.hidden[1].weight, model.hidden[4].weight
-    assert first.data_ptr() != second.data_ptr() and first.shape == (64, 64)
+    assert not torch.equal(first, second) and first.shape == (64, 64)
     outputs = model.forward_features(images(2, 16))
     assert torch.equal(model.fc(outputs.features), outputs.logits) and (outputs.features >= 0).all()
     with pytest.raises(ValueError, match='create: head must be "linear" or "mlp", got .big.'):
