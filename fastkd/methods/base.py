@@ -198,6 +198,7 @@ class Method(Networks):
         return pack(self.extra(), self._random)
 
     def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
+        """The way back of `get_extra_state`; also takes the dict that earlier versions saved."""
         extra, self._random = unpack(self._name(), state)
         self.set_extra(extra)
 

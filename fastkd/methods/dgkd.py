@@ -88,6 +88,7 @@ class DGKD(Method):
         self.drop, self.survival, self.drop_num = drop, survival, drop_num
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the student's step, taught by the guides that are kept in this iteration."""
         yield Phase([self.learner("student")], partial(self._terms, self._kept(generator)), batch)
 
     def deployable(self) -> nn.Module:

@@ -117,6 +117,7 @@ class FEED(Method):
         self.mode, self.beta, self.reduction, self.p, self.norm = mode, float(beta), reduction, int(p), norm
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the step of the student and of the transforms."""
         yield Phase([self.learner("student"), self.learner("transforms")], self._terms, batch)
 
     def deployable(self) -> nn.Module:
@@ -249,4 +250,5 @@ def _pooled(map: Tensor, size: list[int]) -> Tensor:
 
 
 def last_map(network: nn.Module, inputs: Any, *, method_name: str, argument: str) -> Tensor:
+    """The last feature map [B, c, H, W] of what `network` returns for `inputs`."""
     return outputs_of(network, inputs, method_name, argument, "maps").maps[-1]

@@ -142,6 +142,7 @@ class ORC(Method):
         self.register_buffer("promotions", torch.zeros(len(students), dtype=torch.int64))
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """The paper's phases in their order: intensive, private and group teaching."""
         _check_one_process(self._name(), self.process_group)
         # 0. Evaluation: who is promoted, and what the student group gets wrong.
         stats, classes = self._evaluate(batch)

@@ -21,6 +21,7 @@ from fastkd.train.settings import Settings
 
 
 def networks_table(config: TrainConfig, results: dict[str, Result], data) -> str:
+    """One row a network: parameters, method, guides, epochs, test accuracy."""
     rows = []
     for result in results.values():
         stage = result.stage
@@ -53,6 +54,7 @@ def _terms_text(rows: list[Row]) -> list[str]:
 
 
 def data_text(config: Settings, data) -> str:
+    """One sentence: how many images, classes, pixels, and how they are augmented."""
     parts = [f"{len(data.train)} training images"]
     if data.validation is not None:
         parts.append(f"{len(data.validation)} validation images")
@@ -65,6 +67,7 @@ def data_text(config: Settings, data) -> str:
 
 
 def optimization_text(config: Settings) -> str:
+    """Two sentences: optimiser, learning rate, batch, schedule."""
     momentum = f", momentum {config.momentum}{' (Nesterov)' if config.nesterov else ''}"
     schedule = config.schedule
     if schedule == "multistep":
@@ -85,6 +88,7 @@ def method_text(name: str, data: str, options: dict) -> str:
 
 
 def train_report(config: TrainConfig, results: dict[str, Result], data, command: str) -> str:
+    """The report of one run in Markdown."""
     student = results["student"]
     last = student.rows[-1]
     lines = [f"# {config.method} on {config.data}", ""]

@@ -205,6 +205,7 @@ class Runner:
         return recipe(stage.method).build(learners, [trained[name] for name in stage.guides], options)
 
     def fit(self, stage: Stage, trained: Mapping[str, nn.Module], folder: Path | None) -> Fit:
+        """The training run of `stage`, its guides taken from `trained`; `folder` None: nothing is written."""
         facts = {"stage": stage.name, "network": stage.network, "method": stage.method, "seed": self.config.seed}
         facts |= {"num_classes": self.data.num_classes, "image_size": self.data.image_size}
         facts |= {"channels": self.data.channels, "learners": [learner.name for learner in stage.learners]}

@@ -154,6 +154,7 @@ class Fit:
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
         return self.folder / "checkpoints"
 
     def run(self) -> list[Row]:
