@@ -25,7 +25,7 @@ from fastkd._core.files import write_atomic
 from fastkd._core.locks import NotWritable, why_not_writable
 from fastkd._core.messages import UserError, note
 from fastkd.models.registry import SMALLEST_IMAGE
-from fastkd.runs.config import TrainConfig, fingerprint
+from fastkd.runs.config import TrainConfig, determining, fingerprint
 from fastkd.runs.job import Job
 from fastkd.runs.stages import Learner, Stage
 from fastkd.train import batch_norm, checkpoint, same_data
@@ -37,10 +37,6 @@ from fastkd.train.loop import Fit, evaluate
 from fastkd.train.metrics import Row
 from fastkd.train.steps import check_amp
 from fastkd.train.task import Setup, Task
-
-_TRAINING = ("batch_size", "optimizer", "lr", "momentum", "nesterov", "weight_decay", "schedule", "milestones")
-_TRAINING += ("gamma", "warmup_epochs", "amp", "accumulate")
-_DATA = ("data", "train_size", "validation", "image_size", "augment")
 
 
 def parse_network(spec: str) -> tuple[str, dict[str, Any]]:
@@ -125,19 +121,15 @@ def stage_key(
     if stage.name in config.checkpoint:
         content = Path(config.checkpoint[stage.name]).read_bytes()
         return fingerprint({"network": stage.network, "file": hashlib.sha256(content).hexdigest()})
-    values = dataclasses.asdict(config)
-    facts = {name: values[name] for name in (*_DATA, *_TRAINING, "seed")}
+    facts = determining(config)
     data = load_data(config) if data is None else data
     facts["data"] = [config.data.partition(":")[0], data.description]  # wherever a folder stands
-    if batch_norm.synchronises(config, job.world):
-        facts["sync_batch_norm"] = True
+    if not batch_norm.synchronises(config, job.world):
+        facts.pop("sync_batch_norm", None)
+    if not stage.guides:
+        facts.pop("logits_dtype", None)
     facts |= {name: getattr(stage, name) for name in ("method", "options", "epochs", "views")}
     facts |= {"learners": [dataclasses.asdict(learner) for learner in stage.learners]}
-    # Only where they change something: earlier versions had them not, and their stages are still good.
-    if config.variants and config.augment:
-        facts["variants"] = config.variants
-    if config.logits_cache and config.logits_dtype != "float32" and stage.guides:
-        facts["logits_dtype"] = config.logits_dtype
     # Arguments that are not given have the defaults of this version of the method.
     facts |= {"defaults": {name: repr(value) for name, value in job.recipes[stage.name].arguments.items()}}
     return fingerprint(facts | {"needs": [stage_key(job, stages[name], stages, data) for name in stage.needs]})
