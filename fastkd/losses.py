@@ -163,7 +163,8 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
             *,
             mask: Tensor | None = None,
             num_items: float | Tensor | None = None,
-        ) -> Loss: ...
+        ) -> Loss:
+            """As `forward`."""
 
 
 class MutualKD(_Fixed):
@@ -249,6 +250,7 @@ class RKDDistance(_Fixed):
         mask: Tensor | None = None,  # bool [N]
         num_items: float | Tensor | None = None,
     ) -> Tensor:
+        """The loss of `rkd_distance`: a scalar, or [N] where `reduction` is "none"."""
         more = {"mask": mask, "num_items": num_items, "process_group": self.process_group}
         return functional.rkd_distance(student, teacher, reduction=self.reduction, **more)
 
@@ -270,6 +272,7 @@ class RKDAngle(_Fixed):
         mask: Tensor | None = None,  # bool [N]
         num_items: float | Tensor | None = None,
     ) -> Tensor:
+        """The loss of `rkd_angle`: a scalar, or [N] where `reduction` is "none"."""
         more = {"mask": mask, "num_items": num_items, "process_group": self.process_group}
         return functional.rkd_angle(student, teacher, reduction=self.reduction, eps=self.eps, **more)
 
@@ -306,6 +309,7 @@ class FeatureEnsemble(_Fixed):
         mask: Tensor | None = None,  # bool [B]
         num_items: float | Tensor | None = None,
     ) -> Tensor:
+        """The loss of `feature_ensemble`: a scalar, or [B] where `reduction` is "none"."""
         return functional.feature_ensemble(
             students,
             teachers,

@@ -33,6 +33,7 @@ class CE(Method):
         super().__init__(learners={"student": check_network(self._name(), "student", student)})
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the student's step."""
         yield Phase([self.learner("student")], self._terms, batch)
 
     def deployable(self) -> nn.Module:
@@ -74,6 +75,7 @@ class KD(DGKD):
         self.ce_weight = ce_weight
 
     def weights(self, classes: int) -> tuple[float, float]:
+        """The weights of KD and of CE; the latter is `ce_weight` where that is given."""
         kd_weight, ce_weight = super().weights(classes)
         return kd_weight, ce_weight if self.ce_weight is None else self.ce_weight
 
@@ -120,6 +122,7 @@ class AVER(DGKD):
         super().__init__(student, teachers, temperature=temperature, lam=lam)
 
     def weights(self, classes: int) -> tuple[float, float]:
+        """DGKD's weights of KD and of CE, each divided by K."""
         kd_weight, ce_weight = super().weights(classes)
         return kd_weight / len(self.guides), ce_weight / len(self.guides)
 

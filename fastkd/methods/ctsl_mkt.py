@@ -119,6 +119,7 @@ class CTSLMKT(Peers):
         self._check_that_all_learn()
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the step of all peers that learn."""
         yield Phase(self.running(), self._terms, batch)
 
     def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor], Tensor]:

@@ -58,6 +58,7 @@ class DGKD(Method):
     """
 
     teaches_logits = True
+    last_only = ("drop", "survival", "drop_num")  # the paper drops guides of the last student only (S)
 
     def __init__(
         self,
@@ -90,6 +91,7 @@ class DGKD(Method):
         self.drop, self.survival, self.drop_num = drop, survival, drop_num
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the student's step, taught by the guides that are kept in this iteration."""
         yield Phase([self.learner("student")], partial(self._terms, self._kept(generator)), batch)
 
     def deployable(self) -> nn.Module:

@@ -156,6 +156,7 @@ class DKEL(Method):
         self.steps, self.initialised = 0, False  # steps of the average
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the step of student and classifier; the mean teacher moves where it was not skipped."""
         self._check_views("inputs", batch.inputs)
         check_precision(self._name(), self.teacher)
         if self.init is not None and not self.initialised and self.steps == 0:
@@ -175,6 +176,7 @@ class DKEL(Method):
 
     @property
     def teacher_names(self) -> tuple[str, ...]:
+        """The networks that are moving averages."""
         return ("teacher",)
 
     def deployable(self) -> nn.Module:
@@ -248,9 +250,11 @@ class DKEL(Method):
         return momentum
 
     def extra(self) -> dict[str, Any]:
+        """The base's, with the count of steps and whether `initialise` was called."""
         return super().extra() | {"steps": self.steps, "initialised": self.initialised}
 
     def set_extra(self, extra: dict[str, Any]) -> None:
+        """The way back of `extra`."""
         super().set_extra(extra)
         self.steps, self.initialised = extra["steps"], extra["initialised"]
 

@@ -111,6 +111,7 @@ class KDCL(Peers):
         self.ensemble, self.temperature, self.lam, self.linear_steps = ensemble, temperature, lam, linear_steps
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the step of all peers that learn."""
         yield Phase(self.running(), self._terms, batch)
 
     def _terms(self, inputs: Any, target: Any) -> Terms:

@@ -110,6 +110,7 @@ class ORC(Method):
     """
 
     one_loss = False
+    counted = {"promotions": "Steps in which a network was a temporary teacher"}
 
     def __init__(
         self,
@@ -160,6 +161,7 @@ class ORC(Method):
         self.register_buffer("promotions", torch.zeros(len(students), dtype=torch.int64))
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """The paper's phases in their order: intensive, private and group teaching."""
         _check_one_process(self._name(), self.process_group)
         # 0. Evaluation: who is promoted, and what the student group gets wrong.
         stats, classes = self._evaluate(batch)
@@ -194,6 +196,10 @@ class ORC(Method):
     def deployable(self) -> nn.Module:
         """The target student, students[0]."""
         return self.students[0]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How often each network was promoted, for the log."""
+        return {"promotions": {f"students.{i}": count for i, count in enumerate(self.promotions.tolist())}}
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """The student group at `lr`, then the pivot at `pivot_lr * lr`."""

@@ -67,6 +67,7 @@ class Reconstruction(Method):
         self.channels = channels
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the auto-encoder's step."""
         yield Phase([self.learner("autoencoder")], self._terms, batch)
 
     def deployable(self) -> nn.Module:

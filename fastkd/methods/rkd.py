@@ -73,6 +73,7 @@ class RKD(Method):
         self.leaves_unused |= self.ce_weight == 0  # the classifier
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the student's step."""
         yield Phase([self.learner("student")], self._terms, batch)
 
     def deployable(self) -> nn.Module:

@@ -67,9 +67,11 @@ class WithFeatures(nn.Module):
         return self._private[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Outputs:
+        """Logits, features and maps of what the model makes of these arguments."""
         return self._private[1](*args, **kwargs)
 
     def train(self, mode: bool = True) -> "WithFeatures":
+        """Sets the mode here and in the model."""
         model, run = self._private
         model.training = mode
         if isinstance(run, nn.Module):

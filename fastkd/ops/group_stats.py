@@ -232,6 +232,7 @@ def _promoted(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def register_fakes(namespace: str) -> None:
+    """The shapes that the raw operation of `namespace` returns, for torch.compile and torch.export."""
     def fake(networks, target, soft, ignore_index):
         first, shape = networks[0], (len(networks), count_rows(networks[0]))
         dtype = torch.float64 if any([z.dtype == torch.float64 for z in networks]) else torch.float32

@@ -60,6 +60,7 @@ def batches_on(batches, device: torch.device, classes: int | None = None) -> Ite
 
 
 def batch_on(batch: tuple, device: torch.device, classes: int | None = None) -> tuple[Any, torch.Tensor]:
+    """Inputs and labels on `device`; UserError where a label is none of 0 .. classes - 1."""
     inputs, target = batch
     if classes is not None:
         _check_labels(target, classes)
