@@ -29,7 +29,7 @@ def standardized(logits: Tensor) -> Tensor:
 def distil_standardized(
     logits: Tensor, teachers: Sequence[Tensor], target: Tensor | None, *, ce_weight: float, **options: Any
 ) -> tuple[Tensor, LossTerms]:
-    """multi_teacher_kd with return_terms=True, its divergences on standardised logits, its cross-entropy on raw ones."""
+    """multi_teacher_kd (return_terms=True) whose divergences see standardised logits, its cross-entropy raw ones."""
     teachers = [standardized(teacher) for teacher in teachers]
     loss, terms = functional.multi_teacher_kd(standardized(logits), teachers, target, **options)
     if ce_weight == 0:

@@ -31,8 +31,8 @@ class AEKD(DGKD):
         teachers: K networks with the same classes; frozen in place.
         temperature: T > 0; 4 (C).
         lam: weight of the teachers, in [0, 1]; 0.9 (C).
-        cap: the largest weight of one teacher, in [1 / K, 1]: the paper's tolerance for teachers that disagree. None: 1,
-            where the weights may leave all teachers but one out (C).
+        cap: the largest weight of one teacher, in [1 / K, 1]: the paper's tolerance for teachers that disagree. None:
+            1, where the weights may leave all teachers but one out (C).
         steps: of the search by projected gradients, on the device; 50 (C).
 
     With chunks > 1, and under data parallelism, the weights are those of each chunk and of each process's rows.

@@ -21,8 +21,8 @@ class DIST(Method):
 
         ce_weight * CE + 2 * tau^2 * (beta * (1 - mean_b rho(p[b], q[b])) + gamma * (1 - mean_c rho(p[:, c], q[:, c])))
 
-    with p, q the softmax of teacher and student at temperature tau and rho Pearson's correlation. Each default is marked
-    (P) published in paper or code, (C) our choice.
+    with p, q the softmax of teacher and student at temperature tau and rho Pearson's correlation. Each default is (P)
+    published in paper or code.
 
     Args:
         student: the network to train; logits [B, C] or an object with `.logits`.
@@ -65,6 +65,7 @@ class DIST(Method):
         self.temperature = temperature
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase trains the student."""
         yield Phase([self.learner("student")], self._terms, batch)
 
     def deployable(self) -> nn.Module:

@@ -67,6 +67,7 @@ class DKD(Method):
         self.temperature = temperature
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase trains the student."""
         yield Phase([self.learner("student")], self._terms, batch)
 
     def deployable(self) -> nn.Module:

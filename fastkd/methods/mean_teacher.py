@@ -43,8 +43,8 @@ class MeanTeacher(Method):
         momentum: in [0, 1]. None: by the length of the run (C), as in DKEL, or 0.999 where no loop has told it.
         views: True: the inputs are a tuple of two views, the student's and the teacher's (P); False: one for both.
 
-    `deployable()` is the teacher (P). Errors: ValueError or TypeError in one sentence, before training; at the first batch
-    for inputs that are not two views.
+    `deployable()` is the teacher (P). Errors: ValueError or TypeError in one sentence, before training; at the first
+    batch for inputs that are not two views.
     """
 
     one_loss = False  # the average follows the step
@@ -73,6 +73,7 @@ class MeanTeacher(Method):
         self.steps = 0  # of the average
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase trains the student."""
         check_precision(self._name(), self.teacher)
         phase = Phase([self.learner("student")], partial(self._terms, self.consistency_weight(self.epoch)), batch)
         yield phase
@@ -82,6 +83,7 @@ class MeanTeacher(Method):
 
     @property
     def teacher_names(self) -> tuple[str, ...]:
+        """The mean teacher."""
         return ("teacher",)
 
     def deployable(self) -> nn.Module:
@@ -98,9 +100,11 @@ class MeanTeacher(Method):
         return min(1 - 1 / (step + 1), momentum_of_run(self.run_steps) if self.momentum is None else self.momentum)
 
     def extra(self) -> dict[str, Any]:
+        """With the steps of the average."""
         return super().extra() | {"steps": self.steps}
 
     def set_extra(self, extra: dict[str, Any]) -> None:
+        """The way back of `extra`."""
         super().set_extra(extra)
         self.steps = extra["steps"]
 

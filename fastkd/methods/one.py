@@ -56,10 +56,11 @@ class ONE(_Branches):
     """Lan et al., "Knowledge Distillation by On-the-Fly Native Ensemble": branches taught by a gated ensemble of all.
 
         sum_i CE(z_i) + CE(z_e) + r * sum_i KD_T(z_i, sg z_e);  z_e = sum_i g_i z_i
-        g = softmax(ReLU(BN(Linear(pooled stem)))) [B, m];  r(epoch) = exp(-5 * (1 - epoch / R)^2), R = ramp * epochs / of
+        g = softmax(ReLU(BN(Linear(pooled stem)))) [B, m]
+        r(epoch) = exp(-5 * (1 - epoch / R)^2) up to epoch R = ramp * epochs / of, then 1
 
-    KD_T as in fastkd.methods.dgkd. All of it is one pass of `fastkd.functional.mutual_kd` with m + 1 learners. Each default
-    is marked (P) published in paper or code, (C) our choice.
+    KD_T as in fastkd.methods.dgkd. All of it is one pass of `fastkd.functional.mutual_kd` with m + 1 learners. Each
+    default is marked (P) published in paper or code, (C) our choice.
 
     Args:
         student: a fastkd.models.Branched of m branches; 3 (P).
@@ -111,7 +112,7 @@ class ONE(_Branches):
 
 
 class OKDDip(_Branches):
-    """Chen et al., "Online Knowledge Distillation with Diverse Peers": auxiliary peers with a target each, and a leader.
+    """Chen et al., "Online Knowledge Distillation with Diverse Peers": peers with a target each, and a leader.
 
         sum_a [CE(z_a) + r KD_T(z_a, t_a)] + CE(z_L) + r KD_T(z_L, sg mean_a z_a)
         t_a = sum_b A_ab z_b;  A_ab = softmax over b of <L f_a, E f_b>

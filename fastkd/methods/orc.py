@@ -31,9 +31,10 @@ from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.functional import GroupStats
 from fastkd.methods._batch import map_tree
 from fastkd.methods._calls import as_argument, logits_in
-from fastkd.methods._checks import check_network, check_networks
+from fastkd.methods._checks import check_boolean, check_network, check_networks
 from fastkd.methods._observe import observe, read_later
 from fastkd.methods._pool import Pool, gather_pool
+from fastkd.methods._standardize import distil_standardized
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 from fastkd.ops._gather import check_process_group
 from fastkd.ops.ranking import BY
@@ -89,6 +90,7 @@ class ORC(Method):
         errors_only: only misclassified samples are feedback, the abstract's "error samples"; a network without one
             leaves its share to the others, and where no network has one, the highest CEs are taken. True (P). False:
             each network's highest CEs, wrong or not.
+        standardize: private and group teaching distil the z-scores of the logits, as in DGKD. False.
         pivot_lr: the pivot's learning rate as a multiple of the others', >= 0. 0.1 (C).
         seed: of l.
         process_group: a torch.distributed group under data parallelism: who is promoted and the proportions r are then
@@ -127,6 +129,7 @@ class ORC(Method):
         combine: Literal["each", "mean"] = "each",
         mix: Literal["mixup", "feedback", "batch"] = "mixup",
         errors_only: bool = True,
+        standardize: bool = False,
         pivot_lr: float = 0.1,
         seed: int = 0,
         process_group=None,
@@ -143,8 +146,7 @@ class ORC(Method):
         teach = _check_teach(name, teach)
         check_choice(name, "combine", combine, ("each", "mean"))
         check_choice(name, "mix", mix, ("mixup", "feedback", "batch"))
-        if not isinstance(errors_only, bool):
-            raise wrong_type(name, "errors_only", "True or False", type(errors_only).__name__)
+        errors_only = check_boolean(name, "errors_only", errors_only)
         check_process_group(name, process_group)
         _check_one_process(name, process_group)
         check_choice(name, "feedback", feedback, ("local", "global"))
@@ -156,6 +158,7 @@ class ORC(Method):
         self.temperature, self.beta, self.alpha, self.promote = temperature, beta, alpha, promote
         self.rank_by, self.intensive, self.errors_only = rank_by, intensive, errors_only
         self.teach_by, self.combine, self.mix = teach, combine, mix
+        self.standardize = check_boolean(name, "standardize", standardize)
         self.pivot_lr, self.process_group = pivot_lr, process_group
         self.feedback_scope = feedback if process_group is not None else "local"
         self.register_buffer("promotions", torch.zeros(len(students), dtype=torch.int64))
@@ -290,12 +293,13 @@ class ORC(Method):
 
     def _taught_terms(self, phase: str, names: Sequence[str], inputs: Any, target: Tensor) -> Terms:
         inputs, teachers = inputs
+        distil = distil_standardized if self.standardize else functional.multi_teacher_kd
         loss = ce = kd = 0
         shipped = None
         for name in names:
             logits = self.learned_logits(name, inputs)  # [B, C]
             shipped = logits if name == "students.0" else shipped
-            one, terms = functional.multi_teacher_kd(
+            one, terms = distil(
                 logits,
                 teachers,
                 target,

@@ -54,15 +54,18 @@ class StagedResNet(Network):
         self.features_width = self.fc.in_features
 
     def stem_layers(self) -> tuple[str, ...]:
+        """The layers before the branch."""
         return ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
 
     def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The maps of all stages but the last."""
         maps = [self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))]
         for stage in (self.layer2, self.layer3):
             maps.append(stage(maps[-1]))
         return tuple(maps)
 
     def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
+        """The last stage and the classifier."""
         last = self.layer4(stem[-1])  # [B, 512 or 2048, h, w]
         features = torch.flatten(self.avgpool(last), 1)
         return Outputs(self.fc(features), features, (*stem, last))
@@ -80,6 +83,7 @@ class StagedDenseNet(Network):
         self._last, self._stem = blocks[-1], names[: names.index(blocks[-1])]
 
     def stem_layers(self) -> tuple[str, ...]:
+        """The layers before the branch."""
         return tuple(f"features.{name}" for name in self._stem)
 
     def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -92,6 +96,7 @@ class StagedDenseNet(Network):
         return (*maps, x)
 
     def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
+        """The last stage and the classifier."""
         last = self.features.norm5(self.features.get_submodule(self._last)(stem[-1]))
         last = nn.functional.relu(last, inplace=True)  # [B, D, h, w]
         features = global_pool(last)

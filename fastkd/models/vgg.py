@@ -23,8 +23,8 @@ class VGG(Network):
     A 2x2 max-pooling stands between two stages only while the map is larger than 4x4, so that the last
     stage sees 4x4 pixels for images of 8 to 64 pixels. As in the field's code, convolutions have a bias.
 
-    head  "linear", one linear layer, or "mlp": dropout, linear, ReLU twice before it, as in the code of PCL and DKEL; the
-          features are then the input of the last linear layer
+    head  "linear", one linear layer, or "mlp": dropout, linear, ReLU twice before it, as in the code of PCL and DKEL;
+          the features are then the input of the last linear layer
     """
 
     def __init__(
