@@ -217,7 +217,11 @@ def check_options(names: list[str], options: dict[str, Any]) -> None:
 
 
 def plan(config: TrainConfig) -> list[Stage]:
-    """The stages of a run, each after those that it needs; the last one is the student's."""
+    """The stages of a run, each after those that it needs; the last one is the student's.
+
+    >>> [stage.name for stage in fastkd.train.plan(fastkd.train.TrainConfig(method="takd", assistants=["resnet14"]))]
+    ['teacher', 'assistant1', 'student']
+    """
     how = recipe(config.method)
     check_options([config.method], config.options)
     found = how.stages(dataclasses.replace(config, options=in_force(config.method, config.data, config.options)))

@@ -148,7 +148,12 @@ class Result:
 
 
 class Runner:
-    """Carries out the plan of one run. data: those of the config, where they are loaded already."""
+    """Carries out the plan of one run. data: those of the config, where they are loaded already.
+
+    >>> runner = fastkd.train.Runner(fastkd.train.TrainConfig(method="kd", data="fake", out="nowhere"))
+    >>> list(runner.stages), runner.data.num_classes
+    (['teacher', 'student'], 10)
+    """
 
     def __init__(self, config: TrainConfig, say: Callable[[str], None] = print, *, data: datasets.Data | None = None):
         self.world = world()
