@@ -65,6 +65,7 @@ class DGKD(Method):
     """
 
     teaches_logits = True
+    last_only = ("drop", "survival", "drop_num")  # the paper drops guides of the last student only (S)
 
     def __init__(
         self,

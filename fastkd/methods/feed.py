@@ -29,6 +29,7 @@ from fastkd.methods._checks import check_network, check_networks, is_sequence
 from fastkd.methods._features import outputs_of
 from fastkd.methods._fresh import beside, weights_from
 from fastkd.methods._map_channels import map_channels
+from fastkd.methods._signature import takes
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 from fastkd.nn import FeatureTransforms
 from fastkd.ops.feature_ensemble import NORMS
@@ -211,37 +212,10 @@ class FT(FEED):
         beta, reduction, p, norm, layers, negative_slope, batch_norm, seed, channels, example: as in FEED.
     """
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        *,
-        beta: float = 500.0,
-        reduction: str = "mean",
-        p: int = 1,
-        norm: str = "sample",
-        layers: int = 3,
-        negative_slope: float = 0.1,
-        batch_norm: bool = False,
-        seed: int = 0,
-        channels: Channels | None = None,
-        example: Any = None,
-    ):
+    @takes(FEED, without=("mode",))
+    def __init__(self, student: nn.Module, teacher: nn.Module, **options: Any):
         check_network(self._name(), "teacher", teacher)
-        super().__init__(
-            student,
-            [teacher],
-            beta=beta,
-            reduction=reduction,
-            p=p,
-            norm=norm,
-            layers=layers,
-            negative_slope=negative_slope,
-            batch_norm=batch_norm,
-            seed=seed,
-            channels=channels,
-            example=example,
-        )
+        super().__init__(student, [teacher], **options)
 
 
 def of_one_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -105,6 +105,7 @@ class ORC(Method):
     """
 
     one_loss = False
+    counted = {"promotions": "Steps in which a network was a temporary teacher"}
 
     def __init__(
         self,
@@ -183,6 +184,10 @@ class ORC(Method):
     def deployable(self) -> nn.Module:
         """The target student, students[0]."""
         return self.students[0]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How often each network was promoted, for the log."""
+        return {"promotions": {f"students.{i}": count for i, count in enumerate(self.promotions.tolist())}}
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """The student group at `lr`, then the pivot at `pivot_lr * lr`."""

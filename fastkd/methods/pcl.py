@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
+from fastkd.methods._signature import takes
 from fastkd.methods.dkel import DKEL
 from fastkd.models import Branched
 
@@ -30,33 +31,6 @@ class PCL(DKEL):
         variant: "intended" | "released": the ramp-up of the reproduction that the authors of DKEL released.
     """
 
-    def __init__(
-        self,
-        student: Branched,
-        *,
-        teacher: Branched | None = None,
-        classifier: nn.Module | None = None,
-        temperature: float = 3.0,
-        ce_weight: float = 1.0,
-        c: float = 1.0,
-        ramp: float = 80,
-        of: float | None = 300,
-        variant: str = "intended",
-        momentum: float = 0.999,
-        seed: int = 0,
-    ):
-        super().__init__(
-            student,
-            teacher=teacher,
-            classifier=classifier,
-            temperature=temperature,
-            ce_weight=ce_weight,
-            c=c,
-            ramp=ramp,
-            of=of,
-            decay=None,
-            init=None,
-            variant=variant,
-            momentum=momentum,
-            seed=seed,
-        )
+    @takes(DKEL, without=("decay", "init"), c=1.0)
+    def __init__(self, student: Branched, **options: Any):
+        super().__init__(student, decay=None, init=None, **options)

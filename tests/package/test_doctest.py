@@ -12,8 +12,8 @@ import fastkd
 
 PARTS = ("functional", "losses", "nn", "methods", "models", "data", "testing", "train")
 PUBLIC = ("fastkd", *(f"fastkd.{name}" for name in PARTS))
-# What nobody makes alone: exceptions, plain records, and what needs a folder of results or a meter around it.
-WITHOUT = {"FallbackWarning", "UnreadableImage", "Interrupted", "UserError", "Learner", "Stage", "Fit", "train_epoch"}
+# What nobody makes alone: exceptions, plain records, and what needs a meter around it.
+WITHOUT = {"FallbackWarning", "UnreadableImage", "Interrupted", "UserError", "Learner", "Stage", "train_epoch"}
 
 
 def modules():
