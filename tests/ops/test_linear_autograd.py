@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_linear import CLASSES, ROWS, labels, randn, results, student, teachers_of
+from linear_helpers import CLASSES, ROWS, labels, randn, results, student, teachers_of
 
 import fastkd
 from fastkd import FallbackWarning, Head, TopK
