@@ -26,6 +26,11 @@ class AEKD(DGKD):
     g_k [C] is the gradient of KD_T(z, z_k) with respect to the logits, meaned over the batch: it is known without a
     backward pass. Each default is marked (P) published, (C) our choice.
 
+    >>> student, teachers = torch.nn.Linear(4, 3), [torch.nn.Linear(4, 3) for _ in range(3)]
+    >>> method = fastkd.methods.AEKD(student, teachers, cap=0.5)
+    >>> sorted(method.step(torch.optim.SGD(method.parameter_groups(lr=0.1)), torch.randn(8, 4), torch.arange(8) % 3))
+    ['ce', 'kd']
+
     Args:
         student: the network to train; logits [B, C] or an object with `.logits`.
         teachers: K networks with the same classes; frozen in place.

@@ -24,6 +24,12 @@ class DIST(Method):
     with p, q the softmax of teacher and student at temperature tau and rho Pearson's correlation. Each default is (P)
     published in paper or code.
 
+    >>> student, teacher = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    >>> _ = student.load_state_dict(teacher.state_dict())
+    >>> method = fastkd.methods.DIST(student, teacher, ce_weight=0.0)
+    >>> round(method(torch.randn(8, 4)).item(), 4)  # equal networks correlate wholly
+    0.0
+
     Args:
         student: the network to train; logits [B, C] or an object with `.logits`.
         teacher: the network to learn from, with the same classes; frozen in place.

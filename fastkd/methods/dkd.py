@@ -26,6 +26,13 @@ class DKD(Method):
     divergence of `KD` is the same sum with alpha = 1 and, row by row, beta = 1 - p_y of the teacher (P, equation 7): it
     silences the other classes where the teacher is sure. Each default is (P) published in paper or code.
 
+    >>> student, teacher = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    >>> method = fastkd.methods.DKD(student, teacher, warmup=10)
+    >>> [method.warmed_up(epoch) for epoch in (0, 4, 9, 20)]
+    [0.1, 0.5, 1.0, 1.0]
+    >>> sorted(method.step(torch.optim.SGD(method.parameter_groups(lr=0.1)), torch.randn(8, 4), torch.arange(8) % 3))
+    ['ce', 'label', 'others']
+
     Args:
         student: the network to train; logits [B, C] or an object with `.logits`.
         teacher: the network to learn from, with the same classes; frozen in place.

@@ -35,6 +35,11 @@ class MeanTeacher(Method):
 
     Each default is marked (P) published in paper or code, (C) our choice.
 
+    >>> method = fastkd.methods.MeanTeacher(torch.nn.Linear(4, 3))
+    >>> views, labels = [torch.randn(8, 4), torch.randn(8, 4)], torch.tensor([0, 1, 2] + [-100] * 5)
+    >>> sorted(method.step(torch.optim.SGD(method.parameter_groups(lr=0.1)), views, labels))
+    ['ce', 'consistency']
+
     Args:
         student: the network to train; logits [B, C] or an object with `.logits`. float32 or float64 parameters.
         consistency: "mse", the mean squared difference of the probabilities (P) | "kl", KL(teacher || student).

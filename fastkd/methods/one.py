@@ -62,6 +62,10 @@ class ONE(_Branches):
     KD_T as in fastkd.methods.dgkd. All of it is one pass of `fastkd.functional.mutual_kd` with m + 1 learners. Each
     default is marked (P) published in paper or code, (C) our choice.
 
+    >>> method = fastkd.methods.ONE(fastkd.models.branched("plain4", 10, image_size=8, width=0.25))
+    >>> method.distillation_weight(80, 300), round(method.distillation_weight(0, 300), 4)
+    (1.0, 0.0067)
+
     Args:
         student: a fastkd.models.Branched of m branches; 3 (P).
         temperature: T > 0; 3 (P).
@@ -120,6 +124,11 @@ class OKDDip(_Branches):
     over the m - 1 auxiliary peers a, b, with pooled embeddings f, learned linear maps L and E, and the leader the first
     branch. The gradient goes through t_a (P): it teaches L and E, and the peers. r and KD_T as in `ONE`. Each default
     is marked (P) published in paper or code, (C) our choice.
+
+    >>> method = fastkd.methods.OKDDip(fastkd.models.branched("plain4", 10, image_size=8, width=0.25))
+    >>> optimizer = torch.optim.SGD(method.parameter_groups(lr=0.1))
+    >>> sorted(method.step(optimizer, torch.randn(4, 3, 8, 8), torch.arange(4)))
+    ['ce', 'kd']
 
     Args:
         student: a fastkd.models.Branched of m >= 3 branches; the first is the leader.
