@@ -190,6 +190,60 @@ RECIPES = {
         fixed={"mode": "sequential"},
         digits={"beta": 5.0},
     ),
+    "dkd": Recipe(
+        methods.DKD,
+        _with_teacher(methods.DKD),
+        stages.taught,
+        f"{_TEACHER} by its probability of the label and, apart from it, those of the other classes; no assistants.",
+    ),
+    "dist": Recipe(
+        methods.DIST,
+        _with_teacher(methods.DIST),
+        stages.taught,
+        f"{_TEACHER} by the correlations of its probabilities within samples and within classes; no assistants.",
+    ),
+    "ae-kd": Recipe(
+        methods.AEKD,
+        _with_guides(methods.AEKD),
+        stages.dense,
+        "As aver, with weights of the guides that make their gradients agree, found in each batch.",
+    ),
+    "ca-mkd": Recipe(
+        methods.AVER,
+        _with_guides(methods.AVER, weights="confidence"),
+        stages.dense,
+        "As aver, each guide weighted image by image by how well it knows the label; the loss of logits alone.",
+        fixed={"weights": "confidence"},
+    ),
+    "ebkd": Recipe(
+        methods.AVER,
+        _with_guides(methods.AVER, weights="entropy"),
+        stages.dense,
+        "As aver, each guide weighted image by image by how sure it is.",
+        fixed={"weights": "entropy"},
+    ),
+    "one": Recipe(
+        methods.ONE,
+        _alone(methods.ONE),
+        stages.branches_of_one_view,
+        "Branches of the student's architecture on one stem (--branches) learn together from their gated ensemble. The "
+        "first branch is the network that is kept.",
+    ),
+    "okddip": Recipe(
+        methods.OKDDip,
+        _alone(methods.OKDDip),
+        stages.branches_of_one_view,
+        "Branches of the student's architecture on one stem (--branches): peers that learn from mixtures of each "
+        "other, each from its own, and a leader that learns from their mean. The leader is the network that is kept.",
+    ),
+    "mean-teacher": Recipe(
+        methods.MeanTeacher,
+        _alone(methods.MeanTeacher, views=True),
+        stages.two_views,
+        "The student agrees with the moving average of its own weights on another augmentation of the same images. The "
+        "average is the network that is kept.",
+        fixed={"views": True},
+    ),
 }
 
 # Arguments that the plan gives, or that have no meaning on a command line.

@@ -1,4 +1,4 @@
-"""DKD, DIST, ONE, OKDDip, AE-KD, mean teacher, the weights of AVER, standardised logits: each typed again in float64."""
+"""DKD, DIST, ONE, OKDDip, AE-KD, mean teacher, weights of AVER, standardised logits: typed again in float64."""
 
 import math
 from functools import partial
