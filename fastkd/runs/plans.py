@@ -19,6 +19,7 @@ from fastkd.runs.config import TrainConfig
 from fastkd.runs.stages import Stage
 
 Networks = list[nn.Module]
+Build = Callable[[Networks, Networks, dict[str, Any]], methods.Method]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Recipe:
     """
 
     method: type[methods.Method]
-    build: Callable[[Networks, Networks, dict[str, Any]], methods.Method]
+    build: Build
     stages: Callable[[TrainConfig], list[Stage]]
     about: str
     fixed: dict[str, Any] = field(default_factory=dict)
@@ -68,27 +69,27 @@ class Recipe:
         return f"{self.about} Arguments: {shown}."
 
 
-def _alone(method, **fixed):
-    return lambda learners, guides, options: method(learners[0], **options, **fixed)
+def _alone(method: type[Any]) -> Build:
+    return lambda learners, guides, options: method(learners[0], **options)
 
 
-def _with_teacher(method, **fixed):
-    return lambda learners, guides, options: method(learners[0], guides[0], **options, **fixed)
+def _with_teacher(method: type[Any]) -> Build:
+    return lambda learners, guides, options: method(learners[0], guides[0], **options)
 
 
-def _with_guides(method, **fixed):
+def _with_guides(method: type[Any], **fixed: Any) -> Build:
     return lambda learners, guides, options: method(learners[0], guides, **options, **fixed)
 
 
-def _peers(method):
+def _peers(method: type[Any]) -> Build:
     return lambda learners, guides, options: method(learners, **options)
 
 
-def _pivot_and_group(method):
+def _pivot_and_group(method: type[Any]) -> Build:
     return lambda learners, guides, options: method(learners[-1], learners[:-1], **options)
 
 
-def _peers_and_guides(method):
+def _peers_and_guides(method: type[Any]) -> Build:
     return lambda learners, guides, options: method(learners, guides, **options)
 
 

@@ -71,9 +71,11 @@ def parameters(method: type[methods.Method]) -> dict[str, Any]:
     return {p.name: p.default for p in found if p.name != "self"}
 
 
-def _student(config: TrainConfig, guides: tuple[str, ...] = (), *, more: tuple[Learner, ...] = (), **facts) -> Stage:
+def _student(
+    config: TrainConfig, guides: tuple[str, ...] = (), *, more: tuple[Learner, ...] = (), views: int = 1
+) -> Stage:
     learner = Learner("student", config.student)
-    return Stage("student", (learner, *more), config.method, config.epochs, guides, config.options, **facts)
+    return Stage("student", (learner, *more), config.method, config.epochs, guides, config.options, views)
 
 
 def _teacher(config: TrainConfig) -> Stage:
@@ -104,7 +106,8 @@ def taught(config: TrainConfig) -> list[Stage]:
     return [_teacher(config), _student(config, ("teacher",))]
 
 
-_ASSISTANTS = {"dgkd": methods.DGKD, "takd": methods.TAKD}  # what trains the assistants of a chain
+# What trains the assistants of a chain.
+_ASSISTANTS: dict[str, type[methods.Method]] = {"dgkd": methods.DGKD, "takd": methods.TAKD}
 
 
 def _guided_assistants(config: TrainConfig, method: str, last_only: bool) -> list[Stage]:
@@ -183,7 +186,7 @@ def _copy(config: TrainConfig, name: str, number: int, method: str = "ce", guide
 
 def copies(config: TrainConfig) -> list[Stage]:
     """Teachers of the student's architecture, then the student."""
-    teachers = [_copy(config, f"teacher{number}", number) for number in range(1, config.num_teachers + 1)]
+    teachers = [_copy(config, f"teacher{number}", number) for number in range(1, (config.num_teachers or 0) + 1)]
     return [*teachers, _student(config, tuple(stage.name for stage in teachers))]
 
 

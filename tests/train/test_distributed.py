@@ -206,7 +206,7 @@ def errors_are_shared(rank):
     assert world().collect(rank) == ([0, 1] if rank == 0 else [])
     meter = Meter(torch.device("cpu"), 1, world=world())
     fake = {"loss": torch.tensor(float("nan") if rank else 1.0), "parts": {}, "name": "", "networks": ()}
-    phase = type("Fake", (), fake | {"skipped": False})()
+    phase = type("Fake", (), fake | {"skipped": False, "outputs": None})()
     meter.add(phase, 4)
     try:
         meter.end_batch(torch.zeros(4, dtype=torch.long))
