@@ -239,7 +239,7 @@ RECIPES = {
     ),
     "mean-teacher": Recipe(
         methods.MeanTeacher,
-        _alone(methods.MeanTeacher, views=True),
+        _alone(methods.MeanTeacher),
         stages.two_views,
         "The student agrees with the moving average of its own weights on another augmentation of the same images. The "
         "average is the network that is kept.",
