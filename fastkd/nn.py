@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor, nn
 
-FORMS = ("auto", "loop", "grouped")
+Form = Literal["auto", "loop", "grouped"]
+FORMS = get_args(Form)
 SLOPE = 0.1  # of the LeakyReLU
 MOST_GROUPED = 16  # channels per teacher up to which form="auto" groups
 
@@ -45,7 +47,7 @@ class FeatureTransforms(nn.Module):
         out_channels: Sequence[int],
         *,
         norm: Callable[[int], nn.Module] | None = None,
-        form: str = "auto",
+        form: Form = "auto",
         layers: int = 3,
         negative_slope: float = SLOPE,
     ) -> None:
@@ -62,6 +64,9 @@ class FeatureTransforms(nn.Module):
         if form == "grouped":
             return self._grouped(map)
         return [transform(map) for transform in self.transforms]
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _grouped(self, map: Tensor) -> list[Tensor]:
         count, all = len(self.transforms), map
@@ -104,7 +109,7 @@ def _transform(
     count: int,
     negative_slope: float,
 ) -> nn.Sequential:
-    layers = []
+    layers: list[nn.Module] = []
     for k in range(count):
         channels = in_channels if k == 0 else out_channels
         layers.append(nn.Conv2d(channels, out_channels, 3, padding=1, bias=norm is None))
@@ -123,7 +128,7 @@ def _check(
     for name, value in counts:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"FeatureTransforms: {name} must be whole numbers of at least 1, got {value!r}")
-    if isinstance(negative_slope, bool) or not isinstance(negative_slope, Real) or not 0 <= negative_slope <= 1:
+    if isinstance(negative_slope, bool) or not isinstance(negative_slope, Real) or not 0 <= float(negative_slope) <= 1:
         raise ValueError(f"FeatureTransforms: negative_slope must be a number in [0, 1], got {negative_slope!r}")
     if form not in FORMS:
         raise ValueError(f"FeatureTransforms: form must be one of {', '.join(map(repr, FORMS))}, got {form!r}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from fastkd._core.checks import check_choice, check_integer, check_number, check
 from fastkd._core.messages import wrong_value
 from fastkd.methods._checks import check_network, check_networks
 from fastkd.methods.base import Batch, Method, Phase
+
+Scale = Literal["paper", "code"]
+Drop = Literal["none", "bernoulli", "fixed"]
 
 
 class DGKD(Method):
@@ -57,6 +60,8 @@ class DGKD(Method):
     """
 
     teaches_logits = True
+    student: nn.Module
+    guides: nn.ModuleList
 
     def __init__(
         self,
@@ -65,8 +70,8 @@ class DGKD(Method):
         *,
         temperature: float = 5.0,
         lam: float = 1.0,
-        scale: str = "paper",
-        drop: str = "none",
+        scale: Scale = "paper",
+        drop: Drop = "none",
         survival: float = 0.75,
         drop_num: int = 1,
         seed: int = 0,
@@ -74,8 +79,8 @@ class DGKD(Method):
         name = self._name()
         check_network(name, "student", student)
         guides = check_networks(name, "guides", guides)
-        check_choice(name, "scale", scale, ("paper", "code"))
-        check_choice(name, "drop", drop, ("none", "bernoulli", "fixed"))
+        check_choice(name, "scale", scale, get_args(Scale))
+        check_choice(name, "drop", drop, get_args(Drop))
         drop_num = check_integer(name, "drop_num", drop_num, 0)
         if drop == "fixed" and drop_num >= len(guides):
             expected = f"less than the number of guides, {len(guides)} (one is always kept)"

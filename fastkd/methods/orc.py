@@ -19,7 +19,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,10 @@ from fastkd.methods._observe import observe, read_later
 from fastkd.methods._pool import Pool, gather_pool
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 from fastkd.ops._gather import check_process_group
-from fastkd.ops.ranking import BY
+from fastkd.ops.ranking import BY, By
+
+Intensive = Literal["pivot", "group"]
+Feedback = Literal["local", "global"]
 
 
 class ORC(Method):
@@ -99,6 +102,9 @@ class ORC(Method):
     """
 
     one_loss = False
+    pivot: nn.Module
+    students: nn.ModuleList
+    promotions: Tensor
 
     def __init__(
         self,
@@ -109,13 +115,13 @@ class ORC(Method):
         beta: float = 0.5,
         alpha: float = 1.0,
         promote: int = 1,
-        rank_by: str = "ce",
-        intensive: str = "pivot",
+        rank_by: By = "ce",
+        intensive: Intensive = "pivot",
         errors_only: bool = False,
         pivot_lr: float = 0.1,
         seed: int = 0,
-        process_group=None,
-        feedback: str = "local",
+        process_group: torch.distributed.ProcessGroup | None = None,
+        feedback: Feedback = "local",
     ):
         name = self._name()
         check_network(name, "pivot", pivot)
@@ -124,12 +130,12 @@ class ORC(Method):
             raise wrong_value(name, "students", "a sequence of at least two networks", "one")
         promote = check_integer(name, "promote", promote, 1, len(students) - 1)
         check_choice(name, "rank_by", rank_by, BY)
-        check_choice(name, "intensive", intensive, ("pivot", "group"))
+        check_choice(name, "intensive", intensive, get_args(Intensive))
         if not isinstance(errors_only, bool):
             raise wrong_type(name, "errors_only", "True or False", type(errors_only).__name__)
         check_process_group(name, process_group)
         _check_one_process(name, process_group)
-        check_choice(name, "feedback", feedback, ("local", "global"))
+        check_choice(name, "feedback", feedback, get_args(Feedback))
         temperature = check_temperature(name, temperature)
         beta = check_number(name, "beta", beta, "a number in [0, 1]", 0, 1)
         alpha = check_number(name, "alpha", alpha, "a finite number > 0", sys.float_info.min)
@@ -192,7 +198,7 @@ class ORC(Method):
         """Statistics [K, B] of the student group on the batch, and the number of classes."""
         if not isinstance(batch.target, Tensor):
             raise wrong_type(self._name(), "target", "class indices [B]", type(batch.target).__name__)
-        names, parts, classes = _names(range(len(self.students))), [], None
+        names, parts, classes = _names(range(len(self.students))), [], 0
         for inputs, target, _ in batch:
             logits = [self._observed(name, inputs) for name in names]  # K x [B, C]
             classes = logits[0].shape[-1]
@@ -241,7 +247,7 @@ class ORC(Method):
 
     def _intensive_terms(self, names: Sequence[str], classes: int, share: float, inputs: Any, targets: Any) -> Terms:
         own, feedback = targets  # y_t, y_F
-        loss = 0
+        loss: Tensor = 0  # type: ignore[assignment]  # until the first network
         for name in names:
             logits = self.learned_logits(name, inputs)  # [B, C]
             self._check_logits(name, logits, [len(own), classes])
@@ -250,7 +256,9 @@ class ORC(Method):
 
     def _taught_terms(self, phase: str, names: Sequence[str], inputs: Any, target: Tensor) -> Terms:
         inputs, teachers = inputs
-        loss = ce = kd = 0
+        losses: list[Tensor] = []
+        kds: list[Tensor] = []
+        ces: list[Tensor] = []
         for name in names:
             one, terms = functional.multi_teacher_kd(
                 self.learned_logits(name, inputs),
@@ -262,8 +270,10 @@ class ORC(Method):
                 ce_weight=1 - self.beta,
                 return_terms=True,
             )
-            loss = loss + one
-            ce, kd = ce + (1 - self.beta) * terms.ce, kd + self.beta * terms.kd
+            losses.append(one)
+            ces.append((1 - self.beta) * terms.ce)
+            kds.append(self.beta * terms.kd)
+        loss, ce, kd = (sum(each[1:], each[0]) for each in (losses, ces, kds))
         return loss, {f"{phase}_ce": ce, f"{phase}_kd": kd}
 
     def _observe(self, name: str, batch: Batch) -> Tensor:

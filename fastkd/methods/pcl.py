@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastkd.methods.dkel import DKEL
+from fastkd.methods.dkel import DKEL, Variant
 from fastkd.models import Branched
 
 
@@ -34,7 +34,7 @@ class PCL(DKEL):
         c: float = 1.0,
         ramp: float = 80,
         of: float | None = 300,
-        variant: str = "intended",
+        variant: Variant = "intended",
         momentum: float = 0.999,
         seed: int = 0,
     ):

@@ -54,6 +54,9 @@ class Reconstruction(Method):
     and are not the map's.
     """
 
+    network: nn.Module
+    autoencoder: nn.Module
+
     def __init__(self, network: nn.Module, *, seed: int = 0, channels: int | None = None, example: Any = None):
         name = self._name()
         check_network(name, "network", network)
@@ -88,7 +91,7 @@ class Reconstruction(Method):
         return loss, {"reconstruction": loss.detach()}
 
     def _map(self, inputs: Any) -> Tensor:
-        map = self.teach(self.network, inputs, partial(last_map, method_name=self._name(), argument="network"))
+        map: Tensor = self.teach(self.network, inputs, partial(last_map, method_name=self._name(), argument="network"))
         if map.shape[1] != self.channels:
             expected = f"that of the last feature map, {map.shape[1]}"
             raise wrong_value(self._name(), "channels", expected, self.channels)

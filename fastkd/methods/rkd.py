@@ -47,6 +47,8 @@ class RKD(Method):
     """
 
     gives_outputs = True
+    student: nn.Module
+    teacher: nn.Module
 
     def __init__(
         self,
@@ -56,7 +58,7 @@ class RKD(Method):
         distance: float = 25.0,
         angle: float = 50.0,
         ce_weight: float = 1.0,
-        process_group=None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ):
         name = self._name()
         check_network(name, "student", student)
@@ -66,8 +68,7 @@ class RKD(Method):
         if not any(numbers.values()):
             raise wrong_value(name, "ce_weight", "> 0 where distance and angle are 0", ce_weight)
         super().__init__(learners={"student": student}, frozen={"teacher": teacher})
-        for key, value in numbers.items():
-            setattr(self, key, value)
+        self.distance, self.angle, self.ce_weight = numbers.values()
         self.process_group = process_group
         self.gives_outputs = self.distance + self.angle > 0
         self.leaves_unused |= self.ce_weight == 0  # the classifier
@@ -80,12 +81,13 @@ class RKD(Method):
         return self.student
 
     def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        terms = {}
+        terms: dict[str, Tensor] = {}
         if self.gives_outputs:
             rows = rows_that_count(target)
             run = partial(outputs_of, method_name=self._name(), argument="teacher")
             taught = select(self.teach(self.teacher, inputs, run).features, rows)  # [N, E]
             outputs = outputs_of(self.learner("student"), inputs, self._name(), "student")
+            assert outputs.features is not None
             logits, features = outputs.logits, select(outputs.features, rows)  # [B, C], [N, D]
         else:
             logits = self.learned_logits("student", inputs)
@@ -97,4 +99,5 @@ class RKD(Method):
         ):
             if weight > 0:
                 terms[name] = weight * relation(features, taught, process_group=self.process_group)
-        return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
+        loss: Tensor = sum(terms.values())  # type: ignore[assignment]  # of one at least
+        return loss, {name: term.detach() for name, term in terms.items()}

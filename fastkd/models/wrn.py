@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.models.base import Network, Norm, Outputs, global_pool, init_kaiming, make_norm
+from fastkd.models.base import Network, Norm, NormName, Outputs, global_pool, init_kaiming, make_norm
 
 
 class PreActBlock(nn.Module):
@@ -22,7 +22,8 @@ class PreActBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.bn1(x))
         out = self.conv2(self.dropout(F.relu(self.bn2(self.conv1(active)))))
-        return out + (x if self.shortcut is None else self.shortcut(active))
+        result: Tensor = out + (x if self.shortcut is None else self.shortcut(active))
+        return result
 
 
 class WideResNet(Network):
@@ -32,6 +33,10 @@ class WideResNet(Network):
     the two before are raw sums of residuals. `dropout` is a probability, 0 as in most papers on distillation.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
     def __init__(
         self,
         depth: int,
@@ -40,7 +45,7 @@ class WideResNet(Network):
         image_size: int = 32,
         channels: int = 3,
         *,
-        norm: str = "batch",
+        norm: NormName = "batch",
         dropout: float = 0.0,
     ):
         super().__init__()

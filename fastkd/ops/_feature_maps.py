@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastkd._core.messages import wrong_type, wrong_value
 
+Norm = Literal["sample", "position", "channel"]
 MOST_ELEMENTS = 2**31  # of one sample of a map
 
 
@@ -64,7 +66,7 @@ def check_pairs(op: str, students: object, teachers: object) -> tuple[tuple[Tens
     return students, teachers
 
 
-def normalised(x: Tensor, norm: str) -> Tensor:
+def normalised(x: Tensor, norm: Norm) -> Tensor:
     """x [B, C, ...] over its L2 norm; scaled by its largest magnitude first, so that no square over- or underflows."""
     x = x.reshape(*x.shape[:2], -1)  # [B, C, places]
     dims = {"sample": (1, 2), "position": (1,), "channel": (2,)}[norm]
@@ -75,7 +77,7 @@ def normalised(x: Tensor, norm: str) -> Tensor:
     return x * squares.masked_fill(empty, 1).rsqrt().masked_fill(empty, 0)
 
 
-def norms_of_a_sample(map: Tensor, norm: str) -> int:
+def norms_of_a_sample(map: Tensor, norm: Norm) -> int:
     places = 1
     for size in map.shape[2:]:
         places *= size

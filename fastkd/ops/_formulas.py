@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd.ops._autograd import may_read_values
+
+Reduction = Literal["none", "sum", "mean"]
 
 
 def rows_of(logits: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def reduce_rows(
     rows: Tensor,
     valid: Tensor | None,
-    reduction: str,
+    reduction: Reduction,
     leading: Sequence[int],
     num_items: float | Tensor | None = None,
 ) -> Tensor:
@@ -73,7 +75,7 @@ class LossTerms(NamedTuple):
     ce: Tensor
 
 
-def log_softmax(logits: Tensor, temperature) -> Tensor:
+def log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """log softmax(logits / T); masked classes (-inf) are kept from a T that learns, or its gradient would be NaN."""
     if not isinstance(temperature, Tensor):
         return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
@@ -92,7 +94,7 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return terms.masked_fill((p == 0) & ~masked & (log_q == -math.inf), math.inf).sum(-1)
 
 
-def weighted_divergence(log_p: Tensor, log_q: Tensor, weight, scale) -> Tensor:
+def weighted_divergence(log_p: Tensor, log_q: Tensor, weight: float | Tensor, scale: float | Tensor) -> Tensor:
     """weight * scale * KL(p || q), [R], for a weight that is a number or [R]."""
     kl = divergence(log_p, log_q)
     if isinstance(weight, Tensor) or weight == 0:
