@@ -268,6 +268,7 @@ class RKDDistance(_Fixed):
         mask: Tensor | None = None,  # bool [N]
         num_items: float | Tensor | None = None,
     ) -> Tensor:
+        """The loss of `rkd_distance`: a scalar, or [N] where `reduction` is "none"."""
         return functional.rkd_distance(
             student,
             teacher,
@@ -304,6 +305,7 @@ class RKDAngle(_Fixed):
         mask: Tensor | None = None,  # bool [N]
         num_items: float | Tensor | None = None,
     ) -> Tensor:
+        """The loss of `rkd_angle`: a scalar, or [N] where `reduction` is "none"."""
         return functional.rkd_angle(
             student,
             teacher,
@@ -350,6 +352,7 @@ class FeatureEnsemble(_Fixed):
         mask: Tensor | None = None,  # bool [B]
         num_items: float | Tensor | None = None,
     ) -> Tensor:
+        """The loss of `feature_ensemble`: a scalar, or [B] where `reduction` is "none"."""
         return functional.feature_ensemble(
             students,
             teachers,

@@ -60,6 +60,7 @@ class FeatureTransforms(nn.Module):
         )
 
     def forward(self, map: Tensor) -> list[Tensor]:
+        """The map [B, c_S, H, W] of the student -> K maps [B, c_k, H, W], one per teacher."""
         form = chosen_form(map, self.out_channels, self.normalised) if self.form == "auto" else self.form
         if form == "grouped":
             return self._grouped(map)
@@ -84,6 +85,7 @@ class FeatureTransforms(nn.Module):
         return list(all.chunk(count, 1))
 
     def extra_repr(self) -> str:
+        """The hyper-parameters, for `repr`."""
         names = ("in_channels", "out_channels", "form", "layers", "negative_slope")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 

@@ -64,7 +64,7 @@ const char* forward_cuda(const Args& args, void* stream_handle) {
 const char* backward_cuda(const BackwardArgs& args, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   dispatch(args.type, [&]<class S, class A>() {
-    launch_scale<S, A>({args.grad_rows, args.grad, static_cast<const A*>(args.grad_loss), static_cast<const A*>(args.aux),
+    launch_scale<S, A>({args.stored, args.grad, static_cast<const A*>(args.grad_loss), static_cast<const A*>(args.aux),
                         static_cast<const A*>(args.saved), args.reduction == Reduction::none, args.rows, args.classes, 1, {0}},
                        stream);
   });

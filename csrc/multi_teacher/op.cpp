@@ -243,7 +243,7 @@ Tensor backward(const Tensor& grad_loss, const Tensor& grad_rows, const Tensor& 
   check_grad_loss(grad_loss, 1, args.rows, args.reduction, aux.scalar_type());
   Tensor grad = empty_like_device(grad_rows, {args.rows, args.classes}, grad_rows.scalar_type());
   args.grad_loss = grad_loss.data_ptr();
-  args.grad_rows = grad_rows.data_ptr();
+  args.stored = grad_rows.data_ptr();
   args.saved = saved.numel() > 0 ? saved.data_ptr() : nullptr;
   args.aux = aux.data_ptr();
   args.grad = grad.data_ptr();

@@ -67,7 +67,7 @@ struct BackwardArgs {
   DType type{};
   Reduction reduction = Reduction::mean;
   const void* grad_loss = nullptr;  // A [] or [R]
-  const void* grad_rows = nullptr;  // [R, C], as forward stored them
+  const void* stored = nullptr;     // [R, C], as forward wrote it
   const void* saved = nullptr;      // A [R] or null
   const void* aux = nullptr;        // A [2], as forward wrote it
   void* grad = nullptr;             // [R, C]

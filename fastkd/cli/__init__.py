@@ -161,12 +161,12 @@ def _explain_option(message: str) -> str:
     if unknown:
         from fastkd.cli.options import guess
         from fastkd.runs.config import CompareConfig, TrainConfig
-        from fastkd.runs.plans import RECIPES, arguments
+        from fastkd.runs.plans import RECIPES
 
         fields = {f.name for kind in (TrainConfig, CompareConfig) for f in dataclasses.fields(kind)}
         given = unknown[1].partition("=")[0]
         known = [f"--{name.replace('_', '-')}" for name in sorted(fields)]
-        known += [f"--options.{name}" for method in RECIPES for name in arguments(method)]
+        known += [f"--options.{name}" for how in RECIPES.values() for name in how.arguments]
         given = given.replace("_", "-")
         own = f"--options.{given[2:].replace('-', '_')}"
         if own in known:

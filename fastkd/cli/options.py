@@ -15,7 +15,7 @@ from fastkd._core.extras import require
 from fastkd._core.messages import UserError
 from fastkd.runs.config import CompareConfig, CompareOptions, MethodOptions, TrainConfig, read_yaml
 from fastkd.runs.folder import CONFIG
-from fastkd.runs.plans import RECIPES, arguments
+from fastkd.runs.plans import RECIPES
 from fastkd.train.settings import DataOptions, LoopOptions, NetworkOptions, OptimizationOptions, ScaleOptions
 
 RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"
@@ -183,6 +183,7 @@ def _with_default(action) -> str:
 
 
 def guess(word: str, known: Sequence[str]) -> str:
+    """The words "did you mean ...? " where a word of `known` is near `word`, else nothing."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {close[0]}? " if close else ""
 
@@ -203,7 +204,7 @@ def _help(parser, command: str, fields: dict[str, Any]) -> str:
     text = re.sub(r"(--augment) +augment", "--no-augment          do not augment", text)
     lines = ["", "Methods and what --options.NAME sets in each:"]
     for name, recipe in RECIPES.items():
-        values = ", ".join(f"{key}={value!r}" for key, value in arguments(name).items())
+        values = ", ".join(f"{key}={value!r}" for key, value in recipe.arguments.items())
         lines += [f"  {name:<7}{recipe.about}" if len(name) < 7 else f"  {name}  {recipe.about}"]
         for_digits = ", ".join(f"{key}={value!r}" for key, value in recipe.digits.items())
         lines += [f"         {values or 'no options'}{f' (digits: {for_digits})' if for_digits else ''}"]

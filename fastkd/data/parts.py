@@ -48,10 +48,12 @@ class Part(Dataset[Any]):
 
     @property
     def bad_images(self) -> BadImages:
+        """What the data set does with images that cannot be read."""
         found: BadImages = getattr(self.dataset, "bad_images", "error")
         return found
 
     def set_epoch(self, epoch: int) -> None:
+        """Hands `epoch` to the data set, where it has a use for it."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 

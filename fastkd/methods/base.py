@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,10 +67,15 @@ class Method(Networks):
             `inputs` as they are, by `teach(network, inputs)`. They may then be known beforehand: `phases(taught=...)`.
         one_loss: for subclasses: False where an iteration has several phases or something follows the optimiser's step,
             so that `forward`, which only returns a loss, cannot be it.
+        last_only: for subclasses: arguments that hold for the last network of a chain, the student, not for the
+            assistants that are trained by the same method before it.
+        counted: for subclasses: what `counts` counts, in words: {"promotions": "Steps in which ..."}.
     """
 
     teaches_logits = False
     one_loss = True
+    last_only: tuple[str, ...] = ()
+    counted: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -176,6 +181,19 @@ class Method(Networks):
         self.epochs = check_integer(self._name(), "epochs", epochs, 1)
         self.epoch = check_integer(self._name(), "epoch", epoch, 0, epochs - 1)
 
+    def initialise(self, batches: Iterable[tuple[Any, Any]], lr: float, *, chunks: int = 1) -> None:
+        """For subclasses: what is done with a few (inputs, target) before the first epoch, at the base learning rate.
+
+        Called once, by the loop. A method that needs nothing takes no batch. `chunks` as in `phases`.
+        """
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """For subclasses: what was counted since the start, for the log: name -> {a learner's name: how often}.
+
+        Each name is a key of `counted`.
+        """
+        return {}
+
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """The optimiser's groups for a base learning rate: everything that requires grad, frozen networks left out.
 
@@ -196,6 +214,7 @@ class Method(Networks):
         return pack(self.extra(), self._random)
 
     def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
+        """The way back of `get_extra_state`; also takes the dict that earlier versions saved."""
         extra, self._random = unpack(self._name(), state)
         self.set_extra(extra)
 

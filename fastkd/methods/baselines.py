@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastkd._core.checks import check_number
 from fastkd.methods._checks import check_network, check_networks
-from fastkd.methods.base import Batch, Method, Phase, cross_entropy
+from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 from fastkd.methods.dgkd import DGKD
 
 
@@ -35,15 +35,17 @@ class CE(Method):
         super().__init__(learners={"student": check_network(self._name(), "student", student)})
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the student's step."""
         yield Phase([self.learner("student")], self._terms, batch)
 
     def deployable(self) -> nn.Module:
         """The student."""
         return self.student
 
-    def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = cross_entropy(self.learned_logits("student", inputs), target)
-        return loss, {"ce": loss.detach()}
+    def _terms(self, inputs: Any, target: Any) -> Terms:
+        logits = self.learned_logits("student", inputs)
+        loss = cross_entropy(logits, target)
+        return loss, {"ce": loss.detach()}, logits
 
 
 class KD(DGKD):
@@ -75,6 +77,7 @@ class KD(DGKD):
         self.ce_weight = ce_weight
 
     def weights(self, classes: int) -> tuple[float, float]:
+        """The weights of KD and of CE; the latter is `ce_weight` where that is given."""
         kd_weight, ce_weight = super().weights(classes)
         return kd_weight, ce_weight if self.ce_weight is None else self.ce_weight
 
@@ -121,6 +124,7 @@ class AVER(DGKD):
         super().__init__(student, teachers, temperature=temperature, lam=lam)
 
     def weights(self, classes: int) -> tuple[float, float]:
+        """DGKD's weights of KD and of CE, each divided by K."""
         kd_weight, ce_weight = super().weights(classes)
         return kd_weight / len(self.guides), ce_weight / len(self.guides)
 

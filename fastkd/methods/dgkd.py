@@ -16,13 +16,13 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastkd import functional
 from fastkd._core.checks import check_choice, check_integer, check_number, check_temperature
 from fastkd._core.messages import wrong_value
 from fastkd.methods._checks import check_network, check_networks
-from fastkd.methods.base import Batch, Method, Phase
+from fastkd.methods.base import Batch, Method, Phase, Terms
 
 Scale = Literal["paper", "code"]
 Drop = Literal["none", "bernoulli", "fixed"]
@@ -62,6 +62,7 @@ class DGKD(Method):
     teaches_logits = True
     student: nn.Module
     guides: nn.ModuleList
+    last_only = ("drop", "survival", "drop_num")  # the paper drops guides of the last student only (S)
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class DGKD(Method):
         self.drop, self.survival, self.drop_num = drop, survival, drop_num
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the student's step, taught by the guides that are kept in this iteration."""
         yield Phase([self.learner("student")], partial(self._terms, self._kept(generator)), batch)
 
     def deployable(self) -> nn.Module:
@@ -119,7 +121,7 @@ class DGKD(Method):
         """What the caller gave this guide as, for errors."""
         return f"guides[{guide}]"
 
-    def _terms(self, kept: list[int], inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _terms(self, kept: list[int], inputs: Any, target: Any) -> Terms:
         targets = [self.taught_logits(self.guides[g], inputs, self._argument(g)) for g in kept]  # each [..., C]
         logits = self.learned_logits("student", inputs)  # [..., C]
         for g, guide in zip(kept, targets, strict=True):
@@ -139,4 +141,4 @@ class DGKD(Method):
             return_terms=True,
         )
         parts = {} if ce_weight == 0 else {"ce": ce_weight * terms.ce}
-        return loss, parts | {"kd": weight * terms.kd}
+        return loss, parts | {"kd": weight * terms.kd}, logits

@@ -32,7 +32,7 @@ from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.methods._checks import check_apart, check_network
 from fastkd.methods._fresh import weights_from
 from fastkd.methods._mean_teacher import average, average_gradients, check_precision, fresh_like, shapes
-from fastkd.methods.base import Batch, Method, Phase
+from fastkd.methods.base import Batch, Method, Phase, Terms
 from fastkd.models import Branched
 
 NEGLIGIBLE = 0.01  # a weight of the teachers' ensemble that counts as 0 (P, code)
@@ -143,6 +143,7 @@ class DKEL(Method):
         self.steps, self.initialised = 0, False  # steps of the average
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the step of student and classifier; the mean teacher moves where it was not skipped."""
         self._check_views("inputs", batch.inputs)
         check_precision(self._name(), self.teacher)
         if self.init is not None and not self.initialised and self.steps == 0:
@@ -162,6 +163,7 @@ class DKEL(Method):
 
     @property
     def teacher_names(self) -> tuple[str, ...]:
+        """The networks that are moving averages."""
         return ("teacher",)
 
     def deployable(self) -> nn.Module:
@@ -228,13 +230,15 @@ class DKEL(Method):
         return self.momentum
 
     def extra(self) -> dict[str, Any]:
+        """The base's, with the count of steps and whether `initialise` was called."""
         return super().extra() | {"steps": self.steps, "initialised": self.initialised}
 
     def set_extra(self, extra: dict[str, Any]) -> None:
+        """The way back of `extra`."""
         super().set_extra(extra)
         self.steps, self.initialised = extra["steps"], extra["initialised"]
 
-    def _terms(self, weight: float, ensemble: float, views: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _terms(self, weight: float, ensemble: float, views: Any, target: Any) -> Terms:
         if target is None:
             raise wrong_value(self._name(), "target", "class indices [B]", None)
         # Also where nothing is distilled: its batch statistics follow.
@@ -261,7 +265,7 @@ class DKEL(Method):
             return_terms=True,
         )  # each [m + 1]
         ce = self.ce_weight * terms.ce
-        return losses.sum(), {"ce": ce[:m].sum(), "ensemble_ce": ce[m], "kd": terms.kd.sum()}
+        return losses.sum(), {"ce": ce[:m].sum(), "ensemble_ce": ce[m], "kd": terms.kd.sum()}, teachers[0]
 
     def _check_branched(self, argument: str, value: object) -> None:
         if not isinstance(value, Branched):

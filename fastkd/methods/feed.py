@@ -29,7 +29,8 @@ from fastkd.methods._checks import check_network, check_networks, is_sequence
 from fastkd.methods._features import outputs_of
 from fastkd.methods._fresh import beside, weights_from
 from fastkd.methods._map_channels import map_channels
-from fastkd.methods.base import Batch, Method, Phase, cross_entropy
+from fastkd.methods._signature import takes
+from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 from fastkd.nn import FeatureTransforms
 from fastkd.ops._feature_maps import Norm
 from fastkd.ops.feature_ensemble import ELEMENTS, NORMS, Elements
@@ -122,13 +123,14 @@ class FEED(Method):
         self.mode, self.beta, self.reduction, self.p, self.norm = mode, float(beta), reduction, int(p), norm
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the step of the student and of the transforms."""
         yield Phase([self.learner("student"), self.learner("transforms")], self._terms, batch)
 
     def deployable(self) -> nn.Module:
         """The student, without the transforms."""
         return self.student
 
-    def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _terms(self, inputs: Any, target: Any) -> Terms:
         self._check_target(target)
         teachers = [
             self.teach(teacher, inputs, partial(last_map, method_name=self._name(), argument=f"teachers[{n}]"))
@@ -140,7 +142,7 @@ class FEED(Method):
         students = self.learner("transforms")(outputs.maps[-1])  # n x [B, c_n, H_S, W_S]
         ce = cross_entropy(outputs.logits, target)
         features = self.beta * self._distance(students, teachers, target)
-        return ce + features, {"ce": ce.detach(), "features": features.detach()}
+        return ce + features, {"ce": ce.detach(), "features": features.detach()}, outputs.logits
 
     def _distance(self, students: Sequence[Tensor], teachers: Sequence[Tensor], target: Tensor) -> Tensor:
         """The sum over the teachers, the mean over the rows that count; a scalar."""
@@ -207,37 +209,10 @@ class FT(FEED):
         beta, reduction, p, norm, layers, negative_slope, batch_norm, seed, channels, example: as in FEED.
     """
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        *,
-        beta: float = 500.0,
-        reduction: Elements = "mean",
-        p: int = 1,
-        norm: Norm = "sample",
-        layers: int = 3,
-        negative_slope: float = 0.1,
-        batch_norm: bool = False,
-        seed: int = 0,
-        channels: Channels | None = None,
-        example: Any = None,
-    ):
+    @takes(FEED, without=("mode",))
+    def __init__(self, student: nn.Module, teacher: nn.Module, **options: Any):
         check_network(self._name(), "teacher", teacher)
-        super().__init__(
-            student,
-            [teacher],
-            beta=beta,
-            reduction=reduction,
-            p=p,
-            norm=norm,
-            layers=layers,
-            negative_slope=negative_slope,
-            batch_norm=batch_norm,
-            seed=seed,
-            channels=channels,
-            example=example,
-        )
+        super().__init__(student, [teacher], **options)
 
 
 def of_one_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,6 +232,7 @@ def _pooled(map: Tensor, size: list[int]) -> Tensor:
 
 
 def last_map(network: nn.Module, inputs: Any, *, method_name: str, argument: str) -> Tensor:
+    """The last feature map [B, c, H, W] of what `network` returns for `inputs`."""
     maps = outputs_of(network, inputs, method_name, argument, "maps").maps
     assert maps is not None
     return maps[-1]

@@ -105,6 +105,7 @@ class ORC(Method):
     pivot: nn.Module
     students: nn.ModuleList
     promotions: Tensor
+    counted = {"promotions": "Steps in which a network was a temporary teacher"}
 
     def __init__(
         self,
@@ -148,6 +149,7 @@ class ORC(Method):
         self.register_buffer("promotions", torch.zeros(len(students), dtype=torch.int64))
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """The paper's phases in their order: intensive, private and group teaching."""
         _check_one_process(self._name(), self.process_group)
         # 0. Evaluation: who is promoted, and what the student group gets wrong.
         stats, classes = self._evaluate(batch)
@@ -182,6 +184,10 @@ class ORC(Method):
     def deployable(self) -> nn.Module:
         """The target student, students[0]."""
         return self.students[0]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How often each network was promoted, for the log."""
+        return {"promotions": {f"students.{i}": count for i, count in enumerate(self.promotions.tolist())}}
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """The student group at `lr`, then the pivot at `pivot_lr * lr`."""
@@ -259,9 +265,12 @@ class ORC(Method):
         losses: list[Tensor] = []
         kds: list[Tensor] = []
         ces: list[Tensor] = []
+        shipped = None
         for name in names:
+            logits = self.learned_logits(name, inputs)  # [B, C]
+            shipped = logits if name == "students.0" else shipped
             one, terms = functional.multi_teacher_kd(
-                self.learned_logits(name, inputs),
+                logits,
                 teachers,
                 target,
                 weights=[1.0] * len(teachers),
@@ -274,7 +283,8 @@ class ORC(Method):
             ces.append((1 - self.beta) * terms.ce)
             kds.append(self.beta * terms.kd)
         loss, ce, kd = (sum(each[1:], each[0]) for each in (losses, ces, kds))
-        return loss, {f"{phase}_ce": ce, f"{phase}_kd": kd}
+        parts = {f"{phase}_ce": ce, f"{phase}_kd": kd}
+        return (loss, parts) if shipped is None else (loss, parts, shipped)
 
     def _observe(self, name: str, batch: Batch) -> Tensor:
         """Logits [B, C] of a network for the batch, part by part."""

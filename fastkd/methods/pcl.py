@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
-from fastkd.methods.dkel import DKEL, Variant
+from fastkd.methods._signature import takes
+from fastkd.methods.dkel import DKEL, Variant  # noqa: F401  # of the signature
 from fastkd.models import Branched
 
 
@@ -23,33 +24,6 @@ class PCL(DKEL):
         variant: "intended" | "released": the ramp-up of the reproduction that the authors of DKEL released.
     """
 
-    def __init__(
-        self,
-        student: Branched,
-        *,
-        teacher: Branched | None = None,
-        classifier: nn.Module | None = None,
-        temperature: float = 3.0,
-        ce_weight: float = 1.0,
-        c: float = 1.0,
-        ramp: float = 80,
-        of: float | None = 300,
-        variant: Variant = "intended",
-        momentum: float = 0.999,
-        seed: int = 0,
-    ):
-        super().__init__(
-            student,
-            teacher=teacher,
-            classifier=classifier,
-            temperature=temperature,
-            ce_weight=ce_weight,
-            c=c,
-            ramp=ramp,
-            of=of,
-            decay=None,
-            init=None,
-            variant=variant,
-            momentum=momentum,
-            seed=seed,
-        )
+    @takes(DKEL, without=("decay", "init"), c=1.0)
+    def __init__(self, student: Branched, **options: Any):
+        super().__init__(student, decay=None, init=None, **options)

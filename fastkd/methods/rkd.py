@@ -15,7 +15,7 @@ from fastkd._core.messages import wrong_value
 from fastkd.methods._checks import check_network
 from fastkd.methods._features import outputs_of
 from fastkd.methods._relations import rows_that_count, select
-from fastkd.methods.base import Batch, Method, Phase, cross_entropy
+from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 
 
 class RKD(Method):
@@ -74,13 +74,14 @@ class RKD(Method):
         self.leaves_unused |= self.ce_weight == 0  # the classifier
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the student's step."""
         yield Phase([self.learner("student")], self._terms, batch)
 
     def deployable(self) -> nn.Module:
         """The student."""
         return self.student
 
-    def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _terms(self, inputs: Any, target: Any) -> Terms:
         terms: dict[str, Tensor] = {}
         if self.gives_outputs:
             rows = rows_that_count(target)
@@ -100,4 +101,4 @@ class RKD(Method):
             if weight > 0:
                 terms[name] = weight * relation(features, taught, process_group=self.process_group)
         loss: Tensor = sum(terms.values())  # type: ignore[assignment]  # of one at least
-        return loss, {name: term.detach() for name, term in terms.items()}
+        return loss, {name: term.detach() for name, term in terms.items()}, logits

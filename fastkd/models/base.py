@@ -69,18 +69,23 @@ class Network(nn.Module):
     features_width: int
 
     def stem_layers(self) -> tuple[str, ...]:
+        """The names of the submodules that `forward_stem` runs."""
         raise NotImplementedError
 
     def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images [B, C, H, W] -> the feature maps of the stem, the last one last."""
         raise NotImplementedError
 
     def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
+        """What `forward_stem` returned -> logits, features and maps."""
         raise NotImplementedError
 
     def forward_features(self, x: Tensor) -> Outputs:
+        """Images [B, C, H, W] -> logits [B, classes], features [B, D] and maps."""
         return self.forward_branch(self.forward_stem(x))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] -> logits [B, classes]."""
         return self.forward_features(x).logits
 
 

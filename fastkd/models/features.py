@@ -72,10 +72,12 @@ class WithFeatures(nn.Module):
         return self._private[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Outputs:
+        """Logits, features and maps of what the model makes of these arguments."""
         outputs: Outputs = self._private[1](*args, **kwargs)
         return outputs
 
     def train(self, mode: bool = True) -> "WithFeatures":
+        """Sets the mode here and in the model."""
         model, run = self._private
         model.training = mode
         if isinstance(run, nn.Module):

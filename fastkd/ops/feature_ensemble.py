@@ -269,6 +269,8 @@ def reference(tensors: Tensors, options: Options) -> Tensor:
 
 
 def register_fakes(namespace: str) -> None:
+    """The shapes that the raw operations of `namespace` return, for torch.compile and torch.export."""
+
     def forward(
         students: Sequence[Tensor], teachers: Sequence[Tensor], weights: Tensor | None, mask: Tensor | None,
         host_weights: Sequence[float], p: int, norm: int, mean_elements: bool, reduction: int, items: float,

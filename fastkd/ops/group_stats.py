@@ -237,6 +237,8 @@ def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def register_fakes(namespace: str) -> None:
+    """The shapes that the raw operation of `namespace` returns, for torch.compile and torch.export."""
+
     def fake(
         networks: Sequence[Tensor], target: Tensor | None, soft: Tensor | None, ignore_index: int
     ) -> tuple[Tensor, ...]:

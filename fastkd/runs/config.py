@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fastkd._core.messages import UserError
-from fastkd.train.settings import Settings, _flag
+from fastkd.train.option_types import declared, flag, option
+from fastkd.train.settings import Settings
 
 
 @dataclass
@@ -25,11 +26,11 @@ class MethodOptions:
         resume: go on from OUT, or start where nothing is there; without it an OUT that holds a run is refused
     """
 
-    method: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    out: str = ""
-    resume: bool = False
+    method: str = option("", "stages")
+    options: dict[str, Any] = option({}, "stages")
+    seed: int = option(0, "result", least=0)
+    out: str = option("", "free")
+    resume: bool = option(False, "free")
 
 
 COMPARED = ("ce", "kd", "dgkd", "orc", "ctsl-mkt", "dkel", "feed-parallel")
@@ -47,11 +48,11 @@ class CompareOptions:
         resume: go on from OUT, or start where nothing is there; without it an OUT that holds a run is refused
     """
 
-    methods: list[str] = field(default_factory=lambda: [*COMPARED])
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    options: dict[str, Any] = field(default_factory=dict)
-    out: str = "runs/compare"
-    resume: bool = False
+    methods: list[str] = option([*COMPARED], "stages", grows=True)
+    seeds: list[int] = option([0, 1, 2], "stages", grows=True)
+    options: dict[str, Any] = option({}, "stages")
+    out: str = option("runs/compare", "free")
+    resume: bool = option(False, "free")
 
 
 @dataclass
@@ -88,24 +89,25 @@ class CompareConfig(Settings, CompareOptions):
         return TrainConfig(**shared, method=method, seed=seed, options=options, out=out, resume=True)
 
 
-# What may differ between the parts of one run without changing what it computes, or only where it goes on to.
-_FREE = {"out", "resume", "cache", "quiet", "keep", "log_every", "workers", "device", "threads", "data_root"}
-
-
-_FREE |= {"download", "keep_images", "epochs", "eval_every", "save_every", "bad_images", "non_finite"}
-
-
-_FREE |= {"channels_last", "compile", "cuda_graph", "deterministic", "timeout", "tensorboard", "logits_cache"}
-
-
-_GROWING = ("methods", "seeds")  # of a comparison: more may come, and none may go
+_OPTIONS = declared(CompareConfig) | declared(TrainConfig)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The options that hold a run to its results and that differ: "lr was 0.1, now 0.05"."""
-    names = [name for name in new if name not in _FREE and name in old and old[name] != new[name]]
-    names = [name for name in names if not (name in _GROWING and set(old[name]) <= set(new[name]))]
-    return [f"--{_flag(name)} was {old[name]}, now {new[name]}" for name in names]
+    names = [name for name in new if _OPTIONS[name].role != "free" and name in old and old[name] != new[name]]
+    names = [name for name in names if not (_OPTIONS[name].grows and set(old[name]) <= set(new[name]))]
+    return [f"{flag(name)} was {old[name]}, now {new[name]}" for name in names]
+
+
+def determining(config: TrainConfig) -> dict[str, Any]:
+    """The options that say what any network of the run computes, for its key in a cache. See `Option`."""
+    found = {}
+    for field in dataclasses.fields(config):
+        how, value = _OPTIONS[field.name], getattr(config, field.name)
+        unused = how.later and (value == field.default or not getattr(config, how.needs, True))
+        if how.role in ("data", "result") and not unused:
+            found[field.name] = value
+    return found
 
 
 def fingerprint(facts: dict[str, Any]) -> str:

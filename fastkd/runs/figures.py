@@ -25,6 +25,7 @@ def pyplot():
 
 
 def save_figure(figure, path: Path) -> None:
+    """Writes `figure` as a PNG to `path`, whole or not at all."""
     temporary = path.with_name(f".{path.stem}.tmp.png")
     figure.savefig(temporary, dpi=150, metadata={"Software": None})
     temporary.replace(path)

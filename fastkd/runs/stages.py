@@ -55,6 +55,7 @@ class Stage:
 
     @property
     def network(self) -> str:
+        """The name of the network that the stage is for."""
         return self.learners[0].network
 
     @property
@@ -102,17 +103,14 @@ def taught(config: TrainConfig) -> list[Stage]:
     return [_teacher(config), _student(config, ("teacher",))]
 
 
-# DGKD drops guides of the last student only.
-_OPTIONS = {
-    "dgkd": set(parameters(methods.DGKD)) - {"drop", "survival", "drop_num"},
-    "takd": set(parameters(methods.TAKD)),
-}
+_ASSISTANTS = {"dgkd": methods.DGKD, "takd": methods.TAKD}  # what trains the assistants of a chain
 
 
 def _guided_assistants(config: TrainConfig, method: str, last_only: bool) -> list[Stage]:
     """Teacher, assistants by decreasing size, student."""
     stages = [_teacher(config)]
-    options = {name: value for name, value in config.options.items() if name in _OPTIONS[method]}
+    known = set(parameters(_ASSISTANTS[method])) - set(_ASSISTANTS[method].last_only)
+    options = {name: value for name, value in config.options.items() if name in known}
 
     def guides() -> tuple[str, ...]:
         return tuple(stage.name for stage in stages[-1 if last_only else 0 :])

@@ -6,17 +6,16 @@ import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fastkd._core.extras import require
 from fastkd._core.files import write_atomic
 from fastkd.runs import environment
 from fastkd.runs.config import to_yaml
 from fastkd.runs.figures import pyplot, save_figure
+from fastkd.runs.job import Job
 from fastkd.runs.study import Study, arguments_text
 from fastkd.runs.study_stats import TEST, Difference, Rows, by_seed, half_width, holm, mean_of, paired
 from fastkd.runs.tables import table
-from fastkd.train.devices import pick_device
 
 ALL = ("", "_before")  # of the student's stage, and of what was trained for it
 
@@ -46,6 +45,7 @@ def tables(rows: Rows, facts: Facts) -> str:
 
 
 def accuracies(rows: Rows) -> str:
+    """A table, one row a method: accuracy, its interval, costs."""
     part = rows[0].get("judged_on", "test")
     header = ["method", "seeds", f"{part} accuracy [%]", "95 % interval", "teacher [%]", "training images right [%]"]
     header += ["CPU min", "with guides", "TFLOP", "with guides"]
@@ -71,6 +71,7 @@ def gains(rows: Rows, baseline: str) -> str:
 
 
 def differences(rows: Rows, baseline: str) -> dict[str, Difference]:
+    """By method its paired difference to `baseline`, the largest first."""
     others = [name for name in _methods(rows) if name != baseline]
     found = {name: paired(by_seed(rows, name), by_seed(rows, baseline)) for name in others}
     return dict(sorted(((n, d) for n, d in found.items() if d is not None), key=lambda item: -item[1].mean))
@@ -187,11 +188,10 @@ def write(out: Path, rows: Rows, facts: Facts, command: str, study: Study | None
 
 def _protocol(study: Study) -> list[str]:
     """The options of the first run, and the arguments of each method."""
-    first = study.runs[0]
-    lines = [environment.describe(pick_device(first.options.get("device", "auto"))) + ".", "", "## Methods", ""]
-    seen: dict[str, Any] = {}
+    job, seen = Job.of(study.runs[0].config(Path("OUT"))), {}
+    lines = [environment.describe(job.device) + ".", "", "## Methods", ""]
     for run in study.runs:
         seen.setdefault(f"{run.method} ({run.setting})", run)
     lines += [f"- {name}: {run.options['method']}, {arguments_text(run)}" for name, run in seen.items()]
-    options = to_yaml(first.config(Path("OUT"))).rstrip()
+    options = to_yaml(job.config).rstrip()
     return [*lines, "", "## Options of the first run", "", "```yaml", options, "```", ""]

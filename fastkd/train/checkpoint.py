@@ -130,6 +130,7 @@ def _digest(file: io.BufferedReader, size: int) -> bytes:
 
 
 def path_of(folder: str | Path, epoch: int) -> Path:
+    """The checkpoint file of `epoch` in `folder`."""
     return Path(folder) / f"epoch-{epoch:04d}.pt"
 
 
@@ -204,6 +205,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
+    """The way back of `random_state`."""
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

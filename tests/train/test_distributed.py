@@ -281,7 +281,7 @@ def test_options_of_several_processes(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    from fastkd.train.loop import pick_device
+    from fastkd.train.devices import pick_device
 
     assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", 1)
     with pytest.raises(UserError, match="cuda:0 is one GPU for 2 processes: use --device cuda"):
