@@ -13,6 +13,12 @@ enum class Combine : int { losses, probs, logits };
 
 constexpr int kMaxLaunchTeachers = 16;  // of one CUDA launch; the CPU takes any number
 
+// The longest row that a CUDA thread block holds in registers, of A = float and of double; a longer one is streamed.
+template <class A>
+constexpr int64_t kMaxOnChip = 8192;
+template <>
+constexpr int64_t kMaxOnChip<double> = 2048;
+
 // A = double where the student is float64, else float. Every network has a dtype and a layout of its own.
 struct Args {
   int64_t rows = 0, classes = 0;

@@ -25,6 +25,10 @@ from fastkd.methods.dgkd import DGKD
 class CE(Method):
     """The student alone, trained by cross-entropy with the labels.
 
+    >>> method = fastkd.methods.CE(torch.nn.Linear(4, 3, bias=False))
+    >>> round(method(torch.zeros(8, 4), torch.arange(8) % 3).item(), 4)  # of equal logits: log 3
+    1.0986
+
     Args:
         student: the network to train; logits [B, C] or an object with `.logits`.
     """
@@ -52,6 +56,12 @@ class KD(DGKD):
     """Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531): DGKD with one guide.
 
         (1 - lam) * CE + lam * KD_T(z, z_teacher)
+
+    >>> student, teacher = torch.nn.Linear(4, 3, bias=False), torch.nn.Linear(4, 3, bias=False)
+    >>> method = fastkd.methods.KD(student, teacher, lam=0.5)
+    >>> parts = method.step(torch.optim.SGD(method.parameter_groups(lr=0.1)), torch.zeros(8, 4), torch.arange(8) % 3)
+    >>> {name: round(part.item(), 4) for name, part in sorted(parts.items())}  # equal logits: 0.5 * log 3
+    {'ce': 0.5493, 'kd': 0.0}
 
     Args:
         student: the network to train; logits [B, C] or an object with `.logits`.
@@ -90,6 +100,11 @@ class TAKD(DGKD):
 
     DGKD with only the last guide: in a chain T, A_1 .. A_n, S each network learns from the one before it.
 
+    >>> teacher, assistant, student = [torch.nn.Linear(4, 3) for _ in range(3)]
+    >>> method = fastkd.methods.TAKD(student, [teacher, assistant])
+    >>> [guide is assistant for guide in method.guides]
+    [True]
+
     Args:
         student: the network to train; logits [B, C] or an object with `.logits`.
         guides: the chain above it, by decreasing size; only the last one is used, kept and frozen.
@@ -109,6 +124,11 @@ class AVER(DGKD):
     """The average of the distillation losses to K teachers: DGKD's loss divided by K.
 
         (1 - lam) * CE + lam * mean_k KD_T(z, z_k)
+
+    >>> student, teachers = torch.nn.Linear(4, 3), [torch.nn.Linear(4, 3) for _ in range(4)]
+    >>> method = fastkd.methods.AVER(student, teachers, lam=0.5)
+    >>> method.weights(classes=3)  # of each divergence, of the cross-entropy
+    (0.125, 0.5)
 
     Args:
         student: the network to train; logits [B, C] or an object with `.logits`.

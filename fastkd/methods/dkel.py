@@ -69,6 +69,15 @@ class DKEL(Method):
 
     Each default is marked (P) published in paper or code, (C) our choice.
 
+    >>> student = fastkd.models.branched("plain2", 10, branches=3, image_size=8)
+    >>> method = fastkd.methods.DKEL(student, init=None)
+    >>> optimizer = torch.optim.SGD(method.parameter_groups(lr=0.1))
+    >>> views = [torch.randn(4, 3, 8, 8) for _ in range(3)]
+    >>> sorted(method.step(optimizer, views, torch.arange(4)))
+    ['ce', 'ensemble_ce', 'kd']
+    >>> method.steps
+    1
+
     Args:
         student: a fastkd.models.Branched of m peers; 3 (P). Its parameters must be float32 or float64.
         teacher: a Branched of the same shapes, trained in place by averaging. None: as `variant` says, random weights

@@ -69,6 +69,12 @@ class ORC(Method):
 
     Each default is marked (P) published, (S) from a summary of the paper, (C) our choice.
 
+    >>> pivot, *students = [torch.nn.Linear(4, 3) for _ in range(4)]
+    >>> method = fastkd.methods.ORC(pivot, students)
+    >>> parts = method.step(torch.optim.SGD(method.parameter_groups(lr=0.1)), torch.randn(8, 4), torch.arange(8) % 3)
+    >>> method.promotions.sum().item(), method.deployable() is students[0]
+    (1, True)
+
     Args:
         pivot: the pivot teacher, trained before; it learns on. Logits [B, C] or an object with `.logits`.
         students: K >= 2 networks with the pivot's classes; students[0] is the target student, the one to ship.

@@ -30,6 +30,11 @@ def with_features(model: nn.Module, layer_names: Sequence[str] | None = None) ->
     forward branches on values, as that of many transformers) is run as it is and its modules are watched by hooks: its
     layer_names are names of modules. Raises ValueError for an unknown layer (with the nearest names) and where
     layer_names is needed.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    >>> output = fastkd.models.with_features(model, ["1"])(torch.zeros(2, 4))
+    >>> output.logits.shape, output.features.shape
+    (torch.Size([2, 3]), torch.Size([2, 5]))
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"with_features: model must be an nn.Module, got {type(model).__name__}")

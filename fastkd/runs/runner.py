@@ -152,6 +152,10 @@ class Result:
 class Runner:
     """Carries out the plan of one run.
 
+    >>> runner = fastkd.train.Runner(fastkd.train.TrainConfig(method="kd", data="fake", out="nowhere"))
+    >>> list(runner.stages), runner.data.num_classes
+    (['teacher', 'student'], 10)
+
     Args:
         run: what its command found out, or its options alone.
         say: tells a line to the user; in the first process only.

@@ -69,6 +69,11 @@ def evaluate(
     """(mean cross-entropy, accuracy in 0..1) in eval mode; the network's mode is restored.
 
     With several processes each has its own part of the batches, and all get the result.
+
+    >>> network, batches = torch.nn.Linear(4, 3, bias=False), [(torch.zeros(2, 4), torch.tensor([0, 1]))]
+    >>> loss, accuracy = fastkd.train.evaluate(network, batches, torch.device("cpu"))
+    >>> round(loss, 4), accuracy  # of equal logits: log 3, and the first is the argmax
+    (1.0986, 0.5)
     """
     was_training = network.training
     network.eval()
@@ -86,6 +91,13 @@ def evaluate(
 
 class Fit:
     """One training run in a folder: `task.folder`/checkpoints and `task.folder`/metrics.csv.
+
+    >>> data = fastkd.data.load("fake", image_size=8, train_images=8, test_images=4)
+    >>> method = fastkd.methods.CE(fastkd.models.create("plain2", 10, image_size=8))
+    >>> setup = fastkd.train.Setup.here(fastkd.train.TrainConfig(batch_size=4, device="cpu", quiet=True))
+    >>> fit = fastkd.train.Fit(method, data, setup, fastkd.train.Task("student", epochs=2))
+    >>> [row["epoch"] for row in fit.run()], fit.step
+    ([1, 2], 4)
 
     Args:
         method: what is trained. It is moved to the device, and wrapped as the options say.

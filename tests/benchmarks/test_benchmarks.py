@@ -14,9 +14,9 @@ import fastkd
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import guard, measure, registry, report  # noqa: E402
-from benchmarks.inputs import Embeddings, Heads, Maps, Networks  # noqa: E402
-from benchmarks.registry import FORWARD, OPERATIONS, TRAINING, Case, Logits  # noqa: E402
+from benchmarks import guard, measure, registry, report
+from benchmarks.inputs import Embeddings, Heads, Maps, Networks
+from benchmarks.registry import FORWARD, OPERATIONS, TRAINING, Case, Logits
 
 SMALL = Logits(6, 37, 3)
 # Shapes that compute quickly, of every operation.

@@ -13,7 +13,7 @@ from fastkd import methods
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import guard, measure, other, report, scaling, steps  # noqa: E402
+from benchmarks import guard, measure, other, report, scaling, steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

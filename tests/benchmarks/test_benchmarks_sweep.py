@@ -15,11 +15,11 @@ from fastkd import _backend, functional
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from graphs_helpers import StandIn  # noqa: E402
+from graphs_helpers import StandIn
 
-from benchmarks import charts, counts, guard, measure, other, peers, registry, report, steps, sweep  # noqa: E402
-from benchmarks.inputs import Embeddings, Logits, Maps, Networks  # noqa: E402
-from benchmarks.registry import OPERATIONS, TRAINING, Case  # noqa: E402
+from benchmarks import charts, counts, guard, measure, other, peers, registry, report, steps, sweep
+from benchmarks.inputs import Embeddings, Logits, Maps, Networks
+from benchmarks.registry import OPERATIONS, TRAINING, Case
 
 TINY = steps.Group("plain2", 6, 5, image_size=8)
 

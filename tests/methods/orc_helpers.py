@@ -108,7 +108,7 @@ def plain_feedback(ces, wrongs, errors_only):
         counts[(quotas - counts).argmax()] += 1
     picked = []
     for ce, some, count in zip(ces, allowed, counts.tolist(), strict=True):
-        hardest = sorted(some, key=lambda b: -ce[b])  # noqa: B023
+        hardest = sorted(some, key=lambda b: -ce[b])
         picked += [hardest[n % len(hardest)] for n in range(int(count))]
     return torch.tensor(picked)
 
@@ -122,7 +122,7 @@ def plain_taught(learners, teachers, x, y):
     return total
 
 
-def plain_phases(pivot, students, x, y, l, promote=1, rank_by="ce", intensive="pivot", errors_only=False):  # noqa: E741
+def plain_phases(pivot, students, x, y, l, promote=1, rank_by="ce", intensive="pivot", errors_only=False):
     """(loss, networks that it trains) of each phase."""
     order, ces, wrongs = plain_ranking(students, x, y, rank_by)
     tts, rest = [students[i] for i in order[:promote]], [students[i] for i in order[promote:]]

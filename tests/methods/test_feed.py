@@ -21,7 +21,7 @@ from fastkd.models import create
 def assert_same_gradients(found, expected, tolerance, strict=True):
     assert found.keys() == expected.keys() or not strict
     for name in expected.keys() & found.keys():
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}")  # noqa: B023
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}")
 
 
 def plain_pool(map, size):
@@ -207,7 +207,7 @@ def test_teachers_run_once_per_chunk_and_without_a_graph():
     method = FEED(Net(1), teachers)
     for net in (method.student, *teachers):
         net.calls = 0
-        hook = lambda module, args, output: seen.append((module.training, output.maps[-1].requires_grad))  # noqa: E731
+        hook = lambda module, args, output: seen.append((module.training, output.maps[-1].requires_grad))
         net.register_forward_hook(hook)
     teachers[0].train()  # as an evaluation elsewhere would do
     step(method, x.requires_grad_(), y, chunks=3)

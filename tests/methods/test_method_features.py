@@ -173,7 +173,7 @@ def test_compiled_networks_are_compiled(backend):
     torch.compiler.reset()
     expected, method, graphs = step(embedded()), embedded(), []
     if backend == "eager":
-        backend = lambda graph, example: graphs.append(graph) or graph.forward  # noqa: E731
+        backend = lambda graph, example: graphs.append(graph) or graph.forward
     method.map_learners(partial(torch.compile, backend=backend))
     assert_same_step(method, expected, 1e-12)
     assert callable(backend) == (len(graphs) > 0)

@@ -105,7 +105,7 @@ def test_weights_per_row_that_learn():
 
 def test_explain_names_the_reason():
     student, teachers, target = make(dtype=torch.float32)
-    explain = lambda *a, **k: fastkd.explain(F.multi_teacher_kd, *a, **k)  # noqa: E731
+    explain = lambda *a, **k: fastkd.explain(F.multi_teacher_kd, *a, **k)
     assert explain(student, teachers).backend == "native"
     reasons = {
         "teachers[0] requires grad": explain(student, [teachers[0].clone().requires_grad_(), *teachers[1:]]),

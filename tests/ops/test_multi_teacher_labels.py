@@ -55,7 +55,7 @@ def test_terms(combine, reduction, labels, place, at):
     for ce_weight in (0.0, 0.7) if labels else (0.0,):
         weights = dict(kd_weight=0.3, ce_weight=ce_weight)
         for loss, terms in both(
-            lambda: F.multi_teacher_kd(student, teachers, target, return_terms=True, **options, **weights)  # noqa: B023
+            lambda: F.multi_teacher_kd(student, teachers, target, return_terms=True, **options, **weights)
         ):
             assert type(terms).__name__ == "LossTerms" and not terms.kd.requires_grad and not terms.ce.requires_grad
             assert terms.kd.shape == terms.ce.shape == loss.shape and terms.kd.dtype == loss.dtype
