@@ -47,6 +47,7 @@ gpu-check: ## on a machine with a GPU: build, CUDA tests, benchmarks, compute-sa
 
 lint: $(INSTALLED) ## check style, types, and that no layer imports from above (under a minute)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	! test -x $(VENV)/bin/lint-imports || $(VENV)/bin/lint-imports --no-cache
 	$(PY) -m mypy
 

@@ -23,7 +23,7 @@ from setuptools.errors import CompileError, SetupError
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-import toolchain
+import toolchain  # noqa: E402
 
 
 def warn(message: str) -> None:

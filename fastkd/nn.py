@@ -63,7 +63,7 @@ class FeatureTransforms(nn.Module):
             _transform(in_channels, width, norm, layers, negative_slope) for width in widths
         )
 
-    def forward(self, map: Tensor) -> list[Tensor]:
+    def forward(self, map: Tensor) -> list[Tensor]:  # noqa: A002  # public
         """The map [B, c_S, H, W] of the student -> K maps [B, c_k, H, W], one per teacher."""
         form = chosen_form(map, self.out_channels, self.normalised) if self.form == "auto" else self.form
         if form == "grouped":
@@ -73,20 +73,20 @@ class FeatureTransforms(nn.Module):
     if TYPE_CHECKING:
         __call__ = forward
 
-    def _grouped(self, map: Tensor) -> list[Tensor]:
-        count, all = len(self.transforms), map
+    def _grouped(self, x: Tensor) -> list[Tensor]:
+        count, first = len(self.transforms), x
         for layers in zip(*self.transforms, strict=True):  # the same layer of every transform
             if isinstance(layers[0], nn.Conv2d):
-                groups = 1 if all is map else count
+                groups = 1 if x is first else count
                 weight = torch.cat([layer.weight for layer in layers])
                 bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-                all = torch_functional.conv2d(all, weight, bias, padding=1, groups=groups)
+                x = torch_functional.conv2d(x, weight, bias, padding=1, groups=groups)
             elif isinstance(layers[0], nn.LeakyReLU):
-                all = torch_functional.leaky_relu(all, self.negative_slope)
+                x = torch_functional.leaky_relu(x, self.negative_slope)
             else:  # a normalisation of each transform's own channels
-                parts = all.chunk(count, 1)
-                all = torch.cat([layer(part) for layer, part in zip(layers, parts, strict=True)], 1)
-        return list(all.chunk(count, 1))
+                parts = x.chunk(count, 1)
+                x = torch.cat([layer(part) for layer, part in zip(layers, parts, strict=True)], 1)
+        return list(x.chunk(count, 1))
 
     def extra_repr(self) -> str:
         """The hyper-parameters, for `repr`."""
@@ -94,7 +94,7 @@ class FeatureTransforms(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
-def chosen_form(map: Tensor, out_channels: Sequence[int], normalised: bool = False) -> str:
+def chosen_form(map: Tensor, out_channels: Sequence[int], normalised: bool = False) -> Form:  # noqa: A002  # public
     """The form that form="auto" takes: "grouped" on the CPU for several equal, narrow transforms, else "loop".
 
     Measured forward and backward on one core (AMD EPYC, AVX-512), loop time over grouped time, [32, 64, 8, 8] to five

@@ -69,4 +69,4 @@ def _register_fakes_once() -> None:
     _backend.register_all_fakes("fastkd_simt")
 
 
-from simt.fixtures import simt_module  # noqa: F401
+from simt.fixtures import simt_module  # noqa: E402, F401

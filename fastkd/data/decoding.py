@@ -50,7 +50,7 @@ def as_rgb(image: Any) -> Any:
     """A PIL image of any mode as one of mode RGB, upright. ValueError for a mode whose range nobody knows."""
     image.load()  # what the end of a file says (transparency, EXIF) is known then
     turn = _orientation(image)
-    if image.mode.startswith("I;16") or image.mode == "I" and image.format in _WIDE:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _WIDE):
         image = _from_many_bits(image)
     elif image.mode in _NO_RANGE:
         raise ValueError(

@@ -48,7 +48,7 @@ def _files(images: ImageSet, store: Files, classes: Sequence[str]) -> dict[str, 
     stats = {row: _stat(paths[row]) for row in images.rows.tolist()}
     total = sum(size for size, _ in stats.values())
     by_content = total <= BY_CONTENT and len(stats) <= BY_CONTENT_FILES
-    folder = os.path.dirname(os.path.commonprefix(paths))
+    folder = os.path.dirname(os.path.commonprefix(paths))  # noqa: RUF071  # letters, then folders
     order = np.argsort(images.store_labels, kind="stable")
     ends = np.searchsorted(images.store_labels[order], np.arange(len(classes) + 1))
     found = {}

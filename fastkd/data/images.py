@@ -73,7 +73,7 @@ class Files:
 
     def facts(self) -> dict[str, Any]:
         """What these files are, for the comparison with an earlier run's: folder, count, digest of names and sizes."""
-        folder = os.path.dirname(os.path.commonprefix(self.paths))
+        folder = os.path.dirname(os.path.commonprefix(self.paths))  # noqa: RUF071  # letters, then folders
         found = hashlib.sha256()
         for path in self.paths:
             found.update(os.fsencode(f"{path[len(folder) :]}\0{_size_and_time(path)}\0"))

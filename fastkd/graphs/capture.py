@@ -254,7 +254,7 @@ class _HandOver(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.capture.flights.land(ctx.flight)
-        ctx.saved_tensors
+        ctx.saved_tensors  # noqa: B018
         return None, *ctx.capture.gradients(slopes)
 
 

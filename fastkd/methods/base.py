@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ class Method(Networks):
     teaches_logits = False
     one_loss = True
     last_only: tuple[str, ...] = ()
-    counted: Mapping[str, str] = {}
+    counted: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,

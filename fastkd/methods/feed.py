@@ -232,14 +232,14 @@ def of_one_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return _pooled(student, size), _pooled(teacher, size)
 
 
-def _pooled(map: Tensor, size: list[int]) -> Tensor:
-    old = list(map.shape[-2:])
+def _pooled(x: Tensor, size: list[int]) -> Tensor:
+    old = list(x.shape[-2:])
     if old == size:
-        return map
+        return x
     if all(pixels % fewer == 0 for pixels, fewer in zip(old, size, strict=True)):
         # The same numbers as adaptive pooling, whose gradient is not deterministic on a GPU.
-        return torch_functional.avg_pool2d(map, [pixels // fewer for pixels, fewer in zip(old, size, strict=True)])
-    return torch_functional.adaptive_avg_pool2d(map, (size[0], size[1]))
+        return torch_functional.avg_pool2d(x, [pixels // fewer for pixels, fewer in zip(old, size, strict=True)])
+    return torch_functional.adaptive_avg_pool2d(x, (size[0], size[1]))
 
 
 def last_map(network: nn.Module, inputs: Any, *, method_name: str, argument: str) -> Tensor:

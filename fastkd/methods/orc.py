@@ -19,7 +19,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ class ORC(Method):
     pivot: nn.Module
     students: nn.ModuleList
     promotions: Tensor
-    counted = {"promotions": "Steps in which a network was a temporary teacher"}
+    counted: ClassVar[dict[str, str]] = {"promotions": "Steps in which a network was a temporary teacher"}
 
     def __init__(
         self,
@@ -309,13 +309,14 @@ class ORC(Method):
 
 def _check_one_process(method: str, process_group: Any) -> None:
     """However the networks are made parallel, processes that rank apart would promote different ones."""
-    if process_group is None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        if torch.distributed.get_world_size() > 1:
-            expected = (
-                "given where torch.distributed has several processes, so that all promote the same networks "
-                "(torch.distributed.group.WORLD, or a group of this process alone to train apart)"
-            )
-            raise wrong_value(method, "process_group", expected, None)
+    if process_group is not None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    if torch.distributed.get_world_size() > 1:
+        expected = (
+            "given where torch.distributed has several processes, so that all promote the same networks "
+            "(torch.distributed.group.WORLD, or a group of this process alone to train apart)"
+        )
+        raise wrong_value(method, "process_group", expected, None)
 
 
 def _names(indices: Iterable[int]) -> list[str]:

@@ -26,7 +26,8 @@ def rows_of(logits: Tensor) -> Tensor:
 def _rows_merge(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether the leading dimensions of a tensor can be seen as one."""
     dims = [(n, s) for n, s in zip(shape[:-1], stride[:-1], strict=True) if n != 1]
-    return 0 in shape or all([s == inner_n * inner_s for (_, s), (inner_n, inner_s) in zip(dims, dims[1:])])
+    pairs = zip(dims, dims[1:])  # noqa: B905, RUF007  # which torch.compile traces
+    return 0 in shape or all([s == inner_n * inner_s for (_, s), (inner_n, inner_s) in pairs])
 
 
 def flat_rows(logits: Tensor) -> Tensor:

@@ -182,9 +182,9 @@ def why_reference(tensors: Tensors) -> str | None:
                 return why_learning(f"teachers[{k}]", tensors.students)
         if tensors.weights is not None and tensors.weights.requires_grad:
             return "the weights require grad"
-    for map in (*tensors.students, *tensors.teachers):
-        if map.dtype not in SUPPORTED:
-            return f"there are no native kernels for {map.dtype}"
+    for x in (*tensors.students, *tensors.teachers):
+        if x.dtype not in SUPPORTED:
+            return f"there are no native kernels for {x.dtype}"
     return None
 
 

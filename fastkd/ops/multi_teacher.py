@@ -308,7 +308,7 @@ def _check_rows(
     return Tensors(rows_of(student), (), target, soft, None), options
 
 
-def _why_reference(arguments: dict) -> str | None:
+def _why_reference(arguments: dict[str, Any]) -> str | None:
     if not has_sparse(arguments["teachers"]):
         return kernels.why_reference(*_check(**arguments))
     options = {name: value for name, value in arguments.items() if name not in ("student", "teachers", "target")}

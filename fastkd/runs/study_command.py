@@ -175,5 +175,5 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not rows or not {"method", "seed", "setting", "accuracy"} <= set(rows[0]):
         raise UserError(f"{path} is not a study.csv: it needs rows with method, seed, setting, accuracy")
     words = ("method", "setting", "judged_on")
-    number = lambda text: float(text) if text else math.nan
+    number = lambda text: float(text) if text else math.nan  # noqa: E731
     return [{k: v if k in words else number(v) for k, v in row.items()} | {"seed": int(row["seed"])} for row in rows]

@@ -14,8 +14,8 @@ from fastkd.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_calls, gpu_check
-from benchmarks.gpu_check import Outcome, Step
+from benchmarks import gpu_calls, gpu_check  # noqa: E402
+from benchmarks.gpu_check import Outcome, Step  # noqa: E402
 
 
 def step(name, code, seconds=20, **rest):

@@ -203,7 +203,7 @@ def test_configs_are_good(path, capsys, monkeypatch):
         few = dict(num_classes=classes, channels=channels, train_images=classes, test_images=classes)
         data = datasets.load("fake", image_size=8, **few)
         data = dataclasses.replace(data, image_size=size)
-        monkeypatch.setattr(runner, "load_data", lambda config: data)
+        monkeypatch.setattr(runner, "load_data", lambda config: data)  # noqa: B023
         made = Runner(config)  # builds each stage
         assert list(made.stages)[-1] == "student"
         if method == "dgkd":

@@ -122,7 +122,7 @@ def plain_taught(learners, teachers, x, y):
     return total
 
 
-def plain_phases(pivot, students, x, y, l, promote=1, rank_by="ce", intensive="pivot", errors_only=False):
+def plain_phases(pivot, students, x, y, l, promote=1, rank_by="ce", intensive="pivot", errors_only=False):  # noqa: E741
     """(loss, networks that it trains) of each phase."""
     order, ces, wrongs = plain_ranking(students, x, y, rank_by)
     tts, rest = [students[i] for i in order[:promote]], [students[i] for i in order[promote:]]

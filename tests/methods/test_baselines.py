@@ -67,7 +67,7 @@ def test_baselines_are_their_formulas(chunks):
     ]
     for method, formula in table:
         loss = run(method, x, y, chunks)
-        value, grads = plain_gradients(mlp(1), lambda s: formula(s(x)))
+        value, grads = plain_gradients(mlp(1), lambda s: formula(s(x)))  # noqa: B023
         assert abs(loss - value) < 1e-10, type(method).__name__
         for grad, expected in zip(gradients(method.student), grads, strict=True):
             torch.testing.assert_close(grad, expected, rtol=0, atol=1e-8)

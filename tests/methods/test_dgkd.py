@@ -70,7 +70,7 @@ def test_loss_and_gradients_are_the_papers(scale, formula, drop, chunks):
         ]
         seen.add(len(kept))
         targets = [g.network(x).detach() for g in kept]
-        value, grads = plain_gradients(student, lambda s: formula(s(x), y, targets, LAM, len(guides)))
+        value, grads = plain_gradients(student, lambda s: formula(s(x), y, targets, LAM, len(guides)))  # noqa: B023
         assert abs(loss - value) < 1e-10
         for grad, expected in zip(gradients(student), grads, strict=True):
             torch.testing.assert_close(grad, expected, rtol=0, atol=1e-8)

@@ -23,13 +23,13 @@ def test_signatures_are_those_of_the_base():
 
 
 def test_defaults_and_given_arguments_arrive():
-    make = lambda: models.create("plain2", 3, image_size=8, channels=1, width=0.0625)
+    make = lambda: models.create("plain2", 3, image_size=8, channels=1, width=0.0625)  # noqa: E731
     assert methods.FT(make(), make()).beta == keywords(methods.FEED)["beta"] and methods.FT(make(), make(), p=2).p == 2
     assert methods.PCL(tiny(0)).c == 1.0 and methods.PCL(tiny(0), c=0.5).c == 0.5
     assert methods.PCL(tiny(0)).init is None
 
 
-@pytest.mark.parametrize(("make", "unknown"), [
+@pytest.mark.parametrize("make, unknown", [
     (lambda: methods.PCL(tiny(0), decay=0.5), "decay"), (lambda: methods.PCL(tiny(0), init=2), "init"),
     (lambda: methods.FT(nn.Linear(1, 1), nn.Linear(1, 1), mode="parallel"), "mode"),
 ])  # fmt: skip

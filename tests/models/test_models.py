@@ -34,7 +34,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "size", "channels"), SIZES)
+@pytest.mark.parametrize("name, size, channels", SIZES)
 def test_every_network_maps_images_to_logits(name, size, channels):
     model = models.create(name, 7, size, channels).eval()
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_torchvision_networks_keep_their_own_stem_on_large_images():
 
 
 @pytest.mark.parametrize(
-    ("name", "stride"),
+    "name, stride",
     [("resnet18", 8), ("mobilenet_v2", 8), ("shufflenet_v2_x0_5", 8), ("densenet121", 8), ("densenet40_12", 4)],
 )
 def test_small_stem_shrinks_less(name, stride):
@@ -89,7 +89,7 @@ PUBLISHED = [  # name, classes, options, parameters
 ]
 
 
-@pytest.mark.parametrize(("name", "classes", "options", "parameters"), PUBLISHED)
+@pytest.mark.parametrize("name, classes, options, parameters", PUBLISHED)
 def test_parameters_are_the_published_ones(name, classes, options, parameters):
     assert models.parameters_count(models.create(name, classes, **options)) == parameters
 
@@ -213,7 +213,7 @@ def test_same_seed_same_network():
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize(("name", "half"), [("plain4", 16), ("resnet8", 8), ("vgg8", 32)])
+@pytest.mark.parametrize("name, half", [("plain4", 16), ("resnet8", 8), ("vgg8", 32)])
 def test_width_multiplier(name, half):
     first = next(m for m in models.create(name, 5, width=0.5).modules() if isinstance(m, nn.Conv2d))
     assert first.out_channels == half
@@ -233,7 +233,7 @@ def test_other_spellings():
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "words"),
+    "call, error, words",
     [
         (lambda: models.create("resnet21", 10), ValueError, ["resnet21", "did you mean", "resnet20"]),
         (lambda: models.create("zzz", 10), ValueError, ["zzz", "known are", "plain2"]),

@@ -22,7 +22,7 @@ OPTIONS = [
     dict(norm="channel", reduction="sum"),
     dict(weights=torch.rand(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), p=2),
 ]
-ids = lambda o: " ".join(o) or "plain"
+ids = lambda o: " ".join(o) or "plain"  # noqa: E731
 
 
 def call(options, count=2):
@@ -66,7 +66,7 @@ def test_gradients_of_teachers_and_weights(norm):
 
 def test_explain_names_the_reason():
     students, teachers = make(SHAPES)
-    explain = lambda *a, **k: fastkd.explain(F.feature_ensemble, *a, **k)
+    explain = lambda *a, **k: fastkd.explain(F.feature_ensemble, *a, **k)  # noqa: E731
     assert explain(students, teachers).backend == "native"
     assert explain(students[0], [teachers[0]] * 3).backend == "native"
     reasons = {
@@ -142,7 +142,7 @@ def test_a_schedule_of_num_items_and_a_mask_compile_to_one_graph():
         return graph
 
     torch._dynamo.reset()
-    loss = lambda mask, items: F.feature_ensemble(students, teachers, mask=mask, num_items=items)
+    loss = lambda mask, items: F.feature_ensemble(students, teachers, mask=mask, num_items=items)  # noqa: E731
     compiled = torch.compile(loss, fullgraph=True, backend=backend)
     for n in range(1, 13):
         items = torch.tensor(float(n))
@@ -236,7 +236,7 @@ def test_maps_may_be_changed_in_place_before_the_backward(dtype, options):
         for changed in (*teachers, *students, weights):
             changed.zero_()
         mask.fill_(True)
-    with pytest.raises(RuntimeError, match="feature_ensemble: a second derivative .* changed in place"):
+    with pytest.raises(RuntimeError, match=r"feature_ensemble: a second derivative .* changed in place"):
         torch.autograd.grad(loss, students, create_graph=True)
     for grad, wanted in zip(torch.autograd.grad(loss, students), expected, strict=True):
         assert torch.equal(grad, wanted)

@@ -347,7 +347,7 @@ def test_under_transforms_there_is_no_derivative_and_no_mistake():
     logits, target = make(5, 9, 3, torch.float64)
     stacked = torch.stack(logits)
     expected = F.group_stats(stacked, target)
-    ce = lambda z: F.group_stats(z, target).ce
+    ce = lambda z: F.group_stats(z, target).ce  # noqa: E731
     assert "transform" in _explained_inside(stacked, target)
     value, tangent = torch.func.jvp(ce, (stacked,), (torch.ones_like(stacked),))
     torch.testing.assert_close(value, expected.ce)

@@ -131,7 +131,7 @@ DIFFICULT = [name for name, _ in difficult_logits((1, 3))]
 @pytest.mark.parametrize("name", DIFFICULT)
 def test_difficult_logits(name, combine, place, at):
     device = at(place)
-    pick = lambda seed: dict(difficult_logits((6, 70), seed=seed))[name].to(device)
+    pick = lambda seed: dict(difficult_logits((6, 70), seed=seed))[name].to(device)  # noqa: E731
     student, teachers = pick(0).requires_grad_(), [pick(1), pick(2)]
     target = torch.tensor([1, 4, 7, 10, 1, 2], device=device)
     check(student, teachers, target, combine=combine, ce_weight=0.5, reduction="none")
@@ -227,5 +227,5 @@ def test_float16_with_a_loss_scale_is_as_good_as_eager(classes, place, at):
     assert int((grad == 0).sum()) <= int((eager == 0).sum())
     assert_grad_close(grad, exact, eager)
     small = exact.abs() < exact.abs().median()
-    relative = lambda g: float(((g.double() - exact)[small] / exact[small]).abs().mean())
+    relative = lambda g: float(((g.double() - exact)[small] / exact[small]).abs().mean())  # noqa: E731
     assert relative(grad) <= 2 * relative(eager) + 1e-3

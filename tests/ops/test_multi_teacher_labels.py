@@ -55,7 +55,7 @@ def test_terms(combine, reduction, labels, place, at):
     for ce_weight in (0.0, 0.7) if labels else (0.0,):
         weights = dict(kd_weight=0.3, ce_weight=ce_weight)
         for loss, terms in both(
-            lambda: F.multi_teacher_kd(student, teachers, target, return_terms=True, **options, **weights)
+            lambda: F.multi_teacher_kd(student, teachers, target, return_terms=True, **options, **weights)  # noqa: B023
         ):
             assert type(terms).__name__ == "LossTerms" and not terms.kd.requires_grad and not terms.ce.requires_grad
             assert terms.kd.shape == terms.ce.shape == loss.shape and terms.kd.dtype == loss.dtype
@@ -119,9 +119,9 @@ def test_cross_entropy_of_one_network(dtype, place, at):
     expected = torch_functional.cross_entropy(student[mask].double(), target[mask], reduction="sum") / 7
     loss = op.cross_entropy_one(student, target, mask=mask, num_items=7)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
-    with pytest.raises(ValueError, match="^cross_entropy: target must be class indices"):
+    with pytest.raises(ValueError, match=r"^cross_entropy: target must be class indices"):
         op.cross_entropy_one(student, target + 200)
-    with pytest.raises(TypeError, match="^cross_entropy: target must be class indices or probabilities, got None"):
+    with pytest.raises(TypeError, match=r"^cross_entropy: target must be class indices or probabilities, got None"):
         op.cross_entropy_one(student, None)
 
 

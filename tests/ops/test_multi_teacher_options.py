@@ -74,7 +74,7 @@ def test_the_reference_is_the_formula_typed_again():
         expected = torch.stack(rows).sum() / 11
         options = dict(weights=weights, mask=mask, kd_weight=0.3, ce_weight=0.7, label_smoothing=0.1, temperature=2.5)
         for actual in both(
-            lambda: F.multi_teacher_kd(student, teachers, labels, combine=combine, num_items=11, **options)
+            lambda: F.multi_teacher_kd(student, teachers, labels, combine=combine, num_items=11, **options)  # noqa: B023
         ):
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
             gradients = [torch.autograd.grad(x, student, retain_graph=True)[0] for x in (actual, expected)]
@@ -126,7 +126,7 @@ def test_num_items_accumulates_as_one_batch(reduction, place, at):
             lambda: [
                 loss_and_grad(
                     student[i:j].detach().requires_grad_(), [t[i:j] for t in teachers], target[i:j], ce_weight=0.5,
-                    num_items=items, reduction=reduction,
+                    num_items=items, reduction=reduction,  # noqa: B023
                 )
                 for i, j in ((0, 2), (2, 6))
             ]
@@ -160,7 +160,7 @@ def test_a_teacher_of_weight_0_is_not_read(form, combine, place, at):
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("combine", COMBINE)
 def test_a_row_that_no_teacher_speaks_about_has_no_distillation(combine, place, at):
-    student, teachers, target = make(4, 40, 2, device=at(place))
+    student, teachers, _target = make(4, 40, 2, device=at(place))
     weights = torch.full((2, 4), 0.5, device=student.device)
     weights[:, 2] = 0
     for t in teachers:
@@ -179,7 +179,7 @@ def test_kd_weight_multiplies_the_combined_term(place, at):
     student, teachers, _ = make(4, 40, 2, device=at(place))
     for combine in COMBINE:
         plain, grad = loss_and_grad(student, teachers, combine=combine)
-        for loss, scaled in both(lambda: loss_and_grad(student, teachers, combine=combine, kd_weight=0.3)):
+        for loss, scaled in both(lambda: loss_and_grad(student, teachers, combine=combine, kd_weight=0.3)):  # noqa: B023
             torch.testing.assert_close(loss, 0.3 * plain)
             torch.testing.assert_close(scaled, 0.3 * grad)
 

@@ -67,7 +67,7 @@ def build(
     logits, teachers, target = make(m, rows, classes, n, dtype, device=device)
     target[list(ignored)] = -100
     g = torch.Generator().manual_seed(1)
-    random = lambda *shape: torch.rand(*shape, generator=g, dtype=torch.float64) - 0.2
+    random = lambda *shape: torch.rand(*shape, generator=g, dtype=torch.float64) - 0.2  # noqa: E731
 
     def numbers(kind, columns):
         if kind is None:
@@ -190,7 +190,7 @@ def test_every_size_of_shared_memory(shared, at, simt):
 @pytest.mark.parametrize("name", [name for name, _ in difficult_logits((1, 3))])
 def test_difficult_logits(name, place, at):
     device = at(place)
-    pick = lambda seed: dict(difficult_logits((6, 70), seed=seed))[name].to(device)
+    pick = lambda seed: dict(difficult_logits((6, 70), seed=seed))[name].to(device)  # noqa: E731
     logits = [pick(seed).requires_grad_() for seed in range(3)]
     target = torch.tensor([1, 4, 7, 10, 1, 2], device=device)
     check(logits, target, teachers=[pick(3)], ce_weight=0.5, reduction="none", temperature=2.0)
@@ -280,5 +280,5 @@ def test_float16_with_a_loss_scale_is_as_good_as_eager(classes, place, at):
         assert int((g == 0).sum()) <= int((e == 0).sum())
         assert_grad_close(g, x, e)
         small = x.abs() < x.abs().median()
-        relative = lambda y: float(((y.double() - x)[small] / x[small]).abs().mean())
+        relative = lambda y: float(((y.double() - x)[small] / x[small]).abs().mean())  # noqa: B023, E731
         assert relative(g) <= 2 * relative(e) + 1e-3

@@ -178,7 +178,7 @@ def test_a_diagonal_of_nan_in_weights_that_learn(shape):
 
 def test_explain_names_the_reason():
     logits, teachers, target = make(dtype=torch.float32)
-    explain = lambda *a, **k: fastkd.explain(F.mutual_kd, *a, **k)
+    explain = lambda *a, **k: fastkd.explain(F.mutual_kd, *a, **k)  # noqa: E731
     assert explain(logits, target, teachers=teachers).backend == "native"
     assert explain(torch.stack(logits)).backend == "native"
     assert explain([logits[0].double(), *logits[1:]], teachers=[teachers[0].half()]).backend == "native"
@@ -227,7 +227,7 @@ def test_func_grad_hessian_and_vmap():
     logits, _, target = make()
     loss, z = own_loss(logits, 0, target, ce_weight=0.5), logits[0].detach()
     torch.testing.assert_close(torch.func.grad(loss)(z), torch.autograd.grad(loss(logits[0]), logits[0])[0])
-    flat = lambda x: loss(x.reshape(4, 6))
+    flat = lambda x: loss(x.reshape(4, 6))  # noqa: E731
     torch.testing.assert_close(
         torch.func.hessian(flat)(z.flatten()), torch.autograd.functional.hessian(flat, z.flatten())
     )
@@ -362,7 +362,7 @@ def test_inputs_may_change_between_loss_and_backward_but_not_before_a_second_der
         z.detach().add_(1)
     for a, b in zip(torch.autograd.grad(losses[1].sum(), logits), expected, strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(RuntimeError, match="mutual_kd: a second derivative .* needs the inputs as they were"):
+    with pytest.raises(RuntimeError, match=r"mutual_kd: a second derivative .* needs the inputs as they were"):
         torch.autograd.grad(losses[2].sum(), logits, create_graph=True)
 
 

@@ -207,7 +207,7 @@ def test_a_gram_matrix_in_float32_would_not_do(name, at):
     at("cpu")
     student, teacher = make(20, width=64, kind="near 1e-3")
     exact = reference(FUNCTIONS[name], student.double(), teacher.double())[1]
-    wrong = lambda grad: float((grad.double() - exact).norm() / exact.norm())
+    wrong = lambda grad: float((grad.double() - exact).norm() / exact.norm())  # noqa: E731
     assert wrong(loss_and_grad(FUNCTIONS[name], student, teacher)[1]) < 1e-5
     gram = student @ student.T
     squares = gram.diag()[:, None] + gram.diag() - 2 * gram

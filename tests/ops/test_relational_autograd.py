@@ -28,7 +28,7 @@ def make(n=5, width=3, dtype=torch.float64, device="cpu", requires_grad=True):
 @REDUCTIONS
 def test_gradcheck(name, reduction, place, at):
     student, teacher = make(device=at(place))
-    function = lambda s: FUNCTIONS[name](s, teacher, reduction=reduction)
+    function = lambda s: FUNCTIONS[name](s, teacher, reduction=reduction)  # noqa: E731
     assert fastkd.explain(FUNCTIONS[name], student, teacher).backend == "native"
     assert gradcheck(function, student)
 
@@ -63,7 +63,7 @@ def test_gradients_through_equal_rows_twice_are_finite(name):
 @BOTH
 def test_forward_mode_and_functional_transforms_take_the_reference(name):
     student, teacher = make(requires_grad=False)
-    function = lambda s: FUNCTIONS[name](s, teacher)
+    function = lambda s: FUNCTIONS[name](s, teacher)  # noqa: E731
     expected = torch.autograd.functional.jacobian(function, student)
     torch.testing.assert_close(torch.func.grad(function)(student), expected)
     direction = torch.randn_like(student)
@@ -191,7 +191,7 @@ def test_a_gradient_is_the_callers_own(name, reduction):
 def test_double_backward_with_a_mask(name, reduction):
     student, teacher = make()
     mask = torch.tensor([True, True, False, True, True])
-    function = lambda s: FUNCTIONS[name](s, teacher, mask=mask, reduction=reduction)
+    function = lambda s: FUNCTIONS[name](s, teacher, mask=mask, reduction=reduction)  # noqa: E731
     assert gradcheck(function, student) and gradgradcheck(function, student)
 
 
@@ -205,7 +205,7 @@ def test_a_mask_and_num_items_compile_to_one_graph(name):
 
     torch._dynamo.reset()
     student, teacher = make(8, dtype=torch.float32)
-    loss = lambda mask, items: FUNCTIONS[name](student, teacher, mask=mask, num_items=items)
+    loss = lambda mask, items: FUNCTIONS[name](student, teacher, mask=mask, num_items=items)  # noqa: E731
     compiled = torch.compile(loss, fullgraph=True, backend=backend)
     for n in range(1, 13):
         mask, items = torch.arange(8) >= n % 5, torch.tensor(float(n))

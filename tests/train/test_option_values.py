@@ -68,7 +68,7 @@ def test_compare_times_the_steps_that_the_run_takes(tmp_path, options, monkeypat
     stage = runner.stages["student"]
     fit = runner.fit(stage, untrained(runner, stage), None)
     seen = []
-    hook = lambda module, args: seen.append((len(args[0]), torch.is_autocast_enabled("cpu")))
+    hook = lambda module, args: seen.append((len(args[0]), torch.is_autocast_enabled("cpu")))  # noqa: E731
     fit.method.student.register_forward_pre_hook(hook)
     inputs, target = next(iter(fit.train_batches))
     assert compare._time_step(fit, inputs, target, "native") > 0
