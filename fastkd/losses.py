@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
-from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
+from torch import Tensor
 
 from fastkd import functional
+from fastkd._fixed import Fixed
+from fastkd._linear_loss import LinearMultiTeacherKD as LinearMultiTeacherKD
 from fastkd._outputs import find_logits
 from fastkd.ops._formulas import LossTerms
 from fastkd.ops.multi_teacher import DistillationStats
@@ -25,44 +26,7 @@ Logits = Any  # Tensor [..., C], or an object or dict with one in `logits`
 Loss = TypeVar("Loss")
 
 
-class _Fixed(_Loss):
-    """A loss whose hyper-parameters are attributes: each may be set anew at any time.
-
-    Those in `_tensors` may be numbers, lists or tensors, one in the place of another. A tensor is a buffer, a parameter
-    a parameter. A state dict that has no entry for a buffer leaves it as it is; one that has an entry where the module
-    has no tensor brings a buffer.
-    """
-
-    _tensors: tuple[str, ...] = ()
-    _shown: tuple[str, ...] = ()
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name not in self._tensors:
-            return super().__setattr__(name, value)
-        for table in (self._parameters, self._buffers, self.__dict__):
-            table.pop(name, None)
-        if isinstance(value, nn.Parameter):
-            self.register_parameter(name, value)
-        elif isinstance(value, Tensor):
-            self.register_buffer(name, value)
-        else:
-            self.__dict__[name] = value
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest) -> None:
-        for name in self._tensors:
-            saved = state_dict.get(prefix + name)
-            if saved is not None and not isinstance(getattr(self, name), Tensor):
-                setattr(self, name, saved.detach().clone())
-        missing: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
-        kept = {prefix + name for name in self._tensors if name in self._buffers}
-        missing_keys += [key for key in missing if key not in kept]
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={_told(getattr(self, name))}" for name in self._shown)
-
-
-class MultiTeacherKD(_Fixed, Generic[Loss]):
+class MultiTeacherKD(Fixed, Generic[Loss]):
     """`fastkd.functional.multi_teacher_kd` with its hyper-parameters fixed; see there for what they mean.
 
     A tensor of weights or temperatures is a buffer: it moves with the module and is in its state dict. It may be set
@@ -166,7 +130,7 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
         ) -> Loss: ...
 
 
-class MutualKD(_Fixed):
+class MutualKD(Fixed):
     """`fastkd.functional.mutual_kd` with its hyper-parameters fixed; see there for what they mean.
 
     A tensor of weights or a temperature tensor is a buffer: it moves with the module and is in its state dict. It may
@@ -232,7 +196,7 @@ class MutualKD(_Fixed):
         )
 
 
-class RKDDistance(_Fixed):
+class RKDDistance(Fixed):
     """`fastkd.functional.rkd_distance` with its hyper-parameters fixed; see there for what they mean."""
 
     _shown = ("reduction",)
@@ -253,7 +217,7 @@ class RKDDistance(_Fixed):
         return functional.rkd_distance(student, teacher, reduction=self.reduction, **more)
 
 
-class RKDAngle(_Fixed):
+class RKDAngle(Fixed):
     """`fastkd.functional.rkd_angle` with its hyper-parameters fixed; see there for what they mean."""
 
     _shown = ("reduction", "eps")
@@ -274,7 +238,7 @@ class RKDAngle(_Fixed):
         return functional.rkd_angle(student, teacher, reduction=self.reduction, eps=self.eps, **more)
 
 
-class FeatureEnsemble(_Fixed):
+class FeatureEnsemble(Fixed):
     """`fastkd.functional.feature_ensemble` with its hyper-parameters fixed; see there for what they mean.
 
     A tensor of weights is a buffer: it moves with the module and is in its state dict. It may be set anew, and older
@@ -333,7 +297,3 @@ def _several(outputs: Logits | Sequence[Logits]) -> Any:
     if logits is not None:
         return [logits]
     return [_logits(output) for output in outputs] if isinstance(outputs, Sequence) else outputs
-
-
-def _told(value: object) -> str:
-    return f"tensor{list(value.shape)}" if isinstance(value, Tensor) and value.dim() > 0 else repr(value)
