@@ -47,13 +47,14 @@ class LinearMultiTeacherKD(Fixed):
         scale_by_t2: bool = True,
         reduction: str = "mean",
         return_terms: bool = False,
+        process_group=None,
     ) -> None:
         super().__init__(reduction=reduction)
         self.softcap, self.logit_scale, self.chunk_rows = softcap, logit_scale, chunk_rows
         self.weights, self.temperature, self.combine = weights, temperature, combine
         self.kd_weight, self.ce_weight, self.label_smoothing = kd_weight, ce_weight, label_smoothing
         self.ignore_index, self.vocab_size, self.scale_by_t2 = ignore_index, vocab_size, scale_by_t2
-        self.return_terms = return_terms
+        self.return_terms, self.process_group = return_terms, process_group
 
     def forward(
         self,
@@ -70,6 +71,7 @@ class LinearMultiTeacherKD(Fixed):
         """The loss, a Tensor; with return_terms=True the loss and `LossTerms`."""
         fixed = {name: getattr(self, name) for name in self._shown if name != "weights"}
         weights = self.weights if weights is None else weights
+        call = {"bias": bias, "weights": weights, "mask": mask, "num_items": num_items}
         return functional.linear_multi_teacher_kd(
-            hidden, weight, teachers, target, bias=bias, weights=weights, mask=mask, num_items=num_items, **fixed
+            hidden, weight, teachers, target, **call, **fixed, process_group=self.process_group
         )

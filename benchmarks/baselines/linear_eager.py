@@ -18,8 +18,8 @@ def _sum(hidden: Tensor, weight: Tensor, teachers: Teachers) -> Tensor:
     log_q, loss = F.log_softmax(F.linear(hidden, weight), dim=1), 0
     for teacher, head in teachers:
         with torch.no_grad():
-            log_p = F.log_softmax(F.linear(teacher, head), dim=1)
-        loss = loss + F.kl_div(log_q, log_p, log_target=True, reduction="sum") / len(teachers)
+            p = F.softmax(F.linear(teacher, head), dim=1)
+        loss = loss + F.kl_div(log_q, p, reduction="sum") / len(teachers)
     return loss
 
 

@@ -70,7 +70,11 @@ def test_combinations_soft_labels_and_no_labels(combine):
 
 
 @pytest.mark.parametrize("kind", ["both", "crossed"])
-def test_weights_of_teachers_and_rows(kind):
+def test_weights_of_teachers_and_rows(kind, monkeypatch):
+    from fastkd.ops import _linear_chunks
+
+    monkeypatch.setattr(_linear_chunks, "BLOCK_BYTES", 0)
+    monkeypatch.setattr(_linear_chunks, "ROWS_PER_THREAD", 2)  # several blocks in a chunk
     teachers = teachers_of(kind)
     weights = torch.rand(len(teachers), ROWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     weights[0, ::2] = weights[1, :5] = 0
