@@ -65,6 +65,10 @@ def use_backend(name: str) -> Iterator[None]:
     "auto": native kernels, and plain PyTorch with a FallbackWarning where they cannot take a call. "native": a
     RuntimeError there, at the call; the backward of a backward, which has no kernels, still goes through PyTorch.
     "reference": plain PyTorch, without a word.
+
+    >>> with fastkd.use_backend("reference"):
+    ...     fastkd.backend_info()["backend"]
+    'reference'
     """
     global _chosen
     before, _chosen = _chosen, _validated(name, "use_backend: name")
@@ -168,6 +172,10 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
 
     `function` is one of fastkd.functional. Raises what the call itself would raise for wrong arguments; where "native"
     was chosen and cannot take the call, the explanation says so, and only the call raises.
+
+    >>> with fastkd.use_backend("reference"):
+    ...     fastkd.explain(fastkd.functional.multi_teacher_kd, torch.zeros(2, 3), [torch.zeros(2, 3)]).backend
+    'reference'
     """
     if function not in _operations:
         known = ", ".join(name for name, _ in _operations.values())
@@ -194,7 +202,11 @@ def _kernels(kind: str) -> str:
 
 
 def backend_info() -> dict[str, str]:
-    """The chosen backend, the native kernels of each device or why there are none, and what each operation uses."""
+    """The chosen backend, the native kernels of each device or why there are none, and what each operation uses.
+
+    >>> sorted(fastkd.backend_info())[:3]
+    ['backend', 'cpu', 'cross_entropy']
+    """
     cpu = _kernels("cpu") if _library.CPU.loaded else _library.CPU.reason
     if torch.cuda.is_available():
         cuda = _why_not_cuda(0) or "CUDA kernels"

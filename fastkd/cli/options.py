@@ -217,6 +217,7 @@ def _with_default(action: Any) -> str:
 
 
 def guess(word: str, known: Sequence[str]) -> str:
+    """The words "did you mean ...? " where a word of `known` is near `word`, else nothing."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {close[0]}? " if close else ""
 

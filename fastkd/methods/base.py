@@ -45,6 +45,23 @@ class Method(Networks):
 
     A subclass hands its networks to this constructor and overrides `iteration` and `deployable`.
 
+    >>> class Own(fastkd.methods.Method):
+    ...     def __init__(self, student):
+    ...         super().__init__(learners={"student": student})
+    ...     def iteration(self, batch, generator):
+    ...         yield fastkd.methods.Phase([self.student], self._terms, batch)
+    ...     def deployable(self):
+    ...         return self.student
+    ...     def _terms(self, inputs, target):
+    ...         loss = self.student(inputs).square().mean()
+    ...         return loss, {"square": loss.detach()}
+    >>> method = Own(torch.nn.Linear(1, 1, bias=False))
+    >>> _ = torch.nn.init.ones_(method.student.weight)
+    >>> method.step(torch.optim.SGD(method.parameter_groups(lr=0.05)), torch.tensor([[1.0], [3.0]]))
+    {'square': tensor(5.)}
+    >>> round(method.student.weight.item(), 4)  # 1 - 0.05 * 10
+    0.5
+
     Args:
         learners: attribute name -> network or sequence of networks that train.
         frozen: attribute name -> network or sequence of networks that only teach. They are changed in place: their
@@ -216,6 +233,7 @@ class Method(Networks):
         return pack(self.extra(), self._random)
 
     def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
+        """The way back of `get_extra_state`; also takes the dict that earlier versions saved."""
         extra, self._random = unpack(self._name(), state)
         self.set_extra(extra)
 

@@ -49,6 +49,12 @@ class FEED(Method):
     NTL_n(x_S) differ in height or width, the larger one is average-pooled (C). Each default is marked (P) published in
     the paper, (S) from a summary of it, (C) our choice, most of them after the code of Factor Transfer.
 
+    >>> student, *teachers = [fastkd.models.create("plain2", 10, image_size=8) for _ in range(3)]
+    >>> method = fastkd.methods.FEED(student, teachers)
+    >>> optimizer = torch.optim.SGD(method.parameter_groups(lr=0.1))
+    >>> sorted(method.step(optimizer, torch.randn(4, 3, 8, 8), torch.arange(4)))
+    ['ce', 'features']
+
     Args:
         student: the network to train. It gives logits [B, C] and feature maps: a network of `fastkd.models.create`,
             any other through `fastkd.models.with_features`, or one that returns `fastkd.models.Outputs`.
@@ -118,6 +124,7 @@ class FEED(Method):
         self.mode, self.beta, self.reduction, self.p, self.norm = mode, float(beta), reduction, int(p), norm
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the step of the student and of the transforms."""
         yield Phase([self.learner("student"), self.learner("transforms")], self._terms, batch)
 
     def deployable(self) -> nn.Module:
@@ -194,6 +201,11 @@ class FT(FEED):
     Factor Transfer compares the student's translated map with a factor that an auto-encoder, trained before on the
     teacher's maps, makes of them; here, as in FEED, it is compared with the teacher's map itself.
 
+    >>> student, teacher = [fastkd.models.create("plain2", 10, image_size=8) for _ in range(2)]
+    >>> method = fastkd.methods.FT(student, teacher)
+    >>> len(method.teachers), len(method.transforms.out_channels)
+    (1, 1)
+
     Args:
         student: the network to train; gives feature maps, as in FEED.
         teacher: the network to learn from; gives feature maps; frozen in place.
@@ -223,4 +235,5 @@ def _pooled(map: Tensor, size: list[int]) -> Tensor:
 
 
 def last_map(network: nn.Module, inputs: Any, *, method_name: str, argument: str) -> Tensor:
+    """The last feature map [B, c, H, W] of what `network` returns for `inputs`."""
     return outputs_of(network, inputs, method_name, argument, "maps").maps[-1]

@@ -17,6 +17,13 @@ class PCL(DKEL):
     The teacher starts as a copy of the student and averages with a = min(1 - 1 / (g + 1), momentum) after step g, so
     that it is the student after the first one (P). `initialise` does nothing.
 
+    >>> student = fastkd.models.branched("plain2", 10, branches=2, image_size=8)
+    >>> method = fastkd.methods.PCL(student)
+    >>> optimizer = torch.optim.SGD(method.parameter_groups(lr=0.1))
+    >>> parts = method.step(optimizer, [torch.randn(4, 3, 8, 8)] * 2, torch.arange(4))
+    >>> torch.equal(method.teacher.peer(0).fc.weight, student.peer(0).fc.weight)  # after the first step
+    True
+
     Args:
         student, teacher, classifier, temperature, ce_weight, ramp, of, momentum, seed: as in `DKEL`; T = 3, ramp = 80
             epochs of 300, momentum = 0.999 (P); the scaling to other lengths of a run is ours (C).

@@ -57,12 +57,22 @@ class CompareOptions:
 
 @dataclass
 class TrainConfig(Settings, MethodOptions):
-    """Everything that determines one run."""
+    """Everything that determines one run.
+
+    >>> config = fastkd.train.TrainConfig(method="kd", epochs=2, milestones=[1])
+    >>> config.data, config.epochs
+    ('digits', 2)
+    """
 
 
 @dataclass
 class CompareConfig(Settings, CompareOptions):
-    """Everything that determines a comparison; defaults that make the student's own result leave room to gain."""
+    """Everything that determines a comparison; defaults that make the student's own result leave room to gain.
+
+    >>> config = fastkd.train.CompareConfig(methods=["ce", "kd"], seeds=[0, 1])
+    >>> config.run("kd", 1, {}).method, config.schedule
+    ('kd', 'cosine')
+    """
 
     epochs: int = 80
     guide_epochs: int = 30

@@ -26,6 +26,7 @@ def pyplot() -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
+    """Writes `figure` as a PNG to `path`, whole or not at all."""
     temporary = path.with_name(f".{path.stem}.tmp.png")
     figure.savefig(temporary, dpi=150, metadata={"Software": None})
     temporary.replace(path)

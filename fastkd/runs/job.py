@@ -45,10 +45,12 @@ class Job(Setup):
 
     @property
     def config(self) -> TrainConfig:
+        """The options of the command."""
         return self.settings
 
     @property
     def folder(self) -> Path:
+        """Where the run's files go."""
         return Path(self.config.out)
 
     @cached_property
@@ -86,6 +88,7 @@ class CompareJob:
 
     @property
     def methods(self) -> list[str]:
+        """The names of the methods that are compared."""
         return self.config.methods
 
     def runs(self) -> dict[tuple[str, int], Job]:

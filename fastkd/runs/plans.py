@@ -226,7 +226,11 @@ def check_options(recipes: Mapping[str, Recipe], options: Mapping[str, Any]) -> 
 
 
 def plan(config: TrainConfig, how: Recipe | None = None) -> list[Stage]:
-    """The stages of a run, each after those that it needs; the last one is the student's. how: the method's recipe."""
+    """The stages of a run, each after those that it needs; the last one is the student's. how: the method's recipe.
+
+    >>> [stage.name for stage in fastkd.train.plan(fastkd.train.TrainConfig(method="takd", assistants=["resnet14"]))]
+    ['teacher', 'assistant1', 'student']
+    """
     how = recipe(config.method) if how is None else how
     check_options({config.method: how}, config.options)
     found = how.stages(dataclasses.replace(config, options=how.in_force(config.data, config.options)))

@@ -22,7 +22,10 @@ from fastkd.train.settings import Settings
 
 
 def networks_table(job: Job, results: dict[str, Result], others: dict[str, float]) -> str:
-    """others: the test accuracies of the networks that learned together with the student, by their names."""
+    """One row a network: parameters, method, guides, epochs, test accuracy.
+
+    others: the test accuracies of the networks that learned together with the student, by their names.
+    """
     config, rows = job.config, []
     for result in results.values():
         stage = result.stage
@@ -54,6 +57,7 @@ def _terms_text(rows: list[Row], counted: Mapping[str, str]) -> list[str]:
 
 
 def data_text(config: Settings, data: Data) -> str:
+    """One sentence: how many images, classes, pixels, and how they are augmented."""
     images: dict[str, Any] = {"training": data.train, "validation": data.validation, "test": data.test}
     parts = [f"{len(part)} {name} images" for name, part in images.items() if part is not None]
     augmented = "augmented" if config.augment else "not augmented"
@@ -64,6 +68,7 @@ def data_text(config: Settings, data: Data) -> str:
 
 
 def optimization_text(config: Settings) -> str:
+    """Two sentences: optimiser, learning rate, batch, schedule."""
     momentum = f", momentum {config.momentum}{' (Nesterov)' if config.nesterov else ''}"
     schedule: str = config.schedule
     if schedule == "multistep":
@@ -77,6 +82,7 @@ def optimization_text(config: Settings) -> str:
 
 
 def train_report(job: Job, results: dict[str, Result], others: dict[str, float], data: Data, command: str) -> str:
+    """The report of one run in Markdown."""
     config, student = job.config, results["student"]
     last = student.rows[-1]
     lines = [f"# {config.method} on {config.data}", ""]

@@ -153,6 +153,10 @@ class Result:
 class Runner:
     """Carries out the plan of one run.
 
+    >>> runner = fastkd.train.Runner(fastkd.train.TrainConfig(method="kd", data="fake", out="nowhere"))
+    >>> list(runner.stages), runner.data.num_classes
+    (['teacher', 'student'], 10)
+
     Args:
         run: what its command found out, or its options alone.
         say: tells a line to the user; in the first process only.
@@ -222,6 +226,7 @@ class Runner:
         return how.build(learners, [trained[name] for name in stage.guides], options)
 
     def fit(self, stage: Stage, trained: Mapping[str, nn.Module], folder: Path | None) -> Fit:
+        """The training run of `stage`, its guides taken from `trained`; `folder` None: nothing is written."""
         facts = {"stage": stage.name, "network": stage.network, "method": stage.method, "seed": self.config.seed}
         facts |= {"num_classes": self.data.num_classes, "image_size": self.data.image_size}
         facts |= {"channels": self.data.channels, "learners": [learner.name for learner in stage.learners]}

@@ -55,6 +55,7 @@ class Stage:
 
     @property
     def network(self) -> str:
+        """The name of the network that the stage is for."""
         return self.learners[0].network
 
     @property

@@ -31,6 +31,7 @@ its report is written. Options of `fastkd train` (--data, --download, --epochs .
 
 
 def main(argv: list[str], command: str) -> int:
+    """`fastkd study`; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="fastkd study", usage=USAGE, description=ABOUT, exit_on_error=False, allow_abbrev=False
     )
@@ -131,6 +132,7 @@ def _left(out: Path, runs: list[Run], done: dict[str, Any], jobs: int) -> str:
 
 
 def read_row(out: Path, run: Run) -> dict[str, Any] | None:
+    """The finished run's row, or None where there is none."""
     path = out / "runs" / run.name / ROW
     row: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
     return row

@@ -27,6 +27,8 @@ SLOW_IMPORTS = ("matplotlib.pyplot", "yaml", "PIL.Image", "torch._dynamo")  # of
 
 @dataclass
 class Active:
+    """A run in its process, and when it started."""
+
     run: Run
     process: BaseProcess
     started: float
@@ -115,6 +117,7 @@ def spent(out: Path) -> dict[str, float]:
 
 
 def add_spent(out: Path, run: Run, seconds: float) -> None:
+    """Adds `seconds` to what `run` has taken so far, in a file of `out`."""
     known = spent(out)
     known[run.name] = round(known.get(run.name, 0.0) + seconds, 1)
     write_atomic(out / SPENT, json.dumps(known, indent=1).encode())
@@ -142,6 +145,7 @@ def left(out: Path, runs: Sequence[Run], finished: set[str], jobs: int) -> float
 
 
 def duration(seconds: float) -> str:
+    """`seconds` in words: s, min, or h and min."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"

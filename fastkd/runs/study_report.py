@@ -44,6 +44,7 @@ def tables(rows: Rows, facts: Facts) -> str:
 
 
 def accuracies(rows: Rows) -> str:
+    """A table, one row a method: accuracy, its interval, costs."""
     part = rows[0].get("judged_on", "test")
     header = ["method", "seeds", f"{part} accuracy [%]", "95 % interval", "teacher [%]", "training images right [%]"]
     header += ["CPU min", "with guides", "TFLOP", "with guides"]
@@ -69,6 +70,7 @@ def gains(rows: Rows, baseline: str) -> str:
 
 
 def differences(rows: Rows, baseline: str) -> dict[str, Difference]:
+    """By method its paired difference to `baseline`, the largest first."""
     others = [name for name in _methods(rows) if name != baseline]
     found = {name: paired(by_seed(rows, name), by_seed(rows, baseline)) for name in others}
     return dict(sorted(((n, d) for n, d in found.items() if d is not None), key=lambda item: -item[1].mean))

@@ -72,6 +72,7 @@ def _write(path: Path, lines: list[str], say: Callable[[str], None], picture: Pa
 
 
 def main(argv: list[str], command: str) -> int:
+    """`fastkd report`; returns the exit status."""
     usage = "fastkd report RUN [RUN ...] [--out DIR]"
     parser = argparse.ArgumentParser(
         prog="fastkd report",

@@ -131,6 +131,7 @@ def _digest(file: io.BufferedReader, size: int) -> bytes:
 
 
 def path_of(folder: str | Path, epoch: int) -> Path:
+    """The checkpoint file of `epoch` in `folder`."""
     return Path(folder) / f"epoch-{epoch:04d}.pt"
 
 
@@ -207,6 +208,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
+    """The way back of `random_state`."""
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -64,6 +64,7 @@ def batches_on(
 def batch_on(
     batch: tuple[Any, torch.Tensor], device: torch.device, classes: int | None = None
 ) -> tuple[Any, torch.Tensor]:
+    """Inputs and labels on `device`; UserError where a label is none of 0 .. classes - 1."""
     inputs, target = batch
     if classes is not None:
         _check_labels(target, classes)

@@ -65,6 +65,13 @@ def train_epoch(
 class Fit:
     """One training run in a folder: `task.folder`/checkpoints and `task.folder`/metrics.csv.
 
+    >>> data = fastkd.data.load("fake", image_size=8, train_images=8, test_images=4)
+    >>> method = fastkd.methods.CE(fastkd.models.create("plain2", 10, image_size=8))
+    >>> setup = fastkd.train.Setup.here(fastkd.train.TrainConfig(batch_size=4, device="cpu", quiet=True))
+    >>> fit = fastkd.train.Fit(method, data, setup, fastkd.train.Task("student", epochs=2))
+    >>> [row["epoch"] for row in fit.run()], fit.step
+    ([1, 2], 4)
+
     Args:
         method: what is trained. It is moved to the device, and wrapped as the options say.
         data: what it is trained and evaluated on.
@@ -96,6 +103,7 @@ class Fit:
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
         return self._out / "checkpoints"
 
     def run(self) -> list[Row]:

@@ -140,10 +140,12 @@ class Meter:
         return means | {"accuracy": float(self.sums["accuracy"]) / self.judged if seen else math.nan}
 
     def state_dict(self) -> dict[str, Any]:
+        """The sums of the epoch so far, on the CPU."""
         sums = {name: total.cpu() for name, total in self.sums.items()}
         return {name: getattr(self, name) for name in _COUNTS} | {"sums": sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The way back of `state_dict`; of several processes the first alone goes on from the sums."""
         first = self.world.first  # of several processes one goes on from the sums of all
         for name in _COUNTS:
             setattr(self, name, state[name] if first or name not in _ROWS else 0)

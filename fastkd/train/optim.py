@@ -13,6 +13,7 @@ from fastkd.train.settings import OptimizationOptions
 
 
 def make_optimizer(method: Method, options: OptimizationOptions) -> torch.optim.Optimizer:
+    """The optimiser that `options` name, over the method's parameter groups."""
     groups = method.parameter_groups(options.lr)
     if options.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)

@@ -82,6 +82,7 @@ class Steps:
         settings: Settings,
         world: World = ALONE,
     ) -> Steps:
+        """The steps that `settings` describe."""
         amp, accumulate = settings.amp, settings.accumulate
         return cls(method, optimizer, device, settings.non_finite, amp=amp, accumulate=accumulate, world=world)
 
@@ -109,14 +110,17 @@ class Steps:
             yield phase, loss
 
     def state_dict(self) -> dict[str, Any]:
+        """The state of the gradient scaler and the steps skipped in a row."""
         return {"in_row": self.in_row, "scaler": {} if self.scaler is None else self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The way back of `state_dict`."""
         self.in_row = state["in_row"]
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
     def autocast(self) -> torch.autocast:
+        """The context in which losses are computed."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def _run(self, iterator: Iterator[Any]) -> Any:

@@ -19,6 +19,9 @@ from fastkd.train.settings import Settings
 class Setup:
     """A run's options and what they mean here, found out once.
 
+    >>> fastkd.train.Setup.here(fastkd.train.TrainConfig(device="cpu")).device
+    device(type='cpu')
+
     Attributes:
         settings: optimiser, batch size, precision, ... .
         device: this process's.
@@ -38,6 +41,9 @@ class Setup:
 @dataclass(frozen=True)
 class Task:
     """One training: of a network, or of several together.
+
+    >>> fastkd.train.Task("teacher resnet14", epochs=3).seed
+    0
 
     Attributes:
         name: who trains, for messages: "teacher resnet14".
