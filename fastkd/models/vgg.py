@@ -5,7 +5,7 @@ Sources: Simonyan and Zisserman, arXiv 1409.1556 (11-19); Tian et al., arXiv 191
 
 from torch import Tensor, nn
 
-from fastkd.models.base import Network, Outputs, global_pool, init_kaiming, make_norm, scaled
+from fastkd.models.base import Network, NormName, Outputs, global_pool, init_kaiming, make_norm, scaled
 
 CHANNELS = (64, 128, 256, 512, 512)
 CONVOLUTIONS = {  # in each of the five stages
@@ -34,14 +34,16 @@ class VGG(Network):
         image_size: int = 32,
         channels: int = 3,
         *,
-        norm: str = "batch",
+        norm: NormName = "batch",
         width: float = 1.0,
         head: str = "linear",
     ):
         super().__init__()
-        make, size, stages = make_norm(norm), image_size, []
+        make, size = make_norm(norm), image_size
+        stages: list[nn.Module] = []
         for outputs, count in zip(CHANNELS, CONVOLUTIONS[depth], strict=True):
-            outputs, layers = scaled(outputs, width), []
+            outputs = scaled(outputs, width)
+            layers: list[nn.Module] = []
             if stages and size > 4:
                 layers.append(nn.MaxPool2d(2))
                 size //= 2
