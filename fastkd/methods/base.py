@@ -106,7 +106,8 @@ class Method(Networks):
         self._random = torch.Generator().manual_seed(seed).get_state()  # uint8 on the CPU, whatever the device
         self._unfinished = 0
         self.iterations = 0
-        self.epoch, self.epochs, self.epoch_steps = 0, 1, None
+        self.epoch, self.epochs = 0, 1
+        self.epoch_steps: int | None = None
 
     def phases(
         self, inputs: Any, target: Any = None, *, chunks: int = 1, taught: Mapping[str, Tensor] | Taught | None = None

@@ -52,6 +52,8 @@ class MeanTeacher(Method):
     batch for inputs that are not two views.
     """
 
+    student: nn.Module
+    teacher: nn.Module
     one_loss = False  # the average follows the step
 
     def __init__(
