@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,12 +52,12 @@ class System(NamedTuple):
 
         About 1 - (1 - a) / (1 + w) where eta is large beside 1 - a.
         """
-        trace = self.matrix().trace().item()
+        trace: float = self.matrix().trace().item()
         determinant = self.a * (1 - self.eta * (1 + self.w))
         inside = trace * trace / 4 - determinant
         if inside < 0:  # a pair of complex ones
-            return float(determinant**0.5)
-        return max(abs(trace / 2 + inside**0.5), abs(trace / 2 - inside**0.5))
+            return math.sqrt(determinant)
+        return abs(trace) / 2 + math.sqrt(inside)
 
 
 def starting_points(system: System, runs: int, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
@@ -90,7 +91,8 @@ def diversity(students: Tensor, teachers: Tensor) -> Tensor:
     Without the start itself, where a copy is one with its student by definition.
     """
     s, t = students[1 : EARLY + 1], teachers[1 : EARLY + 1]  # each [EARLY, runs, 2]
-    return ((s - t).norm(dim=-1) / (s.norm(dim=-1) + t.norm(dim=-1))).mean(0)
+    apart: Tensor = (s - t).norm(dim=-1) / (s.norm(dim=-1) + t.norm(dim=-1))
+    return apart.mean(0)
 
 
 def geometry(out: Path, *, seed: int = 0, steps: int = 400, system: System | None = None) -> list[Path]:
