@@ -23,9 +23,10 @@ from fastkd.ops._autograd import (
     save_for_backward,
     with_kept,
 )
+from fastkd.ops._divergences import FORWARD
 from fastkd.ops._formulas import accumulate_dtype, count_rows
 from fastkd.ops._inputs import REDUCTIONS, check_range, out_of_range, why_learning
-from fastkd.ops._multi_teacher_formula import Options, Tensors
+from fastkd.ops._multi_teacher_formula import Options, Tensors, classes_of
 from fastkd.ops.group_stats import GroupStats
 
 COMBINE = ("losses", "probs", "logits")
@@ -52,7 +53,7 @@ def losses_of(tensors: Tensors, options: Options) -> Sequence[Tensor]:
     if (reason := why_reference(tensors, options)) is not None:
         _backend.note_fallback(options.operation, reason, tensors.student)
         if options.labels:
-            check_range(options.operation, tensors.target, tensors.student.shape[-1], options.ignore_index)
+            check_range(options.operation, tensors.target, classes_of(tensors, options), options.ignore_index)
         return formula.reference(tensors, options)
     return _in_groups(tensors, options) if _too_many(tensors) else _native(tensors, options, False)[0]
 
@@ -102,11 +103,17 @@ def why_reference(tensors: Tensors, options: Options) -> str | None:
             return "the weights require grad"
         if tensors.soft is not None and tensors.soft.requires_grad:
             return "the target requires grad"
+        if tensors.shares is not None and tensors.shares.requires_grad:
+            return "the weights of the divergences require grad"
     for name, scalar in (("kd_weight", options.kd_weight), ("ce_weight", options.ce_weight)):
         if not on_host((scalar,)):
             return f"{name} is a tensor that requires grad or whose value is not known on the host"
     if not on_host(options.temperatures):
         return "the temperature is a tensor that requires grad or whose value is not known on the host"
+    if options.divergence != FORWARD:
+        return "the kernels take the forward divergence alone"
+    if options.classes or options.softcaps:
+        return "the kernels take neither vocab_size nor softcap nor logit_scale"
     if options.combine != "losses" and _too_many(tensors):
         return f"combine={options.combine!r} with more than {LAUNCH_TEACHERS} teachers"
     return None
@@ -271,7 +278,8 @@ def _separate_statistics(tensors: Tensors, options: Options) -> DistillationStat
     labelled = options.labels or tensors.soft is not None
     soft = {} if tensors.soft is None else {"soft": tensors.soft.detach()}
     target = tensors.target if labelled else None
-    stats = group_stats.statistics((tensors.student, *tensors.teachers), target, options.ignore_index, **soft)
+    networks = formula.plain(tensors, options)
+    stats = group_stats.statistics((networks.student, *networks.teachers), target, options.ignore_index, **soft)
     if why_reference(tensors, options) is not None:
         with forward_ad._set_fwd_grad_enabled(False):
             kl = formula.reference_divergences(tensors, options)
