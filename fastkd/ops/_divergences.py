@@ -141,7 +141,7 @@ def _log_mixture(x: Tensor, b: float) -> Tensor:
     """log((1 - b) + b exp(x)), 0 at x = 0: log(m / q) of x = log(p / q)."""
     above = x > 0
     small = torch.expm1(torch.where(above, -x, x))  # the derivative at x = 0 is b, by the second one
-    return torch.where(above, x, 0) + torch.log1p(torch.where(above, 1 - b, b) * small)
+    return torch.where(above, x, 0) + torch.log1p(torch.where(above, (1 - b) * small, b * small))
 
 
 def weighted(log_p: Tensor, log_q: Tensor, which: Divergence, shares: Tensor | None, weight, scale) -> Tensor:

@@ -61,18 +61,19 @@ def without_zeros(tensors: Tensors, options: Options) -> tuple[Tensors, Options]
     if len(temperatures) > 1:
         temperatures = tuple([temperatures[k] for k in keep]) or temperatures[:1]
     weights = tuple([weights[k] for k in keep]) if weights else ()
-    softcaps, scales = (_of_networks(values, keep) for values in (options.softcaps, options.logit_scales))
     tensors = tensors._replace(
         teachers=tuple([tensors.teachers[k] for k in keep]), weights=tensors.weights if keep else None
     )
-    return tensors, options._replace(
-        host_weights=weights, temperatures=temperatures, softcaps=softcaps, logit_scales=scales
-    )
+    return tensors, with_caps_of(options._replace(host_weights=weights, temperatures=temperatures), keep)
 
 
-def _of_networks(values: tuple[float, ...], teachers: Sequence[int]) -> tuple[float, ...]:
-    """The student's value and those of some teachers."""
-    return (values[0], *[values[k + 1] for k in teachers]) if values else ()
+def with_caps_of(options: Options, teachers: Sequence[int]) -> Options:
+    """With the softcaps and logit scales of the student and of these teachers."""
+    if not options.softcaps:
+        return options
+    networks = [0, *[k + 1 for k in teachers]]
+    softcaps, scales = ([values[n] for n in networks] for values in (options.softcaps, options.logit_scales))
+    return options._replace(softcaps=tuple(softcaps), logit_scales=tuple(scales))
 
 
 def classes_of(tensors: Tensors, options: Options) -> int:
@@ -80,7 +81,7 @@ def classes_of(tensors: Tensors, options: Options) -> int:
 
 
 def plain(tensors: Tensors, options: Options) -> Tensors:
-    """What kernels without softcaps take: the student's classes alone, and what softcaps and logit scales make of all."""
+    """The student without its padding, and what softcaps and logit scales make of all networks."""
     return _capped(_cut(tensors, options), options)
 
 

@@ -23,7 +23,7 @@ from fastkd.ops._autograd import (
     save_for_backward,
     with_kept,
 )
-from fastkd.ops._divergences import FORWARD
+from fastkd.ops._divergences import FORWARD, KINDS
 from fastkd.ops._formulas import accumulate_dtype, count_rows
 from fastkd.ops._inputs import REDUCTIONS, check_range, out_of_range, why_learning
 from fastkd.ops._multi_teacher_formula import Options, Tensors, classes_of
@@ -79,6 +79,7 @@ def _in_groups(tensors: Tensors, options: Options) -> Sequence[Tensor]:
             host_weights=options.host_weights[part],
             temperatures=temperatures if len(temperatures) == 1 else temperatures[part],
         )
+        rest = formula.with_caps_of(rest, range(k, k + len(some.teachers)))
         if k > 0:
             some, rest = some._replace(soft=None), rest._replace(ce_weight=0.0)
         losses = _native(some, rest, False)[0]
@@ -146,16 +147,17 @@ def _numbers(options: Options) -> tuple:
         options.host_weights, options.temperatures, COMBINE.index(options.combine), options.kd_weight,
         options.ce_weight, options.label_smoothing, options.ignore_index, options.scale_by_t2,
         REDUCTIONS.index(options.reduction), options.num_items or 0.0, formula.is_uniform(options),
-        options.labels, options.terms,
+        options.labels, options.terms, KINDS.index(options.divergence.kind), options.divergence.numbers,
+        options.classes, options.softcaps, options.logit_scales,
     )  # fmt: skip
 
 
 def _native(tensors: Tensors, options: Options, with_stats: bool) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The losses, as losses_of() gives them; with_stats also kl [K, R] and the GroupStats [K + 1, R]."""
     options, scalars = _split(options)
-    student, teachers, target, soft, weights = tensors
+    student, teachers, target, soft, weights, shares = tensors
     if torch.is_grad_enabled() and student.requires_grad:
-        out = _Native.apply(options, with_stats, student, target, soft, weights, scalars, *teachers)
+        out = _Native.apply(options, with_stats, student, target, soft, weights, shares, scalars, *teachers)
         out = (out,) if isinstance(out, Tensor) else out
     else:
         losses, _, _, _, *stats = _forward(tensors, options, scalars, False, with_stats)
@@ -167,16 +169,14 @@ def _native(tensors: Tensors, options: Options, with_stats: bool) -> tuple[Seque
 def _forward(
     tensors: Tensors, options: Options, scalars: Tensor | None, need_grad: bool, with_stats: bool
 ) -> tuple[Tensor, ...]:
-    student, teachers, target, soft, weights = tensors
+    student, teachers, target, soft, weights, shares = tensors
     ops, numbers = _backend.native_ops(student), _numbers(options)
     if with_stats:
-        out = ops.multi_teacher_forward_stats(student, teachers, target, weights, scalars, *numbers, need_grad)
+        out = ops.multi_teacher_forward_stats(student, teachers, target, weights, shares, scalars, *numbers, need_grad)
     else:
-        out = ops.multi_teacher_forward(
-            student, teachers, target, soft, weights, scalars, *numbers, need_grad, _streams(student)
-        )
+        out = ops.multi_teacher_forward(*tensors, scalars, *numbers, need_grad, _streams(student))
     if options.labels and may_read_values(student) and out[3].tolist()[1] != 0:
-        raise out_of_range(options.operation, target, student.shape[-1], options.ignore_index)
+        raise out_of_range(options.operation, target, classes_of(tensors, options), options.ignore_index)
     return out
 
 
@@ -188,9 +188,9 @@ class _Native(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, options, with_stats, student, target, soft, weights, scalars, *teachers):
-        tensors = Tensors(student, teachers, target, soft, weights)
-        inputs = (student, target, soft, weights, scalars, *teachers)
+    def forward(ctx, options, with_stats, student, target, soft, weights, shares, scalars, *teachers):
+        tensors = Tensors(student, teachers, target, soft, weights, shares)
+        inputs = (student, target, soft, weights, shares, scalars, *teachers)
         losses, rows, saved, aux, *stats = _forward(tensors, options, scalars, True, with_stats)
         ctx.options, ctx.shape = options, student.shape
         ctx.saves_inputs = torch.compiler.is_compiling() or _streams(student)
@@ -219,21 +219,23 @@ class _Native(torch.autograd.Function):
         return None, None, result, *([None] * (len(ctx.needs_input_grad) - 3))
 
 
-def _second_derivative(options, grad, student, target, soft, weights, scalars, *teachers) -> Tensor:
-    tensors = Tensors(student, teachers, target, soft, weights)
+def _second_derivative(options, grad, student, target, soft, weights, shares, scalars, *teachers) -> Tensor:
+    tensors = Tensors(student, teachers, target, soft, weights, shares)
     loss = formula.reference(tensors, _joined(options, scalars))[0]
     return torch.autograd.grad(loss, student, grad, create_graph=True)[0]
 
 
-def _backward_of_inputs(options, grad, saved, aux, rows, student, target, soft, weights, scalars, *teachers) -> Tensor:
+def _backward_of_inputs(
+    options, grad, saved, aux, rows, student, target, soft, weights, shares, scalars, *teachers
+) -> Tensor:  # fmt: skip
     if torch.is_grad_enabled():
-        return _second_derivative(options, grad, student, target, soft, weights, scalars, *teachers)
+        return _second_derivative(options, grad, student, target, soft, weights, shares, scalars, *teachers)
     ops = _backend.native_ops(student)
     if not _streams(student):
         reduction = REDUCTIONS.index(options.reduction)
         return ops.multi_teacher_backward(grad.contiguous(), rows, saved, aux, reduction)
     return ops.multi_teacher_stream_backward(
-        grad.contiguous(), student, teachers, target, soft, weights, scalars, saved, aux, *_numbers(options)
+        grad.contiguous(), student, teachers, target, soft, weights, shares, scalars, saved, aux, *_numbers(options)
     )
 
 
@@ -293,19 +295,21 @@ def _divergences(tensors: Tensors, options: Options, k: int) -> Tensor:
     t = options.temperatures[k if len(options.temperatures) > 1 else 0]
     one = options._replace(
         host_weights=(1.0,), temperatures=(t,), combine="losses", kd_weight=1.0, ce_weight=0.0, scale_by_t2=False,
-        reduction="none", num_items=None, terms=False,
+        reduction="none", num_items=None, terms=False, divergence=FORWARD,
     )  # fmt: skip
-    return _native(tensors._replace(teachers=(tensors.teachers[k],), soft=None, weights=None), one, False)[0][0]
+    alone = tensors._replace(teachers=(tensors.teachers[k],), soft=None, weights=None, shares=None)
+    return _native(alone, formula.with_caps_of(one, [k]), False)[0][0]
 
 
 # csrc/multi_teacher/op.cpp registers, with R rows of C classes, A = float64 for float64 logits, else float32, and L = 3
 # with `terms` (the loss, KD, CE), else one loss without that dimension:
-#   forward(student, teachers, target, soft, weights, scalars, host_weights, temperatures, combine, kd_weight,
+#   forward(student, teachers, target, soft, weights, shares, scalars, host_weights, temperatures, combine, kd_weight,
 #           ce_weight, label_smoothing, ignore_index, scale_by_t2, reduction, num_items, uniform, labels, terms,
-#           need_grad, stream)
+#           divergence, divergence_numbers, classes, softcaps, logit_scales, need_grad, stream)
 #       logits [..., C], each of its own dtype and strides; `scalars` float64 [3 + temperatures] on the CPU, or None:
 #       kd_weight, ce_weight, num_items (0: none), temperatures, in the place of the numbers; `labels`: the target holds
-#       classes, not only the rows that are ignored
+#       classes, not only the rows that are ignored; `divergence`: an index of KINDS, `shares` A [2] or [2, R] or None in
+#       the place of its numbers; `classes`: of the student's columns (0: all), whose gradient is 0 behind them
 #    -> losses A [L] or [L, R]; rows [R, C]: the row's gradient without reduction and grad_output;
 #       saved A: [R] the power of two that float16 rows were multiplied by, or [R, 3K + 2] states to stream again
 #       (3K + 3 with soft targets); aux A [2]: the factor that `rows` still lacks (1 / rows that count), targets out of
@@ -318,8 +322,8 @@ def _divergences(tensors: Tensors, options: Options, k: int) -> Tensor:
 
 
 def register_fakes(namespace: str) -> None:
-    def forward(student, teachers, target, soft, weights, scalars, *options):
-        *_, reduction, _, _, _, terms, need_grad, stream = options
+    def forward(student, teachers, target, soft, weights, shares, scalars, *options):
+        reduction, terms, (need_grad, stream) = options[8], options[12], options[-2:]
         rows, classes = count_rows(student), student.shape[-1]
         dtype, three = accumulate_dtype(student.dtype), (3,) if terms else ()
         stored, streamed = need_grad and not stream, need_grad and stream
@@ -332,7 +336,7 @@ def register_fakes(namespace: str) -> None:
             student.new_empty((2,), dtype=dtype),
         )
 
-    def forward_stats(student, teachers, target, weights, scalars, *options):
+    def forward_stats(student, teachers, target, weights, shares, scalars, *options):
         rows, dtype = count_rows(student), accumulate_dtype(student.dtype)
         dtypes = (dtype, torch.bool, torch.int64, dtype, dtype, dtype)
         stats = [student.new_empty((len(teachers) + 1, rows), dtype=d) for d in dtypes]
