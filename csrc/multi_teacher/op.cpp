@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/constants.h"
 #include "core/torch/run.h"
 #include "group_stats/tensors.h"
 
@@ -138,6 +139,7 @@ void fill_inputs(Inputs& in, const Tensor& student, const std::vector<Tensor>& t
                  const std::optional<Tensor>& scalars, const Options& o, bool with_stats = false) {
   Args& args = in.args;
   add_networks(in, student, teachers, soft, o.classes);
+  check_devices(student, {pointer_to(target), pointer_to(weights), pointer_to(shares)});
   add_caps(in, o);
   add_divergence(in, o, shares);
   in.host_weights = o.host_weights;
@@ -283,10 +285,11 @@ Tensor backward(const Tensor& grad_loss, const Tensor& grad_rows, const Tensor& 
   args.classes = grad_rows.size(1);
   args.type = dtype_of(grad_rows);
   args.reduction = Reduction(reduction);
-  check_grad_loss(grad_loss, 1, args.rows, args.reduction, aux.scalar_type());
+  check_stored(grad_rows, saved, aux, args.rows);
+  check_grad_loss(grad_loss, 1, args.rows, args.reduction, aux);
   Tensor grad = empty_like_device(grad_rows, {args.rows, args.classes}, grad_rows.scalar_type());
   args.grad_loss = grad_loss.data_ptr();
-  args.grad_rows = grad_rows.data_ptr();
+  args.stored = grad_rows.data_ptr();
   args.saved = saved.numel() > 0 ? saved.data_ptr() : nullptr;
   args.aux = aux.data_ptr();
   args.grad = grad.data_ptr();
@@ -310,7 +313,8 @@ Tensor stream_backward(const Tensor& grad_loss, const Tensor& student, const std
                reduction, num_items, uniform, labels, terms, divergence, divergence_numbers, classes, softcaps,
                logit_scales});
   Args& args = in.args;
-  check_grad_loss(grad_loss, 1, args.rows, args.reduction, aux.scalar_type());
+  check_devices(student, {&saved, &aux});
+  check_grad_loss(grad_loss, 1, args.rows, args.reduction, aux);
   STD_TORCH_CHECK(saved.numel() == args.rows * saved_width(teachers, args), "fastkd: the saved states are not streamed ones");
   Tensor grad = empty_like_device(student, {args.rows, args.columns}, student.scalar_type());
   args.grad = grad.data_ptr();
@@ -319,6 +323,13 @@ Tensor stream_backward(const Tensor& grad_loss, const Tensor& student, const std
   run_stream_backward(args, grad_loss, student);
   clear_padding(args, grad);
   return grad;
+}
+
+int64_t columns_of_5(bool soft) {
+  Args args;
+  args.teachers = 5;
+  args.soft.data = soft ? &args : nullptr;
+  return saved_columns(args);
 }
 
 }  // namespace
@@ -330,14 +341,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
       "multi_teacher_forward(Tensor student, Tensor[] teachers, Tensor? target, Tensor? soft, Tensor? weights, "
       "Tensor? shares, Tensor? scalars, float[] host_weights, float[] temperatures, int combine, float kd_weight, float ce_weight, "
       "float label_smoothing, int ignore_index, bool scale_by_t2, int reduction, float num_items, bool uniform, "
-      "bool labels, bool terms, int divergence, float[] divergence_numbers, int classes, float[] softcaps, float[] logit_scales, "
-      "bool need_grad, bool stream) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool labels, bool terms, int divergence, float[] divergence_numbers, int classes, float[] softcaps, "
+      "float[] logit_scales, bool need_grad, bool stream) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "multi_teacher_forward_stats(Tensor student, Tensor[] teachers, Tensor? target, Tensor? weights, Tensor? shares, "
       "Tensor? scalars, float[] host_weights, float[] temperatures, int combine, float kd_weight, float ce_weight, "
       "float label_smoothing, int ignore_index, bool scale_by_t2, int reduction, float num_items, bool uniform, "
-      "bool labels, bool terms, int divergence, float[] divergence_numbers, int classes, float[] softcaps, float[] logit_scales, "
-      "bool need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "bool labels, bool terms, int divergence, float[] divergence_numbers, int classes, float[] softcaps, "
+      "float[] logit_scales, bool need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
   m.def("multi_teacher_backward(Tensor grad, Tensor rows, Tensor saved, Tensor aux, int reduction) -> Tensor");
   m.def(
@@ -355,3 +366,14 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) {
   m.impl("multi_teacher_backward", TORCH_BOX(&fastkd::multi_teacher::backward));
   m.impl("multi_teacher_stream_backward", TORCH_BOX(&fastkd::multi_teacher::stream_backward));
 }
+
+using fastkd::multi_teacher::Combine, fastkd::multi_teacher::Divergence, fastkd::Reduction;
+FASTKD_CONSTANTS(multi_teacher, {"launch_teachers", fastkd::multi_teacher::kMaxLaunchTeachers},
+                 {"on_chip_classes", fastkd::multi_teacher::kMaxOnChip<float>},
+                 {"on_chip_classes_float64", fastkd::multi_teacher::kMaxOnChip<double>},
+                 {"saved_columns_5", fastkd::multi_teacher::columns_of_5(false)},
+                 {"saved_columns_5_soft", fastkd::multi_teacher::columns_of_5(true)},
+                 {"losses", int(Combine::losses)}, {"probs", int(Combine::probs)}, {"logits", int(Combine::logits)},
+                 {"none", int(Reduction::none)}, {"sum", int(Reduction::sum)}, {"mean", int(Reduction::mean)},
+                 {"forward", int(Divergence::forward)}, {"pair", int(Divergence::pair)},
+                 {"mixture", int(Divergence::mixture)}, {"tvd", int(Divergence::tvd)})

@@ -25,6 +25,10 @@ from fastkd.methods.dgkd import DGKD
 class CE(Method):
     """The student alone, trained by cross-entropy with the labels.
 
+    >>> method = fastkd.methods.CE(torch.nn.Linear(4, 3, bias=False))
+    >>> round(method(torch.zeros(8, 4), torch.arange(8) % 3).item(), 4)  # of equal logits: log 3
+    1.0986
+
     Args:
         student: the network to train; logits [B, C] or an object with `.logits`.
     """
@@ -33,6 +37,7 @@ class CE(Method):
         super().__init__(learners={"student": check_network(self._name(), "student", student)})
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the student's step."""
         yield Phase([self.learner("student")], self._terms, batch)
 
     def deployable(self) -> nn.Module:
@@ -49,6 +54,12 @@ class KD(DGKD):
     """Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531): DGKD with one guide.
 
         (1 - lam) * CE + lam * KD_T(z, z_teacher)
+
+    >>> student, teacher = torch.nn.Linear(4, 3, bias=False), torch.nn.Linear(4, 3, bias=False)
+    >>> method = fastkd.methods.KD(student, teacher, lam=0.5)
+    >>> parts = method.step(torch.optim.SGD(method.parameter_groups(lr=0.1)), torch.zeros(8, 4), torch.arange(8) % 3)
+    >>> {name: round(part.item(), 4) for name, part in sorted(parts.items())}  # equal logits: 0.5 * log 3
+    {'ce': 0.5493, 'kd': 0.0}
 
     Args:
         student: the network to train; logits [B, C] or an object with `.logits`.
@@ -74,6 +85,7 @@ class KD(DGKD):
         self.ce_weight = ce_weight
 
     def weights(self, classes: int) -> tuple[float, float]:
+        """The weights of KD and of CE; the latter is `ce_weight` where that is given."""
         kd_weight, ce_weight = super().weights(classes)
         return kd_weight, ce_weight if self.ce_weight is None else self.ce_weight
 
@@ -85,6 +97,11 @@ class TAKD(DGKD):
     """Mirzadeh et al., "Improved Knowledge Distillation via Teacher Assistant" (arXiv 1902.03393).
 
     DGKD with only the last guide: in a chain T, A_1 .. A_n, S each network learns from the one before it.
+
+    >>> teacher, assistant, student = [torch.nn.Linear(4, 3) for _ in range(3)]
+    >>> method = fastkd.methods.TAKD(student, [teacher, assistant])
+    >>> [guide is assistant for guide in method.guides]
+    [True]
 
     Args:
         student: the network to train; logits [B, C] or an object with `.logits`.
@@ -106,6 +123,11 @@ class AVER(DGKD):
 
         (1 - lam) * CE + lam * mean_k KD_T(z, z_k)
 
+    >>> student, teachers = torch.nn.Linear(4, 3), [torch.nn.Linear(4, 3) for _ in range(4)]
+    >>> method = fastkd.methods.AVER(student, teachers, lam=0.5)
+    >>> method.weights(classes=3)  # of each divergence, of the cross-entropy
+    (0.125, 0.5)
+
     Args:
         student: the network to train; logits [B, C] or an object with `.logits`.
         teachers: K networks with the same classes; frozen in place.
@@ -120,6 +142,7 @@ class AVER(DGKD):
         super().__init__(student, teachers, temperature=temperature, lam=lam)
 
     def weights(self, classes: int) -> tuple[float, float]:
+        """DGKD's weights of KD and of CE, each divided by K."""
         kd_weight, ce_weight = super().weights(classes)
         return kd_weight / len(self.guides), ce_weight / len(self.guides)
 

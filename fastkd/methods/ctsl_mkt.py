@@ -41,6 +41,13 @@ class CTSLMKT(Peers):
     Each default is marked (P) published, (S) from a summary of the paper, (C) our choice; the loss is (S), relations on
     the penultimate pooled embedding, the mean over the partners and the stop of their gradients are (C).
 
+    >>> peers, teachers = [[fastkd.models.create("plain2", 10, image_size=8) for _ in range(2)] for _ in range(2)]
+    >>> method = fastkd.methods.CTSLMKT(peers, teachers, gamma=1.0)
+    >>> optimizer = torch.optim.SGD(method.parameter_groups(lr=0.1))
+    >>> parts = method.step(optimizer, torch.randn(4, 3, 8, 8), torch.arange(4))
+    >>> sorted(name for name in parts if name.startswith("peers.0."))
+    ['peers.0.angle', 'peers.0.ce', 'peers.0.distance', 'peers.0.mutual', 'peers.0.self']
+
     Args:
         peers: M >= 2 networks of any families that give logits and, for relations, their pooled embedding
             (fastkd.models.with_features); the same classes, but D_k may differ. Freshly initialised (C).
@@ -115,6 +122,7 @@ class CTSLMKT(Peers):
         self._check_that_all_learn()
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the step of all peers that learn."""
         yield Phase(self.running(), self._terms, batch)
 
     def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor], Tensor]:

@@ -37,6 +37,14 @@ class DGKD(Method):
     The sum is over the guides kept in this iteration; n + 1 stays the number of all guides. Each default is marked
     (P) published in paper or code, (S) from a summary of the paper, (C) our choice.
 
+    >>> student, guides = torch.nn.Linear(4, 3), [torch.nn.Linear(4, 3) for _ in range(3)]
+    >>> method = fastkd.methods.DGKD(student, guides, lam=0.5, drop="fixed")
+    >>> method.weights(classes=3)  # of each divergence; of the cross-entropy, 3 guides * 0.5
+    (0.5, 1.5)
+    >>> parts = method.step(torch.optim.SGD(method.parameter_groups(lr=0.1)), torch.randn(8, 4), torch.arange(8) % 3)
+    >>> sorted(parts)
+    ['ce', 'kd']
+
     Args:
         student: the network to train; logits [B, C] or an object with `.logits`.
         guides: the teacher, then the assistants by decreasing size; with the student's number of classes. They are
@@ -57,6 +65,7 @@ class DGKD(Method):
     """
 
     teaches_logits = True
+    last_only = ("drop", "survival", "drop_num")  # the paper drops guides of the last student only (S)
 
     def __init__(
         self,
@@ -88,6 +97,7 @@ class DGKD(Method):
         self.drop, self.survival, self.drop_num = drop, survival, drop_num
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the student's step, taught by the guides that are kept in this iteration."""
         yield Phase([self.learner("student")], partial(self._terms, self._kept(generator)), batch)
 
     def deployable(self) -> nn.Module:

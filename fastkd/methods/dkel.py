@@ -68,6 +68,15 @@ class DKEL(Method):
 
     Each default is marked (P) published in paper or code, (C) our choice.
 
+    >>> student = fastkd.models.branched("plain2", 10, branches=3, image_size=8)
+    >>> method = fastkd.methods.DKEL(student, init=None)
+    >>> optimizer = torch.optim.SGD(method.parameter_groups(lr=0.1))
+    >>> views = [torch.randn(4, 3, 8, 8) for _ in range(3)]
+    >>> sorted(method.step(optimizer, views, torch.arange(4)))
+    ['ce', 'ensemble_ce', 'kd']
+    >>> method.steps
+    1
+
     Args:
         student: a fastkd.models.Branched of m peers; 3 (P). Its parameters must be float32 or float64.
         teacher: a Branched of the same shapes, trained in place by averaging. None: as `variant` says, random weights
@@ -140,6 +149,7 @@ class DKEL(Method):
         self.steps, self.initialised = 0, False  # steps of the average
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the step of student and classifier; the mean teacher moves where it was not skipped."""
         self._check_views("inputs", batch.inputs)
         check_precision(self._name(), self.teacher)
         if self.init is not None and not self.initialised and self.steps == 0:
@@ -159,6 +169,7 @@ class DKEL(Method):
 
     @property
     def teacher_names(self) -> tuple[str, ...]:
+        """The networks that are moving averages."""
         return ("teacher",)
 
     def deployable(self) -> nn.Module:
@@ -225,9 +236,11 @@ class DKEL(Method):
         return self.momentum
 
     def extra(self) -> dict[str, Any]:
+        """The base's, with the count of steps and whether `initialise` was called."""
         return super().extra() | {"steps": self.steps, "initialised": self.initialised}
 
     def set_extra(self, extra: dict[str, Any]) -> None:
+        """The way back of `extra`."""
         super().set_extra(extra)
         self.steps, self.initialised = extra["steps"], extra["initialised"]
 

@@ -66,6 +66,12 @@ class ORC(Method):
 
     Each default is marked (P) published, (S) from a summary of the paper, (C) our choice.
 
+    >>> pivot, *students = [torch.nn.Linear(4, 3) for _ in range(4)]
+    >>> method = fastkd.methods.ORC(pivot, students)
+    >>> parts = method.step(torch.optim.SGD(method.parameter_groups(lr=0.1)), torch.randn(8, 4), torch.arange(8) % 3)
+    >>> method.promotions.sum().item(), method.deployable() is students[0]
+    (1, True)
+
     Args:
         pivot: the pivot teacher, trained before; it learns on. Logits [B, C] or an object with `.logits`.
         students: K >= 2 networks with the pivot's classes; students[0] is the target student, the one to ship.
@@ -99,6 +105,7 @@ class ORC(Method):
     """
 
     one_loss = False
+    counted = {"promotions": "Steps in which a network was a temporary teacher"}
 
     def __init__(
         self,
@@ -142,6 +149,7 @@ class ORC(Method):
         self.register_buffer("promotions", torch.zeros(len(students), dtype=torch.int64))
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """The paper's phases in their order: intensive, private and group teaching."""
         _check_one_process(self._name(), self.process_group)
         # 0. Evaluation: who is promoted, and what the student group gets wrong.
         stats, classes = self._evaluate(batch)
@@ -176,6 +184,10 @@ class ORC(Method):
     def deployable(self) -> nn.Module:
         """The target student, students[0]."""
         return self.students[0]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How often each network was promoted, for the log."""
+        return {"promotions": {f"students.{i}": count for i, count in enumerate(self.promotions.tolist())}}
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """The student group at `lr`, then the pivot at `pivot_lr * lr`."""

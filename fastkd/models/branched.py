@@ -23,6 +23,10 @@ class Branched(nn.Module):
 
     Raises TypeError for what is no `Network`; ValueError for fewer than two, for other shapes, and for a
     network given twice.
+
+    >>> student = fastkd.models.Branched([fastkd.models.create("resnet8", 10) for _ in range(2)])
+    >>> [output.logits.shape for output in student(torch.zeros(2, 3, 32, 32))]
+    [torch.Size([2, 10]), torch.Size([2, 10])]
     """
 
     def __init__(self, networks: Sequence[Network]):
@@ -79,6 +83,10 @@ def branched(name: str, num_classes: int, branches: int = 3, **options) -> Branc
 
     Every branch has initial weights of its own, from PyTorch's global generator. Raises ValueError for a network that
     cannot be cut (torchvision's), and whatever `create` raises.
+
+    >>> student = fastkd.models.branched("resnet8", 10, branches=2)
+    >>> student.peer(0).conv1 is student.peer(1).conv1, student.peer(0).fc is student.peer(1).fc
+    (True, False)
     """
     if isinstance(branches, bool) or not isinstance(branches, int) or branches < 2:
         raise ValueError(f"branched: branches must be an integer of at least 2, got {branches!r}")

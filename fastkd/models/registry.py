@@ -60,7 +60,11 @@ _BY_KEY = {_key(name): name for name in _BUILDERS}
 
 
 def names() -> list[str]:
-    """The names that `create` knows. It takes any other wrn<d>_<k> with d = 6n + 4 as well."""
+    """The names that `create` knows. It takes any other wrn<d>_<k> with d = 6n + 4 as well.
+
+    >>> {"resnet20", "wrn16_2", "vgg8"} <= set(fastkd.models.names())
+    True
+    """
     return list(_BUILDERS)
 
 
@@ -102,6 +106,9 @@ def create(name: str, num_classes: int, image_size: int = 32, channels: int = 3,
 
     Raises ValueError for an unknown name (with the nearest ones), an image_size below 8, or an option's bad value;
     TypeError for an option that the network does not have.
+
+    >>> fastkd.models.parameters_count(fastkd.models.create("ResNet-20", 10, shortcut="zero-pad"))
+    269722
     """
     build = _builder(name)
     _check_integer("num_classes", num_classes, 1)

@@ -53,9 +53,11 @@ class VGG(Network):
         nn.init.zeros_(self.fc.bias)
 
     def stem_layers(self) -> tuple[str, ...]:
+        """All stages but the last."""
         return tuple(f"stages.{i}" for i in range(len(self.stages) - 1))
 
     def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images [B, C, H, W] -> the maps of all stages but the last."""
         maps = []
         for stage in self.stages[:-1]:
             x = stage(x)
@@ -63,6 +65,7 @@ class VGG(Network):
         return tuple(maps)
 
     def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
+        """The stem's maps -> logits [B, classes], features [B, 512], maps of all stages."""
         last = self.stages[-1](stem[-1])  # [B, 512, h, w]
         features = global_pool(last)
         return Outputs(self.fc(features), features, (*stem, last))

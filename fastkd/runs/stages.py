@@ -55,6 +55,7 @@ class Stage:
 
     @property
     def network(self) -> str:
+        """The name of the network that the stage is for."""
         return self.learners[0].network
 
     @property
@@ -69,9 +70,11 @@ def parameters(method: type[methods.Method]) -> dict[str, Any]:
     return {p.name: p.default for p in found if p.name != "self"}
 
 
-def _student(config: TrainConfig, guides: tuple[str, ...] = (), *, more: tuple[Learner, ...] = (), **facts) -> Stage:
+def _student(
+    config: TrainConfig, guides: tuple[str, ...] = (), *, more: tuple[Learner, ...] = (), views: int = 1
+) -> Stage:
     learner = Learner("student", config.student)
-    return Stage("student", (learner, *more), config.method, config.epochs, guides, config.options, **facts)
+    return Stage("student", (learner, *more), config.method, config.epochs, guides, config.options, views)
 
 
 def _teacher(config: TrainConfig) -> Stage:
@@ -102,17 +105,15 @@ def taught(config: TrainConfig) -> list[Stage]:
     return [_teacher(config), _student(config, ("teacher",))]
 
 
-# DGKD drops guides of the last student only.
-_OPTIONS = {
-    "dgkd": set(parameters(methods.DGKD)) - {"drop", "survival", "drop_num"},
-    "takd": set(parameters(methods.TAKD)),
-}
+# What trains the assistants of a chain.
+_ASSISTANTS: dict[str, type[methods.Method]] = {"dgkd": methods.DGKD, "takd": methods.TAKD}
 
 
 def _guided_assistants(config: TrainConfig, method: str, last_only: bool) -> list[Stage]:
     """Teacher, assistants by decreasing size, student."""
     stages = [_teacher(config)]
-    options = {name: value for name, value in config.options.items() if name in _OPTIONS[method]}
+    known = set(parameters(_ASSISTANTS[method])) - set(_ASSISTANTS[method].last_only)
+    options = {name: value for name, value in config.options.items() if name in known}
 
     def guides() -> tuple[str, ...]:
         return tuple(stage.name for stage in stages[-1 if last_only else 0 :])
@@ -174,7 +175,7 @@ def _copy(config: TrainConfig, name: str, number: int, method: str = "ce", guide
 
 def copies(config: TrainConfig) -> list[Stage]:
     """Teachers of the student's architecture, then the student."""
-    teachers = [_copy(config, f"teacher{number}", number) for number in range(1, config.num_teachers + 1)]
+    teachers = [_copy(config, f"teacher{number}", number) for number in range(1, (config.num_teachers or 0) + 1)]
     return [*teachers, _student(config, tuple(stage.name for stage in teachers))]
 
 
