@@ -113,10 +113,11 @@ def why_reference(tensors: Tensors, options: Options) -> str | None:
             return f"{name} is a tensor that requires grad or whose value is not known on the host"
     if not on_host(options.temperatures):
         return "the temperature is a tensor that requires grad or whose value is not known on the host"
-    if options.divergence != FORWARD:
-        return "the kernels take the forward divergence alone"
-    if options.classes or options.softcaps:
-        return "the kernels take neither vocab_size nor softcap nor logit_scale"
+    if _backend.device_kind(student) != "cpu":
+        if options.divergence != FORWARD:
+            return "the CUDA kernels take the forward divergence alone"
+        if options.classes or options.softcaps:
+            return "the CUDA kernels take neither vocab_size nor softcap nor logit_scale"
     if options.combine != "losses" and _too_many(tensors):
         return f"combine={options.combine!r} with more than {LAUNCH_TEACHERS} teachers"
     return None
@@ -310,8 +311,8 @@ def _divergences(tensors: Tensors, options: Options, k: int) -> Tensor:
 #           divergence, divergence_numbers, classes, softcaps, logit_scales, need_grad, stream)
 #       logits [..., C], each of its own dtype and strides; `scalars` float64 [3 + temperatures] on the CPU, or None:
 #       kd_weight, ce_weight, num_items (0: none), temperatures, in the place of the numbers; `labels`: the target holds
-#       classes, not only the rows that are ignored; `divergence`: an index of KINDS, `shares` A [2] or [2, R] or None in
-#       the place of its numbers; `classes`: of the student's columns (0: all), whose gradient is 0 behind them
+#       classes, not only the rows that are ignored; `divergence`: an index of KINDS; `shares` A [2] or [2, R], or None,
+#       in the place of its numbers; `classes`: of the student's columns (0: all), whose gradient is 0 behind them
 #    -> losses A [L] or [L, R]; rows [R, C]: the row's gradient without reduction and grad_output;
 #       saved A: [R] the power of two that float16 rows were multiplied by, or [R, 3K + 2] states to stream again
 #       (3K + 3 with soft targets); aux A [2]: the factor that `rows` still lacks (1 / rows that count), targets out of
@@ -343,7 +344,7 @@ def register_fakes(namespace: str) -> None:
         dtypes = (dtype, torch.bool, torch.int64, dtype, dtype, dtype)
         stats = [student.new_empty((len(teachers) + 1, rows), dtype=d) for d in dtypes]
         kl = student.new_empty((len(teachers), rows), dtype=dtype)
-        return (*forward(student, teachers, target, None, weights, scalars, *options, False), kl, *stats)
+        return (*forward(student, teachers, target, None, weights, shares, scalars, *options, False), kl, *stats)
 
     def backward(grad, rows, saved, aux, reduction):
         return torch.empty_like(rows)

@@ -122,9 +122,12 @@ def test_equal_networks_are_exactly_0_apart(name, dtype, combine, place, at):
     student, _, _ = make(4, 333, 1, dtype, device=at(place))
     teacher = student.detach().clone()
     for t in (1.0, 2.3):
-        rows, gradient = rows_and_gradient(student, [teacher] * 3, temperature=t, combine=combine, **CASES[name])
-        limit = 1e-6 if combine == "probs" and CASES[name]["divergence"] == "forward" else 0
-        assert float(rows.abs().max()) <= limit and float(gradient.abs().max()) <= limit
+        options = dict(CASES[name], temperature=t, combine=combine)
+        rows, gradient = rows_and_gradient(student, [teacher] * 3, **options)
+        native = fastkd.explain(F.multi_teacher_kd, student, [teacher] * 3, **options).backend == "native"
+        rounded = combine == "probs" and (not native or CASES[name].get("divergence") == "forward" or "jsd 0" == name)
+        assert float(rows.abs().max()) <= (1e-6 if rounded else 0)
+        assert float(gradient.abs().max()) <= (1e-6 if rounded or not native else 0)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -235,7 +238,7 @@ def test_create_graph_through_the_kernels(name, place, at):
 @pytest.mark.parametrize("place", ["cpu", "simt", "simt_stream"])
 def test_one_compiled_graph(place, at):
     student, teachers, target = make(6, 20, 2, device=at(place))
-    rows = torch.linspace(0.1, 0.7, 6)
+    rows, target = torch.linspace(0.1, 0.7, 6), target % 18
 
     def loss(s, w):
         total = 0
