@@ -62,16 +62,10 @@ A diverge(Row<A>& row, const TwoRows<A>& r, A mass, A weight, A scale) {
   return result.value;
 }
 
-// l = log(exp(l) + share (exp(x - log_z) - exp(l))), exactly l where both are the same.
 template <class A>
 void mix_logs(A* l, const A* x, A log_z, A share, int64_t n) {
 #pragma omp simd
-  for (int64_t c = 0; c < n; ++c) {
-    const A next = x[c] - log_z, old = l[c], top = next > old ? next : old, low = next > old ? old : next;
-    const A part = next > old ? 1 - share : share;
-    const A mixed = top + log_one_plus(part * (exp_negative(low - top) - 1));
-    l[c] = top == -A(kInf) ? top : mixed;
-  }
+  for (int64_t c = 0; c < n; ++c) l[c] = mix_log(l[c], x[c] - log_z, share);
 }
 
 // x = x - log z, e = exp(x).

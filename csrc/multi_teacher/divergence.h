@@ -104,6 +104,14 @@ FASTKD_HD ClassPart<A> class_part(A x_t, A e_t, A x_s, A e_s, A d, const Diverge
   return tvd_part(p, q);
 }
 
+// log(exp(old) + share (exp(next) - exp(old))), exactly `old` where both are the same.
+template <class A>
+FASTKD_HD A mix_log(A old, A next, A share) {
+  const A top = next > old ? next : old, low = next > old ? old : next, part = next > old ? 1 - share : share;
+  const A mixed = top + log_one_plus(part * (exp_negative(low - top) - 1));
+  return top == -A(kInf) ? top : mixed;
+}
+
 // Of a row: the divergence, what q is multiplied by in the gradient push - q pull, and a bound of the gradient's elements.
 template <class A>
 struct RowDivergence {

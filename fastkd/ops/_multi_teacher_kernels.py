@@ -114,10 +114,10 @@ def why_reference(tensors: Tensors, options: Options) -> str | None:
     if not on_host(options.temperatures):
         return "the temperature is a tensor that requires grad or whose value is not known on the host"
     if _backend.device_kind(student) != "cpu":
-        if options.divergence != FORWARD:
-            return "the CUDA kernels take the forward divergence alone"
-        if options.classes or options.softcaps:
-            return "the CUDA kernels take neither vocab_size nor softcap nor logit_scale"
+        if options.divergence != FORWARD and _streams(student):
+            return "the CUDA kernels take divergences besides forward in rows of at most 8192 classes (float64: 2048)"
+        if options.softcaps:
+            return "the CUDA kernels take neither softcap nor logit_scale"
     if options.combine != "losses" and _too_many(tensors):
         return f"combine={options.combine!r} with more than {LAUNCH_TEACHERS} teachers"
     return None
@@ -260,6 +260,8 @@ def _backward_of_rows(ctx, grad: Tensor, saved: Tensor, aux: Tensor) -> Tensor:
 def with_statistics(tensors: Tensors, options: Options) -> tuple[Sequence[Tensor], DistillationStats]:
     """The losses and the statistics of their inputs, from one pass where the row is at hand as a whole."""
     apart = why_reference(tensors, options) is not None or _too_many(tensors) or _streams(tensors.student)
+    if options.divergence != FORWARD and _backend.device_kind(tensors.student) != "cpu":
+        apart = True
     if apart or tensors.soft is not None:
         left, rest = formula.without_zeros(tensors, options)
         return losses_of(left, rest), _separate_statistics(tensors, options)
