@@ -150,7 +150,7 @@ _FULL += ("is killed by signal: Killed", "is killed by signal: Bus error", "unab
 
 
 def _memory_is_full(error: Exception) -> bool:
-    if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno == errno.ENOMEM:
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _FULL)
 

@@ -79,13 +79,14 @@ def _with_beta(op: str, name: str, beta: object) -> Divergence:
     return Divergence("mixture", (beta, 1.0, 0.0) if name == "skew_forward" else (1 - beta, 0.0, 1.0))
 
 
-def _check_pair(op: str, weights: Mapping, like: Tensor) -> tuple[Divergence, Tensor | None]:
+def _check_pair(op: str, weights: Mapping[str, object], like: Tensor) -> tuple[Divergence, Tensor | None]:
     if len(weights) == 0 or not set(weights) <= set(PAIR):
         expected = 'a dict with weights of "forward" and "reverse"'
         raise wrong_value(op, "divergence", expected, f"keys {[str(k) for k in weights]}")
     values = [_check_share(op, name, weights.get(name, 0.0), like) for name in PAIR]
-    if not any([isinstance(value, Tensor) for value in values]):
-        return Divergence("pair", tuple(values)), None
+    numbers = [value for value in values if not isinstance(value, Tensor)]
+    if len(numbers) == len(values):
+        return Divergence("pair", tuple(numbers)), None
     rows = [torch.as_tensor(v, device=like.device, dtype=accumulate_dtype(like.dtype)).reshape(-1) for v in values]
     return Divergence("pair", (0.0, 0.0)), torch.stack(torch.broadcast_tensors(*rows))
 
@@ -105,7 +106,10 @@ def _check_share(op: str, name: str, value: object, like: Tensor) -> float | Ten
     return value
 
 
-def terms(log_p: Tensor, log_q: Tensor, which: Divergence, shares: Tensor | None) -> list[tuple]:
+Term = tuple["float | Tensor", Tensor]
+
+
+def terms(log_p: Tensor, log_q: Tensor, which: Divergence, shares: Tensor | None) -> list[Term]:
     """The divergence [R] of probabilities [R, C], in parts: (its weight, a number or [R] or [1], and the part)."""
     if which.kind == "forward":
         return [(1.0, divergence(log_p, log_q))]
@@ -113,7 +117,7 @@ def terms(log_p: Tensor, log_q: Tensor, which: Divergence, shares: Tensor | None
         return [(1.0, (log_p.exp() - log_q.exp()).abs().sum(-1) / 2)]
     if which.kind == "mixture":
         return [(1.0, _from_mixture(log_p, log_q, *which.numbers))]
-    result = []
+    result: list[Term] = []
     for k, share in enumerate(which.numbers if shares is None else shares.to(log_q.dtype).reshape(2, -1)):
         p = log_p
         if isinstance(share, Tensor):  # an infinite divergence must not reach a gradient through a weight of 0
@@ -129,7 +133,7 @@ def _from_mixture(log_p: Tensor, log_q: Tensor, b: float, w_p: float, w_q: float
     no_p, no_q = log_p == -math.inf, log_q == -math.inf
     gap = log_p - log_q
     of_p, of_q = gap.masked_fill(no_p, 0), gap.masked_fill(no_q, 0)  # where the other probability is 0: finite below
-    total = 0
+    total = torch.zeros_like(log_q[:, 0])
     if w_p != 0:
         total = total - w_p * (log_p.exp() * _log_mixture(-of_p, 1 - b)).sum(-1)
     if w_q != 0:
@@ -144,7 +148,10 @@ def _log_mixture(x: Tensor, b: float) -> Tensor:
     return torch.where(above, x, 0) + torch.log1p(torch.where(above, (1 - b) * small, b * small))
 
 
-def weighted(log_p: Tensor, log_q: Tensor, which: Divergence, shares: Tensor | None, weight, scale) -> Tensor:
+def weighted(
+    log_p: Tensor, log_q: Tensor, which: Divergence, shares: Tensor | None, weight: float | Tensor,
+    scale: float | Tensor,
+) -> Tensor:  # fmt: skip
     """weight * scale * divergence, [R], for a weight that is a number or [R]; no part of it is below 0."""
     total = log_q[:, :0].sum(-1)
     for share, value in terms(log_p, log_q, which, shares):

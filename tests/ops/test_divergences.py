@@ -99,7 +99,7 @@ def test_of_mixtures(name, combine, place, at):
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("combine", ["losses", "probs"])
 def test_weights_of_both_from_row_to_row(combine, place, at):
-    student, teachers, target = make(7, 40, 2, torch.float64, device=at(place))
+    student, teachers, _ = make(7, 40, 2, torch.float64, device=at(place))
     forward = torch.linspace(0, 1, 7, dtype=torch.float64, device=student.device)
     options = dict(temperature=2.0, combine=combine, reduction="none")
     f, r = (F.multi_teacher_kd(student, teachers, divergence=d, **options) for d in ("forward", "reverse"))
@@ -125,7 +125,7 @@ def test_equal_networks_are_exactly_0_apart(name, dtype, combine, place, at):
         options = dict(CASES[name], temperature=t, combine=combine)
         rows, gradient = rows_and_gradient(student, [teacher] * 3, **options)
         native = fastkd.explain(F.multi_teacher_kd, student, [teacher] * 3, **options).backend == "native"
-        rounded = combine == "probs" and (not native or CASES[name].get("divergence") == "forward" or "jsd 0" == name)
+        rounded = combine == "probs" and (not native or CASES[name].get("divergence") == "forward" or name == "jsd 0")
         assert float(rows.abs().max()) <= (1e-6 if rounded else 0)
         assert float(gradient.abs().max()) <= (1e-6 if rounded or not native else 0)
 
@@ -298,7 +298,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("options", "error", "message"), WRONG)
+@pytest.mark.parametrize("options, error, message", WRONG)
 def test_a_wrong_divergence_is_told(options, error, message):
     logits = torch.zeros(4, 6)
     with pytest.raises(error, match=message):

@@ -168,7 +168,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("options", "error", "message"), WRONG)
+@pytest.mark.parametrize("options, error, message", WRONG)
 def test_a_wrong_vocabulary_or_softcap_is_told(options, error, message):
     logits = torch.zeros(4, 6)
     with pytest.raises(error, match=message):
