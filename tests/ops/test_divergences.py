@@ -320,7 +320,7 @@ def test_the_module_has_it_too():
     module = fastkd.losses.MultiTeacherKD(divergence="jsd", divergence_beta=0.2, vocab_size=7, softcap=5.0)
     options = dict(divergence="jsd", divergence_beta=0.2, vocab_size=7, softcap=5.0)
     assert float(module(student, teachers)) == float(F.multi_teacher_kd(student, teachers, **options))
-    assert "divergence=jsd, divergence_beta=0.2" in repr(module)
+    assert "divergence='jsd', divergence_beta=0.2" in repr(module)
 
 
 def test_kl_of_the_helpers_is_torchs():
