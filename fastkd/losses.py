@@ -5,14 +5,15 @@ Logits may come as what a network returned: a tensor, or an object or dict with 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
+from torch import Tensor
 
 from fastkd import functional
+from fastkd._fixed import Fixed
+from fastkd._linear_loss import LinearMultiTeacherKD as LinearMultiTeacherKD
 from fastkd._outputs import find_logits
 from fastkd.ops._feature_maps import Norm
 from fastkd.ops._formulas import LossTerms, Reduction
@@ -29,53 +30,7 @@ Logits = Any  # Tensor [..., C], or an object or dict with one in `logits`
 Loss = TypeVar("Loss")
 
 
-class _Fixed(_Loss):
-    """A loss whose hyper-parameters are attributes: each may be set anew at any time.
-
-    Those in `_tensors` may be numbers, lists or tensors, one in the place of another. A tensor is a buffer, a parameter
-    a parameter. A state dict that has no entry for a buffer leaves it as it is; one that has an entry where the module
-    has no tensor brings a buffer.
-    """
-
-    reduction: Reduction
-    _tensors: tuple[str, ...] = ()
-    _shown: tuple[str, ...] = ()
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name not in self._tensors:
-            return super().__setattr__(name, value)  # type: ignore[arg-type]  # torch: Tensor | Module
-        for table in (self._parameters, self._buffers, self.__dict__):
-            table.pop(name, None)
-        if isinstance(value, nn.Parameter):
-            self.register_parameter(name, value)
-        elif isinstance(value, Tensor):
-            self.register_buffer(name, value)
-        else:
-            self.__dict__[name] = value
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        *rest: Any,
-    ) -> None:
-        for name in self._tensors:
-            saved = state_dict.get(prefix + name)
-            if saved is not None and not isinstance(getattr(self, name), Tensor):
-                setattr(self, name, saved.detach().clone())
-        missing: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
-        kept = {prefix + name for name in self._tensors if name in self._buffers}
-        missing_keys += [key for key in missing if key not in kept]
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={_told(getattr(self, name))}" for name in self._shown)
-
-
-class MultiTeacherKD(_Fixed, Generic[Loss]):
+class MultiTeacherKD(Fixed, Generic[Loss]):
     """`fastkd.functional.multi_teacher_kd` with its hyper-parameters fixed; see there for what they mean.
 
     A tensor of weights or temperatures is a buffer: it moves with the module and is in its state dict. It may be set
@@ -175,7 +130,7 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
         __call__ = forward
 
 
-class MutualKD(_Fixed, Generic[Loss]):
+class MutualKD(Fixed, Generic[Loss]):
     """`fastkd.functional.mutual_kd` with its hyper-parameters fixed; see there for what they mean.
 
     A tensor of weights or a temperature tensor is a buffer: it moves with the module and is in its state dict. It may
@@ -260,7 +215,7 @@ class MutualKD(_Fixed, Generic[Loss]):
         __call__ = forward
 
 
-class RKDDistance(_Fixed):
+class RKDDistance(Fixed):
     """`fastkd.functional.rkd_distance` with its hyper-parameters fixed; see there for what they mean.
 
     >>> embeddings = torch.tensor([[0.0], [1.0], [3.0]])
@@ -298,7 +253,7 @@ class RKDDistance(_Fixed):
         __call__ = forward
 
 
-class RKDAngle(_Fixed):
+class RKDAngle(Fixed):
     """`fastkd.functional.rkd_angle` with its hyper-parameters fixed; see there for what they mean.
 
     >>> square = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
@@ -341,7 +296,7 @@ class RKDAngle(_Fixed):
         __call__ = forward
 
 
-class FeatureEnsemble(_Fixed):
+class FeatureEnsemble(Fixed):
     """`fastkd.functional.feature_ensemble` with its hyper-parameters fixed; see there for what they mean.
 
     A tensor of weights is a buffer: it moves with the module and is in its state dict. It may be set anew, and older
@@ -408,7 +363,3 @@ def _several(outputs: Logits | Sequence[Logits]) -> Any:
     if logits is not None:
         return [logits]
     return [_logits(output) for output in outputs] if isinstance(outputs, Sequence) else outputs
-
-
-def _told(value: object) -> str:
-    return f"tensor{list(value.shape)}" if isinstance(value, Tensor) and value.dim() > 0 else repr(value)

@@ -107,6 +107,7 @@ class Method(Networks):
         self._unfinished = 0
         self.iterations = 0
         self.epoch, self.epochs = 0, 1
+        self.epoch_steps: int | None = None
 
     def phases(
         self, inputs: Any, target: Any = None, *, chunks: int = 1, taught: Mapping[str, Tensor] | Taught | None = None
@@ -193,10 +194,19 @@ class Method(Networks):
         """The network to ship, unwrapped, without what only training needs."""
         raise NotImplementedError(f"{self._name()} must define deployable()")
 
-    def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Tell the method where the run is: epoch 0 .. epochs - 1. For weights that change with it; saved."""
+    def start_epoch(self, epoch: int, epochs: int, steps: int | None = None) -> None:
+        """Tell the method where the run is: epoch 0 .. epochs - 1, each of `steps` iterations where that is known.
+
+        For weights that change with it, and for averages that follow over the length of the run; saved.
+        """
         self.epochs = check_integer(self._name(), "epochs", epochs, 1)
         self.epoch = check_integer(self._name(), "epoch", epoch, 0, epochs - 1)
+        self.epoch_steps = None if steps is None else check_integer(self._name(), "steps", steps, 1)
+
+    @property
+    def run_steps(self) -> int | None:
+        """Iterations of the whole run, as far as the loop told them."""
+        return None if self.epoch_steps is None else self.epoch_steps * self.epochs
 
     def initialise(self, batches: Iterable[tuple[Any, Any]], lr: float, *, chunks: int = 1) -> None:
         """For subclasses: what is done with a few (inputs, target) before the first epoch, at the base learning rate.
@@ -220,11 +230,13 @@ class Method(Networks):
 
     def extra(self) -> dict[str, Any]:
         """For subclasses: what the state dict keeps beside tensors and random state: numbers, strings, lists, dicts."""
-        return {"iterations": self.iterations, "epoch": self.epoch, "epochs": self.epochs}
+        where = {"epoch": self.epoch, "epochs": self.epochs, "epoch_steps": self.epoch_steps or 0}
+        return {"iterations": self.iterations} | where
 
     def set_extra(self, extra: dict[str, Any]) -> None:
         """For subclasses: the way back of `extra`."""
         self.iterations, self.epoch, self.epochs = extra["iterations"], extra["epoch"], extra["epochs"]
+        self.epoch_steps = extra.get("epoch_steps") or None  # an earlier version's state has none
 
     def get_extra_state(self) -> Tensor:
         """uint8 [n], so that what stores tensors (safetensors) takes it; n does not change from step to step."""

@@ -57,7 +57,9 @@ class CTSLMKT(Peers):
         beta: weight of all that comes from the partners, >= 0. 1 (C).
         beta1, beta2: weights of the angles and of the response beside the distances, >= 0. 2 and 1 (C).
         gamma: weight of self-learning, >= 0. 0.5 (C).
-        temperature: t > 0 of self-learning. 4, with t^2 (C).
+        temperature: t > 0 of self-learning. 4 (C).
+        scale_by_t2: multiply self-learning by t^2. True (C): with t = 4 it then weighs 16 times what it weighs in the
+            printed loss, which is without.
         mutual_response, mutual_relation, self_learning: the switches of the three transfers (S), True or False for all
             peers, or a sequence of M of them. A peer with none learns by alpha * CE alone, but still teaches.
         deploy: which peer `deployable()` gives.
@@ -92,6 +94,7 @@ class CTSLMKT(Peers):
         beta2: float = 1.0,
         gamma: float = 0.5,
         temperature: float = 4.0,
+        scale_by_t2: bool = True,
         mutual_response: bool | Sequence[bool] = True,
         mutual_relation: bool | Sequence[bool] = True,
         self_learning: bool | Sequence[bool] = True,
@@ -116,6 +119,7 @@ class CTSLMKT(Peers):
         self.alpha, self.beta, self.beta1, self.beta2, self.gamma = numbers.values()
         self.mutual_response, self.mutual_relation, self.self_learning = response, relation, own_self
         self.temperature, self.mutual_temperature = temperature, mutual_temperature
+        self.scale_by_t2 = _check_switch(name, "scale_by_t2", scale_by_t2)
         self.process_group = process_group
         self.teaches_logits = own and not views  # with views each self-teacher sees one of its own
         self.gives_outputs = self.beta > 0 and any(self.mutual_relation)
@@ -193,7 +197,12 @@ class CTSLMKT(Peers):
         if self.gamma == 0 or not any(self.self_learning):
             return {}
         zero = logits[0].new_zeros((), dtype=torch.float32)
-        distil = partial(functional.multi_teacher_kd, weights=[self.gamma], temperature=self.temperature)
+        distil = partial(
+            functional.multi_teacher_kd,
+            weights=[self.gamma],
+            temperature=self.temperature,
+            scale_by_t2=self.scale_by_t2,
+        )
         pairs = zip(logits, former, strict=True)
         return {"self": [zero if t is None else distil(z, [t], target) for z, t in pairs]}
 
@@ -207,7 +216,8 @@ class CTSLMKT(Peers):
 
 def _check_switch(method: str, argument: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise wrong_type(method, argument, "True or False, or one of them per peer", type(value).__name__)
+        each = "" if argument == "scale_by_t2" else ", or one of them per peer"
+        raise wrong_type(method, argument, f"True or False{each}", type(value).__name__)
     return value
 
 

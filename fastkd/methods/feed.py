@@ -63,7 +63,8 @@ class FEED(Method):
         teachers: networks that give feature maps; frozen in place. Their logits are not used.
         mode: "parallel", or "sequential": the same loss with exactly one teacher, the previous network of the chain
             (P). Its student is a fresh network of the same type.
-        beta: weight of the teachers' terms, >= 0; 500 (C).
+        beta: weight of the teachers' terms, >= 0; 500 (C). It belongs to `norm`: the norm at each "position" makes a
+            term about sqrt(H*W) times larger, so that its beta is that much smaller (8 times on maps of 8 x 8 pixels).
         reduction: of a term's elements: "mean" (C), or "sum", the norm as it is printed. The loss is the same where
             the beta of "sum" is that of "mean" divided by c_n*H*W; 500 is far too much for "sum".
         p: 1 (P), or 2 for squared differences.

@@ -96,7 +96,7 @@ def create(name: str, num_classes: int, image_size: int = 32, channels: int = 3,
     - resnet8 ... resnet110, resnet8x4, resnet32x4: norm, shortcut, block, width
     - wrn<d>_<k>, d = 6n + 4: norm, dropout. wrn20_8 is not of this depth: it is the bottleneck ResNet with inner
       convolutions 8 times as wide that PCL and DKEL call so; their ResNet-110 is `resnet110` with block="bottleneck"
-    - vgg8, vgg11, vgg13, vgg16, vgg19: norm, width
+    - vgg8, vgg11, vgg13, vgg16, vgg19: norm, width, head ("linear", or the "mlp" of PCL's and DKEL's VGG-16)
     - torchvision's resnet18/34/50, mobilenet_v2 (norm, small_stem; mobilenet_v2 also width),
       shufflenet_v2_x0_5 ..., densenet121, densenet40_12 (DenseNet-BC: the 6, 6, 6 layers of PCL and DKEL): small_stem
 

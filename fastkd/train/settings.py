@@ -184,7 +184,7 @@ def _check_values(config: Settings) -> None:
 class Settings(DataOptions, NetworkOptions, OptimizationOptions, LoopOptions, ScaleOptions):
     """What `train` and `compare` have in common."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_values(self)
         if self.threads is None and self.data == "digits":
             self.threads = 1
