@@ -46,6 +46,7 @@ from fastkd.ops._teachers import check_teachers, check_temperature, check_weight
 from fastkd.ops._topk_logits import REASON as SPARSE_REASON
 from fastkd.ops._topk_logits import checked as checked_sparse
 from fastkd.ops._topk_logits import has_sparse, with_sparse
+from fastkd.ops.topk import TopK
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -59,7 +60,7 @@ OP = "multi_teacher_kd"
 @overload
 def multi_teacher_kd(
     student: Tensor,
-    teachers: Tensor | Sequence[Tensor],
+    teachers: Tensor | TopK | Sequence[Tensor | TopK],
     target: Tensor | None = None,
     *,
     return_terms: Literal[False] = False,
@@ -69,7 +70,7 @@ def multi_teacher_kd(
 @overload
 def multi_teacher_kd(
     student: Tensor,
-    teachers: Tensor | Sequence[Tensor],
+    teachers: Tensor | TopK | Sequence[Tensor | TopK],
     target: Tensor | None = None,
     *,
     return_terms: Literal[True],
@@ -79,7 +80,7 @@ def multi_teacher_kd(
 @overload
 def multi_teacher_kd(
     student: Tensor,
-    teachers: Tensor | Sequence[Tensor],
+    teachers: Tensor | TopK | Sequence[Tensor | TopK],
     target: Tensor | None = None,
     *,
     return_terms: Literal[False] = False,
@@ -89,7 +90,7 @@ def multi_teacher_kd(
 @overload
 def multi_teacher_kd(
     student: Tensor,
-    teachers: Tensor | Sequence[Tensor],
+    teachers: Tensor | TopK | Sequence[Tensor | TopK],
     target: Tensor | None = None,
     *,
     return_terms: Literal[True],
@@ -99,7 +100,7 @@ def multi_teacher_kd(
 @overload
 def multi_teacher_kd(
     student: Tensor,
-    teachers: Tensor | Sequence[Tensor],
+    teachers: Tensor | TopK | Sequence[Tensor | TopK],
     target: Tensor | None = None,
     *,
     return_terms: bool = False,
@@ -108,7 +109,7 @@ def multi_teacher_kd(
 ) -> Any: ...
 def multi_teacher_kd(
     student: Tensor,
-    teachers: Tensor | Sequence[Tensor],
+    teachers: Tensor | TopK | Sequence[Tensor | TopK],
     target: Tensor | None = None,
     *,
     weights: Tensor | Sequence[float] | None = None,
@@ -230,32 +231,31 @@ def _results(tensors: Tensors, options: Options, leading: torch.Size, return_sta
 
 
 def _check(
-    student: Tensor, teachers: Tensor | Sequence[Tensor], target: Tensor | None, weights: object, kd_weight: object,
+    student: Tensor, teachers: object, target: Tensor | None, weights: object, kd_weight: object,
     temperature: object, combine: Combine, ce_weight: object, label_smoothing: object, ignore_index: int, mask: object,
     class_dim: int, scale_by_t2: object, reduction: Reduction, num_items: object, return_terms: object = False,
     return_stats: object = False,
 ) -> tuple[Tensors, Options]:  # fmt: skip
     _check_tensor(OP, "student", student)
     class_dim = check_layout(OP, student, class_dim, target is not None, "student")
-    teachers = check_teachers(OP, teachers, student)
+    dense = check_teachers(OP, teachers, student)
     if class_dim != -1:
-        student, teachers = student.movedim(class_dim, -1), [t.movedim(class_dim, -1) for t in teachers]
+        student, dense = student.movedim(class_dim, -1), [t.movedim(class_dim, -1) for t in dense]
     tensors, options = _check_rows(
         OP, "student", student, target, label_smoothing, ignore_index, mask, class_dim, reduction, num_items
     )
-    check_not_probabilities(OP, "teachers", teachers)
+    check_not_probabilities(OP, "teachers", dense)
     check_choice(OP, "combine", combine, COMBINE)
     kd_weight = check_scalar(OP, "kd_weight", kd_weight, "a finite number")
     ce_weight = check_scalar(OP, "ce_weight", ce_weight, "a finite number")
     if target is None and (isinstance(ce_weight, Tensor) or ce_weight != 0):
         raise wrong_value(OP, "target", f"given where ce_weight is {ce_weight}", None)
-    temperatures = check_temperature(OP, temperature, len(teachers))
+    temperatures = check_temperature(OP, temperature, len(dense))
     if len(temperatures) > 1 and combine != "losses":
         expected = f"one number for combine={combine!r}"
         raise wrong_value(OP, "temperature", expected, f"{len(temperatures)} numbers")
-    weights, host_weights = check_weights(OP, weights, len(teachers), student, combine == "probs")
-    teachers = tuple([rows_of(t) for t in teachers])
-    tensors = Tensors(tensors.student, teachers, tensors.target, tensors.soft, weights)
+    weights, host_weights = check_weights(OP, weights, len(dense), student, combine == "probs")
+    tensors = Tensors(tensors.student, tuple([rows_of(t) for t in dense]), tensors.target, tensors.soft, weights)
     options = options._replace(
         host_weights=host_weights, temperatures=temperatures, combine=combine, kd_weight=kd_weight,
         ce_weight=ce_weight, scale_by_t2=bool(scale_by_t2), terms=bool(return_terms),
