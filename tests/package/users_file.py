@@ -69,6 +69,8 @@ def modules() -> None:
     assert_type(losses.RKDDistance(reduction="mean")(Z, Z, mask=MASK), Tensor)
     assert_type(losses.RKDAngle(eps=1e-6)(Z, Z), Tensor)
     assert_type(losses.FeatureEnsemble(p=1, norm="sample", elements="mean")([X], [X]), Tensor)
+    hidden, head = torch.randn(4, 5), torch.randn(3, 5)
+    assert isinstance(losses.LinearMultiTeacherKD(softcap=30.0)(hidden, head, [(hidden, head)]), Tensor)
     transforms = fastkd.nn.FeatureTransforms(3, [4, 4], form="loop", norm=nn.BatchNorm2d)
     assert_type(transforms(X), list[Tensor])
     assert fastkd.nn.chosen_form(X, [4, 4]) in ("loop", "grouped")
@@ -78,14 +80,17 @@ def network(name: str = "plain2", **options: Any) -> nn.Module:
     return models.create(name, 3, image_size=8, width=0.1, **options)
 
 
+def branches() -> models.Branched:
+    return models.branched("plain4", 3, branches=2, image_size=8, width=0.1)
+
+
 def networks() -> None:
     assert "plain2" in models.names()
     outputs = models.with_features(network())(X)
     assert_type(models.logits_of(outputs), Tensor)
     assert_type(models.parameters_count(network(), trainable=True), int)
     models.call_network(network(), X)
-    several = models.branched("plain4", 3, branches=2, image_size=8, width=0.1)
-    assert_type(several, models.Branched)
+    several = branches()
     assert_type(several.peer(0), models.Network)
     assert_type(several([X, X]), tuple[models.Outputs, ...])
 
@@ -106,8 +111,6 @@ class Mine(Method):
 
 
 def all_methods() -> dict[str, Method]:
-    branched = models.branched("plain4", 3, branches=2, image_size=8, width=0.1)
-    more = models.branched("plain4", 3, branches=2, image_size=8, width=0.1)
     return {
         "CE": methods.CE(network()),
         "KD": methods.KD(network(), network(), temperature=4.0, lam=0.9, ce_weight=0.5),
@@ -122,8 +125,14 @@ def all_methods() -> dict[str, Method]:
         "FEED": methods.FEED(network(), [network()], mode="sequential", reduction="mean", norm="sample"),
         "FT": methods.FT(network(), network(), beta=100.0),
         "RKD": methods.RKD(network(), network(), distance=25.0, angle=50.0),
-        "DKEL": methods.DKEL(branched, variant="intended", init=None),
-        "PCL": methods.PCL(more, c=0.5),
+        "AEKD": methods.AEKD(network(), [network(), network()], cap=0.9),
+        "DIST": methods.DIST(network(), network(), gamma=2.0),
+        "DKD": methods.DKD(network(), network(), warmup=2.0),
+        "MeanTeacher": methods.MeanTeacher(network(), consistency="kl", views=False),
+        "ONE": methods.ONE(branches(), temperature=3.0),
+        "OKDDip": methods.OKDDip(branches(), width=8),
+        "DKEL": methods.DKEL(branches(), variant="intended", init=None),
+        "PCL": methods.PCL(branches(), c=0.5),
     }
 
 
