@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastkd import functional
 from fastkd._fixed import Fixed
-from fastkd._linear_loss import LinearMultiTeacherKD as LinearMultiTeacherKD
+from fastkd._linear_loss import LinearMultiTeacherKD
 from fastkd._outputs import find_logits
 from fastkd.ops._feature_maps import Norm
 from fastkd.ops._formulas import LossTerms, Reduction
@@ -25,6 +25,17 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from fastkd.ops._keywords import Distillation, Mutual
+
+__all__ = [
+    "DistillationStats",
+    "FeatureEnsemble",
+    "LinearMultiTeacherKD",
+    "LossTerms",
+    "MultiTeacherKD",
+    "MutualKD",
+    "RKDAngle",
+    "RKDDistance",
+]
 
 Logits = Any  # Tensor [..., C], or an object or dict with one in `logits`
 Loss = TypeVar("Loss")

@@ -48,6 +48,7 @@ from fastkd.ops._teachers import check_caps, check_teachers, check_temperature, 
 from fastkd.ops._topk_logits import REASON as SPARSE_REASON
 from fastkd.ops._topk_logits import checked as checked_sparse
 from fastkd.ops._topk_logits import has_sparse, with_sparse
+from fastkd.ops.topk import TopK
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -61,7 +62,7 @@ OP = "multi_teacher_kd"
 @overload
 def multi_teacher_kd(
     student: Tensor,
-    teachers: Tensor | Sequence[Tensor],
+    teachers: Tensor | TopK | Sequence[Tensor | TopK],
     target: Tensor | None = None,
     *,
     return_terms: Literal[False] = False,
@@ -71,7 +72,7 @@ def multi_teacher_kd(
 @overload
 def multi_teacher_kd(
     student: Tensor,
-    teachers: Tensor | Sequence[Tensor],
+    teachers: Tensor | TopK | Sequence[Tensor | TopK],
     target: Tensor | None = None,
     *,
     return_terms: Literal[True],
@@ -81,7 +82,7 @@ def multi_teacher_kd(
 @overload
 def multi_teacher_kd(
     student: Tensor,
-    teachers: Tensor | Sequence[Tensor],
+    teachers: Tensor | TopK | Sequence[Tensor | TopK],
     target: Tensor | None = None,
     *,
     return_terms: Literal[False] = False,
@@ -91,7 +92,7 @@ def multi_teacher_kd(
 @overload
 def multi_teacher_kd(
     student: Tensor,
-    teachers: Tensor | Sequence[Tensor],
+    teachers: Tensor | TopK | Sequence[Tensor | TopK],
     target: Tensor | None = None,
     *,
     return_terms: Literal[True],
@@ -101,7 +102,7 @@ def multi_teacher_kd(
 @overload
 def multi_teacher_kd(
     student: Tensor,
-    teachers: Tensor | Sequence[Tensor],
+    teachers: Tensor | TopK | Sequence[Tensor | TopK],
     target: Tensor | None = None,
     *,
     return_terms: bool = False,
@@ -110,7 +111,7 @@ def multi_teacher_kd(
 ) -> Any: ...
 def multi_teacher_kd(
     student: Tensor,
-    teachers: Tensor | Sequence[Tensor],
+    teachers: Tensor | TopK | Sequence[Tensor | TopK],
     target: Tensor | None = None,
     *,
     weights: Tensor | Sequence[float] | None = None,
@@ -254,7 +255,7 @@ def _results(tensors: Tensors, options: Options, leading: torch.Size, return_sta
 
 
 def _check(
-    student: Tensor, teachers: Tensor | Sequence[Tensor], target: Tensor | None, weights: object, kd_weight: object,
+    student: Tensor, teachers: object, target: Tensor | None, weights: object, kd_weight: object,
     temperature: object, combine: Combine, divergence: object, divergence_beta: object, ce_weight: object,
     label_smoothing: object, ignore_index: int, mask: object, class_dim: int, vocab_size: object, softcap: object,
     logit_scale: object, teacher_softcap: object, teacher_logit_scale: object, scale_by_t2: object,
@@ -265,29 +266,29 @@ def _check(
     whole = student
     if vocab_size is not None:
         student, teachers, target = check_vocabulary(OP, vocab_size, class_dim, student, teachers, target)
-    teachers = check_teachers(OP, teachers, student)
+    dense = check_teachers(OP, teachers, student)
     if class_dim != -1:
-        whole, student, *teachers = [z.movedim(class_dim, -1) for z in (whole, student, *teachers)]
+        whole, student, *dense = [z.movedim(class_dim, -1) for z in (whole, student, *dense)]
     tensors, options = _check_rows(
         OP, "student", student, target, label_smoothing, ignore_index, mask, class_dim, reduction, num_items
     )
-    check_not_probabilities(OP, "teachers", teachers)
+    check_not_probabilities(OP, "teachers", dense)
     check_choice(OP, "combine", combine, COMBINE)
     which, shares = check_divergence(OP, divergence, divergence_beta, student, combine)
     kd_weight = check_scalar(OP, "kd_weight", kd_weight, "a finite number")
     ce_weight = check_scalar(OP, "ce_weight", ce_weight, "a finite number")
     if target is None and (isinstance(ce_weight, Tensor) or ce_weight != 0):
         raise wrong_value(OP, "target", f"given where ce_weight is {ce_weight}", None)
-    temperatures = check_temperature(OP, temperature, len(teachers))
+    temperatures = check_temperature(OP, temperature, len(dense))
     if len(temperatures) > 1 and combine != "losses":
         expected = f"one number for combine={combine!r}"
         raise wrong_value(OP, "temperature", expected, f"{len(temperatures)} numbers")
-    weights, host_weights = check_weights(OP, weights, len(teachers), student, combine == "probs")
-    softcaps, scales = check_caps(OP, softcap, logit_scale, teacher_softcap, teacher_logit_scale, len(teachers))
+    weights, host_weights = check_weights(OP, weights, len(dense), student, combine == "probs")
+    softcaps, scales = check_caps(OP, softcap, logit_scale, teacher_softcap, teacher_logit_scale, len(dense))
     if vocab_size is not None:
         tensors, options = tensors._replace(student=rows_of(whole)), options._replace(classes=student.shape[-1])
-    teachers = tuple([rows_of(t) for t in teachers])
-    tensors = Tensors(tensors.student, teachers, tensors.target, tensors.soft, weights, shares)
+    rows = tuple([rows_of(t) for t in dense])
+    tensors = Tensors(tensors.student, rows, tensors.target, tensors.soft, weights, shares)
     options = options._replace(
         host_weights=host_weights, temperatures=temperatures, combine=combine, kd_weight=kd_weight,
         ce_weight=ce_weight, scale_by_t2=bool(scale_by_t2), terms=bool(return_terms), divergence=which,
