@@ -130,7 +130,7 @@ class MeanTeacher(Method):
         else:
             agreement = (logits.softmax(-1) - taught.softmax(-1)).square().mean()
         agreement = weight * agreement
-        return ce + agreement, {"ce": ce.detach(), "consistency": agreement.detach()}
+        return ce + agreement, {"ce": ce.detach(), "consistency": agreement.detach()}, taught
 
     def _two(self, inputs: Any) -> tuple[Any, Any]:
         if not self.views:
