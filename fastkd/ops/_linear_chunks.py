@@ -303,7 +303,7 @@ def _only_inside(call: Call, teachers: tuple[int, ...]) -> bool:
 
 
 def _part(rows: slice | Tensor, block: slice) -> slice | Tensor:
-    """Of rows, those of a block."""
+    """The rows of a block."""
     return rows[block] if isinstance(rows, Tensor) else slice(rows.start + block.start, rows.start + block.stop)
 
 

@@ -23,7 +23,7 @@ from fastkd._core.messages import wrong_value
 from fastkd.ops import _linear_chunks as chunks
 from fastkd.ops._autograd import is_transformed, on_host
 from fastkd.ops._formulas import reduce_rows
-from fastkd.ops._gather import everybodys
+from fastkd.ops._gather import all_gather_integers
 from fastkd.ops._linear_formula import weights_of_rows
 from fastkd.ops._linear_inputs import HEAD, LOGITS, OP, Call, Projection, Teacher, given
 
@@ -122,7 +122,7 @@ class _Shards:
 
     def _place(self) -> tuple[int, int]:
         """The first class of this shard, and the number of classes of all."""
-        sizes = [size for (size,) in everybodys([self.call.classes], self.call.hidden.device, self.group)]
+        sizes = [size for (size,) in all_gather_integers([self.call.classes], self.call.hidden.device, self.group)]
         return sum(sizes[: torch_distributed.get_rank(self.group)]), sum(sizes)
 
     def run(self) -> tuple[list[Tensor], chunks.Gradients]:
