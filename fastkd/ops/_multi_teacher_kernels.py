@@ -41,6 +41,11 @@ class DistillationStats(NamedTuple):
 
     kl: [K], the mean over the rows that count of KL(p_k || q) at the temperature, without weight and T^2.
     student: GroupStats of the student, each [1, R]. teachers: GroupStats of the teachers, each [K, R].
+
+    >>> student, teacher = torch.zeros(1, 2), torch.tensor([[0.0, 1e4]])
+    >>> loss, stats = fastkd.functional.multi_teacher_kd(student, [teacher], temperature=1.0, return_stats=True)
+    >>> round(stats.kl.item(), 4), stats.teachers.confidence.item()  # a sure teacher, a student without a clue: log 2
+    (0.6931, 1.0)
     """
 
     kl: Tensor
