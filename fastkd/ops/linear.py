@@ -93,7 +93,7 @@ def linear_multi_teacher_kd(
         The loss in float32 (float64 for float64 inputs): a scalar, or [...] for "none"; or (loss, terms). Rows that do
         not count are left out before the products (on a GPU their products are made of zeros, not to wait for it).
 
-    Memory beyond inputs and gradients: (K + 2) * chunk_rows * V * 4 bytes for K heads. Time: that of the products.
+    Memory beyond inputs and gradients: (1 + K / 2) * chunk_rows * V * 4 bytes for K heads. Time: that of the products.
     reduction="none" makes the gradients in the backward, from the logits made again. Second derivatives, and teachers,
     weights or temperatures that require grad, are plain PyTorch by chunks, recomputed in the backward. With the same
     number of threads the same bits, as the matrix products give them. Routing reads `rows` on the host.

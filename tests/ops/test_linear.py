@@ -10,6 +10,7 @@ from linear_helpers import CLASSES, ROWS, gradients, labels, randn, results, stu
 import fastkd
 from fastkd import Head
 from fastkd.functional import linear_multi_teacher_kd, multi_teacher_kd
+from fastkd.ops._linear_inputs import Projection
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -250,7 +251,7 @@ def test_the_default_chunk_holds_one_weight_gradient():
     def rows(width, heads, dtype=torch.float32):
         call = chunks.Call(*[None] * 9)._replace(
             hidden=torch.empty(1, width, dtype=dtype), chunk_rows=0,
-            projection=chunks.Projection(torch.empty(1, 1, dtype=dtype), None, 0.0, 1.0),
+            projection=Projection(torch.empty(1, 1, dtype=dtype), None, 0.0, 1.0),
         )  # fmt: skip
         return chunks.chunk_rows(call, heads)
 
