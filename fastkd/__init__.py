@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fastkd import functional, losses
@@ -12,7 +13,7 @@ from fastkd.losses import FeatureEnsemble, LinearMultiTeacherKD, MultiTeacherKD,
 from fastkd.ops.linear import Head, TopK
 
 if TYPE_CHECKING:
-    from fastkd import data, methods, models, nn, testing, train
+    from fastkd import data, graphs, methods, models, nn, testing, train
 
 _ON_FIRST_USE = ("data", "graphs", "methods", "models", "nn", "testing", "train")
 
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> ModuleType:
     if name in _ON_FIRST_USE:
         return importlib.import_module(f"fastkd.{name}")
     raise AttributeError(f"module 'fastkd' has no attribute {name!r}")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
+
+from fastkd.ops._formulas import Reduction
 
 
 class Fixed(_Loss):
@@ -14,12 +19,13 @@ class Fixed(_Loss):
     has no tensor brings a buffer.
     """
 
+    reduction: Reduction
     _tensors: tuple[str, ...] = ()
     _shown: tuple[str, ...] = ()
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in self._tensors:
-            return super().__setattr__(name, value)
+            return super().__setattr__(name, value)  # type: ignore[arg-type]  # torch: Tensor | Module
         for table in (self._parameters, self._buffers, self.__dict__):
             table.pop(name, None)
         if isinstance(value, nn.Parameter):
@@ -29,7 +35,15 @@ class Fixed(_Loss):
         else:
             self.__dict__[name] = value
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *rest: Any,
+    ) -> None:
         for name in self._tensors:
             saved = state_dict.get(prefix + name)
             if saved is not None and not isinstance(getattr(self, name), Tensor):

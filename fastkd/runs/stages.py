@@ -5,6 +5,7 @@ A stage trains one network, or several together; later stages use the networks o
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,6 +157,16 @@ def peers_and_selves(config: TrainConfig) -> list[Stage]:
     for number, learner in enumerate(assistants, 2):
         selves.append(Stage(f"self{number}", (learner,), "ce", config.guide_epochs))
     return [*selves, *peers(config, tuple(stage.name for stage in selves))]
+
+
+def two_views(config: TrainConfig) -> list[Stage]:
+    """The student, with two augmentations of each image."""
+    return [_student(config, views=2)]
+
+
+def branches_of_one_view(config: TrainConfig) -> list[Stage]:
+    """Branches of the student's architecture on one stem, which see the same image."""
+    return [dataclasses.replace(stage, views=1) for stage in branches(config)]
 
 
 def branches(config: TrainConfig) -> list[Stage]:

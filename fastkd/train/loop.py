@@ -145,7 +145,7 @@ class Fit:
         )
 
     def _run_epoch(self, epoch: int, interrupted: Callable[[], bool], kept: KeptLogits | None = None) -> None:
-        self.method.start_epoch(epoch, self.epochs)
+        self.method.start_epoch(epoch, self.epochs, len(self.train_batches))
         started, worked = time.perf_counter(), time.process_time()
         meter = Meter(self.device, self.settings.log_every, self._describe, self.world)
         batches = self._batches(epoch, meter)

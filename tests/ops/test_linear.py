@@ -172,7 +172,7 @@ def test_no_row_counts():
 
 
 def test_routing_is_each_head_on_its_rows():
-    hidden, weight, bias = student()
+    hidden, weight, _bias = student()
     first, second = teachers_of("routed")
     total = 0
     for head in (first, second):

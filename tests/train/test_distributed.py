@@ -104,9 +104,9 @@ def interrupt(rank, folder):
     world_epoch = [0]
     start = methods.ORC.start_epoch
 
-    def start_epoch(self, epoch, epochs):
+    def start_epoch(self, epoch, *length):
         world_epoch[0] = epoch
-        start(self, epoch, epochs)
+        start(self, epoch, *length)
 
     Meter.end_batch, methods.ORC.start_epoch = end_batch, start_epoch
     try:
