@@ -273,3 +273,28 @@ def test_the_module_is_the_function():
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1].kd, expected[1].kd)
     mine, whole = (set(inspect.signature(f).parameters) for f in (fastkd.LinearMultiTeacherKD, linear_multi_teacher_kd))
     assert whole - mine == {"hidden", "weight", "teachers", "target", *call}
+
+
+@pytest.mark.parametrize("place", ["cpu", "simt"])
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        ("reverse", None),
+        ("jsd", 0.3),
+        ("tvd", None),
+        ("skew_forward", 0.2),
+        ("skew_reverse", None),
+        ({"forward": 0.3, "reverse": 0.6}, None),
+    ],
+    ids=lambda d: str(d[0]),
+)
+def test_divergences_are_those_of_whole_logits(divergence, place, at):
+    at(place)
+    name, beta = divergence
+    options = {"divergence": name, "divergence_beta": beta, "temperature": 2.0}
+    (hidden, weight, _), (logits, (teacher, head)) = student(), teachers_of("both")
+    expected = multi_teacher_kd(hidden @ weight.T, [logits, teacher @ head.T], labels(), **options)
+    loss = linear_multi_teacher_kd(hidden, weight, [logits, (teacher, head)], labels(), chunk_rows=5, **options)
+    torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-13)
+    for a, b in zip(gradients(loss, [hidden, weight]), gradients(expected, [hidden, weight]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
