@@ -312,7 +312,7 @@ def _separate_statistics(tensors: Tensors, options: Options) -> DistillationStat
 
 
 def _divergences(tensors: Tensors, options: Options, k: int) -> Tensor:
-    """Of teacher k, [R], by the kernels."""
+    """KL(p_k || q) of each row, [R], by the kernels."""
     t = options.temperatures[k if len(options.temperatures) > 1 else 0]
     one = options._replace(
         host_weights=(1.0,), temperatures=(t,), combine="losses", kd_weight=1.0, ce_weight=0.0, scale_by_t2=False,
