@@ -122,6 +122,17 @@ def multi_teacher(student, teachers, target, weights, temperature, ce_weight) ->
     )
 
 
+def divergence_of(name: str) -> Callable[..., Tensor]:
+    """multi_teacher with another divergence than forward."""
+
+    def divergence(student, teachers, target, weights, temperature, ce_weight) -> Tensor:
+        return functional.multi_teacher_kd(
+            student, teachers, target, weights=weights, temperature=temperature, ce_weight=ce_weight, divergence=name
+        )
+
+    return divergence
+
+
 def mutual(logits, target, temperature, ce_weight) -> Tensor:
     return functional.mutual_kd(logits, target, temperature=temperature, ce_weight=ce_weight).sum()
 
@@ -155,6 +166,19 @@ OPERATIONS = {
             bytes_floor=inputs.multi_teacher_bytes,
             tests="tests/ops/test_multi_teacher*.py",
         ),
+        *[
+            Operation(
+                name=f"multi_teacher_{name}",
+                shapes=(Logits(256, 1000, 4), Logits(256, 32000, 1)),
+                large=(Logits(256, 32000, 1),),
+                make_inputs=inputs.multi_teacher,
+                fused=divergence_of(name),
+                baselines=with_reference(divergence_of(name), eager),
+                bytes_floor=inputs.multi_teacher_bytes,
+                tests="tests/ops/test_divergences.py",
+            )
+            for name, eager in (("reverse", multi_teacher_eager.reverse), ("jsd", multi_teacher_eager.jsd))
+        ],
         Operation(
             name="mutual",
             shapes=(Networks(128, 100, 4), Networks(256, 1000, 4)),
