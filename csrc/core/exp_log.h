@@ -1,4 +1,5 @@
-// exp and log without branches and calls, so that `#pragma omp simd` vectorises them on the CPU; CUDA has its own.
+// exp and log without branches and calls, so that `#pragma omp simd` vectorises them on the CPU; CUDA has its own, which the
+// host's run of the kernels (tests/simt) follows.
 // The compiler flags matter: with -fassociative-math the rounding constants below would be optimised away.
 #pragma once
 
@@ -19,15 +20,44 @@ constexpr A kLowestExponent = A(-708);
 template <>
 constexpr float kLowestExponent<float> = -87.f;
 
-// e^x for x <= 0 (or NaN): 1 ulp. Exactly 0 for -inf; a finite x gives at least the smallest normal number, so that a
-// product with an infinite factor stays infinite.
-FASTKD_HD float exp_negative(float x) {
-  const float bounded = x < kLowestExponent<float> ? kLowestExponent<float> : x;
+constexpr float kLog2E = 1.44269504f;
+
+#if defined(__CUDACC__) || defined(FASTKD_BACKEND_SIMT)
+// 2^y within 2^-22, one instruction; 0 where that is no normal number. On the host as far off as the device may be.
+FASTKD_HD float exp2_approximate(float y) {
 #if defined(__CUDA_ARCH__)
-  return x == -kInf ? 0.f : expf(bounded);
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(y));
+  return result;
+#else
+  const float off = float(int32_t(float_to_bits(y) * 2654435761u)) * 0x1p-53f;  // some number within 2^-22
+  const float result = y == float(int(y < -200.f ? -200.f : y)) ? ::exp2f(y) : ::exp2f(y) * (1 + off);
+  return result < 0x1p-126f ? 0.f : result;
+#endif
+}
+#endif
+
+// The larger of both; NaN where x is NaN.
+FASTKD_HD float at_least(float low, float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(low), "f"(x));
+  return result;
+#else
+  return x < low ? low : x;
+#endif
+}
+
+// e^x for x <= 0 (or NaN): 1 ulp, on CUDA 2^-22 + |x| 2^-24, what x itself is rounded by. Exactly 0 for -inf; a finite x gives
+// at least the smallest normal number, so that a product with an infinite factor stays infinite.
+FASTKD_HD float exp_negative(float x) {
+  const float bounded = at_least(kLowestExponent<float>, x);
+#if defined(__CUDACC__) || defined(FASTKD_BACKEND_SIMT)
+  const float e = exp2_approximate(bounded * kLog2E);
+  return x == -kInf ? 0.f : e;
 #else
   const float magic = 12583039.f;  // 1.5 * 2^23 + 127: adding it rounds to an integer, which lands biased in the low bits
-  const float shifted = bounded * 1.44269504f + magic, n = shifted - magic;
+  const float shifted = bounded * kLog2E + magic, n = shifted - magic;
   const float r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;  // n * the first part of log(2) is exact
   float p = 1.39262508315e-3f;  // (e^r - 1 - r) / r^2 within 1e-8 for |r| <= log(2) / 2
   p = p * r + 8.36323288368e-3f;
