@@ -152,7 +152,7 @@ OPERATIONS = {
             fused=multi_teacher,
             baselines=with_reference(multi_teacher, multi_teacher_eager.multi_teacher),
             bytes_floor=inputs.multi_teacher_bytes,
-            tests="tests/test_multi_teacher*.py",
+            tests="tests/ops/test_multi_teacher*.py",
         ),
         Operation(
             name="mutual",
@@ -162,7 +162,7 @@ OPERATIONS = {
             baselines=with_reference(mutual, mutual_eager.mutual),
             bytes_floor=inputs.mutual_bytes,
             gpu=((Networks(8192, 32000, 3), BF16),),
-            tests="tests/test_mutual*.py",
+            tests="tests/ops/test_mutual*.py",
         ),
         Operation(
             name="cross_entropy",
@@ -171,7 +171,7 @@ OPERATIONS = {
             fused=cross_entropy,
             baselines=eager_and_compiled(cross_entropy_eager.cross_entropy),
             bytes_floor=inputs.mutual_bytes,
-            tests="tests/test_cross_entropy*.py",
+            tests="tests/ops/test_cross_entropy*.py",
         ),
         Operation(
             name="group_stats",
@@ -181,7 +181,7 @@ OPERATIONS = {
             fused=functional.group_stats,
             baselines=eager_and_compiled(group_stats_eager.group_stats),
             bytes_floor=inputs.group_stats_bytes,
-            tests="tests/test_group_stats*.py",
+            tests="tests/ops/test_group_stats*.py",
         ),
         Operation(
             name="feature_ensemble",
@@ -191,7 +191,7 @@ OPERATIONS = {
             baselines=eager_and_compiled(feature_ensemble_eager.feature_ensemble),
             bytes_floor=inputs.feature_ensemble_bytes,
             gpu=((Maps(256, 256, 56, 56, 1), torch.float32), (Maps(256, 512, 28, 28, 5), BF16)),
-            tests="tests/test_feature_ensemble*.py",
+            tests="tests/ops/test_feature_ensemble*.py",
         ),
         Operation(
             name="rkd_distance",
@@ -201,7 +201,7 @@ OPERATIONS = {
             fused=functional.rkd_distance,
             baselines=eager_and_compiled(relational_eager.rkd_distance),
             bytes_floor=inputs.embeddings_bytes,
-            tests="tests/test_relational*.py",
+            tests="tests/ops/test_relational*.py",
         ),
         Operation(
             name="rkd_angle",
@@ -214,7 +214,7 @@ OPERATIONS = {
             fused=functional.rkd_angle,
             baselines=eager_and_compiled(relational_eager.rkd_angle),
             bytes_floor=inputs.embeddings_bytes,
-            tests="tests/test_relational*.py",
+            tests="tests/ops/test_relational*.py",
         ),
         Operation(
             name="linear_kd",
@@ -224,7 +224,7 @@ OPERATIONS = {
             fused=linear_kd,
             baselines=eager_and_compiled(linear_kd_eager.linear_kd),
             bytes_floor=inputs.linear_kd_bytes,
-            tests="tests/test_multi_teacher*.py",
+            tests="tests/ops/test_multi_teacher*.py",
         ),
     ]
 }

@@ -89,11 +89,11 @@ ABOUT = {
     "FEED": "a student, 3 frozen teachers, last maps",
 }
 TESTS = {
-    "DGKD": "tests/test_dgkd*.py",
-    "ORC": "tests/test_orc*.py",
-    "CTSL-MKT": "tests/test_ctsl_mkt*.py",
-    "DKEL": "tests/test_dkel*.py",
-    "FEED": "tests/test_feed*.py",
+    "DGKD": "tests/methods/test_dgkd*.py",
+    "ORC": "tests/methods/test_orc*.py",
+    "CTSL-MKT": "tests/methods/test_ctsl_mkt*.py",
+    "DKEL": "tests/methods/test_dkel*.py",
+    "FEED": "tests/methods/test_feed*.py",
 }
 
 

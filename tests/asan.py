@@ -80,7 +80,7 @@ def settings(level: int) -> dict[str, str]:
 def main() -> int:
     build()
     names = sorted(path.name for path in (ROOT / "csrc").iterdir() if path.name != "core")
-    files = sorted(str(path.relative_to(ROOT)) for name in names for path in ROOT.glob(f"tests/test_{name}*.py"))
+    files = sorted(str(path.relative_to(ROOT)) for name in names for path in ROOT.glob(f"tests/ops/test_{name}*.py"))
     # A finding must reach the terminal: no capture of file descriptors.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "asan", "-p", "no:cacheprovider", "--capture=sys"]
     command += ["-m", "not slow", "-k", TESTS, *files, *sys.argv[1:]]

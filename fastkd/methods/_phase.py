@@ -6,19 +6,21 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastkd.methods._batch import Batch
 
-Terms = tuple[Tensor, dict[str, Tensor]]
+Terms = tuple[Tensor, dict[str, Tensor]] | tuple[Tensor, dict[str, Tensor], Tensor]
 
 
 class Phase:
     """One update: the loss to go back through and what it trains.
 
     Made by a method, used by a loop. `loss_of(inputs, target)` returns the mean loss of these rows, a scalar with a
-    graph, and its terms as detached scalars that add up to it. With one chunk it is called at once; with more, each
-    time that `losses` is asked for the next one, so that only one chunk's activations are alive.
+    graph, and its terms as detached scalars that add up to it; where this pass has them anyway, as a third item the
+    logits of these rows [b, C] of the network to ship (`Method.deployable`). With one chunk it is called at once; with
+    more, each time that `losses` is asked for the next one, so that only one chunk's activations are alive.
 
     Attributes:
         networks: the networks that this phase trains, as `map_learners` wrapped them.
@@ -27,6 +29,7 @@ class Phase:
         losses: an iterator of `chunks` scalars; the sum of their gradients is the gradient of the whole batch's loss.
         parts: name -> detached 0-d tensor, the terms of the loss as they enter the sum; with several chunks, summed
             over the chunks that `losses` has yielded.
+        outputs: the deployable network's logits of the batch, where the pass has them.
         skipped: False; a loop that takes no optimiser step (a GradScaler that found an infinity) sets it True before
             it goes on to the next phase, and what follows a step (a moving average of the weights) is left out.
     """
@@ -39,6 +42,7 @@ class Phase:
         self.chunks = batch.chunks
         self.parts: dict[str, Tensor] = {}
         self.skipped = False
+        self._outputs: list[Tensor] = []  # of each chunk so far, where all have them
         self.losses = self._losses(loss_of, batch)
         if self.chunks == 1:
             self._loss = next(self.losses)
@@ -54,6 +58,17 @@ class Phase:
             )
         return self._loss
 
+    @property
+    def outputs(self) -> Tensor | None:
+        """Logits [B, C], detached, of the network to ship in the mode in which this pass ran it.
+
+        None where the pass has none, before the last chunk, and for logits of more dimensions: those of sequences
+        [B, T, V] would be kept alive for the whole step.
+        """
+        if len(self._outputs) < self.chunks:
+            return None
+        return self._outputs[0] if self.chunks == 1 else torch.cat(self._outputs)
+
     def before_backward(self, check: Callable[[], None]) -> None:
         """Call check() whenever a backward pass through one of the losses begins."""
 
@@ -64,7 +79,8 @@ class Phase:
 
     def _losses(self, loss_of: Callable[[Any, Any], Terms], batch: Batch) -> Iterator[Tensor]:
         for inputs, target, share in batch:
-            loss, parts = loss_of(inputs, target)
+            loss, parts, *outputs = loss_of(inputs, target)
+            self._outputs += [logits.detach() for logits in outputs if logits.dim() == 2]
             for name, part in parts.items():
                 part = batch.weigh(part, share)
                 self.parts[name] = self.parts[name] + part if name in self.parts else part

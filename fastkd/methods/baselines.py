@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastkd._core.checks import check_number
 from fastkd.methods._checks import check_network, check_networks
-from fastkd.methods.base import Batch, Method, Phase, cross_entropy
+from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 from fastkd.methods.dgkd import DGKD
 
 
@@ -39,9 +39,10 @@ class CE(Method):
         """The student."""
         return self.student
 
-    def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = cross_entropy(self.learned_logits("student", inputs), target)
-        return loss, {"ce": loss.detach()}
+    def _terms(self, inputs: Any, target: Any) -> Terms:
+        logits = self.learned_logits("student", inputs)
+        loss = cross_entropy(logits, target)
+        return loss, {"ce": loss.detach()}, logits
 
 
 class KD(DGKD):

@@ -117,7 +117,7 @@ class CTSLMKT(Peers):
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
         yield Phase(self.running(), self._terms, batch)
 
-    def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         views = self.view_of_each(inputs)
         rows = rows_that_count(target) if self.gives_outputs else None
         former = [  # each [B, C], or None
@@ -136,7 +136,7 @@ class CTSLMKT(Peers):
             for name, values in more.items():
                 loss = loss + sum(values)
                 terms[name] = values
-        return loss, self.parts_of(terms)
+        return loss, self.parts_of(terms), logits[self.deploy]
 
     def _run_peer(self, k: int, view: Any) -> Outputs:
         if self.gives_outputs:  # also of a peer without the switch: the others learn from its embedding

@@ -16,13 +16,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastkd import functional
 from fastkd._core.checks import check_choice, check_integer, check_number, check_temperature
 from fastkd._core.messages import wrong_value
 from fastkd.methods._checks import check_network, check_networks
-from fastkd.methods.base import Batch, Method, Phase
+from fastkd.methods.base import Batch, Method, Phase, Terms
 
 
 class DGKD(Method):
@@ -114,7 +114,7 @@ class DGKD(Method):
         """What the caller gave this guide as, for errors."""
         return f"guides[{guide}]"
 
-    def _terms(self, kept: list[int], inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _terms(self, kept: list[int], inputs: Any, target: Any) -> Terms:
         targets = [self.taught_logits(self.guides[g], inputs, self._argument(g)) for g in kept]  # each [..., C]
         logits = self.learned_logits("student", inputs)  # [..., C]
         for g, guide in zip(kept, targets, strict=True):
@@ -134,4 +134,4 @@ class DGKD(Method):
             return_terms=True,
         )
         parts = {} if ce_weight == 0 else {"ce": ce_weight * terms.ce}
-        return loss, parts | {"kd": weight * terms.kd}
+        return loss, parts | {"kd": weight * terms.kd}, logits

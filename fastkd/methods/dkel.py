@@ -32,7 +32,7 @@ from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.methods._checks import check_apart, check_network
 from fastkd.methods._fresh import weights_from
 from fastkd.methods._mean_teacher import average, average_gradients, check_precision, fresh_like, shapes
-from fastkd.methods.base import Batch, Method, Phase
+from fastkd.methods.base import Batch, Method, Phase, Terms
 from fastkd.models import Branched
 
 NEGLIGIBLE = 0.01  # a weight of the teachers' ensemble that counts as 0 (P, code)
@@ -231,7 +231,7 @@ class DKEL(Method):
         super().set_extra(extra)
         self.steps, self.initialised = extra["steps"], extra["initialised"]
 
-    def _terms(self, weight: float, ensemble: float, views: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _terms(self, weight: float, ensemble: float, views: Any, target: Any) -> Terms:
         if target is None:
             raise wrong_value(self._name(), "target", "class indices [B]", None)
         # Also where nothing is distilled: its batch statistics follow.
@@ -258,7 +258,7 @@ class DKEL(Method):
             return_terms=True,
         )  # each [m + 1]
         ce = self.ce_weight * terms.ce
-        return losses.sum(), {"ce": ce[:m].sum(), "ensemble_ce": ce[m], "kd": terms.kd.sum()}
+        return losses.sum(), {"ce": ce[:m].sum(), "ensemble_ce": ce[m], "kd": terms.kd.sum()}, teachers[0]
 
     def _check_branched(self, argument: str, value: object) -> None:
         if not isinstance(value, Branched):

@@ -29,7 +29,7 @@ from fastkd.methods._checks import check_network, check_networks, is_sequence
 from fastkd.methods._features import outputs_of
 from fastkd.methods._fresh import beside, weights_from
 from fastkd.methods._map_channels import map_channels
-from fastkd.methods.base import Batch, Method, Phase, cross_entropy
+from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 from fastkd.nn import FeatureTransforms
 from fastkd.ops.feature_ensemble import NORMS
 
@@ -123,7 +123,7 @@ class FEED(Method):
         """The student, without the transforms."""
         return self.student
 
-    def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _terms(self, inputs: Any, target: Any) -> Terms:
         self._check_target(target)
         teachers = [
             self.teach(teacher, inputs, partial(last_map, method_name=self._name(), argument=f"teachers[{n}]"))
@@ -134,7 +134,7 @@ class FEED(Method):
         students = self.learner("transforms")(outputs.maps[-1])  # n x [B, c_n, H_S, W_S]
         ce = cross_entropy(outputs.logits, target)
         features = self.beta * self._distance(students, teachers, target)
-        return ce + features, {"ce": ce.detach(), "features": features.detach()}
+        return ce + features, {"ce": ce.detach(), "features": features.detach()}, outputs.logits
 
     def _distance(self, students: Sequence[Tensor], teachers: Sequence[Tensor], target: Tensor) -> Tensor:
         """The sum over the teachers, the mean over the rows that count; a scalar."""

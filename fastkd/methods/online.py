@@ -20,7 +20,7 @@ from fastkd._core.checks import check_choice, check_integer, check_number, check
 from fastkd._core.labels import counted, is_soft
 from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.methods._peers import Peers, check_peers, per_peer
-from fastkd.methods.base import Batch, Phase
+from fastkd.methods.base import Batch, Phase, Terms
 from fastkd.methods.ctsl_mkt import CTSLMKT
 from fastkd.ops._formulas import accumulate_dtype
 from fastkd.ops._inputs import check_soft_target, check_target
@@ -113,7 +113,7 @@ class KDCL(Peers):
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
         yield Phase(self.running(), self._terms, batch)
 
-    def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _terms(self, inputs: Any, target: Any) -> Terms:
         if target is None:
             raise wrong_value(self._name(), "target", "class indices: they choose the ensemble", None)
         views = self.view_of_each(inputs)
@@ -132,7 +132,7 @@ class KDCL(Peers):
             ce_weight=1.0,
             return_terms=True,
         )  # each [M]
-        return losses.sum(), self.parts_of({"ce": terms.ce, "kd": terms.kd})
+        return losses.sum(), self.parts_of({"ce": terms.ce, "kd": terms.kd}), logits[self.deploy]
 
     def _check_labels(self, target: Tensor, logits: Tensor) -> None:
         if not is_soft(target):

@@ -251,9 +251,12 @@ class ORC(Method):
     def _taught_terms(self, phase: str, names: Sequence[str], inputs: Any, target: Tensor) -> Terms:
         inputs, teachers = inputs
         loss = ce = kd = 0
+        shipped = None
         for name in names:
+            logits = self.learned_logits(name, inputs)  # [B, C]
+            shipped = logits if name == "students.0" else shipped
             one, terms = functional.multi_teacher_kd(
-                self.learned_logits(name, inputs),
+                logits,
                 teachers,
                 target,
                 weights=[1.0] * len(teachers),
@@ -264,7 +267,8 @@ class ORC(Method):
             )
             loss = loss + one
             ce, kd = ce + (1 - self.beta) * terms.ce, kd + self.beta * terms.kd
-        return loss, {f"{phase}_ce": ce, f"{phase}_kd": kd}
+        parts = {f"{phase}_ce": ce, f"{phase}_kd": kd}
+        return (loss, parts) if shipped is None else (loss, parts, shipped)
 
     def _observe(self, name: str, batch: Batch) -> Tensor:
         """Logits [B, C] of a network for the batch, part by part."""

@@ -22,7 +22,7 @@ from fastkd._core.messages import wrong_value
 from fastkd.methods._checks import check_network
 from fastkd.methods._fresh import beside, weights_from
 from fastkd.methods._map_channels import map_channels
-from fastkd.methods.base import Batch, Method, Phase
+from fastkd.methods.base import Batch, Method, Phase, Terms
 from fastkd.methods.feed import last_map
 
 
@@ -81,7 +81,7 @@ class Reconstruction(Method):
         size = _distance(map, torch.zeros_like(map))
         return ReconstructionError(absolute, absolute / size)
 
-    def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _terms(self, inputs: Any, target: Any) -> Terms:
         map = self._map(inputs)
         rows = _distance(self.learner("autoencoder")(map), map)  # [B]
         loss = rows.mean() if target is None else mean_over_counted(rows, target)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastkd import functional
 from fastkd._core.checks import check_number
@@ -15,7 +15,7 @@ from fastkd._core.messages import wrong_value
 from fastkd.methods._checks import check_network
 from fastkd.methods._features import outputs_of
 from fastkd.methods._relations import rows_that_count, select
-from fastkd.methods.base import Batch, Method, Phase, cross_entropy
+from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 
 
 class RKD(Method):
@@ -79,7 +79,7 @@ class RKD(Method):
         """The student."""
         return self.student
 
-    def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _terms(self, inputs: Any, target: Any) -> Terms:
         terms = {}
         if self.gives_outputs:
             rows = rows_that_count(target)
@@ -97,4 +97,4 @@ class RKD(Method):
         ):
             if weight > 0:
                 terms[name] = weight * relation(features, taught, process_group=self.process_group)
-        return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
+        return sum(terms.values()), {name: term.detach() for name, term in terms.items()}, logits

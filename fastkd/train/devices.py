@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastkd._core.labels import IGNORE_INDEX, counted
 from fastkd._core.messages import UserError, note
@@ -106,14 +105,6 @@ def check_cuda_graph(settings: Settings, device: torch.device, world: World = AL
 def _note_once(text: str) -> None:
     """A comparison has many runs."""
     note(text)
-
-
-def run_as(method: Method, network: nn.Module) -> Any:
-    """What runs in the place of a learning network; None where it is run itself, or does not learn."""
-    for name in method.learner_names:
-        if method.get_submodule(name) is network and method.learner(name) is not network:
-            return method.learner(name)
-    return None
 
 
 def _check_labels(target: torch.Tensor, classes: int) -> None:

@@ -22,7 +22,7 @@ from fastkd.models import call_network, logits_of
 from fastkd.train import batch_norm, checkpoint, same_data
 from fastkd.train.bad_images import BadImages
 from fastkd.train.board import Board
-from fastkd.train.devices import batch_on, batches_on, pick_device, prepare, rows_of, run_as
+from fastkd.train.devices import batch_on, batches_on, pick_device, prepare, rows_of
 from fastkd.train.distributed import ALONE, World, own_seed, world
 from fastkd.train.interrupts import Interrupted, catch_interrupt, leave_interrupts
 from fastkd.train.kept_logits import KeptLogits
@@ -219,10 +219,8 @@ class Fit:
                         raise Interrupted
 
             try:
-                network = self.method.deployable()
-                with meter.watch(network, run_as(self.method, network)):
-                    classes, taught = self.data.num_classes, (lambda: None) if kept is None else kept.of_batch
-                    train_epoch(self.method, batches, self.optimizer, meter, on_batch, self.steps, classes, taught)
+                classes, taught = self.data.num_classes, (lambda: None) if kept is None else kept.of_batch
+                train_epoch(self.method, batches, self.optimizer, meter, on_batch, self.steps, classes, taught)
                 meter.look()
                 meter = meter.total()
                 if meter.images == 0:

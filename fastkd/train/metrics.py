@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 from fastkd._core.files import write_atomic
 from fastkd._core.messages import UserError
 from fastkd.methods import Phase
-from fastkd.models import logits_of
 from fastkd.train.distributed import ALONE, World
 
 
@@ -38,9 +35,8 @@ class Meter:
     Where a phase was left out (`phase.skipped`), its batch enters no mean but the accuracy's. `describe(name,
     networks)` says which phase it is that has this name and trains these networks, "" where there is only one.
 
-    `watch(network)` takes the accuracy from the outputs that the network gives while it trains, so that it costs no
-    forward pass of its own. Where it gives none, the accuracy is NaN. The parts of a phase that has a name bear it:
-    "private_ce".
+    The accuracy is that of `phase.outputs`, of the last phase of a batch that has them: it costs no forward pass of its
+    own. Where none has, it is NaN. The parts of a phase that has a name bear it: "private_ce".
 
     With several processes (`world`) it holds those of this process; `total()` those of all.
     """
@@ -65,45 +61,7 @@ class Meter:
         self._losses: list[tuple[int, tuple, Tensor]] = []  # (batch, phase, loss) that no one looked at yet
         self._batch: dict[str, Tensor] = {}  # sums of the current batch
         self._whole = True  # no phase of it was left out
-        self._outputs: list[Tensor] = []  # logits that the watched network gave in this batch
-
-    @contextmanager
-    def watch(self, network: nn.Module, wrapped: Any = None) -> Iterator[None]:
-        """Within the block, the outputs of `network` are seen, also of `forward_features` called by itself.
-
-        Where it is run as `wrapped`, what that gives is seen instead: nothing changes inside of what is compiled.
-        """
-        seen = network if wrapped is None else wrapped
-        within = False  # a call of the network, which may call its own forward_features: one output, not two
-
-        def begin(network, inputs) -> None:
-            nonlocal within
-            within = True
-
-        def end(network, inputs, output) -> None:
-            nonlocal within
-            within = False
-            self._keep_output(network, output)
-
-        hooks = [seen.register_forward_pre_hook(begin), seen.register_forward_hook(end)]
-        method = getattr(network, "forward_features", None) if seen is network else None
-        if method is not None:
-
-            @functools.wraps(method)
-            def watched(*args, **kwargs):
-                output = method(*args, **kwargs)
-                if not within:
-                    self._keep_output(network, output)
-                return output
-
-            network.forward_features = watched  # methods that need features call it past the hooks of the network
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            if method is not None:
-                del network.forward_features
+        self._outputs: Tensor | None = None  # logits [B, C] of the current batch
 
     def add(self, phase: Phase, rows: int, loss: Tensor | None = None, tolerant: bool = True) -> None:
         """One update of the current batch, of `rows` images; `loss` where the phase has it in chunks.
@@ -111,6 +69,8 @@ class Meter:
         The loss of a phase that was left out is looked at where not `tolerant`.
         """
         loss = phase.loss.detach() if loss is None else loss
+        outputs = phase.outputs
+        self._outputs = self._outputs if outputs is None else outputs
         if not (phase.skipped and tolerant):
             # Not the phase itself: it holds the graph.
             self._losses.append((self.batches + 1, (phase.name, phase.networks), loss))
@@ -125,13 +85,9 @@ class Meter:
     def end_batch(self, target: Tensor, rows: int | None = None) -> None:
         """Counts the batch, of `rows` that count (all); Divergence if a look is due and a loss was not finite."""
         rows = len(target) if rows is None else rows
-        parts, missing = [], len(target)  # of gradient accumulation, the last ones
-        while self._outputs and missing > 0:
-            parts.insert(0, self._outputs.pop())
-            missing -= len(parts[0])
-        self._outputs.clear()
-        if parts and missing == 0 and parts[0].dim() == 2:
-            _accumulate(self.sums, "accuracy", (torch.cat(parts).argmax(1) == target).sum())
+        outputs, self._outputs = self._outputs, None
+        if outputs is not None and len(outputs) == len(target):
+            _accumulate(self.sums, "accuracy", (outputs.argmax(1) == target).sum())
             self.judged += rows
         if self._whole:
             for name, total in self._batch.items():
@@ -191,10 +147,6 @@ class Meter:
         for name in _COUNTS:
             setattr(self, name, state[name] if first or name not in _ROWS else 0)
         self.sums = {name: total.to(self.device) * first for name, total in state["sums"].items()}
-
-    def _keep_output(self, network: nn.Module, output: Any) -> None:
-        if network.training:
-            self._outputs.append(logits_of(output).detach())
 
 
 def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

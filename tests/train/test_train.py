@@ -34,8 +34,7 @@ def test_epoch_is_the_plain_loop(tmp_path):
     fit.train_batches.sampler.set_epoch(0)
     other.train_batches.sampler.set_epoch(0)
     meter = Meter(fit.device, 1)
-    with meter.watch(fit.method.deployable()):
-        train_epoch(fit.method, fit.train_batches, fit.optimizer, meter)
+    train_epoch(fit.method, fit.train_batches, fit.optimizer, meter)
     loss, correct, network = 0.0, 0, network.train()
     for inputs, target in other.train_batches:
         logits = network(inputs)
@@ -96,43 +95,23 @@ def test_last_batch_of_one_image_is_left_out(tmp_path):
     assert sum(len(t) for _, t in small_fit(tmp_path, train_size=62, batch_size=20).train_batches) == 62
 
 
-def test_meter_reads_accuracy_only_of_training_outputs():
-    network = nn.Linear(4, 3)
+def test_meter_takes_the_accuracy_of_the_last_outputs_of_a_batch():
+    target = torch.tensor([0, 2, 1, 1])
+    right = nn.functional.one_hot(target, 3).float()
     meter = Meter(torch.device("cpu"), 1)
-    inputs = torch.randn(8, 4)
-    with meter.watch(network):
-        target = network(inputs).argmax(1)  # the network is in train mode: all right
-        network.eval()(inputs + 100)  # must not count
-        meter.end_batch(target)
-    network.train()(inputs - 100)  # is not watched any more
-    assert meter._outputs == []
+    for outputs in (right.flip(1), None, right, None):  # a phase without them changes nothing
+        meter.add(fake_phase(1.0, outputs=outputs), 4)
+    meter.end_batch(target)
+    meter.add(fake_phase(1.0), 4)
+    meter.end_batch(target)  # a batch without any is not judged
+    assert meter.judged == 4 and meter.images == 8
     assert meter.means()["accuracy"] == 1.0
     assert math.isnan(Meter(torch.device("cpu"), 1).means()["accuracy"])
 
 
-def test_meter_sees_networks_that_are_asked_for_features():
-    network = models.create("plain2", 10, image_size=8, channels=1, width=0.0625)
-    meter = Meter(torch.device("cpu"), 1)
-    with meter.watch(network):
-        logits = network.forward_features(torch.randn(8, 1, 8, 8)).logits
-        meter.end_batch(logits.argmax(1))
-    assert meter.means()["accuracy"] == 1.0
-    assert "forward_features" not in vars(network)
-
-
-def test_meter_counts_a_call_once_that_asks_the_network_for_its_features():
-    """In parts of a batch: an output that was kept twice would push another part's out."""
-    network = models.create("plain2", 10, image_size=8, channels=1, width=0.0625)
-    meter = Meter(torch.device("cpu"), 1)
-    with meter.watch(network):
-        parts = [network(torch.randn(4, 1, 8, 8) * scale).argmax(1) for scale in (1, 100)]
-        meter.end_batch(torch.cat([parts[0], (parts[1] + 1) % 10]))
-    assert meter.means()["accuracy"] == 0.5
-
-
-def fake_phase(loss, parts=(), name=""):
+def fake_phase(loss, parts=(), name="", outputs=None):
     facts = {"loss": torch.tensor(loss), "parts": dict(parts), "name": name, "networks": (), "skipped": False}
-    return type("P", (), facts)()
+    return type("P", (), facts | {"outputs": outputs})()
 
 
 def test_meter_gives_parts_the_name_of_their_phase():

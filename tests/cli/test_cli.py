@@ -18,7 +18,7 @@ from fastkd.runs.config import read_yaml
 from fastkd.train import RECIPES, Runner, TrainConfig, UserError
 from fastkd.train.metrics import read_csv
 
-RECIPE_FOLDER = Path(__file__).resolve().parent.parent / "fastkd" / "recipes"
+RECIPE_FOLDER = Path(__file__).resolve().parents[2] / "fastkd" / "recipes"
 SMALL = "--train-size 60 --teacher plain2:width=0.25 --assistants plain2:width=0.125 --student plain2:width=0.0625"
 SMALL += " --device cpu --quiet"
 

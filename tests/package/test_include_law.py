@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cuh", ".cu"))
 OPERATIONS = sorted(path.name for path in CSRC.iterdir() if path.is_dir() and path.name != "core")
 PLAIN = {"cstdint", "math.h"}  # nothing with inline functions: csrc/core/config.h says why

@@ -12,7 +12,7 @@ import torch
 import fastkd
 from fastkd import _backend, functional
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from graphs_helpers import StandIn  # noqa: E402

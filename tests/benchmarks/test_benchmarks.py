@@ -11,7 +11,7 @@ import torch
 
 import fastkd
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import guard, measure, registry, report  # noqa: E402

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ["FASTKD_WITH_CUDA", "FASTKD_REQUIRE_NATIVE", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CXX"]
 SETTINGS += ["CUDACXX", "CUDA_HOME", "CUDA_PATH"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from fastkd import methods
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import guard, measure, other, report, scaling, steps  # noqa: E402

@@ -17,7 +17,7 @@ import torch
 
 from fastkd import _library
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "fastkd"
 CPU, CUDA = PACKAGE / "libfastkd_cpu.so", PACKAGE / "libfastkd_cuda.so"
 LOADER = platform.machine().replace("_", "-")
@@ -138,7 +138,7 @@ def test_the_operations_tests_pass_at_each_level(operation, level):
     code = "import fastkd; print(fastkd._library.CPU.cpu_level)"
     if int(output(sys.executable, "-c", code, env=environment, cwd=ROOT)) != level:
         pytest.skip(f"this processor has no x86-64-v{level}")
-    files = sorted(str(path) for path in (ROOT / "tests").glob(f"test_{operation}*.py"))
+    files = sorted(str(path) for path in (ROOT / "tests" / "ops").glob(f"test_{operation}*.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", "cpu", *files]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -104,7 +104,7 @@ def test_means_leave_out_a_batch_without_all_its_steps():
     for losses, skipped in (((1.0, 2.0), ()), ((5.0, math.nan), (1,)), ((3.0, 6.0), ())):
         for number, loss in enumerate(losses):
             parts = {f"part{number}": torch.tensor(loss)}
-            facts = {"loss": torch.tensor(loss), "parts": parts, "name": "", "networks": ()}
+            facts = {"loss": torch.tensor(loss), "parts": parts, "name": "", "networks": (), "outputs": None}
             meter.add(type("P", (), facts | {"skipped": number in skipped})(), 4)
         meter.end_batch(torch.zeros(4, dtype=torch.long))
     means = meter.means()

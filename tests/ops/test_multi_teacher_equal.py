@@ -9,7 +9,7 @@ import pytest
 from conftest import PLACES
 from multi_teacher_helpers import loss_and_grad, make
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FUSED = os.environ.get("FASTKD_SIMT_FMA") == "1"
 
 

@@ -16,7 +16,7 @@ import torch
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TREE = ["fastkd", "csrc", "tools", "tests", "benchmarks", "setup.py", "CMakeLists.txt", "pyproject.toml"]
 TREE += ["MANIFEST.in", "Makefile", "constraints.txt", "README.md"]
 SETTINGS = ["FASTKD_REQUIRE_NATIVE", "FASTKD_BACKEND", "FASTKD_CPU_LEVEL", "PYTHONPATH"]
@@ -132,7 +132,7 @@ def test_the_same_wheel_under_another_torch(version, wheel_and_log, tmp_path):
         told = run(venv.python, "-W", "error", "-c", code, cwd=tmp_path)
         assert told.startswith(version) and "CPU kernels" in told and "site-packages" in told
         # The CUDA kernels on the host are the same sources under any torch.
-        tests = sorted(tmp_path.glob("tests/test_multi_teacher*.py"))
+        tests = sorted(tmp_path.glob("tests/ops/test_multi_teacher*.py"))
         command = [venv.python, "-m", "pytest", "-q", "-m", "not slow", "-k", "not simt and not launch", *tests]
         summary = run(*command, cwd=tmp_path).strip().splitlines()[-1]
         assert int(re.search(r"(\d+) passed", summary)[1]) >= 200

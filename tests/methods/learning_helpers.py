@@ -44,7 +44,7 @@ def assert_learnt(model, x, y, *untrained, margin=0.4):
 
 def assert_example_runs(name: str, says: str, capsys):
     """examples/<name>.py: short, learns, and prints this word."""
-    example = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    example = Path(__file__).parents[2] / "examples" / f"{name}.py"
     assert len(example.read_text().splitlines()) < 60
     result = runpy.run_path(str(example), run_name="__main__")
     assert result["accuracy"] > 0.5

@@ -11,7 +11,7 @@ import pytest
 from fastkd import _bench
 from fastkd.cli import main
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import gpu_calls, gpu_check  # noqa: E402
