@@ -44,9 +44,10 @@ def test_equal_networks_are_exactly_0_apart(temperature, k, at):
     assert float(loss.abs().max()) == 0 and float(grad.abs().max()) == 0
 
 
+@pytest.mark.parametrize("wide", [False, True])  # a teacher of another dtype takes the kernel for any row
 @pytest.mark.parametrize("masked", ["student", "teacher", "both"])
 @pytest.mark.parametrize("part", [slice(0, 2048), slice(2048, 4096), slice(0, 4096, 4)])
-def test_parts_masked_by_the_most_negative_number(part, masked, at):
+def test_parts_masked_by_the_most_negative_number(part, masked, wide, at):
     """Of a whole pass of all threads too: their maximum so far is that number, and all of it is given up later."""
     student, teachers, target = make(2, 4096, 2, device=at("simt_stream"))
     lowest = torch.finfo(torch.float32).min
@@ -54,6 +55,7 @@ def test_parts_masked_by_the_most_negative_number(part, masked, at):
         for z in (student, *teachers) if masked == "both" else teachers if masked == "teacher" else (student,):
             z[:, part] = lowest
     target[:] = 4095
+    teachers = [t.double() if wide else t for t in teachers]
     loss, grad = loss_and_grad(student, teachers, target, ce_weight=0.5, reduction="none")
     exact, exact_grad = in_float64(student, teachers, target, ce_weight=0.5, reduction="none")
     if masked == "student":  # the teachers' part of the masked classes times 3e38
@@ -95,7 +97,8 @@ def test_states_are_those_of_the_kernel_for_any_row(dtype, at):
     for wide in (False, True):
         mixed = [t.double() if wide else t for t in teachers]
         tensors, scalars, numbers = raw(student, mixed, target, ce_weight=0.5)
-        results.append(fastkd._backend.native_ops(student).multi_teacher_forward(*tensors, scalars, *numbers, True, True))
+        ops = fastkd._backend.native_ops(student)
+        results.append(ops.multi_teacher_forward(*tensors, scalars, *numbers, True, True))
     for one, other in zip(results[0], results[1], strict=True):
         torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
     assert kernels._streams(student)

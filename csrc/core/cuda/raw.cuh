@@ -1,5 +1,5 @@
-// Sixteen bytes of a row as they lie in memory. What is loaded so is converted where it is used, and not where the load is
-// issued: there the conversion would wait for it.
+// Vectors of a row as they lie in memory. What is loaded so is converted where it is used, and not where the load is issued:
+// there the conversion would wait for it.
 #pragma once
 
 #include <cstdint>
@@ -13,13 +13,28 @@ inline namespace FASTKD_TARGET {
 template <class T>
 constexpr int kRawItems = 16 / int(sizeof(T));
 
-struct RawWords {
-  uint32_t word[4];
+// What an access of so many bytes moves.
+template <int Bytes>
+struct RawOf {
+  using type = uint4;
+};
+template <>
+struct RawOf<8> {
+  using type = uint2;
+};
+template <int Bytes>
+using Raw = typename RawOf<Bytes>::type;
+
+template <class T, class Bits>
+struct RawArray {
+  T v[sizeof(Bits) / sizeof(T)];
 };
 
-__device__ __forceinline__ uint4 load_raw(const void* row, unsigned vector) {
-  const uint4* from = static_cast<const uint4*>(row) + vector;
-  SIMT_ASSERT_ALIGNED(from, 16);
+// The vector at `row`, or so many vectors after it.
+template <class Bits = uint4>
+__device__ __forceinline__ Bits load_raw(const void* row, unsigned vector = 0) {
+  const Bits* from = static_cast<const Bits*>(row) + vector;
+  SIMT_ASSERT_ALIGNED(from, sizeof(Bits));
   return __ldg(from);
 }
 
@@ -69,28 +84,30 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high, Half) {
 #endif
 }
 
-// The float elements of a vector of T.
-template <class T>
-__device__ __forceinline__ void unpack(const uint4& bits, float (&to)[kRawItems<T>]) {
-  const RawWords raw = __builtin_bit_cast(RawWords, bits);
+// The elements of a vector of T.
+template <class T, class Bits, class A, int N>
+__device__ __forceinline__ void unpack(const Bits& bits, A (&to)[N]) {
+  static_assert(N * sizeof(T) == sizeof(Bits));
+  if constexpr (sizeof(T) == sizeof(A)) {
+    const RawArray<A, Bits> raw = __builtin_bit_cast(RawArray<A, Bits>, bits);
 #pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    if constexpr (sizeof(T) == 4)
-      to[w] = bits_to_float(raw.word[w]);
-    else
-      unpack_pair(raw.word[w], T{}, to[2 * w], to[2 * w + 1]);
+    for (int i = 0; i < N; ++i) to[i] = raw.v[i];
+  } else {
+    const RawArray<uint32_t, Bits> raw = __builtin_bit_cast(RawArray<uint32_t, Bits>, bits);
+#pragma unroll
+    for (int w = 0; w < N / 2; ++w) unpack_pair(raw.v[w], T{}, to[2 * w], to[2 * w + 1]);
   }
 }
 
 template <class T>
 __device__ __forceinline__ uint4 pack(const float (&from)[kRawItems<T>]) {
-  RawWords raw;
+  RawArray<uint32_t, uint4> raw;
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
     if constexpr (sizeof(T) == 4)
-      raw.word[w] = float_to_bits(from[w]);
+      raw.v[w] = float_to_bits(from[w]);
     else
-      raw.word[w] = pack_pair(from[2 * w], from[2 * w + 1], T{});
+      raw.v[w] = pack_pair(from[2 * w], from[2 * w + 1], T{});
   }
   return __builtin_bit_cast(uint4, raw);
 }
