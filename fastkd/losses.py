@@ -5,21 +5,25 @@ Logits may come as what a network returned: a tensor, or an object or dict with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
 from fastkd import functional
 from fastkd._outputs import find_logits
-from fastkd.ops._formulas import LossTerms
+from fastkd.ops._feature_maps import Norm
+from fastkd.ops._formulas import LossTerms, Reduction
+from fastkd.ops._multi_teacher_formula import Combine
+from fastkd.ops.feature_ensemble import Elements
 from fastkd.ops.multi_teacher import DistillationStats
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fastkd.ops._keywords import Distillation
+    from fastkd.ops._keywords import Distillation, Mutual
 
 Logits = Any  # Tensor [..., C], or an object or dict with one in `logits`
 Loss = TypeVar("Loss")
@@ -33,12 +37,13 @@ class _Fixed(_Loss):
     has no tensor brings a buffer.
     """
 
+    reduction: Reduction
     _tensors: tuple[str, ...] = ()
     _shown: tuple[str, ...] = ()
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in self._tensors:
-            return super().__setattr__(name, value)
+            return super().__setattr__(name, value)  # type: ignore[arg-type]  # torch: Tensor | Module
         for table in (self._parameters, self._buffers, self.__dict__):
             table.pop(name, None)
         if isinstance(value, nn.Parameter):
@@ -48,7 +53,15 @@ class _Fixed(_Loss):
         else:
             self.__dict__[name] = value
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *rest: Any,
+    ) -> None:
         for name in self._tensors:
             saved = state_dict.get(prefix + name)
             if saved is not None and not isinstance(getattr(self, name), Tensor):
@@ -67,6 +80,11 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
 
     A tensor of weights or temperatures is a buffer: it moves with the module and is in its state dict. It may be set
     anew, also to a number, and older states load. Weights that change per call go into the call.
+
+    >>> loss = fastkd.MultiTeacherKD(ce_weight=0.5, weights=[0.75, 0.25])
+    >>> logits = torch.zeros(2, 4)
+    >>> round(loss(logits, [logits, logits], torch.tensor([0, 3])).item(), 4)  # equal teachers: 0.5 * log 4 alone
+    0.6931
     """
 
     _tensors = ("weights", "temperature")
@@ -105,13 +123,13 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
         weights: Tensor | Sequence[float] | None = None,
         kd_weight: float | Tensor = 1.0,
         temperature: float | Tensor | Sequence[float] = 4.0,
-        combine: str = "losses",
+        combine: Combine = "losses",
         ce_weight: float | Tensor = 0.0,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         class_dim: int = -1,
         scale_by_t2: bool = True,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         return_terms: bool = False,
         return_stats: bool = False,
     ) -> None:
@@ -132,7 +150,7 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
         num_items: float | Tensor | None = None,
     ) -> Loss:
         """The loss, a Tensor; behind it, where wanted, `LossTerms` (return_terms) and `DistillationStats`."""
-        return functional.multi_teacher_kd(
+        loss: Loss = functional.multi_teacher_kd(
             _logits(student),
             _several(teachers),
             target,
@@ -151,26 +169,23 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
             return_terms=self.return_terms,
             return_stats=self.return_stats,
         )
+        return loss
 
     if TYPE_CHECKING:
-
-        def __call__(
-            self,
-            student: Logits,
-            teachers: Logits | Sequence[Logits],
-            target: Tensor | None = None,
-            weights: Tensor | Sequence[float] | None = None,
-            *,
-            mask: Tensor | None = None,
-            num_items: float | Tensor | None = None,
-        ) -> Loss: ...
+        __call__ = forward
 
 
-class MutualKD(_Fixed):
+class MutualKD(_Fixed, Generic[Loss]):
     """`fastkd.functional.mutual_kd` with its hyper-parameters fixed; see there for what they mean.
 
     A tensor of weights or a temperature tensor is a buffer: it moves with the module and is in its state dict. It may
     be set anew, also to a number, and older states load. Weights that change per call go into the call.
+
+    >>> loss = fastkd.MutualKD(ce_weight=1.0)
+    >>> logits = torch.zeros(2, 4)
+    >>> losses = loss([logits, logits, logits], torch.tensor([0, 3]))
+    >>> [round(each, 4) for each in losses.tolist()]  # log 4, no divergence
+    [1.3863, 1.3863, 1.3863]
     """
 
     _tensors = ("weights", "teacher_weights", "temperature")
@@ -179,6 +194,15 @@ class MutualKD(_Fixed):
         "class_dim", "scale_by_t2", "reduction", "return_terms",
     )  # fmt: skip
 
+    @overload
+    def __init__(self: MutualKD[Tensor], **options: Unpack[Mutual]) -> None: ...
+    @overload
+    def __init__(
+        self: MutualKD[tuple[Tensor, LossTerms]],
+        *,
+        return_terms: Literal[True],
+        **options: Unpack[Mutual],
+    ) -> None: ...
     def __init__(
         self,
         *,
@@ -191,7 +215,7 @@ class MutualKD(_Fixed):
         ignore_index: int = -100,
         class_dim: int = -1,
         scale_by_t2: bool = True,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         return_terms: bool = False,
     ) -> None:
         super().__init__(reduction=reduction)
@@ -210,9 +234,9 @@ class MutualKD(_Fixed):
         *,
         mask: Tensor | None = None,  # bool [...]
         num_items: float | Tensor | None = None,
-    ) -> Any:
+    ) -> Loss:
         """The losses, a Tensor [M]; with return_terms=True the losses and `LossTerms`."""
-        return functional.mutual_kd(
+        losses: Loss = functional.mutual_kd(
             _several(logits),
             target,
             weights=self.weights if weights is None else weights,
@@ -230,14 +254,25 @@ class MutualKD(_Fixed):
             num_items=num_items,
             return_terms=self.return_terms,
         )
+        return losses
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class RKDDistance(_Fixed):
-    """`fastkd.functional.rkd_distance` with its hyper-parameters fixed; see there for what they mean."""
+    """`fastkd.functional.rkd_distance` with its hyper-parameters fixed; see there for what they mean.
+
+    >>> embeddings = torch.tensor([[0.0], [1.0], [3.0]])
+    >>> fastkd.RKDDistance()(embeddings, 2 * embeddings).item()  # distances are compared relative to their mean
+    0.0
+    """
 
     _shown = ("reduction",)
 
-    def __init__(self, *, reduction: str = "mean", process_group=None) -> None:
+    def __init__(
+        self, *, reduction: Reduction = "mean", process_group: torch.distributed.ProcessGroup | None = None
+    ) -> None:
         super().__init__(reduction=reduction)
         self.process_group = process_group
 
@@ -249,16 +284,37 @@ class RKDDistance(_Fixed):
         mask: Tensor | None = None,  # bool [N]
         num_items: float | Tensor | None = None,
     ) -> Tensor:
-        more = {"mask": mask, "num_items": num_items, "process_group": self.process_group}
-        return functional.rkd_distance(student, teacher, reduction=self.reduction, **more)
+        """The loss of `rkd_distance`: a scalar, or [N] where `reduction` is "none"."""
+        return functional.rkd_distance(
+            student,
+            teacher,
+            mask=mask,
+            reduction=self.reduction,
+            num_items=num_items,
+            process_group=self.process_group,
+        )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class RKDAngle(_Fixed):
-    """`fastkd.functional.rkd_angle` with its hyper-parameters fixed; see there for what they mean."""
+    """`fastkd.functional.rkd_angle` with its hyper-parameters fixed; see there for what they mean.
+
+    >>> square = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    >>> round(fastkd.RKDAngle()(square, square.flip(1)).item(), 6)  # mirrored: the same angles
+    0.0
+    """
 
     _shown = ("reduction", "eps")
 
-    def __init__(self, *, reduction: str = "mean", eps: float = 1e-6, process_group=None) -> None:
+    def __init__(
+        self,
+        *,
+        reduction: Reduction = "mean",
+        eps: float = 1e-6,
+        process_group: torch.distributed.ProcessGroup | None = None,
+    ) -> None:
         super().__init__(reduction=reduction)
         self.eps, self.process_group = eps, process_group
 
@@ -270,8 +326,19 @@ class RKDAngle(_Fixed):
         mask: Tensor | None = None,  # bool [N]
         num_items: float | Tensor | None = None,
     ) -> Tensor:
-        more = {"mask": mask, "num_items": num_items, "process_group": self.process_group}
-        return functional.rkd_angle(student, teacher, reduction=self.reduction, eps=self.eps, **more)
+        """The loss of `rkd_angle`: a scalar, or [N] where `reduction` is "none"."""
+        return functional.rkd_angle(
+            student,
+            teacher,
+            mask=mask,
+            reduction=self.reduction,
+            num_items=num_items,
+            eps=self.eps,
+            process_group=self.process_group,
+        )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class FeatureEnsemble(_Fixed):
@@ -279,6 +346,10 @@ class FeatureEnsemble(_Fixed):
 
     A tensor of weights is a buffer: it moves with the module and is in its state dict. It may be set anew, and older
     states load. Weights that change per call go into the call.
+
+    >>> student, teacher = torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]])
+    >>> round(fastkd.FeatureEnsemble(elements="sum")(student, [teacher]).item(), 4)  # |0.6 - 0.8| + |0.8 - 0.6|
+    0.4
     """
 
     _tensors = ("weights",)
@@ -289,9 +360,9 @@ class FeatureEnsemble(_Fixed):
         *,
         weights: Tensor | Sequence[float] | None = None,
         p: int = 1,
-        norm: str = "sample",
-        elements: str = "mean",
-        reduction: str = "mean",
+        norm: Norm = "sample",
+        elements: Elements = "mean",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__(reduction=reduction)
         self.weights = weights
@@ -306,6 +377,7 @@ class FeatureEnsemble(_Fixed):
         mask: Tensor | None = None,  # bool [B]
         num_items: float | Tensor | None = None,
     ) -> Tensor:
+        """The loss of `feature_ensemble`: a scalar, or [B] where `reduction` is "none"."""
         return functional.feature_ensemble(
             students,
             teachers,
@@ -317,6 +389,9 @@ class FeatureEnsemble(_Fixed):
             reduction=self.reduction,
             num_items=num_items,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def _logits(output: Logits) -> Any:

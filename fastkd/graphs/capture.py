@@ -35,6 +35,7 @@ class Flights:
         self._last: Callable[[], object | None] = lambda: None
 
     def any(self) -> bool:
+        """Whether activations still wait."""
         return self._last() is not None
 
     def start(self) -> object:
@@ -44,6 +45,7 @@ class Flights:
         return flight
 
     def land(self, flight: object) -> None:
+        """Ends the wait of `flight`; RuntimeError where its activations are gone."""
         if self._last() is not flight:
             raise RuntimeError("a backward pass through a CUDA graph can be made once only: its activations are gone")
         self._last = lambda: None
@@ -168,10 +170,12 @@ class TrainingCapture(Capture):
             self._want(differentiable)
 
     def __call__(self, leaves: Sequence[Tensor]) -> Any:
+        """The outputs for `leaves`, which backward passes can follow."""
         self._replay(leaves)
         return self._output(_HandOver.apply(self, *leaves, *self.parameters))
 
     def prepare(self) -> None:
+        """Records the backward passes that have been asked for and not replayed so far."""
         # Not in the backward pass, which runs in a thread of autograd's.
         for choice, slopes in self.wanted.items():
             recording = self.recorder.record(partial(self._backward, choice, slopes), self.pool)
@@ -235,7 +239,7 @@ class _HandOver(torch.autograd.Function):
     """Copies of a capture's results to the caller, and the gradients back."""
 
     @staticmethod
-    def forward(ctx, capture: TrainingCapture, *sources: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, capture: TrainingCapture, *sources: Tensor) -> tuple[Tensor, ...]:
         # Not for their values: autograd refuses to go back where they were written to in between.
         ctx.save_for_backward(*capture.parameters)
         ctx.set_materialize_grads(False)
@@ -248,7 +252,7 @@ class _HandOver(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.capture.flights.land(ctx.flight)
         ctx.saved_tensors  # noqa: B018
         return None, *ctx.capture.gradients(slopes)
@@ -270,7 +274,7 @@ def _with_parameters(network: nn.Module, others: Mapping[nn.Parameter, Tensor]) 
     before = [(table, dict(table)) for table in tables.values()]
     try:
         for table, parameters in before:
-            table.update({name: others[p] for name, p in parameters.items() if p in others})
+            table.update({name: others[p] for name, p in parameters.items() if p in others})  # type: ignore[misc, index]
         yield
     finally:
         for table, parameters in before:
@@ -293,6 +297,7 @@ def _untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
             buffer.data.copy_(before)
 
 
-def _cpu_random_state() -> tuple:
-    kind, keys, *rest = np.random.get_state()
+def _cpu_random_state() -> tuple[Any, ...]:
+    state: Any = np.random.get_state()
+    kind, keys, *rest = state
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), (kind, keys.tobytes(), *rest)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ from fastkd.methods.ctsl_mkt import CTSLMKT
 from fastkd.ops._formulas import accumulate_dtype
 from fastkd.ops._inputs import check_soft_target, check_target
 
-ENSEMBLES = ("naive", "linear", "minlogit")
+Ensemble = Literal["naive", "linear", "minlogit"]
+ENSEMBLES = get_args(Ensemble)
 
 
 class DML(CTSLMKT):
@@ -35,6 +36,10 @@ class DML(CTSLMKT):
 
     The paper updates its peers one after another, each against the others' newest predictions (S); here all take one
     step from the predictions of the same moment (C).
+
+    >>> method = fastkd.methods.DML([torch.nn.Linear(4, 3, bias=False) for _ in range(2)])
+    >>> round(method(torch.zeros(8, 4), torch.arange(8) % 3).item(), 4)  # two peers of equal logits: 2 * log 3
+    2.1972
 
     Args:
         peers: M >= 2 networks with the same classes; logits [B, C] or an object with `.logits`.
@@ -73,6 +78,11 @@ class KDCL(Peers):
     predictions and that images are distorted is (P), the loss and the three ensembles are (S). The paper's fourth one,
     weights found on validation images ("general"), is not here.
 
+    >>> method = fastkd.methods.KDCL([torch.nn.Linear(4, 3) for _ in range(2)], ensemble="minlogit")
+    >>> parts = method.step(torch.optim.SGD(method.parameter_groups(lr=0.1)), torch.randn(8, 4), torch.arange(8) % 3)
+    >>> sorted(parts)
+    ['peers.0.ce', 'peers.0.kd', 'peers.1.ce', 'peers.1.kd']
+
     Args:
         peers: M >= 2 networks with the same classes; logits [B, C] or an object with `.logits`.
         ensemble: "naive" | "linear" | "minlogit". "naive" (C).
@@ -95,7 +105,7 @@ class KDCL(Peers):
         self,
         peers: Sequence[nn.Module],
         *,
-        ensemble: str = "naive",
+        ensemble: Ensemble = "naive",
         temperature: float = 2.0,
         lam: float | Sequence[float] = 1.0,
         deploy: int = 0,
@@ -111,6 +121,7 @@ class KDCL(Peers):
         self.ensemble, self.temperature, self.lam, self.linear_steps = ensemble, temperature, lam, linear_steps
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the step of all peers that learn."""
         yield Phase(self.running(), self._terms, batch)
 
     def _terms(self, inputs: Any, target: Any) -> Terms:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,11 @@ class Reconstruction(Method):
     with a LeakyReLU(0.1) after it: for 64 channels, 64 > 64 > 32 > 32 and back (C). It is no distillation: the network
     stays as it is. A lower error says that the map holds less that is hard to restore.
 
+    >>> from fastkd.methods.reconstruction import Reconstruction
+    >>> method = Reconstruction(fastkd.models.create("plain2", 10, image_size=8))
+    >>> method.error(torch.zeros(4, 3, 8, 8)).relative.shape
+    torch.Size([4])
+
     Args:
         network: gives feature maps, as FEED's; frozen in place.
         seed: of the auto-encoder's initialisation.
@@ -53,6 +59,9 @@ class Reconstruction(Method):
     Errors: ValueError or TypeError in one sentence, before training, or at the first batch where `channels` were given
     and are not the map's.
     """
+
+    network: nn.Module
+    autoencoder: nn.Module
 
     def __init__(self, network: nn.Module, *, seed: int = 0, channels: int | None = None, example: Any = None):
         name = self._name()
@@ -67,6 +76,7 @@ class Reconstruction(Method):
         self.channels = channels
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the auto-encoder's step."""
         yield Phase([self.learner("autoencoder")], self._terms, batch)
 
     def deployable(self) -> nn.Module:
@@ -76,36 +86,36 @@ class Reconstruction(Method):
     @torch.no_grad()
     def error(self, inputs: Any) -> ReconstructionError:
         """The error of each sample, with the auto-encoder as it is now."""
-        map = self._map(inputs)
-        absolute = _distance(self.autoencoder(map), map)
-        size = _distance(map, torch.zeros_like(map))
+        x = self._map(inputs)
+        absolute = _distance(self.autoencoder(x), x)
+        size = _distance(x, torch.zeros_like(x))
         return ReconstructionError(absolute, absolute / size)
 
     def _terms(self, inputs: Any, target: Any) -> Terms:
-        map = self._map(inputs)
-        rows = _distance(self.learner("autoencoder")(map), map)  # [B]
+        x = self._map(inputs)
+        rows = _distance(self.learner("autoencoder")(x), x)  # [B]
         loss = rows.mean() if target is None else mean_over_counted(rows, target)
         return loss, {"reconstruction": loss.detach()}
 
     def _map(self, inputs: Any) -> Tensor:
-        map = self.teach(self.network, inputs, partial(last_map, method_name=self._name(), argument="network"))
-        if map.shape[1] != self.channels:
-            expected = f"that of the last feature map, {map.shape[1]}"
+        x: Tensor = self.teach(self.network, inputs, partial(last_map, method_name=self._name(), argument="network"))
+        if x.shape[1] != self.channels:
+            expected = f"that of the last feature map, {x.shape[1]}"
             raise wrong_value(self._name(), "channels", expected, self.channels)
-        return map
+        return x
 
 
-def _distance(map: Tensor, other: Tensor) -> Tensor:
-    dtype = torch.promote_types(torch.promote_types(map.dtype, other.dtype), torch.float32)
-    return (map.to(dtype) - other.to(dtype)).abs().mean((1, 2, 3))  # [B]
+def _distance(x: Tensor, other: Tensor) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(x.dtype, other.dtype), torch.float32)
+    return (x.to(dtype) - other.to(dtype)).abs().mean((1, 2, 3))  # [B]
 
 
 def _autoencoder(channels: int) -> nn.Sequential:
     half = max(1, channels // 2)
     widths, layers = (channels, channels, half, half), []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.LeakyReLU(0.1)]
     back = widths[::-1]
-    for inputs, outputs in zip(back, back[1:], strict=False):
+    for inputs, outputs in pairwise(back):
         layers += [nn.ConvTranspose2d(inputs, outputs, 3, padding=1), nn.LeakyReLU(0.1)]
     return nn.Sequential(*layers)

@@ -6,7 +6,7 @@ Sources: Mirzadeh et al., arXiv 1902.03393 (even sizes), Son et al., arXiv 2009.
 import torch
 from torch import Tensor, nn
 
-from fastkd.models.base import Network, Outputs, make_norm, scaled
+from fastkd.models.base import Network, NormName, Outputs, make_norm, scaled
 
 # Numbers are 3x3 convolutions with so many channels, M is a 2x2 max-pooling; behind the bar the hidden linear layer.
 LAYOUTS = {
@@ -40,12 +40,13 @@ class PlainCNN(Network):
         image_size: int = 32,
         channels: int = 3,
         *,
-        norm: str = "batch",
+        norm: NormName = "batch",
         width: float = 1.0,
     ):
         super().__init__()
         convolutions, _, hidden = LAYOUTS[depth].partition("|")
-        make, size, stages = make_norm(norm), image_size, [[]]
+        make, size = make_norm(norm), image_size
+        stages: list[list[nn.Module]] = [[]]
         for item in convolutions.split():
             if item == "M":
                 if size >= 4:
@@ -66,9 +67,11 @@ class PlainCNN(Network):
         self.fc = nn.Linear(self.features_width, num_classes)
 
     def stem_layers(self) -> tuple[str, ...]:
+        """All stages but the last."""
         return tuple(f"stages.{i}" for i in range(len(self.stages) - 1))
 
     def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images [B, C, H, W] -> the maps of all stages but the last."""
         _check_size(x, self.image_size)
         maps = []
         for stage in self.stages[:-1]:
@@ -77,6 +80,7 @@ class PlainCNN(Network):
         return tuple(maps)
 
     def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
+        """The stem's maps -> logits [B, classes], features [B, D], maps of all stages."""
         x = self.stages[-1](stem[-1])  # [B, c, h, w]
         features = torch.flatten(x, 1)  # [B, c*h*w]
         if self.hidden is not None:

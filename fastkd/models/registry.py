@@ -5,6 +5,7 @@ import inspect
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -28,8 +29,7 @@ def _builders() -> dict[str, Callable[..., nn.Module]]:
         table[f"resnet{depth}x4"] = partial(CifarResNet, depth, widths=(32, 64, 128, 256))
     for depth in (18, 34, 50):
         table[f"resnet{depth}"] = partial(torchvision_nets.resnet, depth)
-    for name in _LISTED_WRN:
-        table[name] = _wide(name)
+    table |= {name: build for name in _LISTED_WRN if (build := _wide(name)) is not None}
     for depth in CONVOLUTIONS:
         table[f"vgg{depth}"] = partial(VGG, depth)
     table["mobilenet_v2"] = torchvision_nets.mobilenet_v2
@@ -60,7 +60,11 @@ _BY_KEY = {_key(name): name for name in _BUILDERS}
 
 
 def names() -> list[str]:
-    """The names that `create` knows. It takes any other wrn<d>_<k> with d = 6n + 4 as well."""
+    """The names that `create` knows. It takes any other wrn<d>_<k> with d = 6n + 4 as well.
+
+    >>> {"resnet20", "wrn16_2", "vgg8"} <= set(fastkd.models.names())
+    True
+    """
     return list(_BUILDERS)
 
 
@@ -83,7 +87,7 @@ def _check_integer(argument: str, value: int, least: int) -> None:
         raise ValueError(f"create: {argument} must be an integer of at least {least}, got {value!r}")
 
 
-def create(name: str, num_classes: int, image_size: int = 32, channels: int = 3, **options) -> nn.Module:
+def create(name: str, num_classes: int, image_size: int = 32, channels: int = 3, **options: Any) -> nn.Module:
     """A freshly initialised network that maps [B, channels, image_size, image_size] to logits [B, num_classes].
 
     name: one of `names()`, in any case, with or without `-` and `_`:
@@ -92,7 +96,7 @@ def create(name: str, num_classes: int, image_size: int = 32, channels: int = 3,
     - resnet8 ... resnet110, resnet8x4, resnet32x4: norm, shortcut, block, width
     - wrn<d>_<k>, d = 6n + 4: norm, dropout. wrn20_8 is not of this depth: it is the bottleneck ResNet with inner
       convolutions 8 times as wide that PCL and DKEL call so; their ResNet-110 is `resnet110` with block="bottleneck"
-    - vgg8, vgg11, vgg13, vgg16, vgg19: norm, width
+    - vgg8, vgg11, vgg13, vgg16, vgg19: norm, width, head ("linear", or the "mlp" of PCL's and DKEL's VGG-16)
     - torchvision's resnet18/34/50, mobilenet_v2 (norm, small_stem; mobilenet_v2 also width),
       shufflenet_v2_x0_5 ..., densenet121, densenet40_12 (DenseNet-BC: the 6, 6, 6 layers of PCL and DKEL): small_stem
 
@@ -102,6 +106,9 @@ def create(name: str, num_classes: int, image_size: int = 32, channels: int = 3,
 
     Raises ValueError for an unknown name (with the nearest ones), an image_size below 8, or an option's bad value;
     TypeError for an option that the network does not have.
+
+    >>> fastkd.models.parameters_count(fastkd.models.create("ResNet-20", 10, shortcut="zero-pad"))
+    269722
     """
     build = _builder(name)
     _check_integer("num_classes", num_classes, 1)

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.models.base import Network, Norm, Outputs, global_pool, init_kaiming, make_norm
+from fastkd.models.base import Network, Norm, NormName, Outputs, global_pool, init_kaiming, make_norm
 
 
 class PreActBlock(nn.Module):
@@ -20,9 +20,11 @@ class PreActBlock(nn.Module):
         self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, c, H, W] -> [B, planes, H / stride, W / stride]."""
         active = F.relu(self.bn1(x))
         out = self.conv2(self.dropout(F.relu(self.bn2(self.conv1(active)))))
-        return out + (x if self.shortcut is None else self.shortcut(active))
+        result: Tensor = out + (x if self.shortcut is None else self.shortcut(active))
+        return result
 
 
 class WideResNet(Network):
@@ -32,6 +34,10 @@ class WideResNet(Network):
     the two before are raw sums of residuals. `dropout` is a probability, 0 as in most papers on distillation.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
     def __init__(
         self,
         depth: int,
@@ -40,7 +46,7 @@ class WideResNet(Network):
         image_size: int = 32,
         channels: int = 3,
         *,
-        norm: str = "batch",
+        norm: NormName = "batch",
         dropout: float = 0.0,
     ):
         super().__init__()
@@ -64,13 +70,16 @@ class WideResNet(Network):
         nn.init.zeros_(self.fc.bias)
 
     def stem_layers(self) -> tuple[str, ...]:
+        """The first convolution and two of three stages."""
         return "conv1", "layer1", "layer2"
 
     def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images [B, C, H, W] -> the maps of the first two stages."""
         first = self.layer1(self.conv1(x))  # [B, 16k, H, W]
         return first, self.layer2(first)  # [B, 32k, H/2, W/2]
 
     def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
+        """The stem's maps -> logits [B, classes], features [B, 64k], maps of all three stages."""
         last = F.relu(self.bn1(self.layer3(stem[-1])))  # [B, 64k, H/4, W/4]
         features = global_pool(last)
         return Outputs(self.fc(features), features, (*stem, last))

@@ -26,7 +26,7 @@ from fastkd._core.checks import check_choice, check_index, check_number
 from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.ops import _multi_teacher_kernels as kernels
 from fastkd.ops._autograd import on_host
-from fastkd.ops._formulas import LossTerms, rows_of
+from fastkd.ops._formulas import LossTerms, Reduction, rows_of
 from fastkd.ops._inputs import (
     REDUCTIONS,
     check_layout,
@@ -40,9 +40,12 @@ from fastkd.ops._inputs import (
     classes_last,
     with_mask,
 )
-from fastkd.ops._multi_teacher_formula import Options, Tensors, without_zeros
+from fastkd.ops._multi_teacher_formula import Combine, Options, Tensors, without_zeros
 from fastkd.ops._multi_teacher_kernels import COMBINE, DistillationStats
 from fastkd.ops._teachers import check_teachers, check_temperature, check_weights
+from fastkd.ops._topk_logits import REASON as SPARSE_REASON
+from fastkd.ops._topk_logits import checked as checked_sparse
+from fastkd.ops._topk_logits import has_sparse, with_sparse
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -93,6 +96,16 @@ def multi_teacher_kd(
     return_stats: Literal[True],
     **options: Unpack[DistillationCall],
 ) -> tuple[Tensor, LossTerms, DistillationStats]: ...
+@overload
+def multi_teacher_kd(
+    student: Tensor,
+    teachers: Tensor | Sequence[Tensor],
+    target: Tensor | None = None,
+    *,
+    return_terms: bool = False,
+    return_stats: bool = False,
+    **options: Unpack[DistillationCall],
+) -> Any: ...
 def multi_teacher_kd(
     student: Tensor,
     teachers: Tensor | Sequence[Tensor],
@@ -101,14 +114,14 @@ def multi_teacher_kd(
     weights: Tensor | Sequence[float] | None = None,
     kd_weight: float | Tensor = 1.0,
     temperature: float | Tensor | Sequence[float] = 4.0,
-    combine: str = "losses",
+    combine: Combine = "losses",
     ce_weight: float | Tensor = 0.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     mask: Tensor | None = None,
     class_dim: int = -1,
     scale_by_t2: bool = True,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     num_items: float | Tensor | None = None,
     return_terms: bool = False,
     return_stats: bool = False,
@@ -127,7 +140,8 @@ def multi_teacher_kd(
         student: logits [..., C], float32, float64, float16 or bfloat16. Leading dimensions are rows: [B, C], [B, T, V].
         teachers: K logits of the student's shape, as a sequence, or stacked [K, ..., C] (a tensor of the student's
             own shape is one teacher), each in any of these dtypes. Never converted or concatenated, and copied only
-            where the classes do not lie next to each other.
+            where the classes do not lie next to each other. Among them, or alone, `fastkd.TopK`: k classes a row, in
+            plain PyTorch; with combine="losses", and a temperature of 1 but for its modes "teacher" and "both".
         target: class indices [...] of an integer dtype, or probabilities [..., C] of a floating one (one that requires
             grad gets a gradient, in plain PyTorch). Rows equal to `ignore_index` count nowhere, whatever `ce_weight`.
         weights: none = 1/K each; [K]; or [K, ...] per row. Not normalised: they multiply each teacher's term. A teacher
@@ -161,6 +175,14 @@ def multi_teacher_kd(
             on the CPU; on a GPU, where reading it would wait for the device, and under torch.compile, its row's loss
             and gradient are NaN (FASTKD_CHECKS=1 makes it raise there too, without compile).
     """
+    if has_sparse(teachers):
+        given = dict(
+            weights=weights, kd_weight=kd_weight, temperature=temperature, combine=combine, ce_weight=ce_weight,
+            label_smoothing=label_smoothing, ignore_index=ignore_index, mask=mask, class_dim=class_dim,
+            scale_by_t2=scale_by_t2, reduction=reduction, num_items=num_items, return_terms=return_terms,
+            return_stats=return_stats,
+        )  # fmt: skip
+        return with_sparse(multi_teacher_kd, OP, student, teachers, target, given)
     tensors, options = _check(
         student, teachers, target, weights, kd_weight, temperature, combine, ce_weight, label_smoothing, ignore_index,
         mask, class_dim, scale_by_t2, reduction, num_items, return_terms, return_stats,
@@ -169,20 +191,22 @@ def multi_teacher_kd(
 
 
 def cross_entropy_one(
-    logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = -100, mask=None,
-    class_dim: int = -1, reduction: str = "mean", num_items=None,
+    logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = -100,
+    mask: Tensor | None = None, class_dim: int = -1, reduction: Reduction = "mean",
+    num_items: float | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The cross-entropy of one network, which is a call without teachers."""
     tensors, options = _check_one(logits, target, label_smoothing, ignore_index, mask, class_dim, reduction, num_items)
-    return _results(tensors, options, classes_last(logits, class_dim).shape[:-1], False)
+    loss: Tensor = _results(tensors, options, classes_last(logits, class_dim).shape[:-1], False)
+    return loss
 
 
-def why_one_reference(logits: Tensor, target: Tensor, **options) -> str | None:
+def why_one_reference(logits: Tensor, target: Tensor, **options: Any) -> str | None:
     """why_reference() of cross_entropy_one(logits, target, **options), all of them given."""
     return kernels.why_reference(*_check_one(logits, target, **options))
 
 
-def _results(tensors: Tensors, options: Options, leading: torch.Size, return_stats: bool) -> Tensor | tuple:
+def _results(tensors: Tensors, options: Options, leading: torch.Size, return_stats: bool) -> Any:
     divisor = options.num_items
     if divisor is not None and not on_host((divisor,)):  # on a GPU, or differentiated
         options = options._replace(reduction="sum", num_items=None)
@@ -197,7 +221,7 @@ def _results(tensors: Tensors, options: Options, leading: torch.Size, return_sta
         losses = [loss / divisor for loss in losses]
     if options.reduction == "none":
         losses = [loss.reshape(leading) for loss in losses]
-    results = [losses[0]]
+    results: list[Any] = [losses[0]]
     if options.terms:
         results.append(LossTerms(*[term.detach() for term in losses[1:]]))
     if return_stats:
@@ -206,8 +230,10 @@ def _results(tensors: Tensors, options: Options, leading: torch.Size, return_sta
 
 
 def _check(
-    student, teachers, target, weights, kd_weight, temperature, combine, ce_weight, label_smoothing, ignore_index,
-    mask, class_dim, scale_by_t2, reduction, num_items, return_terms=False, return_stats=False,
+    student: Tensor, teachers: Tensor | Sequence[Tensor], target: Tensor | None, weights: object, kd_weight: object,
+    temperature: object, combine: Combine, ce_weight: object, label_smoothing: object, ignore_index: int, mask: object,
+    class_dim: int, scale_by_t2: object, reduction: Reduction, num_items: object, return_terms: object = False,
+    return_stats: object = False,
 ) -> tuple[Tensors, Options]:  # fmt: skip
     _check_tensor(OP, "student", student)
     class_dim = check_layout(OP, student, class_dim, target is not None, "student")
@@ -237,7 +263,10 @@ def _check(
     return (tensors, options) if return_stats else without_zeros(tensors, options)
 
 
-def _check_one(logits, target, label_smoothing, ignore_index, mask, class_dim, reduction, num_items):
+def _check_one(
+    logits: Tensor, target: Tensor | None, label_smoothing: object, ignore_index: int, mask: object, class_dim: int,
+    reduction: Reduction, num_items: object,
+) -> tuple[Tensors, Options]:  # fmt: skip
     op = "cross_entropy"
     _check_tensor(op, "logits", logits)
     class_dim = check_layout(op, logits, class_dim, target is not None)
@@ -249,14 +278,15 @@ def _check_one(logits, target, label_smoothing, ignore_index, mask, class_dim, r
     )
 
 
-def _check_tensor(op, name, logits) -> None:
+def _check_tensor(op: str, name: str, logits: object) -> None:
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         check_logits(op, name, logits)  # which raises
 
 
 def _check_rows(
-    op, name, student, target, label_smoothing, ignore_index, mask, class_dim, reduction, num_items
-) -> tuple[Tensors, Options]:
+    op: str, name: str, student: Tensor, target: Tensor | None, label_smoothing: object, ignore_index: int,
+    mask: object, class_dim: int, reduction: Reduction, num_items: object,
+) -> tuple[Tensors, Options]:  # fmt: skip
     """One network, its classes last, and its labels: a call without teachers."""
     check_logits(op, name, student)
     check_not_probabilities(op, name, student)
@@ -278,6 +308,12 @@ def _check_rows(
     return Tensors(rows_of(student), (), target, soft, None), options
 
 
-_backend.register(
-    multi_teacher_kd, OP, lambda arguments: kernels.why_reference(*_check(**arguments)), kernels.register_fakes
-)
+def _why_reference(arguments: dict[str, Any]) -> str | None:
+    if not has_sparse(arguments["teachers"]):
+        return kernels.why_reference(*_check(**arguments))
+    options = {name: value for name, value in arguments.items() if name not in ("student", "teachers", "target")}
+    _check(**checked_sparse(OP, arguments["student"], arguments["teachers"], arguments["target"], options)[1])
+    return SPARSE_REASON
+
+
+_backend.register(multi_teacher_kd, OP, _why_reference, kernels.register_fakes)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,12 +17,19 @@ from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.ops._autograd import may_read_values
 from fastkd.ops.group_stats import GroupStats
 
-BY = ("ce", "accuracy", "top5")
+By = Literal["ce", "accuracy", "top5"]
+BY = get_args(By)
 TOP = 5
 
 
-def network_scores(stats: GroupStats, by: str = "ce", process_group=None) -> Tensor:
+def network_scores(
+    stats: GroupStats, by: By = "ce", process_group: torch.distributed.ProcessGroup | None = None
+) -> Tensor:
     """Mean cross-entropy, accuracy or top-5 accuracy of each network over the samples with a label, float64 [M].
+
+    >>> stats = fastkd.functional.group_stats([torch.eye(4), torch.zeros(4, 4)], torch.arange(4))
+    >>> fastkd.functional.network_scores(stats, "accuracy").tolist()  # of equal logits the first is the argmax
+    [1.0, 0.25]
 
     Args:
         stats: of M networks.
@@ -38,11 +46,17 @@ def network_scores(stats: GroupStats, by: str = "ce", process_group=None) -> Ten
     return _scores(stats, by, process_group)
 
 
-def rank_networks(stats: GroupStats, by: str = "ce", process_group=None) -> Tensor:
+def rank_networks(
+    stats: GroupStats, by: By = "ce", process_group: torch.distributed.ProcessGroup | None = None
+) -> Tensor:
     """The order of the networks, best first, by `network_scores`: lowest mean CE, highest accuracy or top-5 accuracy.
 
     Ties are broken by index, networks that gave NaN come last, samples without a label do not count. `order[:k]` are
     the k best. Nothing waits for the device. For the arguments see `network_scores`.
+
+    >>> stats = fastkd.functional.group_stats([torch.zeros(4, 4), torch.eye(4)], torch.arange(4))
+    >>> fastkd.functional.rank_networks(stats).tolist()
+    [1, 0]
 
     Returns:
         int64 [M] on the device of the statistics, the same on every rank of `process_group`.
@@ -53,7 +67,7 @@ def rank_networks(stats: GroupStats, by: str = "ce", process_group=None) -> Tens
     return (scores if by == "ce" else -scores).sort(stable=True).indices  # NaN sorts last
 
 
-def _scores(stats: GroupStats, by: str, process_group) -> Tensor:
+def _scores(stats: GroupStats, by: By, process_group: torch.distributed.ProcessGroup | None) -> Tensor:
     counted = stats.labelled()
     value = stats.ce if by == "ce" else stats.correct if by == "accuracy" else stats.label_rank < TOP
     value = value.double().masked_fill(stats.ce.isnan(), math.nan).masked_fill(~counted, 0)
@@ -72,6 +86,11 @@ def hard_samples(stats: GroupStats, proportions: Tensor | Sequence[float], n: in
     follow each other in their order; a sample hard for two networks appears twice. Samples without a label or with a
     NaN cross-entropy are left out: where a network's part is larger than what is left, it starts again with its
     hardest sample. A network left without any takes those that gave NaN, or else those without a label, by index.
+
+    >>> logits = torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])  # right, wrong, undecided
+    >>> stats = fastkd.functional.group_stats([logits, logits.flip(1)], torch.tensor([0, 0, 0]))
+    >>> fastkd.functional.hard_samples(stats, [2, 1], n=3).tolist()  # two of the first network's, one of the second's
+    [1, 2, 0]
 
     Args:
         stats: of M networks on R >= 1 samples.
