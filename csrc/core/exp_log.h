@@ -38,25 +38,20 @@ FASTKD_HD float exp2_approximate(float y) {
 }
 #endif
 
-// The larger of both; NaN where x is NaN.
-FASTKD_HD float at_least(float low, float x) {
-#if defined(__CUDA_ARCH__)
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(low), "f"(x));
-  return result;
-#else
-  return x < low ? low : x;
-#endif
-}
-
 // e^x for x <= 0 (or NaN): 1 ulp, on CUDA 2^-22 + |x| 2^-24, what x itself is rounded by. Exactly 0 for -inf; a finite x gives
 // at least the smallest normal number, so that a product with an infinite factor stays infinite.
 FASTKD_HD float exp_negative(float x) {
-  const float bounded = at_least(kLowestExponent<float>, x);
 #if defined(__CUDACC__) || defined(FASTKD_BACKEND_SIMT)
+#if defined(__CUDA_ARCH__)
+  float bounded;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(bounded) : "f"(x), "f"(kLowestExponent<float>));
+#else
+  const float bounded = x < kLowestExponent<float> ? kLowestExponent<float> : x;
+#endif
   const float e = exp2_approximate(bounded * kLog2E);
   return x == -kInf ? 0.f : e;
 #else
+  const float bounded = x < kLowestExponent<float> ? kLowestExponent<float> : x;
   const float magic = 12583039.f;  // 1.5 * 2^23 + 127: adding it rounds to an integer, which lands biased in the low bits
   const float shifted = bounded * kLog2E + magic, n = shifted - magic;
   const float r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;  // n * the first part of log(2) is exact
