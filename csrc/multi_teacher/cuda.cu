@@ -29,11 +29,23 @@ void launch_on_chip(const Params<A>& p, cudaStream_t stream) {
     SIMT_LAUNCH((on_chip_kernel<S, A, Policy, false>), dim3(blocks), dim3(Policy::kBlock), 0, stream, p);
 }
 
+// Two rounds of blocks on the largest GPUs.
+template <class S>
+unsigned forward_parts(const Args& args) {
+  return args.scratch ? parts_of_row<S>(args, 1056) : 1;
+}
+
 template <class S, class A>
 void launch_stream(const Args& args, const Params<A>& p, cudaStream_t stream) {
   if constexpr (sizeof(A) == sizeof(float)) {
+    const unsigned parts = forward_parts<S>(args);
+    float* scratch = static_cast<float*>(args.scratch);
     const auto in_vectors = [&]<int K, AtOne One>() {
-      SIMT_LAUNCH((stream_rows_kernel<S, K, One>), dim3(unsigned(p.rows)), dim3(kVectorThreads), 0, stream, p);
+      SIMT_LAUNCH((stream_rows_kernel<S, K, One>), dim3(unsigned(p.rows) * parts), dim3(kVectorThreads), 0, stream, p, parts,
+                  scratch);
+      if (parts == 1) return;
+      SIMT_LAUNCH((stream_parts_kernel<S, K, One>), dim3(unsigned((p.rows + kMergeRows - 1) / kMergeRows)), dim3(kMergeThreads),
+                  0, stream, p, parts, static_cast<const float*>(scratch));
     };
     if (with_vectors<S>(args, in_vectors)) return;
   }
@@ -56,21 +68,13 @@ void launch_forward(const Args& args, cudaStream_t stream) {
   launch_stream<S>(args, p, stream);  // asked for nothing to be saved: without gradient
 }
 
-// Blocks of a row's gradient: enough of them where rows are few, and at least two vectors of a thread in each.
-template <class S>
-unsigned parts_of(const Args& args) {
-  constexpr int64_t kBlocks = 4096, kLeast = 2 * kVectorThreads * kRawItems<S>;
-  const int64_t wanted = (kBlocks + args.rows - 1) / args.rows, most = (args.classes + kLeast - 1) / kLeast;
-  return unsigned(wanted < most ? wanted : most);
-}
-
 template <class S, class A>
 void launch_stream_backward(const Args& args, const A* grad_loss, cudaStream_t stream) {
   const Params<A> p = make_params<S, A>(args);
   const A* aux = static_cast<const A*>(args.aux);
   const bool per_row = args.reduction == Reduction::none;
   if constexpr (sizeof(A) == sizeof(float)) {
-    const unsigned parts = parts_of<S>(args);
+    const unsigned parts = parts_of_row<S>(args, 4096);
     const auto in_vectors = [&]<int K, AtOne One>() {
       SIMT_LAUNCH((stream_gradient_kernel<S, K, One>), dim3(unsigned(args.rows) * parts), dim3(kVectorThreads), 0, stream, p,
                   grad_loss, per_row, aux, parts);
@@ -84,6 +88,11 @@ void launch_stream_backward(const Args& args, const A* grad_loss, cudaStream_t s
 
 }  // namespace
 }  // namespace FASTKD_TARGET
+
+int64_t scratch_numbers_cuda(const Args& args) {
+  if (!args.stream || args.rows == 0 || args.teachers > kVectorTeachers || args.student.type == DType::f64) return 0;
+  return args.rows < 1056 ? args.rows * kMostParts * kPartNumbers<kVectorTeachers> : 0;
+}
 
 const char* forward_cuda(const Args& args, void* stream_handle) {
   const bool wide = args.student.type == DType::f64;

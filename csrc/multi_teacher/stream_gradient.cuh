@@ -68,8 +68,7 @@ template <class S, int K, AtOne One>
 __global__ void __launch_bounds__(kVectorThreads, K == 4 ? 3 : 4)
     stream_gradient_kernel(const __grid_constant__ Params<float> p, const float* grad_loss, bool per_row, const float* aux,
                            unsigned parts) {
-  const unsigned vectors = unsigned(p.classes / kRawItems<S>), part = blockIdx.x % parts;
-  const unsigned length = (vectors + parts - 1) / parts, begin = min(part * length, vectors), end = min(begin + length, vectors);
+  const Range range = part_of_row(unsigned(p.classes / kRawItems<S>), blockIdx.x % parts, parts);
   const int64_t row = blockIdx.x / parts;
   S* const grad = p.template grad_row<S>(row);
   const Label kind = label_kind(p.target, row, p.ignore_index, p.classes);
@@ -78,13 +77,13 @@ __global__ void __launch_bounds__(kVectorThreads, K == 4 ? 3 : 4)
 #pragma unroll
     for (int i = 0; i < kRawItems<S>; ++i) nothing[i] = kind == Label::ignored ? 0.f : __builtin_nanf("");
 #pragma unroll 1
-    for (unsigned v = begin + threadIdx.x; v < end; v += kVectorThreads) store_raw(grad, v, pack<S>(nothing));
+    for (unsigned v = range.begin + threadIdx.x; v < range.end; v += kVectorThreads) store_raw(grad, v, pack<S>(nothing));
     return;
   }
   const Exponents c = exponents_of(p);
   const RowOf<K> at = row_of_vectors<K>(p, row);
   const GradientOf<K> of = gradient_of(p, row, at, grad_loss[per_row ? row : 0] * aux[0]);
-  over_vectors(at, begin, end, [&](unsigned vector, const Vectors<K>& now) {
+  over_vectors(at, range.begin, range.end, [&](unsigned vector, const Vectors<K>& now) {
     store_raw(grad, vector, gradient_vector<S, One>(of, c, vector, now));
   });
 }

@@ -12,6 +12,14 @@ template <int K>
 struct VectorSums {
   float max = -kInf, z = 0, z_one = 0;
   float top[K], z_t[K], a[K], gap[K];
+
+  __device__ VectorSums() {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      top[k] = gap[k] = -kInf;
+      z_t[k] = a[k] = 0;
+    }
+  }
 };
 
 // The student's part of a new maximum; returns the growth of its base.
@@ -103,6 +111,7 @@ __device__ __forceinline__ void gather_vectors(VectorSums<K>& sums, const Expone
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     sums.z_t[k] = z.v[k];
+    sums.gap[k] = gap.v[k];
     sums.a[k] = gap.v[k] == kInf ? kInf : a.v[k];  // only the student is -inf, also where exp(x_t) is 0
   }
 }
@@ -132,35 +141,91 @@ __device__ __forceinline__ void store_row(const Params<float>& p, int64_t row, c
   p.store_losses(row, kd, ce);
 }
 
+// A part's sums as they lie in memory between the two kernels of rows that are split.
+template <int K>
+constexpr int kPartNumbers = 3 + 4 * K;
+
+template <int K>
+__device__ __forceinline__ void store_part(const VectorSums<K>& sums, float* to) {
+  to[0] = sums.max;
+  to[1] = sums.z;
+  to[2] = sums.z_one;
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    to[3 + 4 * k] = sums.top[k];
+    to[4 + 4 * k] = sums.z_t[k];
+    to[5 + 4 * k] = sums.a[k];
+    to[6 + 4 * k] = sums.gap[k];
+  }
+}
+
+template <int K>
+__device__ __forceinline__ void load_part(VectorSums<K>& sums, const float* from) {
+  sums.max = from[0];
+  sums.z = from[1];
+  sums.z_one = from[2];
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    sums.top[k] = from[3 + 4 * k];
+    sums.z_t[k] = from[4 + 4 * k];
+    sums.a[k] = from[5 + 4 * k];
+    sums.gap[k] = from[6 + 4 * k];
+  }
+}
+
+// Whether a row has no loss, which is then written, by one thread.
+__device__ __forceinline__ bool left_out(const Params<float>& p, int64_t row, bool writes) {
+  const Label kind = label_kind(p.target, row, p.ignore_index, p.classes);
+  if (kind != Label::ignored && kind != Label::outside) return false;
+  const float nothing = kind == Label::ignored ? 0.f : __builtin_nanf("");
+  if (writes) p.store_losses(row, nothing, nothing);
+  return true;
+}
+
 // Blocks of a multiprocessor: registers for the states, and at least 32 KiB of loads in flight.
 constexpr int vector_blocks(int teachers) { return teachers == 1 ? 4 : teachers == 2 ? 3 : 2; }
 
+// One of `parts` parts of a row; blocks are rows times parts. Rows that are split leave their sums in `scratch` [R, parts,
+// kPartNumbers].
 template <class S, int K, AtOne One>
 __global__ void __launch_bounds__(kVectorThreads, vector_blocks(K))
-    stream_rows_kernel(const __grid_constant__ Params<float> p) {
+    stream_rows_kernel(const __grid_constant__ Params<float> p, unsigned parts, float* scratch) {
   using Threads = RowThreads<float, kVectorThreads>;
   SIMT_SHARED(float, buffer, 2 * Threads::kWarps * Threads::kMost);
   Threads threads{int(threadIdx.x), 0, buffer};
-  const int64_t row = blockIdx.x;
-  const Label kind = label_kind(p.target, row, p.ignore_index, p.classes);
-  if (p.need_grad && threadIdx.x < unsigned(p.saved_columns)) p.saved[row * p.saved_columns + threadIdx.x] = 0;
-  if (kind == Label::ignored || kind == Label::outside) {
-    const float nothing = kind == Label::ignored ? 0.f : __builtin_nanf("");
-    if (threadIdx.x == 0) p.store_losses(row, nothing, nothing);
-    return;
-  }
+  const int64_t row = blockIdx.x / parts;
+  const bool whole = parts == 1;
+  if (whole && p.need_grad && threadIdx.x < unsigned(p.saved_columns)) p.saved[row * p.saved_columns + threadIdx.x] = 0;
+  if (left_out(p, row, whole && threadIdx.x == 0)) return;
   const Exponents c = exponents_of(p);
   const RowOf<K> at = row_of_vectors<K>(p, row);
+  const Range range = part_of_row(unsigned(p.classes / kRawItems<S>), blockIdx.x % parts, parts);
   VectorSums<K> sums;
-#pragma unroll
-  for (int k = 0; k < K; ++k) {
-    sums.top[k] = sums.gap[k] = -kInf;
-    sums.z_t[k] = sums.a[k] = 0;
-  }
-  over_vectors(at, 0, unsigned(p.classes / kRawItems<S>),
-               [&](unsigned, const Vectors<K>& now) { push_vectors<S, One>(sums, c, now); });
+  over_vectors(at, range.begin, range.end, [&](unsigned, const Vectors<K>& now) { push_vectors<S, One>(sums, c, now); });
   gather_vectors<One>(sums, c, threads);
-  if (threadIdx.x == 0) store_row<S>(p, row, at, sums);
+  if (threadIdx.x != 0) return;
+  if (whole)
+    store_row<S>(p, row, at, sums);
+  else
+    store_part(sums, scratch + int64_t(blockIdx.x) * kPartNumbers<K>);
+}
+
+constexpr int kMergeThreads = 128, kMergeRows = kMergeThreads / 32;
+
+// A warp per row: its parts' sums together, a part a lane.
+template <class S, int K, AtOne One>
+__global__ void __launch_bounds__(kMergeThreads)
+    stream_parts_kernel(const __grid_constant__ Params<float> p, unsigned parts, const float* scratch) {
+  const int64_t row = int64_t(blockIdx.x) * kMergeRows + threadIdx.x / 32;
+  const unsigned lane = threadIdx.x % 32;
+  if (row >= p.rows) return;  // whole warps
+  for (int64_t i = lane; p.need_grad && i < p.saved_columns; i += 32) p.saved[row * p.saved_columns + i] = 0;
+  if (left_out(p, row, lane == 0)) return;
+  RowThreads<float, 32> threads{int(lane), 0, nullptr};
+  VectorSums<K> sums;
+  if (lane < parts) load_part(sums, scratch + (row * parts + lane) * kPartNumbers<K>);
+  gather_vectors<One>(sums, exponents_of(p), threads);
+  if (lane == 0) store_row<S>(p, row, row_of_vectors<K>(p, row), sums);
 }
 
 }  // namespace FASTKD_TARGET

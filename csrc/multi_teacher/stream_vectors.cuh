@@ -88,11 +88,32 @@ __device__ __forceinline__ void over_vectors(const RowOf<K>& row, unsigned begin
   }
 }
 
+struct Range {
+  unsigned begin, end;
+};
+
+// The vectors of one of a row's parts.
+__device__ __forceinline__ Range part_of_row(unsigned vectors, unsigned part, unsigned parts) {
+  const unsigned length = (vectors + parts - 1) / parts, begin = min(part * length, vectors);
+  return {begin, min(begin + length, vectors)};
+}
+
 template <int N>
 __device__ __forceinline__ float largest(float top, const float (&x)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) top = fmaxf(top, x[i]);  // not of NaN, which the exponentials show
   return top;
+}
+
+constexpr int kMostParts = 32;
+
+// Parts of a row for `blocks` blocks in all, where rows are few, with at least two vectors of a thread in each.
+template <class S>
+unsigned parts_of_row(const Args& args, int64_t blocks) {
+  constexpr int64_t kLeast = 2 * kVectorThreads * kRawItems<S>;
+  const int64_t wanted = (blocks + args.rows - 1) / args.rows, most = args.classes / kLeast;
+  const int64_t parts = wanted < most ? wanted : most;
+  return unsigned(parts < 1 ? 1 : parts < kMostParts ? parts : kMostParts);
 }
 
 // f(dtype, places for teachers, AtOne) as template arguments, for what these kernels take.

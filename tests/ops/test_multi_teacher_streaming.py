@@ -111,3 +111,14 @@ def test_every_schedule_gives_the_same_bits(at, simt):
     results = in_every_schedule(simt, lambda: loss_and_grad(student, teachers, target, ce_weight=0.5))
     for loss, grad in results[1:]:
         assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
+
+
+@pytest.mark.parametrize("classes, launches", [(1024, 2), (6400, 3)])
+def test_few_rows_are_split_over_blocks(classes, launches, at, simt):
+    student, teachers, target = make(2, classes, 2, device=at("simt_stream"))
+    simt.reset_counters()
+    options = dict(ce_weight=0.5, reduction="none")
+    loss = F.multi_teacher_kd(student.detach(), teachers, target, **options)
+    assert simt.counters()["launches"] == launches  # rows, then with parts their merge, and the sum over rows
+    whole = F.multi_teacher_kd(student.detach().double(), teachers, target, **options)
+    torch.testing.assert_close(loss.double(), whole, rtol=1e-5, atol=1e-6)
