@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
+from torch import Tensor
 
 from fastkd import functional
+from fastkd._fixed import Fixed
+from fastkd._linear_loss import LinearMultiTeacherKD
 from fastkd._outputs import find_logits
 from fastkd.ops._feature_maps import Norm
 from fastkd.ops._formulas import LossTerms, Reduction
@@ -25,57 +26,22 @@ if TYPE_CHECKING:
 
     from fastkd.ops._keywords import Distillation, Mutual
 
+__all__ = [
+    "DistillationStats",
+    "FeatureEnsemble",
+    "LinearMultiTeacherKD",
+    "LossTerms",
+    "MultiTeacherKD",
+    "MutualKD",
+    "RKDAngle",
+    "RKDDistance",
+]
+
 Logits = Any  # Tensor [..., C], or an object or dict with one in `logits`
 Loss = TypeVar("Loss")
 
 
-class _Fixed(_Loss):
-    """A loss whose hyper-parameters are attributes: each may be set anew at any time.
-
-    Those in `_tensors` may be numbers, lists or tensors, one in the place of another. A tensor is a buffer, a parameter
-    a parameter. A state dict that has no entry for a buffer leaves it as it is; one that has an entry where the module
-    has no tensor brings a buffer.
-    """
-
-    reduction: Reduction
-    _tensors: tuple[str, ...] = ()
-    _shown: tuple[str, ...] = ()
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name not in self._tensors:
-            return super().__setattr__(name, value)  # type: ignore[arg-type]  # torch: Tensor | Module
-        for table in (self._parameters, self._buffers, self.__dict__):
-            table.pop(name, None)
-        if isinstance(value, nn.Parameter):
-            self.register_parameter(name, value)
-        elif isinstance(value, Tensor):
-            self.register_buffer(name, value)
-        else:
-            self.__dict__[name] = value
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        *rest: Any,
-    ) -> None:
-        for name in self._tensors:
-            saved = state_dict.get(prefix + name)
-            if saved is not None and not isinstance(getattr(self, name), Tensor):
-                setattr(self, name, saved.detach().clone())
-        missing: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
-        kept = {prefix + name for name in self._tensors if name in self._buffers}
-        missing_keys += [key for key in missing if key not in kept]
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={_told(getattr(self, name))}" for name in self._shown)
-
-
-class MultiTeacherKD(_Fixed, Generic[Loss]):
+class MultiTeacherKD(Fixed, Generic[Loss]):
     """`fastkd.functional.multi_teacher_kd` with its hyper-parameters fixed; see there for what they mean.
 
     A tensor of weights or temperatures is a buffer: it moves with the module and is in its state dict. It may be set
@@ -89,8 +55,9 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
 
     _tensors = ("weights", "temperature")
     _shown = (
-        "weights", "temperature", "combine", "kd_weight", "ce_weight", "label_smoothing", "ignore_index", "class_dim",
-        "scale_by_t2", "reduction", "return_terms", "return_stats",
+        "weights", "temperature", "combine", "divergence", "divergence_beta", "kd_weight", "ce_weight",
+        "label_smoothing", "ignore_index", "class_dim", "vocab_size", "softcap", "logit_scale", "teacher_softcap",
+        "teacher_logit_scale", "scale_by_t2", "reduction", "return_terms", "return_stats",
     )  # fmt: skip
 
     @overload
@@ -124,10 +91,17 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
         kd_weight: float | Tensor = 1.0,
         temperature: float | Tensor | Sequence[float] = 4.0,
         combine: Combine = "losses",
+        divergence: str | Mapping[str, float | Tensor] = "forward",
+        divergence_beta: float | None = None,
         ce_weight: float | Tensor = 0.0,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         class_dim: int = -1,
+        vocab_size: int | None = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        teacher_softcap: float | Sequence[float | None] | None = None,
+        teacher_logit_scale: float | Sequence[float] = 1.0,
         scale_by_t2: bool = True,
         reduction: Reduction = "mean",
         return_terms: bool = False,
@@ -136,6 +110,9 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
         super().__init__(reduction=reduction)
         self.weights, self.temperature, self.combine = weights, temperature, combine
         self.kd_weight, self.ce_weight, self.label_smoothing = kd_weight, ce_weight, label_smoothing
+        self.divergence, self.divergence_beta, self.vocab_size = divergence, divergence_beta, vocab_size
+        self.softcap, self.logit_scale = softcap, logit_scale
+        self.teacher_softcap, self.teacher_logit_scale = teacher_softcap, teacher_logit_scale
         self.ignore_index, self.class_dim, self.scale_by_t2 = ignore_index, class_dim, scale_by_t2
         self.return_terms, self.return_stats = return_terms, return_stats
 
@@ -158,11 +135,18 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
             kd_weight=self.kd_weight,
             temperature=self.temperature,
             combine=self.combine,
+            divergence=self.divergence,
+            divergence_beta=self.divergence_beta,
             ce_weight=self.ce_weight,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             mask=mask,
             class_dim=self.class_dim,
+            vocab_size=self.vocab_size,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            teacher_softcap=self.teacher_softcap,
+            teacher_logit_scale=self.teacher_logit_scale,
             scale_by_t2=self.scale_by_t2,
             reduction=self.reduction,
             num_items=num_items,
@@ -175,7 +159,7 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
         __call__ = forward
 
 
-class MutualKD(_Fixed, Generic[Loss]):
+class MutualKD(Fixed, Generic[Loss]):
     """`fastkd.functional.mutual_kd` with its hyper-parameters fixed; see there for what they mean.
 
     A tensor of weights or a temperature tensor is a buffer: it moves with the module and is in its state dict. It may
@@ -260,7 +244,7 @@ class MutualKD(_Fixed, Generic[Loss]):
         __call__ = forward
 
 
-class RKDDistance(_Fixed):
+class RKDDistance(Fixed):
     """`fastkd.functional.rkd_distance` with its hyper-parameters fixed; see there for what they mean.
 
     >>> embeddings = torch.tensor([[0.0], [1.0], [3.0]])
@@ -298,7 +282,7 @@ class RKDDistance(_Fixed):
         __call__ = forward
 
 
-class RKDAngle(_Fixed):
+class RKDAngle(Fixed):
     """`fastkd.functional.rkd_angle` with its hyper-parameters fixed; see there for what they mean.
 
     >>> square = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
@@ -341,7 +325,7 @@ class RKDAngle(_Fixed):
         __call__ = forward
 
 
-class FeatureEnsemble(_Fixed):
+class FeatureEnsemble(Fixed):
     """`fastkd.functional.feature_ensemble` with its hyper-parameters fixed; see there for what they mean.
 
     A tensor of weights is a buffer: it moves with the module and is in its state dict. It may be set anew, and older
@@ -408,7 +392,3 @@ def _several(outputs: Logits | Sequence[Logits]) -> Any:
     if logits is not None:
         return [logits]
     return [_logits(output) for output in outputs] if isinstance(outputs, Sequence) else outputs
-
-
-def _told(value: object) -> str:
-    return f"tensor{list(value.shape)}" if isinstance(value, Tensor) and value.dim() > 0 else repr(value)

@@ -49,6 +49,17 @@ def _is_small(small_stem: bool | None, image_size: int) -> bool:
 class StagedResNet(Network):
     """A torchvision ResNet whose last stage, of four, is the branch."""
 
+    conv1: nn.Module
+    bn1: nn.Module
+    relu: nn.Module
+    maxpool: nn.Module
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+    avgpool: nn.Module
+    fc: nn.Linear
+
     def __init__(self, model: nn.Module):
         super().__init__()
         for name, child in model.named_children():
@@ -76,7 +87,10 @@ class StagedResNet(Network):
 class StagedDenseNet(Network):
     """A torchvision DenseNet whose last dense block is the branch; the transition before it belongs to the stem."""
 
-    def __init__(self, model: nn.Module):
+    features: nn.Sequential
+    classifier: nn.Linear
+
+    def __init__(self, model: Any):
         super().__init__()
         self.features, self.classifier = model.features, model.classifier
         self.features_width = self.classifier.in_features
@@ -99,7 +113,7 @@ class StagedDenseNet(Network):
 
     def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
         """The last stage and the classifier."""
-        last = self.features.norm5(self.features.get_submodule(self._last)(stem[-1]))
+        last = self.features.get_submodule("norm5")(self.features.get_submodule(self._last)(stem[-1]))
         last = nn.functional.relu(last, inplace=True)  # [B, D, h, w]
         features = global_pool(last)
         return Outputs(self.classifier(features), features, (*stem[:-1], last))

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import guard, measure, registry, report  # noqa: E402
-from benchmarks.inputs import Embeddings, Heads, Maps, Networks  # noqa: E402
+from benchmarks.inputs import Embeddings, Heads, Maps, Networks, Projections  # noqa: E402
 from benchmarks.registry import FORWARD, OPERATIONS, TRAINING, Case, Logits  # noqa: E402
 
 SMALL = Logits(6, 37, 3)
@@ -29,6 +29,7 @@ SMALL_SHAPES = {
     "rkd_distance": [Embeddings(7, 5), Embeddings(2, 3), Embeddings(33, 16)],
     "rkd_angle": [Embeddings(7, 5), Embeddings(3, 3), Embeddings(33, 16)],
     "linear_kd": [Heads(6, 5, 37), Heads(1, 1, 2), Heads(5, 8, 130)],
+    "linear_multi_teacher": [Projections(6, 5, 37, 2), Projections(1, 1, 2, 1), Projections(5, 8, 130, 3)],
 }
 SMALL_CASES = [(OPERATIONS[name], shape) for name, shapes in SMALL_SHAPES.items() for shape in shapes]
 
@@ -53,6 +54,7 @@ def assert_same(operation, shape, name):
 
 def test_every_operation_of_the_library_is_benchmarked():
     measured = {"multi_teacher": "multi_teacher_kd", "mutual": "mutual_kd"}
+    measured["linear_multi_teacher"] = "linear_multi_teacher_kd"
     own = set(OPERATIONS) - {"linear_kd"}  # of heads and multi_teacher_kd
     assert {measured.get(name, name) for name in own} == set(fastkd.backend_info()) - {"backend", "cpu", "cuda"}
     assert set(SMALL_SHAPES) == set(OPERATIONS)
