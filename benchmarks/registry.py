@@ -121,6 +121,12 @@ def multi_teacher(student, teachers, target, weights, temperature, ce_weight) ->
     )
 
 
+def multi_teacher_with_gradient(student, teachers, target, weights, temperature, ce_weight) -> tuple[Tensor, ...]:
+    return functional.multi_teacher_kd_with_gradient(
+        student, teachers, target, weights=weights, temperature=temperature, ce_weight=ce_weight
+    )
+
+
 def mutual(logits, target, temperature, ce_weight) -> Tensor:
     return functional.mutual_kd(logits, target, temperature=temperature, ce_weight=ce_weight).sum()
 
@@ -152,6 +158,19 @@ OPERATIONS = {
             fused=multi_teacher,
             baselines=with_reference(multi_teacher, multi_teacher_eager.multi_teacher),
             bytes_floor=inputs.multi_teacher_bytes,
+            tests="tests/ops/test_multi_teacher*.py",
+        ),
+        Operation(
+            name="multi_teacher_kd_with_gradient",
+            shapes=(Logits(128, 100, 4), Logits(256, 1000, 4)),
+            passes=(FORWARD,),
+            make_inputs=inputs.multi_teacher_alone,
+            fused=multi_teacher_with_gradient,
+            baselines={
+                "eager": lambda: multi_teacher_eager.with_gradient,
+                "compile": lambda: compiled(multi_teacher_eager.gradient_and_value),
+            },
+            bytes_floor=inputs.multi_teacher_alone_bytes,
             tests="tests/ops/test_multi_teacher*.py",
         ),
         Operation(

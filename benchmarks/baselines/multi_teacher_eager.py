@@ -5,6 +5,7 @@ Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531)
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,3 +24,17 @@ def multi_teacher(
         p = F.softmax(teacher / temperature, dim=1)
         loss = loss + weight * F.kl_div(log_q, p, reduction="batchmean") * temperature * temperature
     return loss
+
+
+@torch.enable_grad()
+def with_gradient(student: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient to the student, by autograd."""
+    student = student.detach().requires_grad_()
+    loss = multi_teacher(student, *rest)
+    return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+
+def gradient_and_value(student: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """The same as torch.compile takes it."""
+    gradient, loss = torch.func.grad_and_value(multi_teacher)(student, *rest)
+    return loss, gradient

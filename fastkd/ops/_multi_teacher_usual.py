@@ -30,23 +30,31 @@ class _Remembered(NamedTuple):
 
 
 @functools.lru_cache(maxsize=128, typed=True)
-def _remembered(check: Callable, k: int, labels: bool, names: tuple[str, ...], *values: object) -> _Remembered | None:
+def _remembered(
+    check: Callable, k: int, labels: bool, weights: tuple[float, ...] | None, names: tuple[str, ...], *values: object
+) -> _Remembered | None:
     """The options of a call with K teachers, as check() makes them; None where it refuses them or drops teachers."""
     row, target = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64) if labels else None
     given = dict(zip(names, values, strict=True))
     try:
-        tensors, options = check(row, (row,) * k, target, weights=None, mask=None, num_items=None, **given)
+        tensors, options = check(row, (row,) * k, target, weights=weights, mask=None, num_items=None, **given)
     except (TypeError, ValueError):
         return None
     return _Remembered(options, kernels._numbers(options)) if len(tensors.teachers) == k else None
 
 
 def losses(
-    check: Callable, student: object, teachers: object, target: object, names: tuple[str, ...], values: Sequence[object]
+    check: Callable,
+    student: object,
+    teachers: object,
+    target: object,
+    weights: object,
+    names: tuple[str, ...],
+    values: Sequence[object],
 ) -> Sequence[Tensor] | None:
     """The loss, with return_terms KD and CE, where all is as usual and native kernels take it in one pass; or None."""
     learns = torch.is_grad_enabled()
-    call = _call(check, student, teachers, target, names, values, learns)
+    call = _call(check, student, teachers, target, weights, names, values, learns)
     if call is None:
         return None
     try:
@@ -61,10 +69,16 @@ def losses(
 
 @torch.no_grad()
 def loss_and_gradient(
-    check: Callable, student: object, teachers: object, target: object, names: tuple[str, ...], values: Sequence[object]
+    check: Callable,
+    student: object,
+    teachers: object,
+    target: object,
+    weights: object,
+    names: tuple[str, ...],
+    values: Sequence[object],
 ) -> tuple[Tensor, Tensor] | None:
     """The loss and what its sum's backward would give to the student, in the same case."""
-    call = _call(check, student, teachers, target, names, values, False)
+    call = _call(check, student, teachers, target, weights, names, values, False)
     if call is None:
         return None
     try:
@@ -74,17 +88,21 @@ def loss_and_gradient(
     return loss, kernels.gradient_from(call[1].options, torch.ones_like(loss), *stored)
 
 
-def _call(check, student, teachers, target, names, values, learns: bool) -> tuple[Tensors, _Remembered] | None:
+def _call(check, student, teachers, target, weights, names, values, learns: bool) -> tuple[Tensors, _Remembered] | None:
     if torch.compiler.is_compiling() or autograd.is_transformed() or autograd.CHECK_VALUES_EVERYWHERE:
         return None
     if type(student) not in MATRICES or type(teachers) not in (list, tuple) or not PLAIN.issuperset(map(type, values)):
         return None
+    if weights is not None:
+        if type(weights) not in (list, tuple) or set(map(type, weights)) != {float}:
+            return None
+        weights = tuple(weights)
     if not _alike(student, teachers, target, learns) or _backend.why_not_native(student) is not None:
         return None
     tensors = Tensors(student, tuple(teachers), target, None, None)
     if kernels.runs_apart(tensors):
         return None
-    found = _remembered(check, len(teachers), target is not None, names, *values)
+    found = _remembered(check, len(teachers), target is not None, weights, names, *values)
     return None if found is None else (tensors, found)
 
 

@@ -170,12 +170,12 @@ def multi_teacher_kd(
             on the CPU; on a GPU, where reading it would wait for the device, and under torch.compile, its row's loss
             and gradient are NaN (FASTKD_CHECKS=1 makes it raise there too, without compile).
     """
-    if weights is None and mask is None and num_items is None and not return_stats:
+    if mask is None and num_items is None and not return_stats:
         values = (
             kd_weight, temperature, combine, ce_weight, label_smoothing, ignore_index, class_dim, scale_by_t2,
             reduction, return_terms,
         )  # fmt: skip
-        losses = usual.losses(_check, student, teachers, target, USUAL, values)
+        losses = usual.losses(_check, student, teachers, target, weights, USUAL, values)
         if losses is not None:
             return (losses[0], LossTerms(*losses[1:])) if return_terms else losses[0]
     if has_sparse(teachers):

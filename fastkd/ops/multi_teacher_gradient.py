@@ -27,7 +27,7 @@ _SIGNATURE = _WHOLE.replace(
     return_annotation=tuple[Tensor, Tensor],
 )
 _DEFAULTS = {name: _WHOLE.parameters[name].default for name in USUAL}
-_USUAL_OPTIONS = frozenset(USUAL) - {"return_terms"}
+_USUAL_OPTIONS = frozenset(USUAL) - {"return_terms"} | {"weights"}
 
 
 def multi_teacher_kd_with_gradient(
@@ -61,7 +61,8 @@ def multi_teacher_kd_with_gradient(
     """
     if options.keys() <= _USUAL_OPTIONS:
         values = tuple([options.get(name, default) for name, default in _DEFAULTS.items()])
-        found = usual.loss_and_gradient(multi_teacher._check, student, teachers, target, USUAL, values)
+        weights = options.get("weights")
+        found = usual.loss_and_gradient(multi_teacher._check, student, teachers, target, weights, USUAL, values)
         if found is not None:
             return found
     given = _SIGNATURE.bind(student, teachers, target, **options).arguments
