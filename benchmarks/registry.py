@@ -16,12 +16,13 @@ from benchmarks.baselines import (
     cross_entropy_eager,
     feature_ensemble_eager,
     group_stats_eager,
+    linear_eager,
     linear_kd_eager,
     multi_teacher_eager,
     mutual_eager,
     relational_eager,
 )
-from benchmarks.inputs import FORWARD, TRAINING, Embeddings, Heads, Inputs, Logits, Maps, Networks
+from benchmarks.inputs import FORWARD, TRAINING, Embeddings, Heads, Inputs, Logits, Maps, Networks, Projections
 from fastkd import functional
 
 PASSES = (FORWARD, TRAINING)
@@ -244,6 +245,17 @@ OPERATIONS = {
             baselines=eager_and_compiled(linear_kd_eager.linear_kd),
             bytes_floor=inputs.linear_kd_bytes,
             tests="tests/ops/test_multi_teacher*.py",
+        ),
+        Operation(
+            name="linear_multi_teacher",
+            shapes=(Projections(512, 256, 8000, 2),),
+            gpu=((Projections(4096, 2048, 128256, 1), BF16),),
+            make_inputs=inputs.linear_multi_teacher,
+            fused=functional.linear_multi_teacher_kd,
+            baselines=eager_and_compiled(linear_eager.linear_multi_teacher)
+            | {"checkpoint": lambda: linear_eager.checkpointed},
+            bytes_floor=inputs.linear_multi_teacher_bytes,
+            tests="tests/ops/test_linear*.py",
         ),
     ]
 }

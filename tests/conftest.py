@@ -1,5 +1,6 @@
 """What all tests share: fresh memory is poisoned, and the places where an operation's kernels run."""
 
+import contextlib
 import functools
 
 import pytest
@@ -29,7 +30,14 @@ def one_thread():
 
 
 @pytest.fixture
-def at(request, monkeypatch):
+def values_unreadable():
+    """As on a device that must not be waited for: the host looks at no tensor's values."""
+    with _backend.pretend(values_readable=False):
+        yield
+
+
+@pytest.fixture
+def at(request):
     """`at(place)` returns the device to make tensors on, with that place's kernels behind fastkd.functional.
 
     cpu: the CPU kernels. simt: the CUDA kernels, run on the host. simt_stream: those for long rows, whatever
@@ -46,22 +54,13 @@ def at(request, monkeypatch):
                 pytest.fail("the native library is missing: run `make build`")
             return torch.device("cpu")
         request.getfixturevalue("simt")
-        _on_host_kernels(monkeypatch, stream=place == "simt_stream")
+        _register_fakes_once()
+        stream = place == "simt_stream"
+        pretending.enter_context(_backend.pretend(cpu_namespace="fastkd_simt", cpu_kind="cuda", stream_always=stream))
         return torch.device("cpu")
 
-    return go
-
-
-def _on_host_kernels(monkeypatch, stream: bool) -> None:
-    monkeypatch.setattr(_backend, "_cpu_namespace", "fastkd_simt")
-    monkeypatch.setattr(_backend, "_cpu_kind", "cuda")
-    _register_fakes_once()
-    if stream:
-        from fastkd.ops import _multi_teacher_kernels, _peer_kernels
-
-        monkeypatch.setattr(_peer_kernels, "STREAM_ALWAYS", True)
-        monkeypatch.setattr(_multi_teacher_kernels, "ON_CHIP_CLASSES", {})
-        monkeypatch.setattr(_multi_teacher_kernels, "ON_CHIP_CLASSES_DEFAULT", 0)
+    with contextlib.ExitStack() as pretending:
+        yield go
 
 
 @functools.cache

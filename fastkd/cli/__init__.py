@@ -61,11 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _said_elsewhere(error: Exception) -> bool:
     """Of several processes, one prints what all find out alike."""
+    from fastkd._core.messages import UserError
     from fastkd.train import distributed
 
     if isinstance(error, (distributed.Elsewhere, distributed.Lost)):
         return isinstance(error, distributed.Elsewhere)
-    return isinstance(error, (distributed.UserError, ValueError, TypeError)) and not distributed.speaks()
+    return isinstance(error, (UserError, ValueError, TypeError)) and not distributed.speaks()
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -144,12 +145,12 @@ def _explain(error: Exception) -> str | None:
 
 
 # What PyTorch says on the CPU, and of a loader's process that the system has ended for it.
-_FULL = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+_FULL: tuple[str, ...] = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "Cannot allocate memory")
 _FULL += ("is killed by signal: Killed", "is killed by signal: Bus error", "unable to allocate shared memory")
 
 
 def _memory_is_full(error: Exception) -> bool:
-    if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno == errno.ENOMEM:
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _FULL)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -16,7 +17,13 @@ def check_network(method: str, argument: str, value: object) -> nn.Module:
     return value
 
 
-def is_sequence(value: object) -> bool:
+def check_boolean(method: str, argument: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise wrong_type(method, argument, "True or False", type(value).__name__)
+    return value
+
+
+def is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
     """Whether this is several networks: nn.Sequential and its like are one."""
     return isinstance(value, (list, tuple, nn.ModuleList)) or (
         isinstance(value, Sequence) and not isinstance(value, (str, bytes, nn.Module))

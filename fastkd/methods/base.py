@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ class Method(Networks):
     teaches_logits = False
     one_loss = True
     last_only: tuple[str, ...] = ()
-    counted: Mapping[str, str] = {}
+    counted: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,
@@ -107,10 +107,11 @@ class Method(Networks):
         self._unfinished = 0
         self.iterations = 0
         self.epoch, self.epochs = 0, 1
+        self.epoch_steps: int | None = None
 
     def phases(
         self, inputs: Any, target: Any = None, *, chunks: int = 1, taught: Mapping[str, Tensor] | Taught | None = None
-    ) -> Iterator[Phase]:
+    ) -> Generator[Phase, None, None]:
         """The updates of one iteration, in order. Go through all of them: what follows the last one runs then.
 
         Args:
@@ -128,10 +129,8 @@ class Method(Networks):
         The method's code runs inside this iterator and inside `phase.losses`, under the autocast that holds there. An
         iterator that is left half-way changes neither counters nor random state: the same choices are made again.
         """
-        known = {}
-        if taught is not None:
-            known = {"taught": self._check_taught(taught), "tell": self._note_part}
-        return self._run(Batch(inputs, target, chunks, name=self._name(), **known))
+        known = None if taught is None else self._check_taught(taught)
+        return self._run(Batch(inputs, target, chunks, name=self._name(), taught=known, tell=self._note_part))
 
     def step(
         self,
@@ -195,10 +194,19 @@ class Method(Networks):
         """The network to ship, unwrapped, without what only training needs."""
         raise NotImplementedError(f"{self._name()} must define deployable()")
 
-    def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Tell the method where the run is: epoch 0 .. epochs - 1. For weights that change with it; saved."""
+    def start_epoch(self, epoch: int, epochs: int, steps: int | None = None) -> None:
+        """Tell the method where the run is: epoch 0 .. epochs - 1, each of `steps` iterations where that is known.
+
+        For weights that change with it, and for averages that follow over the length of the run; saved.
+        """
         self.epochs = check_integer(self._name(), "epochs", epochs, 1)
         self.epoch = check_integer(self._name(), "epoch", epoch, 0, epochs - 1)
+        self.epoch_steps = None if steps is None else check_integer(self._name(), "steps", steps, 1)
+
+    @property
+    def run_steps(self) -> int | None:
+        """Iterations of the whole run, as far as the loop told them."""
+        return None if self.epoch_steps is None else self.epoch_steps * self.epochs
 
     def initialise(self, batches: Iterable[tuple[Any, Any]], lr: float, *, chunks: int = 1) -> None:
         """For subclasses: what is done with a few (inputs, target) before the first epoch, at the base learning rate.
@@ -222,11 +230,13 @@ class Method(Networks):
 
     def extra(self) -> dict[str, Any]:
         """For subclasses: what the state dict keeps beside tensors and random state: numbers, strings, lists, dicts."""
-        return {"iterations": self.iterations, "epoch": self.epoch, "epochs": self.epochs}
+        where = {"epoch": self.epoch, "epochs": self.epochs, "epoch_steps": self.epoch_steps or 0}
+        return {"iterations": self.iterations} | where
 
     def set_extra(self, extra: dict[str, Any]) -> None:
         """For subclasses: the way back of `extra`."""
         self.iterations, self.epoch, self.epochs = extra["iterations"], extra["epoch"], extra["epochs"]
+        self.epoch_steps = extra.get("epoch_steps") or None  # an earlier version's state has none
 
     def get_extra_state(self) -> Tensor:
         """uint8 [n], so that what stores tensors (safetensors) takes it; n does not change from step to step."""
@@ -237,7 +247,7 @@ class Method(Networks):
         extra, self._random = unpack(self._name(), state)
         self.set_extra(extra)
 
-    def _run(self, batch: Batch) -> Iterator[Phase]:
+    def _run(self, batch: Batch) -> Generator[Phase, None, None]:
         # Choices come from a copy of the random state, kept only when the iteration is over.
         generator = torch.Generator()
         generator.set_state(self._random)
@@ -245,7 +255,8 @@ class Method(Networks):
         # Autocast keeps the low-precision weights that it made. Where the caller's autocast spans an optimiser step,
         # they would be the ones from before the step.
         torch.clear_autocast_cache()
-        with contextlib.closing(self.iteration(batch, generator)) as phases:
+        phases = self.iteration(batch, generator)
+        with contextlib.closing(phases):  # type: ignore[type-var]  # a generator
             for phase in phases:
                 self._watch(phase)
                 yield phase

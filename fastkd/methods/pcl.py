@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastkd.methods._signature import takes
-from fastkd.methods.dkel import DKEL
+from fastkd.methods.dkel import DKEL, Variant  # noqa: F401  # of the signature
 from fastkd.models import Branched
 
 
@@ -26,11 +26,11 @@ class PCL(DKEL):
 
     Args:
         student, teacher, classifier, temperature, ce_weight, ramp, of, momentum, seed: as in `DKEL`; T = 3, ramp = 80
-            epochs of 300, momentum = 0.999 (P); the scaling to other lengths of a run is ours (C).
+            epochs of 300 (P), momentum None; the scaling of both to other lengths of a run is ours (C).
         c: weight of the distillation after the ramp-up; 1 (P).
         variant: "intended" | "released": the ramp-up of the reproduction that the authors of DKEL released.
     """
 
-    @takes(DKEL, without=("decay", "init"), c=1.0)
+    @takes(DKEL, without=("decay", "ensemble_ramp", "init"), c=1.0)
     def __init__(self, student: Branched, **options: Any):
         super().__init__(student, decay=None, init=None, **options)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-VALUES_ARE_READABLE = True  # False in tests: as on a device that must not be waited for
-CHECK_VALUES_EVERYWHERE = os.environ.get("FASTKD_CHECKS", "0") == "1"
+from fastkd import _backend
 
 
 def may_read_values(tensor: Tensor) -> bool:
     """Whether looking at this tensor's numbers is free of a device wait and of a graph break."""
-    if not VALUES_ARE_READABLE:
+    if not _backend.machine.values_readable:
         return False
     if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor) or is_transformed():
         return False
-    return tensor.device.type == "cpu" or CHECK_VALUES_EVERYWHERE
+    return tensor.device.type == "cpu" or _backend.machine.check_everywhere
 
 
 def is_transformed() -> bool:
@@ -51,7 +50,7 @@ def host_scalars(scalars: Sequence[float | Tensor]) -> Tensor | None:
 # --- what autograd functions keep between forward and backward ------------------------------------------------------
 
 
-def save_for_backward(ctx, tensors: Sequence[Tensor | None]) -> None:
+def save_for_backward(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
     """ctx.save_for_backward, which refuses tensors made under torch.inference_mode(): ctx itself keeps these."""
     kept = None
     if not torch.compiler.is_compiling() and any([t is not None and t.is_inference() for t in tensors]):
@@ -61,7 +60,7 @@ def save_for_backward(ctx, tensors: Sequence[Tensor | None]) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def with_kept(ctx, saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+def with_kept(ctx: Any, saved: Sequence[Tensor | None]) -> Sequence[Any]:
     """The tensors that save_for_backward() was given, from ctx.saved_tensors."""
     return saved if ctx.kept is None else [ctx.kept.get(i, tensor) for i, tensor in enumerate(saved)]
 
@@ -79,7 +78,7 @@ class Inputs:
         except RuntimeError:  # an inference tensor has none
             self._versions = [_version(t) for t in tensors]
 
-    def unchanged(self, op: str) -> tuple[Tensor | None, ...]:
+    def unchanged(self, op: str) -> tuple[Any, ...]:
         for tensor, version in zip(self._tensors, self._versions, strict=True):
             if _version(tensor) != version:
                 raise RuntimeError(
@@ -98,12 +97,12 @@ def graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def hand_out(ctx, name: str) -> Tensor:
+def hand_out(ctx: Any, name: str) -> Tensor:
     """The stored gradient `ctx.<name>` as the caller's own tensor: given away with the last pass, else copied.
 
     Read ctx.saved_tensors before: it raises where the graph was freed already.
     """
-    gradient = getattr(ctx, name)
+    gradient: Tensor = getattr(ctx, name)
     if graph_is_kept():
         return gradient.clone()
     setattr(ctx, name, None)

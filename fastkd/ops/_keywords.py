@@ -7,6 +7,9 @@ from typing import TypedDict
 
 from torch import Tensor
 
+from fastkd.ops._formulas import Reduction
+from fastkd.ops._multi_teacher_formula import Combine
+
 
 class Shared(TypedDict, total=False):
     kd_weight: float | Tensor
@@ -15,7 +18,7 @@ class Shared(TypedDict, total=False):
     ignore_index: int
     class_dim: int
     scale_by_t2: bool
-    reduction: str
+    reduction: Reduction
 
 
 class Distillation(Shared, total=False):
@@ -23,7 +26,7 @@ class Distillation(Shared, total=False):
 
     weights: Tensor | Sequence[float] | None
     temperature: float | Tensor | Sequence[float]
-    combine: str
+    combine: Combine
 
 
 class DistillationCall(Distillation, total=False):
@@ -33,12 +36,17 @@ class DistillationCall(Distillation, total=False):
     num_items: float | Tensor | None
 
 
-class MutualCall(Shared, total=False):
-    """Of mutual_kd."""
+class Mutual(Shared, total=False):
+    """Of MutualKD: those that do not change what it returns."""
 
     weights: Tensor | Sequence[Sequence[float]] | None
-    teachers: Tensor | Sequence[Tensor]
     teacher_weights: Tensor | Sequence[Sequence[float]] | None
     temperature: float | Tensor
+
+
+class MutualCall(Mutual, total=False):
+    """Of mutual_kd."""
+
+    teachers: Tensor | Sequence[Tensor]
     mask: Tensor | None
     num_items: float | Tensor | None

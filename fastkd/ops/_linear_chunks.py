@@ -23,6 +23,7 @@ from fastkd.ops._multi_teacher_formula import Options, Tensors
 
 LEAST_ROWS, MULTIPLE = 256, 128
 BOTH_ROWS = 64  # of a chunk whose classes' weights [rows, k, H] are gathered
+BLOCK_BYTES, ROWS_PER_THREAD = 4 << 20, 8
 CONVERTED_BYTES = 16 << 20  # of a weight in half precision that is converted at a time
 
 
@@ -144,16 +145,21 @@ class _Worker:
         call, hidden = self.call, self._hidden(rows)
         logits = self._buffer("student", count, call.dtype)
         project(hidden, call.projection, logits)
-        losses, gradient = self._rows(group, rows, logits)
-        if not losses.shape[1]:
-            return
-        self.losses[:, rows] = losses
-        if not self.learns:
-            return
-        if call.projection.softcap:
-            gradient.mul_(_softcap_slope(logits, call.projection.softcap))
-        factor = self.factor if self.row_scale is None else self.row_scale[rows].to(call.dtype)[:, None]  # [] or [n, 1]
-        self._add_gradients(gradient, hidden, rows, factor)
+        teachers = {k: self._teacher_logits(k, i, rows) for i, k in enumerate(self._dense(group))}
+        step = self._block_rows(count)
+        for start in range(0, count, step):
+            block = slice(start, min(start + step, count))
+            self._rows(group, _part(rows, block), logits[block], {k: t[block] for k, t in teachers.items()})
+        if self.learns:
+            factor = self.factor if self.row_scale is None else self.row_scale[rows].to(call.dtype)[:, None]
+            self._add_gradients(logits, hidden, rows, factor)
+
+    def _block_rows(self, count: int) -> int:
+        """Rows whose gradient is made beside their logits before it takes their place. A GPU takes all at once."""
+        if not self.call.hidden.is_cpu:
+            return max(1, count)
+        row = self.call.classes * self.call.dtype.itemsize
+        return max(ROWS_PER_THREAD * torch.get_num_threads(), BLOCK_BYTES // row)
 
     def _add_gradients(self, gradient: Tensor, hidden: Tensor, rows: slice | Tensor, factor: Tensor) -> None:
         call, (to_hidden, to_weight, to_bias) = self.call, self.gradients
@@ -166,21 +172,24 @@ class _Worker:
         if to_hidden is not None:
             to_hidden[rows] = project_back(gradient, call.projection.weight[:classes]).mul_(factor * scale)
 
-    def _rows(self, group: Group, rows: slice | Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses [L, n] and the gradient [n, V] over the logits, which stay as they are."""
-        call = self.call
-        dense = [k for k in group.teachers if call.teachers[k].kind < SPARSE]
-        options = self._options(dense)
-        teachers = tuple([self._teacher_logits(k, i, rows) for i, k in enumerate(dense)])
+    def _dense(self, group: Group) -> list[int]:
+        return [k for k in group.teachers if self.call.teachers[k].kind < SPARSE]
+
+    def _rows(self, group: Group, rows: slice | Tensor, logits: Tensor, teachers: dict[int, Tensor]) -> None:
+        """The losses of some rows, and their gradient in the place of the logits [n, V]."""
+        call, dense = self.call, list(teachers)
         soft = None if call.soft is None else flat_rows(call.soft)[rows]
         target = None if call.target is None else call.target[rows].contiguous()
-        weights = self._weights(dense, rows)
-        losses, gradient = row_kernel(Tensors(logits, teachers, target, soft, weights), options, self.learns)
+        tensors = Tensors(logits, tuple(teachers.values()), target, soft, self._weights(dense, rows))
+        losses, gradient = row_kernel(tensors, self._options(dense), self.learns)
         losses = losses.reshape(-1, logits.shape[0])
         for k in group.teachers:
             if call.teachers[k].kind >= SPARSE:
                 self._add_sparse(k, rows, logits, losses, gradient)
-        return losses, gradient
+        self.losses[:, rows] = losses
+        if self.learns:
+            slope = _softcap_slope(logits, call.projection.softcap) if call.projection.softcap else None
+            torch.mul(gradient, slope, out=logits) if slope is not None else logits.copy_(gradient)
 
     def _options(self, teachers: list[int]) -> Options:
         options, t = self.call.options, self.call.options.temperatures
@@ -291,6 +300,11 @@ def _only_inside(call: Call, teachers: tuple[int, ...]) -> bool:
     return bool(teachers) and not labelled and all(call.teachers[k].mode == "both" for k in teachers)
 
 
+def _part(rows: slice | Tensor, block: slice) -> slice | Tensor:
+    """Of rows, those of a block."""
+    return rows[block] if isinstance(rows, Tensor) else slice(rows.start + block.start, rows.start + block.stop)
+
+
 def _softcap_slope(logits: Tensor, softcap: float) -> Tensor:
     """d softcap * tanh(z / softcap) / dz from its value, over which it is written."""
     return logits.div_(softcap).square_().neg_().add_(1)
@@ -328,10 +342,8 @@ def row_kernel(tensors: Tensors, options: Options, learns: bool) -> tuple[Tensor
     """Losses [L, n] or [n], and the gradient of the sum of the rows' losses, [n, V]."""
     losses, rows, saved, aux = kernels._forward(tensors, options, None, learns, False)
     if learns and kernels._streams(tensors.student):  # long rows on a GPU: a second read makes the gradient
-        ops, (student, teachers, target, soft, weights) = _backend.native_ops(tensors.student), tensors
+        student = tensors.student
         ones = torch.ones(student.shape[0], dtype=losses.dtype, device=student.device)
-        numbers = kernels._numbers(options)
-        rows = ops.multi_teacher_stream_backward(
-            ones, student, teachers, target, soft, weights, None, saved, aux, *numbers
-        )  # fmt: skip
+        stream = _backend.native_ops(student).multi_teacher_stream_backward
+        rows = stream(ones, *tensors, None, saved, aux, *kernels._numbers(options))
     return losses, rows

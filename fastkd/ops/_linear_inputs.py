@@ -33,6 +33,10 @@ class Head:
     hidden: [..., H_k], or [N_k, H_k] with `rows`. weight: [V, H_k]. bias: [V]. Any floating dtypes.
     softcap: a number > 0 (Gemma's 30). logit_scale: a finite number (Cohere's).
     rows: int64 [N_k], for a teacher of some rows: which of the student's flattened rows it speaks about, each once.
+
+    >>> head = fastkd.Head(torch.zeros(2, 4), torch.zeros(3, 4), softcap=30.0)
+    >>> fastkd.functional.linear_multi_teacher_kd(torch.zeros(2, 5), torch.zeros(3, 5), [head]).item()  # equal logits
+    0.0
     """
 
     hidden: Tensor

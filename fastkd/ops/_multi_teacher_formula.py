@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd.ops._autograd import may_read_values
-from fastkd.ops._formulas import accumulate_dtype, divergence, flat_rows, log_softmax, reduce_rows, weighted_divergence
-from fastkd.ops._teachers import label_losses, mean_logits, mixture
+from fastkd.ops._formulas import (
+    Reduction,
+    accumulate_dtype,
+    divergence,
+    flat_rows,
+    log_softmax,
+    reduce_rows,
+    weighted_divergence,
+)
+from fastkd.ops._teachers import Weights, label_losses, mean_logits, mixture
+
+Combine = Literal["losses", "probs", "logits"]
 
 
 class Tensors(NamedTuple):
@@ -29,13 +39,13 @@ class Options(NamedTuple):
     operation: str
     host_weights: tuple[float, ...]  # K numbers, unused beside a tensor of weights
     temperatures: tuple[float | Tensor, ...]  # one, or one of each teacher
-    combine: str
+    combine: Combine
     kd_weight: float | Tensor
     ce_weight: float | Tensor
     label_smoothing: float
     ignore_index: int
     scale_by_t2: bool
-    reduction: str
+    reduction: Reduction
     num_items: float | Tensor | None
     labels: bool  # the target holds classes
     terms: bool
@@ -67,17 +77,17 @@ def is_uniform(options: Options) -> bool:
 
 def _reference_kd(student: Tensor, tensors: Tensors, options: Options) -> Tensor:
     """KD of each row, [R]. A teacher is read where its weight is not 0."""
-    weights, teachers = _read_teachers(tensors, options, student.dtype)
+    weights, read = _read_teachers(tensors, options, student.dtype)
     several = len(options.temperatures) > 1
-    temperatures = [options.temperatures[k if several else 0] for k, _ in teachers]
-    teachers = [t for _, t in teachers]
+    temperatures = [options.temperatures[k if several else 0] for k, _ in read]
+    teachers = [t for _, t in read]
     if not teachers:
         return student[:, :0].sum(-1)  # 0, and so is its gradient
     t = temperatures[0]
     scales = [t * t if options.scale_by_t2 else 1.0 for t in temperatures]
     log_q = log_softmax(student, t)
     if options.combine == "losses":
-        total = 0
+        total: Tensor = 0  # type: ignore[assignment]  # until the first one
         for k, (teacher, weight, t) in enumerate(zip(teachers, weights, temperatures, strict=True)):
             log_q = log_softmax(student, t) if k > 0 and several else log_q
             weight = weight[:, 0] if isinstance(weight, Tensor) else weight
@@ -90,10 +100,10 @@ def _reference_kd(student: Tensor, tensors: Tensors, options: Options) -> Tensor
     kd = scales[0] * divergence(log_p, log_q)
     if tensors.weights is None:
         return kd
-    return kd.masked_fill(sum(weight[:, 0] != 0 for weight in weights) == 0, 0)
+    return kd.masked_fill((tensors.weights != 0).sum(0) == 0, 0)
 
 
-def _read_teachers(tensors: Tensors, options: Options, dtype: torch.dtype) -> tuple[list, list[tuple[int, Tensor]]]:
+def _read_teachers(tensors: Tensors, options: Options, dtype: torch.dtype) -> tuple[Weights, list[tuple[int, Tensor]]]:
     """The weights, numbers or [1 or R, 1], and (k, teacher [R, C]) of the teachers that are read at all."""
     teachers = [(k, flat_rows(t).to(dtype)) for k, t in enumerate(tensors.teachers)]
     if tensors.weights is None:
@@ -109,15 +119,18 @@ def reference(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
     """The specification in plain PyTorch: the loss, and with `terms` KD and CE; differentiable in all inputs."""
     student, target, soft = flat_rows(tensors.student), tensors.target, tensors.soft
     dtype = accumulate_dtype(_promoted(tensors))
-    valid = outside = None
+    valid: Tensor | None = None
+    outside: Tensor | None = None
     if target is not None:
         valid = target != options.ignore_index  # [R]
         outside = valid & ((target < 0) | (target >= student.shape[1]))
         if not (may_read_values(valid) and bool(valid.all())):
             # Ignored rows leave before any arithmetic: what they hold (NaN, say) must not reach a gradient.
-            clean = lambda z: flat_rows(z).masked_fill(~valid[:, None], 0)  # noqa: E731
-            student, soft = clean(student), None if soft is None else clean(soft)
-            tensors = tensors._replace(teachers=tuple([clean(t) for t in tensors.teachers]))
+            ignored = ~valid[:, None]
+            student = student.masked_fill(ignored, 0)
+            soft = None if soft is None else flat_rows(soft).masked_fill(ignored, 0)
+            teachers = tuple([flat_rows(t).masked_fill(ignored, 0) for t in tensors.teachers])
+            tensors = tensors._replace(teachers=teachers)
         target = target.where(valid & ~outside, 0)
     student = student.to(dtype)
     no_kd = not isinstance(options.kd_weight, Tensor) and options.kd_weight == 0
@@ -127,8 +140,8 @@ def reference(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
         soft = None if soft is None else flat_rows(soft)
         ce = label_losses(student, target, soft, options.label_smoothing)
         loss = loss if _is(options.ce_weight, 0) else loss + options.ce_weight * ce
-    rows = (loss, kd.detach(), ce.detach()) if options.terms else (loss,)
-    if valid is not None:
+    rows = [loss, kd.detach(), ce.detach()] if options.terms else [loss]
+    if valid is not None and outside is not None:
         factor = torch.ones_like(kd).masked_fill(outside, math.nan)  # NaN in the gradient as well
         rows = [(row * factor).masked_fill(~valid, 0) for row in rows]
     own = accumulate_dtype(tensors.student.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -25,10 +25,10 @@ from fastkd.ops._autograd import (
 )
 from fastkd.ops._formulas import accumulate_dtype, count_rows
 from fastkd.ops._inputs import REDUCTIONS, check_range, out_of_range, why_learning
-from fastkd.ops._multi_teacher_formula import Options, Tensors
+from fastkd.ops._multi_teacher_formula import Combine, Options, Tensors
 from fastkd.ops.group_stats import GroupStats
 
-COMBINE = ("losses", "probs", "logits")
+COMBINE = get_args(Combine)
 LAUNCH_TEACHERS = 16  # teachers of one CUDA launch; more go in groups
 # The longest row that a CUDA thread block holds in registers; a longer one is streamed twice (csrc/multi_teacher/op.h).
 ON_CHIP_CLASSES = {torch.float64: 2048}
@@ -65,6 +65,8 @@ def _streams(student: Tensor) -> bool:
     """Whether the backward reads all logits again instead of a stored gradient: rows too long for one CUDA block."""
     if _backend.device_kind(student) == "cpu":
         return False
+    if _backend.machine.stream_always:
+        return True
     return student.shape[-1] > ON_CHIP_CLASSES.get(student.dtype, ON_CHIP_CLASSES_DEFAULT)
 
 
@@ -75,7 +77,7 @@ def runs_apart(tensors: Tensors) -> bool:
 
 def _in_groups(tensors: Tensors, options: Options) -> Sequence[Tensor]:
     """More teachers than one launch takes: the terms of combine="losses" add up, the cross-entropy goes first."""
-    total = []
+    total: Sequence[Tensor] = []
     for k in range(0, len(tensors.teachers), LAUNCH_TEACHERS):
         part, weights, temperatures = slice(k, k + LAUNCH_TEACHERS), tensors.weights, options.temperatures
         some = tensors._replace(teachers=tensors.teachers[part], weights=None if weights is None else weights[part])
@@ -138,7 +140,7 @@ def _joined(options: Options, scalars: Tensor | None) -> Options:
     )
 
 
-def _numbers(options: Options) -> tuple:
+def _numbers(options: Options) -> tuple[Any, ...]:
     """The arguments that forward and stream_backward share after the tensors."""
     return (
         options.host_weights, options.temperatures, COMBINE.index(options.combine), options.kd_weight,
@@ -163,8 +165,8 @@ def _native(tensors: Tensors, options: Options, with_stats: bool) -> tuple[Seque
     else:
         losses, _, _, _, *stats = _forward(tensors, options, scalars, False, with_stats)
         out = (*(losses.unbind(0) if options.terms else (losses,)), *stats)
-    losses = 3 if options.terms else 1
-    return out[:losses], out[losses:]
+    count = 3 if options.terms else 1
+    return out[:count], out[count:]
 
 
 def _forward(
@@ -173,13 +175,14 @@ def _forward(
     student, teachers, target, soft, weights = tensors
     ops = _backend.native_ops(student)
     numbers = _numbers(options) if torch.compiler.is_compiling() else _remembered_numbers(options)
+    out: tuple[Tensor, ...]
     if with_stats:
         out = ops.multi_teacher_forward_stats(student, teachers, target, weights, scalars, *numbers, need_grad)
     else:
         out = ops.multi_teacher_forward(
             student, teachers, target, soft, weights, scalars, *numbers, need_grad, _streams(student)
         )
-    if options.labels and may_read_values(student) and out[3].tolist()[1] != 0:
+    if target is not None and options.labels and may_read_values(student) and out[3].tolist()[1] != 0:
         raise out_of_range(options.operation, target, student.shape[-1], options.ignore_index)
     return out
 
@@ -192,7 +195,10 @@ class _Native(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, options, with_stats, student, target, soft, weights, scalars, *teachers):
+    def forward(
+        ctx: Any, options: Options, with_stats: bool, student: Tensor, target: Tensor | None, soft: Tensor | None,
+        weights: Tensor | None, scalars: Tensor | None, *teachers: Tensor,
+    ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
         tensors = Tensors(student, teachers, target, soft, weights)
         inputs = (student, target, soft, weights, scalars, *teachers)
         losses, rows, saved, aux, *stats = _forward(tensors, options, scalars, True, with_stats)
@@ -206,7 +212,7 @@ class _Native(torch.autograd.Function):
         return loss, *terms, *stats
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = with_kept(ctx, ctx.saved_tensors)  # an error where the graph was freed
         result = _backward_of_inputs(ctx.options, grad, *tensors)
         result = result if result.shape == ctx.shape else result.view(ctx.shape)
@@ -218,7 +224,7 @@ def _stored(
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """_native() of a student that learns, with a gradient that the kernels store."""
     beside: list[Tensor] = []
-    loss = Stored.apply(tensors.student, (tensors, options, scalars, with_stats), beside)
+    loss: Tensor = Stored.apply(tensors.student, (tensors, options, scalars, with_stats), beside)
     terms = 2 if options.terms else 0
     return (loss, *beside[:terms]), beside[terms:]
 
@@ -231,7 +237,7 @@ class Stored(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, student, call, beside):
+    def forward(ctx: Any, student: Tensor, call: tuple[Any, ...], beside: list[Tensor]) -> Tensor:
         tensors, options, scalars, with_stats = call
         out = _forward(tensors, options, scalars, True, with_stats)
         loss = keep(ctx, tensors, options, scalars, out, beside)
@@ -239,7 +245,7 @@ class Stored(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.stored is None:
             raise RuntimeError(
                 f"{ctx.options.operation}: Trying to backward through the graph a second time; say retain_graph=True "
@@ -252,7 +258,9 @@ class Stored(torch.autograd.Function):
         return result if result.shape == ctx.shape else result.view(ctx.shape), None, None
 
 
-def keep(ctx, tensors: Tensors, options: Options, scalars, out: Sequence[Tensor], beside: list) -> Tensor:
+def keep(
+    ctx: Any, tensors: Tensors, options: Options, scalars: Tensor | None, out: Sequence[Tensor], beside: list[Tensor]
+) -> Tensor:
     """For Stored.backward, from what the operation returned; the loss. Its terms go to `beside`."""
     losses, *stored = out[:4]
     ctx.options, ctx.shape, ctx.stored = options, tensors.student.shape, stored
@@ -264,22 +272,30 @@ def keep(ctx, tensors: Tensors, options: Options, scalars, out: Sequence[Tensor]
     return loss
 
 
-def _second_derivative(options, grad, student, target, soft, weights, scalars, *teachers) -> Tensor:
+def _second_derivative(
+    options: Options, grad: Tensor, student: Tensor, target: Tensor | None, soft: Tensor | None,
+    weights: Tensor | None, scalars: Tensor | None, *teachers: Tensor,
+) -> Tensor:  # fmt: skip
     tensors = Tensors(student, teachers, target, soft, weights)
     loss = formula.reference(tensors, _joined(options, scalars))[0]
     return torch.autograd.grad(loss, student, grad, create_graph=True)[0]
 
 
-def _backward_of_inputs(options, grad, saved, aux, rows, student, target, soft, weights, scalars, *teachers) -> Tensor:
+def _backward_of_inputs(
+    options: Options, grad: Tensor, saved: Tensor, aux: Tensor, rows: Tensor, student: Tensor, target: Tensor | None,
+    soft: Tensor | None, weights: Tensor | None, scalars: Tensor | None, *teachers: Tensor,
+) -> Tensor:  # fmt: skip
     if torch.is_grad_enabled():
         return _second_derivative(options, grad, student, target, soft, weights, scalars, *teachers)
     ops = _backend.native_ops(student)
     if not _streams(student):
         reduction = REDUCTIONS.index(options.reduction)
-        return ops.multi_teacher_backward(grad.contiguous(), rows, saved, aux, reduction)
-    return ops.multi_teacher_stream_backward(
+        result: Tensor = ops.multi_teacher_backward(grad.contiguous(), rows, saved, aux, reduction)
+        return result
+    result = ops.multi_teacher_stream_backward(
         grad.contiguous(), student, teachers, target, soft, weights, scalars, saved, aux, *_numbers(options)
     )
+    return result
 
 
 def gradient_from(options: Options, grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor) -> Tensor:
@@ -290,10 +306,11 @@ def gradient_from(options: Options, grad: Tensor, rows: Tensor, saved: Tensor, a
     if ready and type(grad) is Tensor and grad.item() == 1.0:
         return rows
     reduction = REDUCTIONS.index(options.reduction)
-    return _backend.native_ops(rows).multi_teacher_backward(grad.contiguous(), rows, saved, aux, reduction)
+    result: Tensor = _backend.native_ops(rows).multi_teacher_backward(grad.contiguous(), rows, saved, aux, reduction)
+    return result
 
 
-def _backward_of_rows(ctx, grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor) -> Tensor:
+def _backward_of_rows(ctx: Any, grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor) -> Tensor:
     """From the stored gradient. The last pass through the graph gives it away, or frees it."""
     kept = graph_is_kept()
     if not kept:
@@ -367,7 +384,10 @@ def _divergences(tensors: Tensors, options: Options, k: int) -> Tensor:
 
 
 def register_fakes(namespace: str) -> None:
-    def forward(student, teachers, target, soft, weights, scalars, *options):
+    def forward(
+        student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, soft: Tensor | None,
+        weights: Tensor | None, scalars: Tensor | None, *options: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         *_, reduction, _, _, _, terms, need_grad, stream = options
         rows, classes = count_rows(student), student.shape[-1]
         dtype, three = accumulate_dtype(student.dtype), (3,) if terms else ()
@@ -381,17 +401,20 @@ def register_fakes(namespace: str) -> None:
             student.new_empty((2,), dtype=dtype),
         )
 
-    def forward_stats(student, teachers, target, weights, scalars, *options):
+    def forward_stats(
+        student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, weights: Tensor | None,
+        scalars: Tensor | None, *options: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         rows, dtype = count_rows(student), accumulate_dtype(student.dtype)
         dtypes = (dtype, torch.bool, torch.int64, dtype, dtype, dtype)
         stats = [student.new_empty((len(teachers) + 1, rows), dtype=d) for d in dtypes]
         kl = student.new_empty((len(teachers), rows), dtype=dtype)
         return (*forward(student, teachers, target, None, weights, scalars, *options, False), kl, *stats)
 
-    def backward(grad, rows, saved, aux, reduction):
+    def backward(grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor, reduction: int) -> Tensor:
         return torch.empty_like(rows)
 
-    def stream_backward(grad, student, *rest):
+    def stream_backward(grad: Tensor, student: Tensor, *rest: Any) -> Tensor:
         return student.new_empty((count_rows(student), student.shape[-1]))
 
     torch.library.register_fake(f"{namespace}::multi_teacher_forward", forward)

@@ -9,45 +9,46 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastkd import _backend
-from fastkd.ops import _autograd as autograd
 from fastkd.ops import _multi_teacher_kernels as kernels
+from fastkd.ops._autograd import is_transformed, may_read_values
 from fastkd.ops._inputs import out_of_range
 from fastkd.ops._multi_teacher_formula import Options, Tensors
 
 PLAIN = frozenset((float, int, bool, str, type(None)))  # types of which equal values are the same option
 MATRICES = frozenset((Tensor, torch.nn.Parameter))
+ROW, LABEL = torch.zeros(1, 2, device="cpu"), torch.zeros(1, dtype=torch.int64, device="cpu")  # stand-ins
+Check: TypeAlias = Callable[..., tuple[Tensors, Options]]
 
 
 class _Remembered(NamedTuple):
     options: Options
-    numbers: tuple  # of the raw operation
+    numbers: tuple[Any, ...]  # of the raw operation
 
 
 @functools.lru_cache(maxsize=128, typed=True)
 def _remembered(
-    check: Callable, k: int, labels: bool, weights: tuple[float, ...] | None, names: tuple[str, ...], *values: object
+    check: Check, k: int, labels: bool, weights: tuple[float, ...] | None, names: tuple[str, ...], *values: object
 ) -> _Remembered | None:
     """The options of a call with K teachers, as check() makes them; None where it refuses them or drops teachers."""
-    row, target = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64) if labels else None
-    given = dict(zip(names, values, strict=True))
+    given = dict(zip(names, values, strict=True)) | {"weights": weights, "mask": None, "num_items": None}
     try:
-        tensors, options = check(row, (row,) * k, target, weights=weights, mask=None, num_items=None, **given)
+        tensors, options = check(ROW, (ROW,) * k, LABEL if labels else None, **given)
     except (TypeError, ValueError):
         return None
     return _Remembered(options, kernels._numbers(options)) if len(tensors.teachers) == k else None
 
 
 def losses(
-    check: Callable,
-    student: object,
+    check: Check,
+    student: Tensor,
     teachers: object,
-    target: object,
+    target: Tensor | None,
     weights: object,
     names: tuple[str, ...],
     values: Sequence[object],
@@ -69,10 +70,10 @@ def losses(
 
 @torch.no_grad()
 def loss_and_gradient(
-    check: Callable,
-    student: object,
+    check: Check,
+    student: Tensor,
     teachers: object,
-    target: object,
+    target: Tensor | None,
     weights: object,
     names: tuple[str, ...],
     values: Sequence[object],
@@ -88,13 +89,24 @@ def loss_and_gradient(
     return loss, kernels.gradient_from(call[1].options, torch.ones_like(loss), *stored)
 
 
-def _call(check, student, teachers, target, weights, names, values, learns: bool) -> tuple[Tensors, _Remembered] | None:
-    if torch.compiler.is_compiling() or autograd.is_transformed() or autograd.CHECK_VALUES_EVERYWHERE:
+def _call(
+    check: Check,
+    student: Tensor,
+    teachers: object,
+    target: Tensor | None,
+    weights: object,
+    names: tuple[str, ...],
+    values: Sequence[object],
+    learns: bool,
+) -> tuple[Tensors, _Remembered] | None:
+    if torch.compiler.is_compiling() or is_transformed() or _backend.machine.check_everywhere:
         return None
-    if type(student) not in MATRICES or type(teachers) not in (list, tuple) or not PLAIN.issuperset(map(type, values)):
+    if type(student) not in MATRICES or not isinstance(teachers, (list, tuple)):
+        return None
+    if not PLAIN.issuperset(map(type, values)):
         return None
     if weights is not None:
-        if type(weights) not in (list, tuple) or set(map(type, weights)) != {float}:
+        if not isinstance(weights, (list, tuple)) or set(map(type, weights)) != {float}:
             return None
         weights = tuple(weights)
     if not _alike(student, teachers, target, learns) or _backend.why_not_native(student) is not None:
@@ -106,7 +118,7 @@ def _call(check, student, teachers, target, weights, names, values, learns: bool
     return None if found is None else (tensors, found)
 
 
-def _alike(student: Tensor, teachers: Sequence[object], target: object, learns: bool) -> bool:
+def _alike(student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, learns: bool) -> bool:
     shape, device = student.shape, student.device
     if len(shape) != 2 or shape[1] < 2:
         return False
@@ -116,18 +128,15 @@ def _alike(student: Tensor, teachers: Sequence[object], target: object, learns: 
         if learns and teacher.requires_grad:
             return False
     return target is None or (
-        type(target) is Tensor
-        and target.dtype == torch.int64
-        and target.device == device
-        and target.shape == shape[:1]
+        type(target) is Tensor and target.dtype == torch.int64 and target.device == device and target.shape == shape[:1]
     )
 
 
 def _run(tensors: Tensors, found: _Remembered, need_grad: bool) -> Sequence[Tensor]:
     student, teachers, target = tensors[:3]
     operation = _backend.native_ops(student).multi_teacher_forward
-    out = operation(student, teachers, target, None, None, None, *found.numbers, need_grad, False)
-    if target is not None and autograd.may_read_values(student) and out[3].tolist()[1] != 0:
+    out: Sequence[Tensor] = operation(student, teachers, target, None, None, None, *found.numbers, need_grad, False)
+    if target is not None and may_read_values(student) and out[3].tolist()[1] != 0:
         raise out_of_range(found.options.operation, target, student.shape[1], found.options.ignore_index)
     return out
 
@@ -136,6 +145,6 @@ class _Usual(kernels.Stored):
     """With nothing to look up in the forward."""
 
     @staticmethod
-    def forward(ctx, student, call, beside):
+    def forward(ctx: Any, student: Tensor, call: tuple[Any, ...], beside: list[Tensor]) -> Tensor:
         tensors, found = call
         return kernels.keep(ctx, tensors, found.options, None, _run(tensors, found, True), beside)

@@ -27,7 +27,7 @@ from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.ops import _multi_teacher_kernels as kernels
 from fastkd.ops import _multi_teacher_usual as usual
 from fastkd.ops._autograd import on_host
-from fastkd.ops._formulas import LossTerms, rows_of
+from fastkd.ops._formulas import LossTerms, Reduction, rows_of
 from fastkd.ops._inputs import (
     REDUCTIONS,
     check_layout,
@@ -41,7 +41,7 @@ from fastkd.ops._inputs import (
     classes_last,
     with_mask,
 )
-from fastkd.ops._multi_teacher_formula import Options, Tensors, without_zeros
+from fastkd.ops._multi_teacher_formula import Combine, Options, Tensors, without_zeros
 from fastkd.ops._multi_teacher_kernels import COMBINE, DistillationStats
 from fastkd.ops._teachers import check_teachers, check_temperature, check_weights
 from fastkd.ops._topk_logits import REASON as SPARSE_REASON
@@ -101,6 +101,16 @@ def multi_teacher_kd(
     return_stats: Literal[True],
     **options: Unpack[DistillationCall],
 ) -> tuple[Tensor, LossTerms, DistillationStats]: ...
+@overload
+def multi_teacher_kd(
+    student: Tensor,
+    teachers: Tensor | Sequence[Tensor],
+    target: Tensor | None = None,
+    *,
+    return_terms: bool = False,
+    return_stats: bool = False,
+    **options: Unpack[DistillationCall],
+) -> Any: ...
 def multi_teacher_kd(
     student: Tensor,
     teachers: Tensor | Sequence[Tensor],
@@ -109,14 +119,14 @@ def multi_teacher_kd(
     weights: Tensor | Sequence[float] | None = None,
     kd_weight: float | Tensor = 1.0,
     temperature: float | Tensor | Sequence[float] = 4.0,
-    combine: str = "losses",
+    combine: Combine = "losses",
     ce_weight: float | Tensor = 0.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     mask: Tensor | None = None,
     class_dim: int = -1,
     scale_by_t2: bool = True,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     num_items: float | Tensor | None = None,
     return_terms: bool = False,
     return_stats: bool = False,
@@ -194,20 +204,22 @@ def multi_teacher_kd(
 
 
 def cross_entropy_one(
-    logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = -100, mask=None,
-    class_dim: int = -1, reduction: str = "mean", num_items=None,
+    logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = -100,
+    mask: Tensor | None = None, class_dim: int = -1, reduction: Reduction = "mean",
+    num_items: float | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The cross-entropy of one network, which is a call without teachers."""
     tensors, options = _check_one(logits, target, label_smoothing, ignore_index, mask, class_dim, reduction, num_items)
-    return _results(tensors, options, classes_last(logits, class_dim).shape[:-1], False)
+    loss: Tensor = _results(tensors, options, classes_last(logits, class_dim).shape[:-1], False)
+    return loss
 
 
-def why_one_reference(logits: Tensor, target: Tensor, **options) -> str | None:
+def why_one_reference(logits: Tensor, target: Tensor, **options: Any) -> str | None:
     """why_reference() of cross_entropy_one(logits, target, **options), all of them given."""
     return kernels.why_reference(*_check_one(logits, target, **options))
 
 
-def _results(tensors: Tensors, options: Options, leading: torch.Size, return_stats: bool) -> Tensor | tuple:
+def _results(tensors: Tensors, options: Options, leading: torch.Size, return_stats: bool) -> Any:
     divisor = options.num_items
     if divisor is not None and not on_host((divisor,)):  # on a GPU, or differentiated
         options = options._replace(reduction="sum", num_items=None)
@@ -222,7 +234,7 @@ def _results(tensors: Tensors, options: Options, leading: torch.Size, return_sta
         losses = [loss / divisor for loss in losses]
     if options.reduction == "none":
         losses = [loss.reshape(leading) for loss in losses]
-    results = [losses[0]]
+    results: list[Any] = [losses[0]]
     if options.terms:
         results.append(LossTerms(*[term.detach() for term in losses[1:]]))
     if return_stats:
@@ -231,8 +243,10 @@ def _results(tensors: Tensors, options: Options, leading: torch.Size, return_sta
 
 
 def _check(
-    student, teachers, target, weights, kd_weight, temperature, combine, ce_weight, label_smoothing, ignore_index,
-    mask, class_dim, scale_by_t2, reduction, num_items, return_terms=False, return_stats=False,
+    student: Tensor, teachers: Tensor | Sequence[Tensor], target: Tensor | None, weights: object, kd_weight: object,
+    temperature: object, combine: Combine, ce_weight: object, label_smoothing: object, ignore_index: int, mask: object,
+    class_dim: int, scale_by_t2: object, reduction: Reduction, num_items: object, return_terms: object = False,
+    return_stats: object = False,
 ) -> tuple[Tensors, Options]:  # fmt: skip
     _check_tensor(OP, "student", student)
     class_dim = check_layout(OP, student, class_dim, target is not None, "student")
@@ -262,7 +276,10 @@ def _check(
     return (tensors, options) if return_stats else without_zeros(tensors, options)
 
 
-def _check_one(logits, target, label_smoothing, ignore_index, mask, class_dim, reduction, num_items):
+def _check_one(
+    logits: Tensor, target: Tensor | None, label_smoothing: object, ignore_index: int, mask: object, class_dim: int,
+    reduction: Reduction, num_items: object,
+) -> tuple[Tensors, Options]:  # fmt: skip
     op = "cross_entropy"
     _check_tensor(op, "logits", logits)
     class_dim = check_layout(op, logits, class_dim, target is not None)
@@ -274,14 +291,15 @@ def _check_one(logits, target, label_smoothing, ignore_index, mask, class_dim, r
     )
 
 
-def _check_tensor(op, name, logits) -> None:
+def _check_tensor(op: str, name: str, logits: object) -> None:
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         check_logits(op, name, logits)  # which raises
 
 
 def _check_rows(
-    op, name, student, target, label_smoothing, ignore_index, mask, class_dim, reduction, num_items
-) -> tuple[Tensors, Options]:
+    op: str, name: str, student: Tensor, target: Tensor | None, label_smoothing: object, ignore_index: int,
+    mask: object, class_dim: int, reduction: Reduction, num_items: object,
+) -> tuple[Tensors, Options]:  # fmt: skip
     """One network, its classes last, and its labels: a call without teachers."""
     check_logits(op, name, student)
     check_not_probabilities(op, name, student)
@@ -303,7 +321,7 @@ def _check_rows(
     return Tensors(rows_of(student), (), target, soft, None), options
 
 
-def _why_reference(arguments: dict) -> str | None:
+def _why_reference(arguments: dict[str, Any]) -> str | None:
     if not has_sparse(arguments["teachers"]):
         return kernels.why_reference(*_check(**arguments))
     options = {name: value for name, value in arguments.items() if name not in ("student", "teachers", "target")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ def multi_teacher_kd_with_gradient(
 
 
 @torch.enable_grad()
-def _by_autograd(given: dict) -> tuple[Tensor, Tensor]:
+def _by_autograd(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     student, teachers = given["student"], given["teachers"]
     if isinstance(student, Tensor) and student.is_floating_point():
         student = student.detach().requires_grad_()
@@ -83,7 +83,7 @@ def _by_autograd(given: dict) -> tuple[Tensor, Tensor]:
     return loss.detach(), gradient
 
 
-def _why_reference(arguments: dict) -> str | None:
+def _why_reference(arguments: dict[str, Any]) -> str | None:
     bound = _WHOLE.bind(arguments["student"], arguments["teachers"], arguments["target"], **arguments["options"])
     bound.apply_defaults()
     with torch.no_grad():

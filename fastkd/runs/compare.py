@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -90,10 +91,10 @@ def time_steps(runner: Runner, results: dict[str, Result], rounds: int = ROUNDS)
     return {backend: statistics.median(values) for backend, values in times.items()}
 
 
-def _time_step(fit: Fit, inputs, target, backend: str) -> float:
+def _time_step(fit: Fit, inputs: Any, target: torch.Tensor, backend: str) -> float:
     """Seconds of one step; "native" is the backend "auto": a method may ask for something that has no kernel."""
     fit.method.train()
-    wait = torch.cuda.synchronize if fit.device.type == "cuda" else lambda: None
+    wait: Callable[[], None] = torch.cuda.synchronize if fit.device.type == "cuda" else lambda: None
     with fastkd.use_backend("auto" if backend == "native" else backend):
         wait()
         started = time.perf_counter()
@@ -128,16 +129,16 @@ def summary_table(comparison: Comparison) -> str:
 
 def guides_table(comparison: Comparison) -> str:
     """Each distinct guide: its network, how it was trained, and its own accuracy."""
-    found: dict[tuple, list[Result]] = {}
-    users: dict[tuple, list[str]] = {}
-    for method, seeds in comparison.results.items():
-        for results in seeds.values():
-            for result in results.values():
+    found: dict[tuple[str, str, str, tuple[str, ...]], list[Result]] = {}
+    users: dict[tuple[str, str, str, tuple[str, ...]], list[str]] = {}
+    for user, seeds in comparison.results.items():
+        for run in seeds.values():
+            for result in run.values():
                 stage = result.stage
                 if stage.name != "student":
                     key = (stage.name, stage.network, stage.method, stage.guides)
                     found.setdefault(key, []).append(result)
-                    users.setdefault(key, []).append(method)
+                    users.setdefault(key, []).append(user)
     rows = []
     for (name, network, method, guides), results in found.items():
         distinct = list({str(r.folder): r for r in results}.values())
@@ -151,7 +152,8 @@ def guides_table(comparison: Comparison) -> str:
 
 def write_metrics(comparison: Comparison, folder: Path) -> None:
     """metrics.csv: every epoch of every student; results.csv: one row a run."""
-    rows, last = [], []
+    rows: list[dict[str, Any]] = []
+    last: list[dict[str, Any]] = []
     for method, seeds in comparison.results.items():
         for seed, results in seeds.items():
             student = results["student"]

@@ -80,7 +80,7 @@ class CompareConfig(Settings, CompareOptions):
     eval_every: int = 10
     keep: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.train_size is None and self.data == "digits":
             self.train_size = 200
@@ -125,13 +125,14 @@ def fingerprint(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def to_yaml(config: object) -> str:
+def to_yaml(config: TrainConfig | CompareConfig) -> str:
     """The options as YAML that `--config` reads; without `resume`, which belongs to one start of the run."""
     from fastkd._core.extras import require
 
     values = dataclasses.asdict(config)
     values.pop("resume", None)
-    return require("yaml", "Writing config.yaml").safe_dump(values, sort_keys=False)
+    text: str = require("yaml", "Writing config.yaml").safe_dump(values, sort_keys=False)
+    return text
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

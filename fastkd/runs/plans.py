@@ -19,6 +19,7 @@ from fastkd.runs.config import TrainConfig
 from fastkd.runs.stages import Stage
 
 Networks = list[nn.Module]
+Build = Callable[[Networks, Networks, dict[str, Any]], methods.Method]
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class Recipe:
         stages: config -> the stages that the student's needs, and the student's.
         about: which networks there are and who teaches whom, for --help and report.md.
         fixed: arguments of the class that this recipe sets itself.
-        digits: defaults of its arguments for digits, where a run has few steps and maps are small. Our choice: the
-            average's momentum so that it follows within an epoch or so, FEED's beta by validation images (5 over 50).
+        digits: defaults of its arguments for digits, where maps are small. Our choice: FEED's beta, by validation
+            images (5 over 50).
     """
 
     method: type[methods.Method]
-    build: Callable[[Networks, Networks, dict[str, Any]], methods.Method]
+    build: Build
     stages: Callable[[TrainConfig], list[Stage]]
     about: str
     fixed: dict[str, Any] = field(default_factory=dict)
@@ -68,27 +69,27 @@ class Recipe:
         return f"{self.about} Arguments: {shown}."
 
 
-def _alone(method, **fixed):
-    return lambda learners, guides, options: method(learners[0], **options, **fixed)
+def _alone(method: type[Any]) -> Build:
+    return lambda learners, guides, options: method(learners[0], **options)
 
 
-def _with_teacher(method, **fixed):
-    return lambda learners, guides, options: method(learners[0], guides[0], **options, **fixed)
+def _with_teacher(method: type[Any]) -> Build:
+    return lambda learners, guides, options: method(learners[0], guides[0], **options)
 
 
-def _with_guides(method, **fixed):
+def _with_guides(method: type[Any], **fixed: Any) -> Build:
     return lambda learners, guides, options: method(learners[0], guides, **options, **fixed)
 
 
-def _peers(method):
+def _peers(method: type[Any]) -> Build:
     return lambda learners, guides, options: method(learners, **options)
 
 
-def _pivot_and_group(method):
+def _pivot_and_group(method: type[Any]) -> Build:
     return lambda learners, guides, options: method(learners[-1], learners[:-1], **options)
 
 
-def _peers_and_guides(method):
+def _peers_and_guides(method: type[Any]) -> Build:
     return lambda learners, guides, options: method(learners, guides, **options)
 
 
@@ -143,7 +144,6 @@ RECIPES = {
         "Peers of the student's architecture on one stem (--branches), each with its own augmentation of the images, "
         "learn together from their ensemble and from their mean teachers. The first mean teacher is the network that "
         "is kept.",
-        digits={"momentum": 0.97},
     ),
     "ban": Recipe(methods.BAN, _with_teacher(methods.BAN), stages.generations, _GENERATIONS + "one before it."),
     "dgkd": Recipe(
@@ -173,7 +173,6 @@ RECIPES = {
         stages.branches,
         "As pcl, with mean teachers that start apart from the student and whose ensemble fades out. The first mean "
         "teacher is the network that is kept.",
-        digits={"momentum": 0.97},
     ),
     "feed-parallel": Recipe(
         methods.FEED,
@@ -191,6 +190,60 @@ RECIPES = {
         _GENERATIONS + "last feature map of the one before it.",
         fixed={"mode": "sequential"},
         digits={"beta": 5.0},
+    ),
+    "dkd": Recipe(
+        methods.DKD,
+        _with_teacher(methods.DKD),
+        stages.taught,
+        f"{_TEACHER} by its probability of the label and, apart from it, those of the other classes; no assistants.",
+    ),
+    "dist": Recipe(
+        methods.DIST,
+        _with_teacher(methods.DIST),
+        stages.taught,
+        f"{_TEACHER} by the correlations of its probabilities within samples and within classes; no assistants.",
+    ),
+    "ae-kd": Recipe(
+        methods.AEKD,
+        _with_guides(methods.AEKD),
+        stages.dense,
+        "As aver, with weights of the guides that make their gradients agree, found in each batch.",
+    ),
+    "ca-mkd": Recipe(
+        methods.AVER,
+        _with_guides(methods.AVER, weights="confidence"),
+        stages.dense,
+        "As aver, each guide weighted image by image by how well it knows the label; the loss of logits alone.",
+        fixed={"weights": "confidence"},
+    ),
+    "ebkd": Recipe(
+        methods.AVER,
+        _with_guides(methods.AVER, weights="entropy"),
+        stages.dense,
+        "As aver, each guide weighted image by image by how sure it is.",
+        fixed={"weights": "entropy"},
+    ),
+    "one": Recipe(
+        methods.ONE,
+        _alone(methods.ONE),
+        stages.branches_of_one_view,
+        "Branches of the student's architecture on one stem (--branches) learn together from their gated ensemble. The "
+        "first branch is the network that is kept.",
+    ),
+    "okddip": Recipe(
+        methods.OKDDip,
+        _alone(methods.OKDDip),
+        stages.branches_of_one_view,
+        "Branches of the student's architecture on one stem (--branches): peers that learn from mixtures of each "
+        "other, each from its own, and a leader that learns from their mean. The leader is the network that is kept.",
+    ),
+    "mean-teacher": Recipe(
+        methods.MeanTeacher,
+        _alone(methods.MeanTeacher),
+        stages.two_views,
+        "The student agrees with the moving average of its own weights on another augmentation of the same images. The "
+        "average is the network that is kept.",
+        fixed={"views": True},
     ),
 }
 

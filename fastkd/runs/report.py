@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,10 +58,8 @@ def _terms_text(rows: list[Row], counted: Mapping[str, str]) -> list[str]:
 
 def data_text(config: Settings, data: Data) -> str:
     """One sentence: how many images, classes, pixels, and how they are augmented."""
-    parts = [f"{len(data.train)} training images"]
-    if data.validation is not None:
-        parts.append(f"{len(data.validation)} validation images")
-    parts.append(f"{len(data.test)} test images")
+    images: dict[str, Any] = {"training": data.train, "validation": data.validation, "test": data.test}
+    parts = [f"{len(part)} {name} images" for name, part in images.items() if part is not None]
     augmented = "augmented" if config.augment else "not augmented"
     if config.augment and config.variants:
         augmented += f" in {config.variants} variants"
@@ -71,7 +70,7 @@ def data_text(config: Settings, data: Data) -> str:
 def optimization_text(config: Settings) -> str:
     """Two sentences: optimiser, learning rate, batch, schedule."""
     momentum = f", momentum {config.momentum}{' (Nesterov)' if config.nesterov else ''}"
-    schedule = config.schedule
+    schedule: str = config.schedule
     if schedule == "multistep":
         schedule += f" (times {config.gamma} at {', '.join(f'{m:g}' for m in config.milestones)})"
     warmup = f", {config.warmup_epochs} epochs of linear warm-up" if config.warmup_epochs else ""

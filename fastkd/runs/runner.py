@@ -31,9 +31,10 @@ from fastkd.runs.stages import Learner, Stage
 from fastkd.train import batch_norm, checkpoint, same_data
 from fastkd.train.devices import check_cuda_graph
 from fastkd.train.distributed import world
+from fastkd.train.evaluation import evaluate
 from fastkd.train.given import load_weights
 from fastkd.train.loaders import held_out_batches
-from fastkd.train.loop import Fit, evaluate
+from fastkd.train.loop import Fit
 from fastkd.train.metrics import Row
 from fastkd.train.steps import check_amp
 from fastkd.train.task import Setup, Task
@@ -73,13 +74,13 @@ _FIXED = ("digits", "fake")  # data that nobody can change while this process ru
 
 
 @functools.lru_cache(maxsize=1)
-def _load_once(name: str, items: tuple) -> datasets.Data:
+def _load_once(name: str, items: tuple[tuple[str, Any], ...]) -> datasets.Data:
     return datasets.load(name, **dict(items))
 
 
 def load_data(config: TrainConfig, note: Callable[[str], None] = note) -> datasets.Data:
     """The data of a run; what their folders hold beside is told to `note` by the first process."""
-    items = {
+    items: dict[str, Any] = {
         "root": config.data_root,
         "download": config.download,
         "train_size": config.train_size,
@@ -109,9 +110,7 @@ def _job(run: Job | TrainConfig) -> Job:
     return run if isinstance(run, Job) else Job.of(run, world())
 
 
-def stage_key(
-    run: Job | TrainConfig, stage: Stage, stages: dict[str, Stage], data: datasets.Data | None = None
-) -> str:
+def stage_key(run: Job | TrainConfig, stage: Stage, stages: dict[str, Stage], data: datasets.Data | None = None) -> str:
     """Changes with all that determines the weights of this stage's network, the keys of what it needs among it.
 
     data: those of the run; loaded where they are not given.

@@ -5,6 +5,7 @@ A stage trains one network, or several together; later stages use the networks o
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,9 +71,11 @@ def parameters(method: type[methods.Method]) -> dict[str, Any]:
     return {p.name: p.default for p in found if p.name != "self"}
 
 
-def _student(config: TrainConfig, guides: tuple[str, ...] = (), *, more: tuple[Learner, ...] = (), **facts) -> Stage:
+def _student(
+    config: TrainConfig, guides: tuple[str, ...] = (), *, more: tuple[Learner, ...] = (), views: int = 1
+) -> Stage:
     learner = Learner("student", config.student)
-    return Stage("student", (learner, *more), config.method, config.epochs, guides, config.options, **facts)
+    return Stage("student", (learner, *more), config.method, config.epochs, guides, config.options, views)
 
 
 def _teacher(config: TrainConfig) -> Stage:
@@ -103,7 +106,8 @@ def taught(config: TrainConfig) -> list[Stage]:
     return [_teacher(config), _student(config, ("teacher",))]
 
 
-_ASSISTANTS = {"dgkd": methods.DGKD, "takd": methods.TAKD}  # what trains the assistants of a chain
+# What trains the assistants of a chain.
+_ASSISTANTS: dict[str, type[methods.Method]] = {"dgkd": methods.DGKD, "takd": methods.TAKD}
 
 
 def _guided_assistants(config: TrainConfig, method: str, last_only: bool) -> list[Stage]:
@@ -155,6 +159,16 @@ def peers_and_selves(config: TrainConfig) -> list[Stage]:
     return [*selves, *peers(config, tuple(stage.name for stage in selves))]
 
 
+def two_views(config: TrainConfig) -> list[Stage]:
+    """The student, with two augmentations of each image."""
+    return [_student(config, views=2)]
+
+
+def branches_of_one_view(config: TrainConfig) -> list[Stage]:
+    """Branches of the student's architecture on one stem, which see the same image."""
+    return [dataclasses.replace(stage, views=1) for stage in branches(config)]
+
+
 def branches(config: TrainConfig) -> list[Stage]:
     """Peers of the student's architecture on one stem, each with its own view of the images."""
     if config.branches < 2:
@@ -172,7 +186,7 @@ def _copy(config: TrainConfig, name: str, number: int, method: str = "ce", guide
 
 def copies(config: TrainConfig) -> list[Stage]:
     """Teachers of the student's architecture, then the student."""
-    teachers = [_copy(config, f"teacher{number}", number) for number in range(1, config.num_teachers + 1)]
+    teachers = [_copy(config, f"teacher{number}", number) for number in range(1, (config.num_teachers or 0) + 1)]
     return [*teachers, _student(config, tuple(stage.name for stage in teachers))]
 
 

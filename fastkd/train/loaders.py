@@ -14,15 +14,16 @@ from fastkd.train.settings import Settings
 
 def training_batches(data: Data, settings: Settings, seed: int, world: World = ALONE) -> Loader:
     """In an order of `seed`, another one in each epoch. A last batch of one image is left out."""
+    images: Any = data.train
     size = _batch_size(data, settings)
     batches = loader(
-        _part(data.train, world),
+        _part(images, world),
         size,
         shuffle=True,
         seed=seed,
         workers=settings.workers,
         # Batch normalisation cannot train on one image.
-        drop_last=len(data.train) % size == 1 and size > 1,
+        drop_last=len(images) % size == 1 and size > 1,
         smallest=min(2, size),
     )
     batches.worker_init_fn = leave_interrupts
@@ -41,7 +42,8 @@ def held_out_batches(data: Data, settings: Settings, world: World = ALONE) -> di
 
 
 def _batch_size(data: Data, settings: Settings) -> int:
-    return min(settings.batch_size, len(data.train))
+    images: Any = data.train
+    return min(settings.batch_size, len(images))
 
 
 def _part(images: Any, world: World) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from fastkd._core.messages import UserError, note
 from fastkd.data import Data
 from fastkd.data.batches import image_set
 from fastkd.methods import Method
-from fastkd.models import call_network, logits_of
 from fastkd.train import batch_norm, checkpoint, same_data
 from fastkd.train.bad_images import BadImages
 from fastkd.train.board import Board
 from fastkd.train.devices import batch_on, batches_on, prepare, rows_of
-from fastkd.train.distributed import ALONE, World, own_seed
+from fastkd.train.distributed import own_seed
+from fastkd.train.evaluation import evaluate
 from fastkd.train.interrupts import Interrupted, catch_interrupt
 from fastkd.train.kept_logits import KeptLogits
 from fastkd.train.loaders import held_out_batches, training_batches
@@ -36,7 +36,7 @@ FORMAT = 2
 
 def train_epoch(
     method: Method,
-    batches,
+    batches: Iterable[Any],
     optimizer: torch.optim.Optimizer,
     meter: Meter,
     on_batch: Callable[[], None] = lambda: None,
@@ -62,33 +62,6 @@ def train_epoch(
         on_batch()
 
 
-@torch.no_grad()
-def evaluate(
-    network: nn.Module, batches, device: torch.device, classes: int | None = None, world: World = ALONE
-) -> tuple[float, float]:
-    """(mean cross-entropy, accuracy in 0..1) in eval mode; the network's mode is restored.
-
-    With several processes each has its own part of the batches, and all get the result.
-
-    >>> network, batches = torch.nn.Linear(4, 3, bias=False), [(torch.zeros(2, 4), torch.tensor([0, 1]))]
-    >>> loss, accuracy = fastkd.train.evaluate(network, batches, torch.device("cpu"))
-    >>> round(loss, 4), accuracy  # of equal logits: log 3, and the first is the argmax
-    (1.0986, 0.5)
-    """
-    was_training = network.training
-    network.eval()
-    total = torch.zeros(3, dtype=torch.float64, device=device)  # cross-entropy, right ones, images
-    for batch in batches:
-        rows = rows_of(batch[1], world)
-        inputs, target = batch_on(batch, device, classes)
-        logits = logits_of(call_network(network, inputs)).float()  # [B, C]
-        loss = nn.functional.cross_entropy(logits, target, reduction="sum")
-        total += torch.stack([loss.double(), (logits.argmax(1) == target).sum().double(), total.new_tensor(rows)])
-    network.train(was_training)
-    loss, correct, images = world.sum(total).tolist()
-    return loss / images, correct / images
-
-
 class Fit:
     """One training run in a folder: `task.folder`/checkpoints and `task.folder`/metrics.csv.
 
@@ -107,7 +80,7 @@ class Fit:
     """
 
     def __init__(self, method: Method, data: Data, setup: Setup, task: Task):
-        self.method, self.data, self.task = method, data, task
+        self.method, self.data, self.setup, self.task = method, data, setup, task
         self.settings, self.device, self.world = setup.settings, setup.device, setup.world
         self.folder, self.epochs, self.facts, self.others = task.folder, task.epochs, task.facts, task.others
         self.board = Board(task.curves, self.world)
@@ -120,12 +93,18 @@ class Fit:
         self._unfinished: dict[str, Any] | None = None  # the state of an epoch that was interrupted
         self.train_batches = training_batches(data, self.settings, task.seed, self.world)
         self.held_out = held_out_batches(data, self.settings, self.world)
-        self.bad_images = BadImages(self.folder, [self.train_batches, *self.held_out.values()], self.world)
+        self.bad_images = BadImages(self.folder, {"train": self.train_batches} | self.held_out, self.world)
+
+    @property
+    def _out(self) -> Path:
+        """The folder of a run that keeps something."""
+        assert self.folder is not None
+        return self.folder
 
     @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
-        return self.folder / "checkpoints"
+        return self._out / "checkpoints"
 
     def run(self) -> list[Row]:
         """Train to the end from where `resume` left, and return one row of metrics an epoch.
@@ -136,7 +115,7 @@ class Fit:
             if self.epoch == 0 and self._unfinished is None:
                 checkpoint.seed_all(own_seed(self.task.seed, self.world.rank))
                 self.initialise()
-            kept = None if self.task.logits is None else self._keep_logits()
+            kept = None if self.task.logits is None else self._keep_logits(self.task.logits)
             with catch_interrupt() as interrupted, self.board.opened(self.step + 1):
                 for epoch in range(self.epoch, self.epochs):
                     self._run_epoch(epoch, interrupted, kept)
@@ -147,27 +126,26 @@ class Fit:
 
     def initialise(self) -> None:
         """Before the first epoch: what the method does with a few batches before it trains."""
-        self.train_batches.sampler.set_epoch(0)
+        sampler: Any = self.train_batches.sampler
+        sampler.set_epoch(0)
         batches = batches_on(self.train_batches, self.device, self.data.num_classes)
         self.method.initialise(batches, self.settings.lr, chunks=self.settings.accumulate)
 
-    def _keep_logits(self) -> KeptLogits:
-        images = image_set(self.data.train)
+    def _keep_logits(self, folder: Path) -> KeptLogits:
+        images: Any = image_set(self.data.train)
         epochs = range(self.epoch, self.epochs)
         return KeptLogits(
-            self.task.logits,
+            folder,
             self.method,
             self.train_batches,
-            self.settings,
+            self.setup,
             variants=sorted({images.variant_of(epoch) for epoch in epochs}),
             classes=self.data.num_classes,
-            device=self.device,
-            world=self.world,
             who=self.task.name,
         )
 
     def _run_epoch(self, epoch: int, interrupted: Callable[[], bool], kept: KeptLogits | None = None) -> None:
-        self.method.start_epoch(epoch, self.epochs)
+        self.method.start_epoch(epoch, self.epochs, len(self.train_batches))
         started, worked = time.perf_counter(), time.process_time()
         meter = Meter(self.device, self.settings.log_every, self._describe, self.world)
         batches = self._batches(epoch, meter)
@@ -208,7 +186,7 @@ class Fit:
         if self.world.any(interrupted()):
             raise Interrupted
 
-    def _batches(self, epoch: int, meter: Meter):
+    def _batches(self, epoch: int, meter: Meter) -> Iterable[Any]:
         """The batches of an epoch, without those that ran before an interruption."""
         state, self._unfinished = self._unfinished, None
         if state is None:
@@ -244,15 +222,10 @@ class Fit:
                 loss, accuracy = evaluate(self.method.deployable(), batches, self.device, classes, self.world)
             row |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
         if self.settings.bad_images == "skip":
-            row["train_bad_images"] = self._lost(self.train_batches)
-            for name, batches in self.held_out.items():
-                row[f"{name}_bad_images"] = self._lost(batches) if due else math.nan
+            row |= self.bad_images.row(lambda name: due or name == "train")
         row["images_per_s"] = images / max(train_seconds, 1e-9)
         row["seconds"] = train_seconds + time.perf_counter() - started
         return row
-
-    def _lost(self, batches) -> int:
-        return int(self.world.sum(torch.tensor(batches.lost)))
 
     def _counts(self) -> Row:
         """What the method has counted since the start, by the run's names of its networks."""
@@ -271,7 +244,7 @@ class Fit:
         self.board.row(self.step, row)
         if self.folder is not None:
             # Rows first: a row without a checkpoint is dropped when the run resumes, a missing row could not be.
-            self.world.from_first(lambda: write_csv(self.folder / "metrics.csv", self.rows))
+            self.world.from_first(lambda: write_csv(self._out / "metrics.csv", self.rows))
             self._save()
 
     def _save(self, meter: Meter | None = None) -> None:
@@ -281,7 +254,7 @@ class Fit:
         if self.folder is None:
             return
         self.world.share_buffers(self.method)
-        lost = self._lost(self.train_batches)
+        lost = self.bad_images.lost("train")
         total = None if meter is None else meter.total()
         random = self.world.collect(checkpoint.random_state())
         # A full disk in the first process ends them all.
@@ -324,7 +297,7 @@ class Fit:
 
     def _last(self) -> tuple[dict[str, Any] | None, list[Row]]:
         """The last whole state, and the rows of metrics."""
-        for folder in (self.folder, self.checkpoints):
+        for folder in (self._out, self.checkpoints):
             sweep(folder)
         done = checkpoint.epochs(self.checkpoints)
         if done and done[-1] > self.epochs:
@@ -333,16 +306,16 @@ class Fit:
         if state is None:
             return None, []
         checkpoint.prune(self.checkpoints, self.settings.keep)  # killed between writing the last one and this
-        return self._checked(state), read_csv(self.folder / "metrics.csv")
+        return self._checked(state), read_csv(self._out / "metrics.csv")
 
     def _read(self, file: Path) -> tuple[dict[str, Any], list[Row]]:
-        return self._checked(checkpoint.load(file)), read_csv(self.folder / "metrics.csv")
+        return self._checked(checkpoint.load(file)), read_csv(self._out / "metrics.csv")
 
     def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
         """UserError for the state of another version, or of networks for other images."""
         if state.get("format") != FORMAT:
             raise UserError(f"{self.checkpoints} holds checkpoints of another version of fastkd: use a new --out")
-        same_data.check_sizes(self.folder, state["facts"], self.facts)
+        same_data.check_sizes(self._out, state["facts"], self.facts)
         return state
 
     def _load(self, state: dict[str, Any], rows: list[Row]) -> None:

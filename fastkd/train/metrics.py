@@ -58,7 +58,8 @@ class Meter:
         self.measured = 0  # images of the batches in which every phase got its step
         self.sums: dict[str, Tensor] = {}  # name -> 0-d float64, summed over images
         self.judged = 0  # images whose output was seen
-        self._losses: list[tuple[int, tuple, Tensor]] = []  # (batch, phase, loss) that no one looked at yet
+        # (batch, phase, loss) that no one looked at yet
+        self._losses: list[tuple[int, tuple[str, Sequence[nn.Module]], Tensor]] = []
         self._batch: dict[str, Tensor] = {}  # sums of the current batch
         self._whole = True  # no phase of it was left out
         self._outputs: Tensor | None = None  # logits [B, C] of the current batch

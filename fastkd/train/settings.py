@@ -164,7 +164,7 @@ def _check_values(config: Settings) -> None:
     wrong = settle(config)
     if wrong:
         raise UserError(wrong)
-    if not (0 <= config.validation < 1 or config.validation > 1 and config.validation % 1 == 0):
+    if not (0 <= config.validation < 1 or (config.validation > 1 and config.validation % 1 == 0)):
         raise UserError(
             f"--validation must be a fraction from 0 to below 1 or a number of images, got {config.validation!r}"
         )
@@ -184,7 +184,7 @@ def _check_values(config: Settings) -> None:
 class Settings(DataOptions, NetworkOptions, OptimizationOptions, LoopOptions, ScaleOptions):
     """What `train` and `compare` have in common."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_values(self)
         if self.threads is None and self.data == "digits":
             self.threads = 1

@@ -43,7 +43,9 @@ def former(count=2):
     return [mlp(seed=20 + k) for k in range(count)]  # self-teachers need no embedding
 
 
-def paper(alpha, beta, beta1, beta2, gamma, t, mutual_t=1.0, former=(), response=True, relation=True, own=True):
+def paper(
+    alpha, beta, beta1, beta2, gamma, t, mutual_t=1.0, former=(), response=True, relation=True, own=True, t2=True
+):  # fmt: skip
     """The loss of all peers."""
 
     def loss(networks, x, y):
@@ -60,7 +62,7 @@ def paper(alpha, beta, beta1, beta2, gamma, t, mutual_t=1.0, former=(), response
                 if response:
                     total = total + beta * beta2 * plain_kd(z, zp, mutual_t) / len(partners)
             if own:
-                total = total + gamma * plain_kd(z, former[k](x).detach(), t)
+                total = total + (gamma if t2 else gamma / t**2) * plain_kd(z, former[k](x).detach(), t)
         return total
 
     return loss
@@ -93,6 +95,15 @@ def test_defaults():
     assert_gradients(networks, grads)
 
 
+def test_self_learning_without_the_squared_temperature_is_the_printed_loss():
+    x, y = batch()
+    networks, selves = peers(), former()
+    loss = run(CTSLMKT(networks, selves, temperature=3.0, scale_by_t2=False), x, y)
+    value, grads = plain_step(networks, paper(1.0, 1.0, 2.0, 1.0, 0.5, 3.0, 1.0, selves, t2=False), x, y)
+    assert abs(loss - value) < 1e-10
+    assert_gradients(networks, grads)
+
+
 def test_temperature_of_the_mutual_response():
     x, y = batch()
     networks = peers(3)
@@ -119,7 +130,7 @@ def test_a_peer_whose_switches_are_off_learns_by_cross_entropy():
     x, y = batch()
     names = ("mutual_response", "mutual_relation", "self_learning")
     networks, others = peers(3), peers(3)
-    run(CTSLMKT(networks, former(3), **dict.fromkeys(names, [True, False, True])), x, y)
+    run(CTSLMKT(networks, former(3), **{key: [True, False, True] for key in names}), x, y)
     run(CTSLMKT(others, former(3)), x, y)
     alone = peers(3)[1]
     run(CE(alone), x, y)
@@ -224,9 +235,9 @@ def test_every_peer_has_its_view():
     assert abs(loss - expected) < 1e-10
     method = CTSLMKT(networks, selves, views=True, mutual_relation=False)
     assert abs(run(method, (x, x2), y, chunks=3) - run(method, (x, x2), y)) < 1e-12
-    with pytest.raises(ValueError, match="^CTSLMKT: inputs must be a tuple or list of 2 views, .*, got 3 of them$"):
+    with pytest.raises(ValueError, match=r"^CTSLMKT: inputs must be a tuple or list of 2 views, .*, got 3 of them$"):
         next(method.phases((x, x, x), y))
-    with pytest.raises(TypeError, match="^CTSLMKT: inputs must be a tuple or list of 2 views, .*, got Tensor$"):
+    with pytest.raises(TypeError, match=r"^CTSLMKT: inputs must be a tuple or list of 2 views, .*, got Tensor$"):
         next(method.phases(x, y))
 
 
@@ -351,6 +362,7 @@ BAD = {
     "beta1": (lambda: CTSLMKT(peers(), former(), beta1=float("nan")), "beta1"),
     "beta2": (lambda: CTSLMKT(peers(), former(), beta2=-0.5), "beta2"),
     "gamma": (lambda: CTSLMKT(peers(), former(), gamma=torch.tensor(1.0)), "gamma"),
+    "t2": (lambda: CTSLMKT(peers(), former(), scale_by_t2=2), "scale_by_t2"),
     "temperature": (lambda: CTSLMKT(peers(), former(), temperature=0), "temperature"),
     "mutual temperature": (lambda: CTSLMKT(peers(), former(), mutual_temperature=-1.0), "mutual_temperature"),
     "switch": (lambda: CTSLMKT(peers(), former(), mutual_response=1), "mutual_response"),

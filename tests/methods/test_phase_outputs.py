@@ -100,7 +100,7 @@ def test_outputs_that_are_not_at_hand_are_none():
     batch = Batch(torch.randn(6, 4), None, 2)
     assert Phase([network], terms, Batch(batch.inputs)).outputs is None
     phase = Phase([network], lambda x, y: (*terms(x, y), network(x)), batch)
-    first, *_ = phase.losses
+    _first, *_ = phase.losses
     assert phase.outputs.shape == (6, 3)
     unfinished = Phase([network], lambda x, y: (*terms(x, y), network(x)), batch)
     next(unfinished.losses)

@@ -34,7 +34,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "size", "channels"), SIZES)
+@pytest.mark.parametrize("name, size, channels", SIZES)
 def test_every_network_maps_images_to_logits(name, size, channels):
     model = models.create(name, 7, size, channels).eval()
     with torch.no_grad():
@@ -58,8 +58,24 @@ def test_torchvision_networks_keep_their_own_stem_on_large_images():
         assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}, name
 
 
+@pytest.mark.parametrize("name, layers", [("resnet18", "layer{}"), ("densenet121", "features.denseblock{}")])
+def test_staged_networks_compute_what_torchvision_computes(name, layers):
+    import torchvision
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    ours, theirs = models.create(name, 9, 64, small_stem=False), getattr(torchvision.models, name)(num_classes=9)
+    theirs.load_state_dict(ours.state_dict())
+    x, nodes = images(2, 64), [layers.format(stage) for stage in (1, 2, 3)]
+    with torch.no_grad():
+        logits, features, maps = ours.eval().forward_features(x)
+        assert torch.equal(logits, theirs.eval()(x))
+        taken = create_feature_extractor(theirs, [*nodes, "flatten"])(x)
+    assert torch.equal(features, taken["flatten"]) and len(maps) == 4
+    assert all(torch.equal(map_, taken[node]) for map_, node in zip(maps, nodes))  # noqa: B905
+
+
 @pytest.mark.parametrize(
-    ("name", "stride"),
+    "name, stride",
     [("resnet18", 8), ("mobilenet_v2", 8), ("shufflenet_v2_x0_5", 8), ("densenet121", 8), ("densenet40_12", 4)],
 )
 def test_small_stem_shrinks_less(name, stride):
@@ -67,6 +83,17 @@ def test_small_stem_shrinks_less(name, stride):
     assert outputs.maps[-1].shape[-1] == 32 // stride
     wide = models.with_features(models.create(name, 5, 64, small_stem=False).eval())(images(1, 64))
     assert wide.maps[-1].shape[-1] == 64 // (4 * stride)
+
+
+def test_a_vgg_with_a_classifier_of_three_layers():
+    model = models.create("vgg8", 7, 16, width=0.125, head="mlp").eval()
+    assert [type(layer).__name__ for layer in model.hidden] == ["Dropout", "Linear", "ReLU"] * 2
+    first, second = model.hidden[1].weight, model.hidden[4].weight
+    assert not torch.equal(first, second) and first.shape == (64, 64)
+    outputs = model.forward_features(images(2, 16))
+    assert torch.equal(model.fc(outputs.features), outputs.logits) and (outputs.features >= 0).all()
+    with pytest.raises(ValueError, match=r'create: head must be "linear" or "mlp", got .big.'):
+        models.create("vgg8", 7, 16, head="big")
 
 
 PUBLISHED = [  # name, classes, options, parameters
@@ -89,7 +116,7 @@ PUBLISHED = [  # name, classes, options, parameters
 ]
 
 
-@pytest.mark.parametrize(("name", "classes", "options", "parameters"), PUBLISHED)
+@pytest.mark.parametrize("name, classes, options, parameters", PUBLISHED)
 def test_parameters_are_the_published_ones(name, classes, options, parameters):
     assert models.parameters_count(models.create(name, classes, **options)) == parameters
 
@@ -213,7 +240,7 @@ def test_same_seed_same_network():
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize(("name", "half"), [("plain4", 16), ("resnet8", 8), ("vgg8", 32)])
+@pytest.mark.parametrize("name, half", [("plain4", 16), ("resnet8", 8), ("vgg8", 32)])
 def test_width_multiplier(name, half):
     first = next(m for m in models.create(name, 5, width=0.5).modules() if isinstance(m, nn.Conv2d))
     assert first.out_channels == half
@@ -233,7 +260,7 @@ def test_other_spellings():
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "words"),
+    "call, error, words",
     [
         (lambda: models.create("resnet21", 10), ValueError, ["resnet21", "did you mean", "resnet20"]),
         (lambda: models.create("zzz", 10), ValueError, ["zzz", "known are", "plain2"]),
