@@ -128,6 +128,17 @@ def multi_teacher_with_gradient(student, teachers, target, weights, temperature,
     )
 
 
+def divergence_of(name: str) -> Callable[..., Tensor]:
+    """multi_teacher with another divergence than forward."""
+
+    def divergence(student, teachers, target, weights, temperature, ce_weight) -> Tensor:
+        return functional.multi_teacher_kd(
+            student, teachers, target, weights=weights, temperature=temperature, ce_weight=ce_weight, divergence=name
+        )
+
+    return divergence
+
+
 def mutual(logits, target, temperature, ce_weight) -> Tensor:
     return functional.mutual_kd(logits, target, temperature=temperature, ce_weight=ce_weight).sum()
 
@@ -161,6 +172,19 @@ OPERATIONS = {
             bytes_floor=inputs.multi_teacher_bytes,
             tests="tests/ops/test_multi_teacher*.py",
         ),
+        *[
+            Operation(
+                name=f"multi_teacher_{name}",
+                shapes=(Logits(256, 1000, 4), Logits(256, 32000, 1)),
+                large=(Logits(256, 32000, 1),),
+                make_inputs=inputs.multi_teacher,
+                fused=divergence_of(name),
+                baselines=with_reference(divergence_of(name), eager),
+                bytes_floor=inputs.multi_teacher_bytes,
+                tests="tests/ops/test_divergences.py",
+            )
+            for name, eager in (("reverse", multi_teacher_eager.reverse), ("jsd", multi_teacher_eager.jsd))
+        ],
         Operation(
             name="multi_teacher_kd_with_gradient",
             shapes=(Logits(128, 100, 4), Logits(256, 1000, 4)),

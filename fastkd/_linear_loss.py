@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastkd import functional
 from fastkd._fixed import Fixed
+from fastkd.ops._formulas import Reduction
+from fastkd.ops._multi_teacher_formula import Combine
 
 
 class LinearMultiTeacherKD(Fixed):
@@ -39,15 +42,15 @@ class LinearMultiTeacherKD(Fixed):
         weights: Tensor | Sequence[float] | None = None,
         kd_weight: float | Tensor = 1.0,
         temperature: float | Tensor | Sequence[float] = 1.0,
-        combine: str = "losses",
+        combine: Combine = "losses",
         ce_weight: float | Tensor = 0.0,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         vocab_size: int | None = None,
         scale_by_t2: bool = True,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         return_terms: bool = False,
-        process_group=None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         super().__init__(reduction=reduction)
         self.softcap, self.logit_scale, self.chunk_rows = softcap, logit_scale, chunk_rows
@@ -69,9 +72,9 @@ class LinearMultiTeacherKD(Fixed):
         num_items: float | Tensor | None = None,
     ) -> Any:
         """The loss, a Tensor; with return_terms=True the loss and `LossTerms`."""
-        fixed = {name: getattr(self, name) for name in self._shown if name != "weights"}
+        fixed: dict[str, Any] = {name: getattr(self, name) for name in self._shown if name != "weights"}
         weights = self.weights if weights is None else weights
-        call = {"bias": bias, "weights": weights, "mask": mask, "num_items": num_items}
+        call: dict[str, Any] = {"bias": bias, "weights": weights, "mask": mask, "num_items": num_items}
         return functional.linear_multi_teacher_kd(
             hidden, weight, teachers, target, **call, **fixed, process_group=self.process_group
         )

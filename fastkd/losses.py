@@ -5,7 +5,7 @@ Logits may come as what a network returned: a tensor, or an object or dict with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastkd import functional
 from fastkd._fixed import Fixed
-from fastkd._linear_loss import LinearMultiTeacherKD as LinearMultiTeacherKD
+from fastkd._linear_loss import LinearMultiTeacherKD
 from fastkd._outputs import find_logits
 from fastkd.ops._feature_maps import Norm
 from fastkd.ops._formulas import LossTerms, Reduction
@@ -25,6 +25,17 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from fastkd.ops._keywords import Distillation, Mutual
+
+__all__ = [
+    "DistillationStats",
+    "FeatureEnsemble",
+    "LinearMultiTeacherKD",
+    "LossTerms",
+    "MultiTeacherKD",
+    "MutualKD",
+    "RKDAngle",
+    "RKDDistance",
+]
 
 Logits = Any  # Tensor [..., C], or an object or dict with one in `logits`
 Loss = TypeVar("Loss")
@@ -44,8 +55,9 @@ class MultiTeacherKD(Fixed, Generic[Loss]):
 
     _tensors = ("weights", "temperature")
     _shown = (
-        "weights", "temperature", "combine", "kd_weight", "ce_weight", "label_smoothing", "ignore_index", "class_dim",
-        "scale_by_t2", "reduction", "return_terms", "return_stats",
+        "weights", "temperature", "combine", "divergence", "divergence_beta", "kd_weight", "ce_weight",
+        "label_smoothing", "ignore_index", "class_dim", "vocab_size", "softcap", "logit_scale", "teacher_softcap",
+        "teacher_logit_scale", "scale_by_t2", "reduction", "return_terms", "return_stats",
     )  # fmt: skip
 
     @overload
@@ -79,10 +91,17 @@ class MultiTeacherKD(Fixed, Generic[Loss]):
         kd_weight: float | Tensor = 1.0,
         temperature: float | Tensor | Sequence[float] = 4.0,
         combine: Combine = "losses",
+        divergence: str | Mapping[str, float | Tensor] = "forward",
+        divergence_beta: float | None = None,
         ce_weight: float | Tensor = 0.0,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         class_dim: int = -1,
+        vocab_size: int | None = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        teacher_softcap: float | Sequence[float | None] | None = None,
+        teacher_logit_scale: float | Sequence[float] = 1.0,
         scale_by_t2: bool = True,
         reduction: Reduction = "mean",
         return_terms: bool = False,
@@ -91,6 +110,9 @@ class MultiTeacherKD(Fixed, Generic[Loss]):
         super().__init__(reduction=reduction)
         self.weights, self.temperature, self.combine = weights, temperature, combine
         self.kd_weight, self.ce_weight, self.label_smoothing = kd_weight, ce_weight, label_smoothing
+        self.divergence, self.divergence_beta, self.vocab_size = divergence, divergence_beta, vocab_size
+        self.softcap, self.logit_scale = softcap, logit_scale
+        self.teacher_softcap, self.teacher_logit_scale = teacher_softcap, teacher_logit_scale
         self.ignore_index, self.class_dim, self.scale_by_t2 = ignore_index, class_dim, scale_by_t2
         self.return_terms, self.return_stats = return_terms, return_stats
 
@@ -113,11 +135,18 @@ class MultiTeacherKD(Fixed, Generic[Loss]):
             kd_weight=self.kd_weight,
             temperature=self.temperature,
             combine=self.combine,
+            divergence=self.divergence,
+            divergence_beta=self.divergence_beta,
             ce_weight=self.ce_weight,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             mask=mask,
             class_dim=self.class_dim,
+            vocab_size=self.vocab_size,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            teacher_softcap=self.teacher_softcap,
+            teacher_logit_scale=self.teacher_logit_scale,
             scale_by_t2=self.scale_by_t2,
             reduction=self.reduction,
             num_items=num_items,

@@ -13,6 +13,7 @@ and its counters; the loop owns optimiser, data, device and autocast.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -193,6 +194,12 @@ class Method(Networks):
     def deployable(self) -> nn.Module:
         """The network to ship, unwrapped, without what only training needs."""
         raise NotImplementedError(f"{self._name()} must define deployable()")
+
+    def extra_repr(self) -> str:
+        """The keyword arguments that the method keeps, for `repr`; its networks stand below them."""
+        names = [p.name for p in inspect.signature(type(self)).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        kept = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return ", ".join(f"{k}={v!r}" for k, v in kept.items() if not isinstance(v, nn.Module))
 
     def start_epoch(self, epoch: int, epochs: int, steps: int | None = None) -> None:
         """Tell the method where the run is: epoch 0 .. epochs - 1, each of `steps` iterations where that is known.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,9 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> logits [B, classes]."""
         return self.forward_features(x).logits
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def make_norm(norm: NormName) -> Norm:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -59,6 +59,9 @@ class Branched(nn.Module):
                 f"Branched: views must be one tensor or {len(self.peers)} of them, one per peer, got {len(views)}"
             )
         return tuple([peer.forward_branch(m) for peer, m in zip(peers, maps, strict=True)])
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def peer(self, i: int) -> Network:
         """Peer i as an ordinary network: image [B, C, H, W] -> logits. It shares its weights with this module."""

@@ -84,6 +84,15 @@ def log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
     return torch.log_softmax((logits.masked_fill(masked, 0) / temperature).masked_fill(masked, -math.inf), -1)
 
 
+def capped(logits: Tensor, softcap: float, scale: float, dtype: torch.dtype) -> Tensor:
+    """softcap * tanh(scale * logits / softcap), or scale * logits where softcap is 0; a masked class stays masked."""
+    if softcap == 0:
+        return logits if scale == 1 else logits.to(dtype) * scale
+    masked = logits == -math.inf
+    bounded = softcap * torch.tanh(logits.to(dtype).masked_fill(masked, 0) * (scale / softcap))
+    return bounded.masked_fill(masked, -math.inf)
+
+
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """sum_c p (log p - log q), [R]: 0 where p is masked, +inf where only q is, also where p underflows."""
     p = log_p.exp()

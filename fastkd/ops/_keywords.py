@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from torch import Tensor
@@ -27,6 +27,13 @@ class Distillation(Shared, total=False):
     weights: Tensor | Sequence[float] | None
     temperature: float | Tensor | Sequence[float]
     combine: Combine
+    divergence: str | Mapping[str, float | Tensor]
+    divergence_beta: float | None
+    vocab_size: int | None
+    softcap: float | None
+    logit_scale: float
+    teacher_softcap: float | Sequence[float | None] | None
+    teacher_logit_scale: float | Sequence[float]
 
 
 class DistillationCall(Distillation, total=False):

@@ -18,7 +18,7 @@ from fastkd.ops import _multi_teacher_kernels as kernels
 from fastkd.ops import _topk_formula as topk
 from fastkd.ops._formulas import flat_rows, reduce_rows
 from fastkd.ops._linear_formula import sparse_entries, weights_of_rows
-from fastkd.ops._linear_inputs import HEAD, LOGITS, SPARSE, Call, Projection
+from fastkd.ops._linear_inputs import HEAD, LOGITS, SPARSE, Call, Projection, given
 from fastkd.ops._multi_teacher_formula import Options, Tensors
 
 LEAST_ROWS, MULTIPLE = 256, 128
@@ -88,7 +88,7 @@ def _groups(call: Call) -> list[Group]:
 
 
 def _not_read(call: Call, k: int) -> bool:
-    return call.options.kd_weight == 0 or (call.weights is None and call.options.host_weights[k] == 0)
+    return bool(call.options.kd_weight == 0) or (call.weights is None and call.options.host_weights[k] == 0)
 
 
 def _counting(call: Call) -> Tensor | None:
@@ -102,9 +102,9 @@ class _Worker:
         self.call, self.gradients, self.losses = call, gradients, losses
         self.valid, self.row_scale = _counting(call), row_scale
         self.learns = any(g is not None for g in gradients)
-        self.factor = None if row_scale is not None else self._divisor().reciprocal()
+        self.factor = self.losses.new_ones(()) if row_scale is not None else self._divisor().reciprocal()
         self.place: dict[int, Tensor] = {}  # of routed teachers: the row of their hidden states, [R]
-        self.buffers: dict[tuple, Tensor] = {}
+        self.buffers: dict[tuple[object, torch.dtype], Tensor] = {}
 
     def _divisor(self) -> Tensor:
         reduction, items = self.call.options.reduction, self.call.options.num_items
@@ -209,11 +209,11 @@ class _Worker:
 
     def _teacher_logits(self, k: int, position: int, rows: slice | Tensor) -> Tensor:
         """[n, V], in a buffer where a product makes them."""
-        teacher = self.call.teachers[k]
+        teacher, first = self.call.teachers[k], given(self.call.teachers[k].first)
         if teacher.kind == LOGITS:
-            return teacher.first[rows]
-        dtype = torch.promote_types(self.call.dtype, torch.promote_types(teacher.first.dtype, teacher.second.dtype))
-        hidden = teacher.first[rows if teacher.rows is None else self._places(k)[rows]].to(dtype)
+            return first[rows]
+        dtype = torch.promote_types(self.call.dtype, torch.promote_types(first.dtype, given(teacher.second).dtype))
+        hidden = first[rows if teacher.rows is None else self._places(k)[rows]].to(dtype)
         hidden = hidden if teacher.scale == 1 else hidden * teacher.scale
         logits = self._buffer(position, hidden.shape[0], dtype)
         project(hidden, teacher.projection, logits)
@@ -221,17 +221,19 @@ class _Worker:
 
     def _places(self, k: int) -> Tensor:
         if k not in self.place:
-            spoken = self.call.teachers[k].rows
+            spoken = given(self.call.teachers[k].rows)
             place = torch.zeros(self.losses.shape[1], dtype=torch.int64, device=spoken.device)
             self.place[k] = place.index_copy_(0, spoken, torch.arange(len(spoken), device=spoken.device))
         return self.place[k]
 
-    def _add_sparse(self, k: int, rows, logits: Tensor, losses: Tensor, gradient: Tensor) -> None:
+    def _add_sparse(self, k: int, rows: slice | Tensor, logits: Tensor, losses: Tensor, gradient: Tensor) -> None:
         t = self._temperature(k)
         counts = None if self.valid is None else self.valid[rows]
         entries = sparse_entries(self.call, k, rows, counts, t)
         x = logits if t == 1 else logits / t
-        value, slope = topk.divergence_and_gradient(self.call.teachers[k].mode, entries, x)
+        mode = self.call.teachers[k].mode
+        assert mode is not None
+        value, slope = topk.divergence_and_gradient(mode, entries, x)
         weight = self._sparse_weight(k, rows, t, counts)
         self._add_losses(losses, value, weight)
         if self.learns:
@@ -240,16 +242,16 @@ class _Worker:
 
     def _temperature(self, k: int) -> float:
         temperatures = self.call.options.temperatures
-        return temperatures[k % len(temperatures)]
+        return temperatures[k % len(temperatures)]  # type: ignore[return-value]  # numbers, in kernels
 
-    def _sparse_weight(self, k: int, rows, t: float, counts: Tensor | None) -> float | Tensor:
+    def _sparse_weight(self, k: int, rows: slice | Tensor, t: float, counts: Tensor | None) -> float | Tensor:
         """kd_weight * w_k * T^2, a number or [n], without the rows that do not count."""
         options = self.call.options
         weight = options.kd_weight * (t * t if options.scale_by_t2 else 1.0) * weights_of_rows(self.call, k, rows)
-        if counts is None and not isinstance(weight, Tensor):
-            return weight
         dtype = self.losses.dtype
-        return weight.to(dtype) if counts is None else weight * counts.to(dtype)
+        if counts is not None:
+            return weight * counts.to(dtype)
+        return weight.to(dtype) if isinstance(weight, Tensor) else weight
 
     def _add_losses(self, losses: Tensor, value: Tensor, weight: float | Tensor) -> None:
         total = (value * weight).to(losses.dtype)
@@ -265,7 +267,7 @@ class _Worker:
             self._inside_of(k, rows, hidden, losses)
         self.losses[:, rows] = losses
 
-    def _inside_of(self, k: int, rows, hidden: Tensor, losses: Tensor) -> None:
+    def _inside_of(self, k: int, rows: slice | Tensor, hidden: Tensor, losses: Tensor) -> None:
         (weight, bias, softcap, scale), t = self.call.projection, self._temperature(k)
         counts = None if self.valid is None else self.valid[rows]
         entries = sparse_entries(self.call, k, rows, counts, t)
@@ -284,7 +286,7 @@ class _Worker:
         scales = self.factor if self.row_scale is None else self.row_scale[rows].to(z.dtype)[:, None]
         self._add_inside(slope * scales, entries.ids, hidden, inside, rows)
 
-    def _add_inside(self, slope: Tensor, ids: Tensor, hidden: Tensor, inside: Tensor, rows) -> None:
+    def _add_inside(self, slope: Tensor, ids: Tensor, hidden: Tensor, inside: Tensor, rows: slice | Tensor) -> None:
         (to_hidden, to_weight, to_bias), scale = self.gradients, self.call.projection.scale
         if to_hidden is not None:
             to_hidden[rows] += torch.bmm(slope.unsqueeze(1), inside).squeeze(1).mul_(scale)

@@ -12,6 +12,7 @@ their sums over all classes,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,11 @@ from fastkd.ops import _linear_chunks as chunks
 from fastkd.ops._autograd import is_transformed, on_host
 from fastkd.ops._formulas import reduce_rows
 from fastkd.ops._gather import everybodys
-from fastkd.ops._linear_inputs import HEAD, LOGITS, OP, Call, Projection, Teacher
+from fastkd.ops._linear_formula import weights_of_rows
+from fastkd.ops._linear_inputs import HEAD, LOGITS, OP, Call, Projection, Teacher, given
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 REASON = "the vocabulary is in shards (process_group): rows are plain PyTorch, chunk by chunk"
 
@@ -62,7 +67,7 @@ def check_sharded(call: Call) -> None:
         raise RuntimeError(f"{OP}: process_group works in eager mode, outside of torch.compile and torch.func")
 
 
-def losses_of(call: Call, group) -> Sequence[Tensor]:
+def losses_of(call: Call, group: ProcessGroup) -> Sequence[Tensor]:
     """The loss; with `terms` also KD and CE."""
     check_sharded(call)
     if _backend._chosen == "native":
@@ -83,8 +88,10 @@ class _Sharded(torch.autograd.Function):
     """Gradients are made in the forward."""
 
     @staticmethod
-    def forward(ctx, call, group, hidden, weight, bias):
-        plain = [None if t is None else t.detach() for t in (hidden, weight, bias)]
+    def forward(
+        ctx: Any, call: Call, group: ProcessGroup, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor | tuple[Tensor, ...]:
+        plain = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
         call = call._replace(hidden=plain[0], projection=call.projection._replace(weight=plain[1], bias=plain[2]))
         with torch.autocast(hidden.device.type, enabled=False):
             losses, ctx.gradients = _Shards(call, group, ctx.needs_input_grad[2:]).run()
@@ -95,7 +102,7 @@ class _Sharded(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         pairs = zip(ctx.gradients, ctx.dtypes, strict=True)
         return None, None, *[None if g is None else (g * grad).to(dtype) for g, dtype in pairs]
 
@@ -103,7 +110,7 @@ class _Sharded(torch.autograd.Function):
 class _Shards:
     """Works all rows that count, chunk by chunk."""
 
-    def __init__(self, call: Call, group, wants: Sequence[bool]):
+    def __init__(self, call: Call, group: ProcessGroup, wants: Sequence[bool]):
         self.call, self.group = call, group
         shapes = (call.hidden.shape, call.projection.weight.shape, call.projection.weight.shape[:1])
         self.gradients = chunks.Gradients(
@@ -123,7 +130,7 @@ class _Shards:
         valid = None if call.target is None else call.target != options.ignore_index
         rows = torch.arange(call.hidden.shape[0], device=call.hidden.device) if valid is None else valid.nonzero()[:, 0]
         self._check_labels(rows)
-        divisor = options.num_items or (max(1, len(rows)) if options.reduction == "mean" else 1)
+        divisor = float(options.num_items or 0) or (max(1, len(rows)) if options.reduction == "mean" else 1)
         losses = call.hidden.new_zeros(3 if options.terms else 1, call.hidden.shape[0], dtype=call.dtype)
         for part in rows.split(chunks.chunk_rows(call, 2 * len(call.teachers) + 1)):
             losses[:, part] = torch.stack(self._chunk(part, 1 / divisor)[: len(losses)])
@@ -134,7 +141,7 @@ class _Shards:
 
     def _check_labels(self, rows: Tensor) -> None:
         target = self.call.target
-        if self.call.options.labels and target.is_cpu and len(rows):
+        if target is not None and self.call.options.labels and target.is_cpu and len(rows):
             low, high = (int(x) for x in target[rows].aminmax())
             if low < 0 or high >= self.classes:
                 bad = low if low < 0 else high
@@ -153,7 +160,7 @@ class _Shards:
         return out
 
     def _teacher(self, teacher: Teacher, rows: Tensor) -> Tensor:
-        rows_of_it = teacher.first[rows].to(self.call.dtype)
+        rows_of_it = given(teacher.first)[rows].to(self.call.dtype)
         return rows_of_it if teacher.kind == LOGITS else self._logits(rows_of_it, teacher.projection)
 
     def _chunk(self, rows: Tensor, factor: float) -> list[Tensor]:
@@ -169,7 +176,7 @@ class _Shards:
         for (k, logits), highest in zip(others.items(), top[1:], strict=True):
             kd += self._divergence(k, rows, shifted, logits - highest[:, None], gradient)
         if self.labelled:
-            ce = self._cross_entropy(shifted, call.target[rows], gradient)
+            ce = self._cross_entropy(shifted, given(call.target)[rows], gradient)
         self._add_gradients(gradient, z, hidden, rows, factor)
         return [options.kd_weight * kd + options.ce_weight * ce, kd, ce]
 
@@ -177,7 +184,7 @@ class _Shards:
         """The weighted divergence to teacher k, [n]; adds its gradient."""
         options, temperatures = self.call.options, self.call.options.temperatures
         t = temperatures[k % len(temperatures)]
-        weight = chunks.weights_of_rows(self.call, k, rows)
+        weight = weights_of_rows(self.call, k, rows)
         if isinstance(weight, Tensor) and weight.dim() == 1:  # a teacher of weight 0 is not read in that row
             teacher = teacher.masked_fill((weight == 0)[:, None], 0)
         e_s, e_t = (student / t).exp_(), (teacher / t).exp_()
@@ -203,7 +210,7 @@ class _Shards:
         smooth = options.label_smoothing
         e.div_(total[:, None].to(e.dtype)).sub_(smooth / self.classes)
         e.scatter_add_(1, place, (inside.to(e.dtype) * (smooth - 1))[:, None])
-        gradient.add_(e, alpha=options.ce_weight)
+        gradient.add_(e, alpha=float(options.ce_weight))
         even = whole / self.classes if smooth else 0.0
         return (total.log() - (1 - smooth) * at - smooth * even).to(student.dtype)
 

@@ -23,9 +23,10 @@ from fastkd.ops._autograd import (
     save_for_backward,
     with_kept,
 )
+from fastkd.ops._divergences import FORWARD, KINDS
 from fastkd.ops._formulas import accumulate_dtype, count_rows
 from fastkd.ops._inputs import REDUCTIONS, check_range, out_of_range, why_learning
-from fastkd.ops._multi_teacher_formula import Combine, Options, Tensors
+from fastkd.ops._multi_teacher_formula import Combine, Options, Tensors, classes_of
 from fastkd.ops.group_stats import GroupStats
 
 COMBINE = get_args(Combine)
@@ -52,7 +53,7 @@ def losses_of(tensors: Tensors, options: Options) -> Sequence[Tensor]:
     if (reason := why_reference(tensors, options)) is not None:
         _backend.note_fallback(options.operation, reason, tensors.student)
         if options.labels:
-            check_range(options.operation, tensors.target, tensors.student.shape[-1], options.ignore_index)
+            check_range(options.operation, tensors.target, classes_of(tensors, options), options.ignore_index)
         return formula.reference(tensors, options)
     return _in_groups(tensors, options) if _too_many(tensors) else _native(tensors, options, False)[0]
 
@@ -85,6 +86,7 @@ def _in_groups(tensors: Tensors, options: Options) -> Sequence[Tensor]:
             host_weights=options.host_weights[part],
             temperatures=temperatures if len(temperatures) == 1 else temperatures[part],
         )
+        rest = formula.with_caps_of(rest, range(k, k + len(some.teachers)))
         if k > 0:
             some, rest = some._replace(soft=None), rest._replace(ce_weight=0.0)
         losses = _native(some, rest, False)[0]
@@ -109,11 +111,18 @@ def why_reference(tensors: Tensors, options: Options) -> str | None:
             return "the weights require grad"
         if tensors.soft is not None and tensors.soft.requires_grad:
             return "the target requires grad"
+        if tensors.shares is not None and tensors.shares.requires_grad:
+            return "the weights of the divergences require grad"
     for name, scalar in (("kd_weight", options.kd_weight), ("ce_weight", options.ce_weight)):
         if not on_host((scalar,)):
             return f"{name} is a tensor that requires grad or whose value is not known on the host"
     if not on_host(options.temperatures):
         return "the temperature is a tensor that requires grad or whose value is not known on the host"
+    if _backend.device_kind(student) != "cpu":
+        if options.divergence != FORWARD and _streams(student):
+            return "the CUDA kernels take divergences besides forward in rows of at most 8192 classes (float64: 2048)"
+        if options.softcaps:
+            return "the CUDA kernels take neither softcap nor logit_scale"
     if options.combine != "losses" and _too_many(tensors):
         return f"combine={options.combine!r} with more than {LAUNCH_TEACHERS} teachers"
     return None
@@ -146,7 +155,8 @@ def _numbers(options: Options) -> tuple[Any, ...]:
         options.host_weights, options.temperatures, COMBINE.index(options.combine), options.kd_weight,
         options.ce_weight, options.label_smoothing, options.ignore_index, options.scale_by_t2,
         REDUCTIONS.index(options.reduction), options.num_items or 0.0, formula.is_uniform(options),
-        options.labels, options.terms,
+        options.labels, options.terms, KINDS.index(options.divergence.kind), options.divergence.numbers,
+        options.classes, options.softcaps, options.logit_scales,
     )  # fmt: skip
 
 
@@ -156,11 +166,11 @@ _remembered_numbers = functools.lru_cache(maxsize=128)(_numbers)
 def _native(tensors: Tensors, options: Options, with_stats: bool) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The losses, as losses_of() gives them; with_stats also kl [K, R] and the GroupStats [K + 1, R]."""
     options, scalars = _split(options)
-    student, teachers, target, soft, weights = tensors
+    student, teachers, target, soft, weights, shares = tensors
     if torch.is_grad_enabled() and student.requires_grad:
         if not (torch.compiler.is_compiling() or _streams(student)):
             return _stored(tensors, options, scalars, with_stats)
-        out = _Native.apply(options, with_stats, student, target, soft, weights, scalars, *teachers)
+        out = _Native.apply(options, with_stats, student, target, soft, weights, shares, scalars, *teachers)
         out = (out,) if isinstance(out, Tensor) else out
     else:
         losses, _, _, _, *stats = _forward(tensors, options, scalars, False, with_stats)
@@ -172,18 +182,16 @@ def _native(tensors: Tensors, options: Options, with_stats: bool) -> tuple[Seque
 def _forward(
     tensors: Tensors, options: Options, scalars: Tensor | None, need_grad: bool, with_stats: bool
 ) -> tuple[Tensor, ...]:
-    student, teachers, target, soft, weights = tensors
+    student, teachers, target, _, weights, shares = tensors
     ops = _backend.native_ops(student)
     numbers = _numbers(options) if torch.compiler.is_compiling() else _remembered_numbers(options)
     out: tuple[Tensor, ...]
     if with_stats:
-        out = ops.multi_teacher_forward_stats(student, teachers, target, weights, scalars, *numbers, need_grad)
+        out = ops.multi_teacher_forward_stats(student, teachers, target, weights, shares, scalars, *numbers, need_grad)
     else:
-        out = ops.multi_teacher_forward(
-            student, teachers, target, soft, weights, scalars, *numbers, need_grad, _streams(student)
-        )
+        out = ops.multi_teacher_forward(*tensors, scalars, *numbers, need_grad, _streams(student))
     if target is not None and options.labels and may_read_values(student) and out[3].tolist()[1] != 0:
-        raise out_of_range(options.operation, target, student.shape[-1], options.ignore_index)
+        raise out_of_range(options.operation, target, classes_of(tensors, options), options.ignore_index)
     return out
 
 
@@ -197,10 +205,10 @@ class _Native(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, options: Options, with_stats: bool, student: Tensor, target: Tensor | None, soft: Tensor | None,
-        weights: Tensor | None, scalars: Tensor | None, *teachers: Tensor,
+        weights: Tensor | None, shares: Tensor | None, scalars: Tensor | None, *teachers: Tensor,
     ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
-        tensors = Tensors(student, teachers, target, soft, weights)
-        inputs = (student, target, soft, weights, scalars, *teachers)
+        tensors = Tensors(student, teachers, target, soft, weights, shares)
+        inputs = (student, target, soft, weights, shares, scalars, *teachers)
         losses, rows, saved, aux, *stats = _forward(tensors, options, scalars, True, with_stats)
         ctx.options, ctx.shape = options, student.shape
         save_for_backward(ctx, (saved, aux, rows, *inputs))
@@ -264,7 +272,8 @@ def keep(
     """For Stored.backward, from what the operation returned; the loss. Its terms go to `beside`."""
     losses, *stored = out[:4]
     ctx.options, ctx.shape, ctx.stored = options, tensors.student.shape, stored
-    ctx.inputs = Inputs((tensors.student, tensors.target, tensors.soft, tensors.weights, scalars, *tensors.teachers))
+    student, teachers, *rest = tensors
+    ctx.inputs = Inputs((student, *rest, scalars, *teachers))
     if not options.terms:
         return losses
     loss, *terms = [z.clone() for z in losses.unbind(0)]  # views of one tensor could not be changed in place
@@ -274,26 +283,27 @@ def keep(
 
 def _second_derivative(
     options: Options, grad: Tensor, student: Tensor, target: Tensor | None, soft: Tensor | None,
-    weights: Tensor | None, scalars: Tensor | None, *teachers: Tensor,
+    weights: Tensor | None, shares: Tensor | None, scalars: Tensor | None, *teachers: Tensor,
 ) -> Tensor:  # fmt: skip
-    tensors = Tensors(student, teachers, target, soft, weights)
+    tensors = Tensors(student, teachers, target, soft, weights, shares)
     loss = formula.reference(tensors, _joined(options, scalars))[0]
     return torch.autograd.grad(loss, student, grad, create_graph=True)[0]
 
 
 def _backward_of_inputs(
     options: Options, grad: Tensor, saved: Tensor, aux: Tensor, rows: Tensor, student: Tensor, target: Tensor | None,
-    soft: Tensor | None, weights: Tensor | None, scalars: Tensor | None, *teachers: Tensor,
+    soft: Tensor | None, weights: Tensor | None, shares: Tensor | None, scalars: Tensor | None,
+    *teachers: Tensor,
 ) -> Tensor:  # fmt: skip
     if torch.is_grad_enabled():
-        return _second_derivative(options, grad, student, target, soft, weights, scalars, *teachers)
+        return _second_derivative(options, grad, student, target, soft, weights, shares, scalars, *teachers)
     ops = _backend.native_ops(student)
     if not _streams(student):
         reduction = REDUCTIONS.index(options.reduction)
         result: Tensor = ops.multi_teacher_backward(grad.contiguous(), rows, saved, aux, reduction)
         return result
     result = ops.multi_teacher_stream_backward(
-        grad.contiguous(), student, teachers, target, soft, weights, scalars, saved, aux, *_numbers(options)
+        grad.contiguous(), student, teachers, target, soft, weights, shares, scalars, saved, aux, *_numbers(options)
     )
     return result
 
@@ -322,6 +332,8 @@ def _backward_of_rows(ctx: Any, grad: Tensor, rows: Tensor, saved: Tensor, aux: 
 def with_statistics(tensors: Tensors, options: Options) -> tuple[Sequence[Tensor], DistillationStats]:
     """The losses and the statistics of their inputs, from one pass where the row is at hand as a whole."""
     apart = why_reference(tensors, options) is not None or _too_many(tensors) or _streams(tensors.student)
+    if options.divergence != FORWARD and _backend.device_kind(tensors.student) != "cpu":
+        apart = True
     if apart or tensors.soft is not None:
         left, rest = formula.without_zeros(tensors, options)
         return losses_of(left, rest), _separate_statistics(tensors, options)
@@ -345,7 +357,8 @@ def _separate_statistics(tensors: Tensors, options: Options) -> DistillationStat
     labelled = options.labels or tensors.soft is not None
     soft = {} if tensors.soft is None else {"soft": tensors.soft.detach()}
     target = tensors.target if labelled else None
-    stats = group_stats.statistics((tensors.student, *tensors.teachers), target, options.ignore_index, **soft)
+    networks = formula.plain(tensors, options)
+    stats = group_stats.statistics((networks.student, *networks.teachers), target, options.ignore_index, **soft)
     if why_reference(tensors, options) is not None:
         with forward_ad._set_fwd_grad_enabled(False):
             kl = formula.reference_divergences(tensors, options)
@@ -359,19 +372,21 @@ def _divergences(tensors: Tensors, options: Options, k: int) -> Tensor:
     t = options.temperatures[k if len(options.temperatures) > 1 else 0]
     one = options._replace(
         host_weights=(1.0,), temperatures=(t,), combine="losses", kd_weight=1.0, ce_weight=0.0, scale_by_t2=False,
-        reduction="none", num_items=None, terms=False,
+        reduction="none", num_items=None, terms=False, divergence=FORWARD,
     )  # fmt: skip
-    return _native(tensors._replace(teachers=(tensors.teachers[k],), soft=None, weights=None), one, False)[0][0]
+    alone = tensors._replace(teachers=(tensors.teachers[k],), soft=None, weights=None, shares=None)
+    return _native(alone, formula.with_caps_of(one, [k]), False)[0][0]
 
 
 # csrc/multi_teacher/op.cpp registers, with R rows of C classes, A = float64 for float64 logits, else float32, and L = 3
 # with `terms` (the loss, KD, CE), else one loss without that dimension:
-#   forward(student, teachers, target, soft, weights, scalars, host_weights, temperatures, combine, kd_weight,
+#   forward(student, teachers, target, soft, weights, shares, scalars, host_weights, temperatures, combine, kd_weight,
 #           ce_weight, label_smoothing, ignore_index, scale_by_t2, reduction, num_items, uniform, labels, terms,
-#           need_grad, stream)
+#           divergence, divergence_numbers, classes, softcaps, logit_scales, need_grad, stream)
 #       logits [..., C], each of its own dtype and strides; `scalars` float64 [3 + temperatures] on the CPU, or None:
 #       kd_weight, ce_weight, num_items (0: none), temperatures, in the place of the numbers; `labels`: the target holds
-#       classes, not only the rows that are ignored
+#       classes, not only the rows that are ignored; `divergence`: an index of KINDS; `shares` A [2] or [2, R], or None,
+#       in the place of its numbers; `classes`: of the student's columns (0: all), whose gradient is 0 behind them
 #    -> losses A [L] or [L, R]; rows [R, C]: the row's gradient without reduction and grad_output;
 #       saved A: [R] the power of two that float16 rows were multiplied by, or [R, 3K + 2] states to stream again
 #       (3K + 3 with soft targets); aux A [2]: the factor that `rows` still lacks (1 / rows that count), targets out of
@@ -386,9 +401,9 @@ def _divergences(tensors: Tensors, options: Options, k: int) -> Tensor:
 def register_fakes(namespace: str) -> None:
     def forward(
         student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, soft: Tensor | None,
-        weights: Tensor | None, scalars: Tensor | None, *options: Any,
+        weights: Tensor | None, shares: Tensor | None, scalars: Tensor | None, *options: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        *_, reduction, _, _, _, terms, need_grad, stream = options
+        reduction, terms, (need_grad, stream) = options[8], options[12], options[-2:]
         rows, classes = count_rows(student), student.shape[-1]
         dtype, three = accumulate_dtype(student.dtype), (3,) if terms else ()
         stored, streamed = need_grad and not stream, need_grad and stream
@@ -403,13 +418,13 @@ def register_fakes(namespace: str) -> None:
 
     def forward_stats(
         student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, weights: Tensor | None,
-        scalars: Tensor | None, *options: Any,
+        shares: Tensor | None, scalars: Tensor | None, *options: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         rows, dtype = count_rows(student), accumulate_dtype(student.dtype)
         dtypes = (dtype, torch.bool, torch.int64, dtype, dtype, dtype)
         stats = [student.new_empty((len(teachers) + 1, rows), dtype=d) for d in dtypes]
         kl = student.new_empty((len(teachers), rows), dtype=dtype)
-        return (*forward(student, teachers, target, None, weights, scalars, *options, False), kl, *stats)
+        return (*forward(student, teachers, target, None, weights, shares, scalars, *options, False), kl, *stats)
 
     def backward(grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor, reduction: int) -> Tensor:
         return torch.empty_like(rows)

@@ -36,9 +36,9 @@ def _remembered(
     check: Check, k: int, labels: bool, weights: tuple[float, ...] | None, names: tuple[str, ...], *values: object
 ) -> _Remembered | None:
     """The options of a call with K teachers, as check() makes them; None where it refuses them or drops teachers."""
-    given = dict(zip(names, values, strict=True)) | {"weights": weights, "mask": None, "num_items": None}
+    given = dict(zip(names, values, strict=True)) | dict.fromkeys(("mask", "num_items", "vocab_size"))
     try:
-        tensors, options = check(ROW, (ROW,) * k, LABEL if labels else None, **given)
+        tensors, options = check(ROW, (ROW,) * k, LABEL if labels else None, weights, **given)
     except (TypeError, ValueError):
         return None
     return _Remembered(options, kernels._numbers(options)) if len(tensors.teachers) == k else None
@@ -115,7 +115,9 @@ def _call(
     if kernels.runs_apart(tensors):
         return None
     found = _remembered(check, len(teachers), target is not None, weights, names, *values)
-    return None if found is None else (tensors, found)
+    if found is None or (found.options.softcaps and _backend.device_kind(student) != "cpu"):
+        return None
+    return tensors, found
 
 
 def _alike(student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, learns: bool) -> bool:
@@ -135,7 +137,8 @@ def _alike(student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, l
 def _run(tensors: Tensors, found: _Remembered, need_grad: bool) -> Sequence[Tensor]:
     student, teachers, target = tensors[:3]
     operation = _backend.native_ops(student).multi_teacher_forward
-    out: Sequence[Tensor] = operation(student, teachers, target, None, None, None, *found.numbers, need_grad, False)
+    nothing = (None, None, None, None)  # soft labels, weights, shares, scalars
+    out: Sequence[Tensor] = operation(student, teachers, target, *nothing, *found.numbers, need_grad, False)
     if target is not None and may_read_values(student) and out[3].tolist()[1] != 0:
         raise out_of_range(found.options.operation, target, student.shape[1], found.options.ignore_index)
     return out

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from fastkd._core.checks import LARGEST
+from fastkd._core.checks import LARGEST, check_number
 from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.ops._autograd import may_read_values
 from fastkd.ops._formulas import accumulate_dtype
@@ -45,6 +46,63 @@ def check_teachers(op: str, teachers: object, student: Tensor, whose: str = "the
         ):
             check_like(op, f"teachers[{k}]", teacher, student, whose)
     return teachers
+
+
+def check_vocabulary(
+    op: str, vocab_size: object, class_dim: int, student: Tensor, teachers: object, target: object
+) -> tuple[Tensor, Any, Any]:
+    """Student, teachers and soft targets with their first `vocab_size` classes; what is no tensor is left as it is."""
+    expected = "an integer of at least 2"
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise wrong_type(op, "vocab_size", expected, type(vocab_size).__name__)
+    if vocab_size < 2:
+        raise wrong_value(op, "vocab_size", expected, vocab_size)
+
+    def cut(name: str, z: Any) -> Any:
+        if not isinstance(z, Tensor) or z.dim() < -class_dim:
+            return z
+        if z.shape[class_dim] < vocab_size:
+            raise wrong_value(op, "vocab_size", f"at most the {z.shape[class_dim]} classes of {name}", vocab_size)
+        return z.narrow(class_dim, 0, vocab_size)
+
+    if isinstance(teachers, Sequence) and not isinstance(teachers, str):
+        teachers = [cut(f"teachers[{k}]", t) for k, t in enumerate(teachers)]
+    else:
+        teachers = cut("teachers", teachers)
+    if isinstance(target, Tensor) and target.is_floating_point() and target.dim() == student.dim():
+        target = cut("target", target)
+    return cut("student", student), teachers, target
+
+
+def check_caps(
+    op: str, softcap: object, scale: object, teacher_softcap: object, teacher_scale: object, k: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The softcaps (0: none) and logit scales of the student and K teachers; both () where nobody has one."""
+    if softcap is None and teacher_softcap is None and scale == 1 and teacher_scale == 1:
+        return (), ()
+    cap, factor = "a number > 0 or None", "a number > 0"
+    given = [("teacher_softcap", teacher_softcap, cap), ("teacher_logit_scale", teacher_scale, factor)]
+    teacher_caps, teacher_scales = [_per_teacher(op, name, value, k, expected) for name, value, expected in given]
+    caps = (_number_or_none(op, "softcap", softcap, cap), *teacher_caps)
+    scales = (_number_or_none(op, "logit_scale", scale, factor), *teacher_scales)
+    return (caps, scales) if set(caps) != {0.0} or set(scales) != {1.0} else ((), ())
+
+
+def _per_teacher(op: str, name: str, value: object, k: int, expected: str) -> list[float]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return [_number_or_none(op, name, value, expected)] * k
+    if len(value) != k:
+        raise wrong_value(op, name, f"one value or {k}, one per teacher", f"{len(value)} values")
+    return [_number_or_none(op, f"{name}[{i}]", v, expected) for i, v in enumerate(value)]
+
+
+def _number_or_none(op: str, name: str, value: object, expected: str) -> float:
+    if value is None and "None" in expected:
+        return 0.0
+    number = check_number(op, name, value, expected)
+    if number <= 0:
+        raise wrong_value(op, name, expected, number)
+    return number
 
 
 def check_temperature(op: str, temperature: object, k: int) -> tuple[float | Tensor, ...]:

@@ -20,6 +20,12 @@ from fastkd.ops.topk import check_temperature as check_sparse_temperature
 
 REASON = "TopK teachers have no kernel yet: they are plain PyTorch, the dense teachers beside them are native"
 
+# Of whole logits alone.
+DENSE_ALONE = {
+    "divergence": "forward", "divergence_beta": None, "vocab_size": None, "softcap": None, "logit_scale": 1.0,
+    "teacher_softcap": None, "teacher_logit_scale": 1.0,
+}  # fmt: skip
+
 
 def has_sparse(teachers: object) -> bool:
     if isinstance(teachers, Tensor) or not isinstance(teachers, Sequence):
@@ -44,6 +50,9 @@ def checked(
     """The sparse teachers of a call, and the arguments of the same call without them."""
     if options["combine"] != "losses":
         raise wrong_value(op, "combine", "'losses' where a teacher is a TopK", repr(options["combine"]))
+    for name, plain in DENSE_ALONE.items():
+        if options[name] != plain:
+            raise wrong_value(op, name, f"{plain!r} where a teacher is a TopK", repr(options[name]))
     if options["return_stats"]:
         raise wrong_value(op, "return_stats", "False where a teacher is a TopK", True)
     class_dim = check_layout(op, student, options["class_dim"], target is not None, "student")

@@ -12,15 +12,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastkd import _backend
 from fastkd.ops import _linear_kernels as kernels
 from fastkd.ops import _linear_sharded as sharded
 from fastkd.ops._autograd import on_host
-from fastkd.ops._formulas import LossTerms
+from fastkd.ops._formulas import LossTerms, Reduction
 from fastkd.ops._gather import check_process_group
 from fastkd.ops._linear_inputs import OP, Head, check_call
+from fastkd.ops._multi_teacher_formula import Combine
 from fastkd.ops.topk import TopK
 
 __all__ = ["Head", "TopK", "linear_multi_teacher_kd"]
@@ -43,13 +45,13 @@ def linear_multi_teacher_kd(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     mask: Tensor | None = None,
-    combine: str = "losses",
+    combine: Combine = "losses",
     vocab_size: int | None = None,
     scale_by_t2: bool = True,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     num_items: float | Tensor | None = None,
     return_terms: bool = False,
-    process_group=None,
+    process_group: torch.distributed.ProcessGroup | None = None,
 ) -> Any:
     """`multi_teacher_kd` of a language model's last hidden states and head, without its logits in memory.
 
@@ -121,7 +123,7 @@ def linear_multi_teacher_kd(
     return (losses[0], LossTerms(*[term.detach() for term in losses[1:]])) if return_terms else losses[0]
 
 
-def _why_reference(arguments: dict) -> str | None:
+def _why_reference(arguments: dict[str, Any]) -> str | None:
     arguments = dict(arguments)
     group = arguments.pop("process_group")
     check_process_group(OP, group)
