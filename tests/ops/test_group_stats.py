@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as torch_functional
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rows_helpers import LAYOUTS
 
@@ -489,10 +489,11 @@ def test_same_bits_for_any_number_of_threads(dtype):
 EXTREMES = st.sampled_from([0.0, -0.0, 1.0, 1.0, -1.0, 60.0, -60.0, 3e4, -3e4, math.inf, -math.inf, math.nan])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 @pytest.mark.parametrize("place", ["cpu", "simt"])
-def test_any_shape_stride_dtype_label_and_extreme(place, data):
+def test_any_shape_stride_dtype_label_and_extreme(place, at, data):
+    at(place)
     draw = data.draw
     networks, rows, classes = draw(st.integers(1, 4)), draw(st.integers(0, 4)), draw(st.integers(2, 70))
     dtype, layout = draw(st.sampled_from(DTYPES)), LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))]
@@ -503,11 +504,4 @@ def test_any_shape_stride_dtype_label_and_extreme(place, data):
     for r in range(rows):
         target[r] = draw(st.one_of(st.just(-100), st.integers(0, classes - 1), st.just(int(target[r]))))
     soft = probabilities(rows, classes).to(draw(st.sampled_from(DTYPES)))
-    with pytest.MonkeyPatch.context() as patch:
-        if place == "simt":
-            from conftest import _on_host_kernels
-            from simt import build
-
-            build.load()
-            _on_host_kernels(patch, stream=False)
-        check(list(layout(torch.stack(logits))) if rows else logits, draw(st.sampled_from([target, soft, None])))
+    check(list(layout(torch.stack(logits))) if rows else logits, draw(st.sampled_from([target, soft, None])))
