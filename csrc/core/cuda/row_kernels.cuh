@@ -53,7 +53,9 @@ __global__ void __launch_bounds__(kReduceThreads)
   A* mine = row_loss + int64_t(blockIdx.y) * rows;
   const int64_t begin = part_begin(rows, blockIdx.x), end = part_begin(rows, int64_t(blockIdx.x) + 1);
   const RowCounts sums = threads.sum(count_rows(mine, target, begin, end, classes, ignore_index));
-  if (threadIdx.x < 3) part_sums(mine, rows, blockIdx.x)[threadIdx.x] = sums.v[threadIdx.x];
+  if (threadIdx.x != 0) return;
+#pragma unroll
+  for (int v = 0; v < 3; ++v) part_sums(mine, rows, blockIdx.x)[v] = sums.v[v];
 }
 
 // Block l: the sum of the losses row_loss[l, :], or of the parts'. The first one also counts rows: aux = {factor that the
