@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import fastkd
 
@@ -128,8 +129,7 @@ def test_the_floor_is_the_tensors_read_and_written(name, dtype):
     if dtype not in operation.dtypes:
         pytest.skip(f"{name} is not measured in {dtype}")
     inputs = operation.make_inputs(shape, dtype, "cpu", seed=0)
-    nested = [a if isinstance(a, (list, tuple)) else [a] for a in inputs.arguments]
-    read = sum(t.nbytes for tensors in nested for t in tensors if isinstance(t, torch.Tensor))
+    read = sum(t.nbytes for t in tree_leaves(inputs.arguments) if isinstance(t, torch.Tensor))
     result = operation.fused(*inputs.arguments)
     written = sum(t.nbytes for t in (inputs.learning or result))
     assert floor(name, shape, dtype, operation.passes[-1]) == read + written
