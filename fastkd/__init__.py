@@ -9,6 +9,7 @@ from fastkd import functional, losses
 from fastkd._backend import FallbackWarning, backend_info, explain, use_backend
 from fastkd._version import __version__
 from fastkd.losses import FeatureEnsemble, MultiTeacherKD, MutualKD, RKDAngle, RKDDistance
+from fastkd.ops.linear import Head, TopK
 
 if TYPE_CHECKING:
     from fastkd import data, methods, models, nn, testing, train
@@ -18,10 +19,12 @@ _ON_FIRST_USE = ("data", "graphs", "methods", "models", "nn", "testing", "train"
 __all__ = [
     "FallbackWarning",
     "FeatureEnsemble",
+    "Head",
     "MultiTeacherKD",
     "MutualKD",
     "RKDAngle",
     "RKDDistance",
+    "TopK",
     "__version__",
     "backend_info",
     "data",

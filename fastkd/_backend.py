@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +36,36 @@ _warns = os.environ.get("FASTKD_WARN", "1") != "0"
 _warned: set[tuple[str, str]] = set()  # operation, reason
 _operations: dict[Callable, tuple[str, Callable]] = {}
 _fakes: list[Callable] = []
-# The operations of the library; the tests put the host build of the CUDA kernels in their place.
-_cpu_namespace, _cpu_kind = "fastkd", "cpu"
+
+
+class Machine(NamedTuple):
+    """What calls are told of the machine that they run on. It is as it is, but for tests, which `pretend`.
+
+    cpu_namespace: the operations in torch.ops that take CPU tensors. cpu_kind: whose kernels these are, "cuda" where
+    they are the host build of the CUDA kernels. stream_always: CUDA kernels treat every row as one that does not fit on
+    chip. values_readable: False as on a device that must not be waited for. check_everywhere: values are checked
+    also where reading them waits for a GPU.
+    """
+
+    cpu_namespace: str = "fastkd"
+    cpu_kind: str = "cpu"
+    stream_always: bool = False
+    values_readable: bool = True
+    check_everywhere: bool = os.environ.get("FASTKD_CHECKS", "0") == "1"
+
+
+machine = Machine()
+
+
+@contextlib.contextmanager
+def pretend(**changes: Any) -> Iterator[None]:
+    """For tests: runs the body with another `Machine`."""
+    global machine
+    before, machine = machine, machine._replace(**changes)
+    try:
+        yield
+    finally:
+        machine = before
 
 
 class FallbackWarning(UserWarning):
@@ -65,6 +93,10 @@ def use_backend(name: str) -> Iterator[None]:
     "auto": native kernels, and plain PyTorch with a FallbackWarning where they cannot take a call. "native": a
     RuntimeError there, at the call; the backward of a backward, which has no kernels, still goes through PyTorch.
     "reference": plain PyTorch, without a word.
+
+    >>> with fastkd.use_backend("reference"):
+    ...     fastkd.backend_info()["backend"]
+    'reference'
     """
     global _chosen
     before, _chosen = _chosen, _validated(name, "use_backend: name")
@@ -92,12 +124,16 @@ def _why_not_cuda(index: int) -> str | None:
         return _library.CUDA.reason
     if torch.version.hip is not None:
         return "there are no native kernels for ROCm"
-    capability = torch.cuda.get_device_capability(index)
+    return why_not_gpu(_library.CUDA, torch.cuda.get_device_capability(index))
+
+
+def why_not_gpu(library: _library.Library, capability: tuple[int, int]) -> str | None:
+    """Why `library` has no kernels for a GPU of this compute capability; None where it has."""
+    name = f"{capability[0]}.{capability[1]}"
     if capability < OLDEST_GPU:
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or newer"
-    if not _library.CUDA.has_code_for(capability):
-        built = ", ".join(_library.CUDA.architectures)
-        name = f"{capability[0]}.{capability[1]}"
+        return f"the GPU has compute capability {name}, the kernels need 8.0 or newer"
+    if not library.has_code_for(capability):
+        built = ", ".join(library.architectures)
         return f"the library has code for {built}, the GPU has compute capability {name}: build it here again"
     return None
 
@@ -122,6 +158,18 @@ _SILENCE = 'Told once; FASTKD_WARN=0 or fastkd.use_backend("reference") silences
 _LIBRARY_FOLDERS = tuple(f"{Path(file).resolve().parent}{os.sep}" for file in (__file__, torch.__file__))
 
 
+@contextlib.contextmanager
+def telling_anew() -> Iterator[None]:
+    """For tests: runs the body as if no fallback had been told so far, whatever FASTKD_WARN says."""
+    global _warned, _warns
+    before = _warned, _warns
+    _warned, _warns = set(), True
+    try:
+        yield
+    finally:
+        _warned, _warns = before
+
+
 def _is_fake(tensor: Tensor | None) -> bool:
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return True
@@ -138,11 +186,11 @@ def users_level() -> int:
 
 def device_kind(tensor: Tensor) -> str:
     """ "cpu" or "cuda": whose kernels take this tensor."""
-    return _cpu_kind if tensor.device.type == "cpu" else "cuda"
+    return machine.cpu_kind if tensor.device.type == "cpu" else "cuda"
 
 
 def native_ops(tensor: Tensor):
-    return getattr(torch.ops, _cpu_namespace if tensor.device.type == "cpu" else "fastkd")
+    return getattr(torch.ops, machine.cpu_namespace if tensor.device.type == "cpu" else "fastkd")
 
 
 def register(function: Callable, operation: str, why_reference: Callable, register_fakes: Callable) -> None:
@@ -168,6 +216,10 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
 
     `function` is one of fastkd.functional. Raises what the call itself would raise for wrong arguments; where "native"
     was chosen and cannot take the call, the explanation says so, and only the call raises.
+
+    >>> with fastkd.use_backend("reference"):
+    ...     fastkd.explain(fastkd.functional.multi_teacher_kd, torch.zeros(2, 3), [torch.zeros(2, 3)]).backend
+    'reference'
     """
     if function not in _operations:
         known = ", ".join(name for name, _ in _operations.values())
@@ -194,7 +246,11 @@ def _kernels(kind: str) -> str:
 
 
 def backend_info() -> dict[str, str]:
-    """The chosen backend, the native kernels of each device or why there are none, and what each operation uses."""
+    """The chosen backend, the native kernels of each device or why there are none, and what each operation uses.
+
+    >>> sorted(fastkd.backend_info())[:3]
+    ['backend', 'cpu', 'cross_entropy']
+    """
     cpu = _kernels("cpu") if _library.CPU.loaded else _library.CPU.reason
     if torch.cuda.is_available():
         cuda = _why_not_cuda(0) or "CUDA kernels"

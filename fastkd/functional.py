@@ -3,6 +3,7 @@
 from fastkd.ops.cross_entropy import cross_entropy
 from fastkd.ops.feature_ensemble import feature_ensemble
 from fastkd.ops.group_stats import GroupStats, group_stats
+from fastkd.ops.linear import linear_multi_teacher_kd
 from fastkd.ops.multi_teacher import multi_teacher_kd
 from fastkd.ops.mutual import mutual_kd
 from fastkd.ops.ranking import hard_samples, network_scores, rank_networks
@@ -14,6 +15,7 @@ __all__ = [
     "feature_ensemble",
     "group_stats",
     "hard_samples",
+    "linear_multi_teacher_kd",
     "multi_teacher_kd",
     "mutual_kd",
     "network_scores",

@@ -67,6 +67,11 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
 
     A tensor of weights or temperatures is a buffer: it moves with the module and is in its state dict. It may be set
     anew, also to a number, and older states load. Weights that change per call go into the call.
+
+    >>> loss = fastkd.MultiTeacherKD(ce_weight=0.5, weights=[0.75, 0.25])
+    >>> logits = torch.zeros(2, 4)
+    >>> round(loss(logits, [logits, logits], torch.tensor([0, 3])).item(), 4)  # equal teachers: 0.5 * log 4 alone
+    0.6931
     """
 
     _tensors = ("weights", "temperature")
@@ -163,7 +168,8 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
             *,
             mask: Tensor | None = None,
             num_items: float | Tensor | None = None,
-        ) -> Loss: ...
+        ) -> Loss:
+            """As `forward`."""
 
 
 class MutualKD(_Fixed):
@@ -171,6 +177,12 @@ class MutualKD(_Fixed):
 
     A tensor of weights or a temperature tensor is a buffer: it moves with the module and is in its state dict. It may
     be set anew, also to a number, and older states load. Weights that change per call go into the call.
+
+    >>> loss = fastkd.MutualKD(ce_weight=1.0)
+    >>> logits = torch.zeros(2, 4)
+    >>> losses = loss([logits, logits, logits], torch.tensor([0, 3]))
+    >>> [round(each, 4) for each in losses.tolist()]  # log 4, no divergence
+    [1.3863, 1.3863, 1.3863]
     """
 
     _tensors = ("weights", "teacher_weights", "temperature")
@@ -233,7 +245,12 @@ class MutualKD(_Fixed):
 
 
 class RKDDistance(_Fixed):
-    """`fastkd.functional.rkd_distance` with its hyper-parameters fixed; see there for what they mean."""
+    """`fastkd.functional.rkd_distance` with its hyper-parameters fixed; see there for what they mean.
+
+    >>> embeddings = torch.tensor([[0.0], [1.0], [3.0]])
+    >>> fastkd.RKDDistance()(embeddings, 2 * embeddings).item()  # distances are compared relative to their mean
+    0.0
+    """
 
     _shown = ("reduction",)
 
@@ -249,12 +266,18 @@ class RKDDistance(_Fixed):
         mask: Tensor | None = None,  # bool [N]
         num_items: float | Tensor | None = None,
     ) -> Tensor:
+        """The loss of `rkd_distance`: a scalar, or [N] where `reduction` is "none"."""
         more = {"mask": mask, "num_items": num_items, "process_group": self.process_group}
         return functional.rkd_distance(student, teacher, reduction=self.reduction, **more)
 
 
 class RKDAngle(_Fixed):
-    """`fastkd.functional.rkd_angle` with its hyper-parameters fixed; see there for what they mean."""
+    """`fastkd.functional.rkd_angle` with its hyper-parameters fixed; see there for what they mean.
+
+    >>> square = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    >>> round(fastkd.RKDAngle()(square, square.flip(1)).item(), 6)  # mirrored: the same angles
+    0.0
+    """
 
     _shown = ("reduction", "eps")
 
@@ -270,6 +293,7 @@ class RKDAngle(_Fixed):
         mask: Tensor | None = None,  # bool [N]
         num_items: float | Tensor | None = None,
     ) -> Tensor:
+        """The loss of `rkd_angle`: a scalar, or [N] where `reduction` is "none"."""
         more = {"mask": mask, "num_items": num_items, "process_group": self.process_group}
         return functional.rkd_angle(student, teacher, reduction=self.reduction, eps=self.eps, **more)
 
@@ -279,6 +303,10 @@ class FeatureEnsemble(_Fixed):
 
     A tensor of weights is a buffer: it moves with the module and is in its state dict. It may be set anew, and older
     states load. Weights that change per call go into the call.
+
+    >>> student, teacher = torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]])
+    >>> round(fastkd.FeatureEnsemble(elements="sum")(student, [teacher]).item(), 4)  # |0.6 - 0.8| + |0.8 - 0.6|
+    0.4
     """
 
     _tensors = ("weights",)
@@ -306,6 +334,7 @@ class FeatureEnsemble(_Fixed):
         mask: Tensor | None = None,  # bool [B]
         num_items: float | Tensor | None = None,
     ) -> Tensor:
+        """The loss of `feature_ensemble`: a scalar, or [B] where `reduction` is "none"."""
         return functional.feature_ensemble(
             students,
             teachers,

@@ -26,6 +26,10 @@ class FeatureTransforms(nn.Module):
         loop       one transform after the other
         grouped    all at once: a first convolution with the outputs of all, then grouped convolutions; needs equal c_k
 
+    >>> transforms = fastkd.nn.FeatureTransforms(8, [4, 6])
+    >>> [tuple(each.shape) for each in transforms(torch.zeros(2, 8, 5, 5))]
+    [(2, 4, 5, 5), (2, 6, 5, 5)]
+
     Args:
         in_channels: c_S, channels of the student's map.
         out_channels: c_1 .. c_K, channels of the teachers' maps.
@@ -58,6 +62,7 @@ class FeatureTransforms(nn.Module):
         )
 
     def forward(self, map: Tensor) -> list[Tensor]:
+        """The map [B, c_S, H, W] of the student -> K maps [B, c_k, H, W], one per teacher."""
         form = chosen_form(map, self.out_channels, self.normalised) if self.form == "auto" else self.form
         if form == "grouped":
             return self._grouped(map)
@@ -79,6 +84,7 @@ class FeatureTransforms(nn.Module):
         return list(all.chunk(count, 1))
 
     def extra_repr(self) -> str:
+        """The hyper-parameters, for `repr`."""
         names = ("in_channels", "out_channels", "form", "layers", "negative_slope")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
@@ -91,6 +97,9 @@ def chosen_form(map: Tensor, out_channels: Sequence[int], normalised: bool = Fal
     [16, 64, 16, 16] to 8 channels 2.2 / 1.5; [4, 512, 7, 7] to three of 256 channels 0.9 / 0.4. Narrow convolutions
     alone fill no vector register; wide ones gain nothing from company, and grouped ones are slow in channels_last.
     A normalisation layer would cut the outputs apart and join them again between the convolutions.
+
+    >>> [fastkd.nn.chosen_form(torch.zeros(1, 8, 5, 5), channels) for channels in ([8, 8], [8, 4])]
+    ['grouped', 'loop']
     """
     alike = len(out_channels) > 1 and len(set(out_channels)) == 1
     narrow = alike and out_channels[0] <= MOST_GROUPED

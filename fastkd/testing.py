@@ -13,7 +13,11 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a table of cases: a name for the test's id, and the arguments."""
+    """One row of a table of cases: a name for the test's id, and the arguments.
+
+    >>> str(fastkd.testing.Case("no labels", {"target": None}))
+    'no labels'
+    """
 
     name: str
     arguments: dict
@@ -23,7 +27,14 @@ class Case:
 
 
 def over(cases: Sequence[Case], places: Sequence[str], dtypes: Sequence[torch.dtype] = DTYPES) -> Callable:
-    """Decorator: runs a test `(case, place, dtype)` over the whole table cases x places x dtypes."""
+    """Decorator: runs a test `(case, place, dtype)` over the whole table cases x places x dtypes.
+
+    >>> cases = [fastkd.testing.Case("mean", {}), fastkd.testing.Case("sum", {"reduction": "sum"})]
+    >>> @fastkd.testing.over(cases, places=("cpu",), dtypes=(torch.float32,))
+    ... def test_loss(case, place, dtype): ...
+    >>> [mark.args[0] for mark in test_loss.pytestmark]
+    ['dtype', 'place', 'case']
+    """
     import pytest
 
     def decorate(test: Callable) -> Callable:
@@ -44,6 +55,13 @@ def assert_as_accurate(
     name: str = "result",
 ) -> None:
     """Asserts max |actual - exact| <= factor * max |baseline - exact| + floor, and the same infinities and NaNs.
+
+    >>> exact, rounded = torch.tensor([1 / 3], dtype=torch.float64), torch.tensor([1 / 3])
+    >>> fastkd.testing.assert_as_accurate(rounded, exact, baseline=rounded)
+    >>> fastkd.testing.assert_as_accurate(rounded + 1e-6, exact, baseline=rounded)
+    Traceback (most recent call last):
+        ...
+    AssertionError: result: error 1.02e-06, allowed 9.93e-08
 
     Args:
         actual, baseline: the result under test and PyTorch's own, same shape, in the dtype under test.
@@ -75,6 +93,9 @@ def assert_grad_close(
     """Asserts that a gradient is as good as the baseline's by direction (1 - cosine) and by relative L2 error.
 
     A zero gradient must be exactly zero. `floor` is relative; default two units in the last place of the dtype.
+
+    >>> exact = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    >>> fastkd.testing.assert_grad_close(exact.float(), exact, baseline=exact.float())
     """
     assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)} instead of {list(exact.shape)}"
     exact = exact.double()
@@ -106,7 +127,12 @@ def _assert_same_specials(actual: Tensor, exact: Tensor, name: str) -> None:
 def difficult_logits(
     shape: Sequence[int], *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[str, Tensor]]:
-    """Named logits [..., C] that random normal data is not: confident, large, flat, masked, with a long tail."""
+    """Named logits [..., C] that random normal data is not: confident, large, flat, masked, with a long tail.
+
+    >>> logits = dict(fastkd.testing.difficult_logits([2, 5]))
+    >>> logits["masked"].isinf().sum(-1).tolist(), len(logits)
+    ([2, 2], 9)
+    """
     g = torch.Generator().manual_seed(seed)
     noise = torch.randn(tuple(shape), generator=g, dtype=torch.float64)
     confident = noise.clone()

@@ -1,5 +1,6 @@
 """What all tests share: fresh memory is poisoned, and the places where an operation's kernels run."""
 
+import contextlib
 import functools
 import os
 
@@ -41,7 +42,14 @@ def one_thread():
 
 
 @pytest.fixture
-def at(request, monkeypatch):
+def values_unreadable():
+    """As on a device that must not be waited for: the host looks at no tensor's values."""
+    with _backend.pretend(values_readable=False):
+        yield
+
+
+@pytest.fixture
+def at(request):
     """`at(place)` returns the device to make tensors on, with that place's kernels behind fastkd.functional.
 
     cpu: the CPU kernels. simt: the CUDA kernels, run on the host. simt_stream: those for long rows, whatever
@@ -49,44 +57,31 @@ def at(request, monkeypatch):
     """
 
     def go(place: str) -> torch.device:
+        stream = place.endswith("_stream")
         if place.startswith("cuda") and not STAND_IN:
-            return _on_gpu(monkeypatch, stream=place == "cuda_stream")
+            device = _on_gpu()
+            pretending.enter_context(_backend.pretend(stream_always=stream))
+            return device
         if place == "cpu":
             if _backend.why_not_native(torch.empty(0)) is not None:
                 pytest.fail("the native library is missing: run `make build`")
             return torch.device("cpu")
         request.getfixturevalue("simt")
-        _on_host_kernels(monkeypatch)
-        if place.endswith("_stream"):
-            _stream_always(monkeypatch)
+        _register_fakes_once()
+        pretending.enter_context(_backend.pretend(cpu_namespace="fastkd_simt", cpu_kind="cuda", stream_always=stream))
         return torch.device("cpu")
 
-    return go
+    with contextlib.ExitStack() as pretending:
+        yield go
 
 
-def _on_gpu(monkeypatch, stream: bool) -> torch.device:
+def _on_gpu() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     device = torch.device("cuda")
     if (reason := _backend.why_not_native(torch.empty(0, device=device))) is not None:
         pytest.fail(f"no CUDA kernels: {reason}")
-    if stream:
-        _stream_always(monkeypatch)
     return device
-
-
-def _on_host_kernels(monkeypatch) -> None:
-    monkeypatch.setattr(_backend, "_cpu_namespace", "fastkd_simt")
-    monkeypatch.setattr(_backend, "_cpu_kind", "cuda")
-    _register_fakes_once()
-
-
-def _stream_always(monkeypatch) -> None:
-    from fastkd.ops import _multi_teacher_kernels, _peer_kernels
-
-    monkeypatch.setattr(_peer_kernels, "STREAM_ALWAYS", True)
-    monkeypatch.setattr(_multi_teacher_kernels, "ON_CHIP_CLASSES", {})
-    monkeypatch.setattr(_multi_teacher_kernels, "ON_CHIP_CLASSES_DEFAULT", 0)
 
 
 @functools.cache

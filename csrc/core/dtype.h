@@ -30,6 +30,11 @@ struct Accumulate<double> {
 template <class T>
 using accumulate_t = typename Accumulate<T>::type;
 
+template <class T>
+constexpr bool is_half = false;
+template <>
+constexpr bool is_half<Half> = true;
+
 FASTKD_HD int64_t bytes_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
 
 FASTKD_HD float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }

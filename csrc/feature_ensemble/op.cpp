@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/constants.h"
 #include "core/torch/run.h"
 
 #if defined(FASTKD_BACKEND_CPU)
@@ -142,13 +143,15 @@ void fill_inputs(Inputs& in, const std::vector<Tensor>& students, const std::vec
                   "fastkd: one student's map, or one per teacher");
   for (const Tensor& t : students) {
     STD_TORCH_CHECK(t.dim() >= 2 && dtype_of(t) == dtype_of(students[0]), "fastkd: the students' maps differ");
+    check_devices(students[0], {&t});
     in.students.push_back(with_dense_samples(t));
   }
   for (const Tensor& t : teachers) {
     STD_TORCH_CHECK(t.dim() >= 2, "fastkd: expected a map [B, C, ...]");
-    STD_TORCH_CHECK(Networks::same_device(t, students[0]), "fastkd: the maps' devices differ");
+    check_devices(students[0], {&t});
     in.teachers.push_back(with_dense_samples(t));
   }
+  check_devices(students[0], {pointer_to(weights), pointer_to(mask)});
   args.student_type = dtype_of(students[0]);
   args.samples = students[0].size(0);
   args.pairs = int(teachers.size());
@@ -284,8 +287,9 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const std::vector<Tensor>&
   Inputs in;
   fill_inputs(in, students, teachers, weights, mask, host_weights, {p, norm, mean_elements, reduction, items});
   Args& args = in.args;
-  check_grad_loss(grad_loss, 1, args.samples, args.reduction, state.scalar_type());
-  STD_TORCH_CHECK(state.numel() == kStatePlanes * args.total_groups, "fastkd: the state is another call's");
+  check_devices(students[0], {&state});
+  check_grad_loss(grad_loss, 1, args.samples, args.reduction, state);
+  STD_TORCH_CHECK(state.numel() == kStatePlanes * args.total_groups && state.is_contiguous(), "fastkd: the state is another call's");
   std::vector<Tensor> grads = add_gradients(in, students, students[0].scalar_type());
   args.grad_loss = grad_loss.data_ptr();
   args.state = state.data_ptr();
@@ -312,3 +316,8 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) {
   m.impl("feature_ensemble_forward", TORCH_BOX(&fastkd::feature_ensemble::forward));
   m.impl("feature_ensemble_backward", TORCH_BOX(&fastkd::feature_ensemble::backward));
 }
+
+using fastkd::feature_ensemble::Norm;
+FASTKD_CONSTANTS(feature_ensemble, {"launch_pairs", fastkd::feature_ensemble::kMaxLaunchPairs},
+                 {"state_planes", fastkd::feature_ensemble::kStatePlanes}, {"sample", int(Norm::sample)},
+                 {"position", int(Norm::position)}, {"channel", int(Norm::channel)})

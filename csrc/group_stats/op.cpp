@@ -28,13 +28,13 @@ void fill_inputs(Inputs& in, const std::vector<Tensor>& networks, const std::opt
   args.rows = first.numel() / std::max<int64_t>(1, args.classes);
   args.networks = int(networks.size());
   in.networks.add(networks, args.rows, args.classes);
+  check_devices(first, {pointer_to(target), pointer_to(soft)});
   args.network = in.networks.list.data();
   for (const Network& network : in.networks.list) args.wide |= network.type == DType::f64;
   in.target = contiguous_target(target, args.rows);
   args.target = optional_data<int64_t>(in.target);
   if (!soft) return;
   args.soft = &in.soft.add(*soft, args.rows, args.classes);
-  STD_TORCH_CHECK(Networks::same_device(*soft, first), "fastkd: the labels' device is another one");
   in.labels = empty_like_device(first, {args.rows}, ScalarType::Long);
   args.labels = optional_data<int64_t>(in.labels);
 }

@@ -199,21 +199,21 @@ A kd(Row<A>& row) {
   }
 }
 
-// The gradient of a row as it is stored, and for float16 the inverse of its scale (math.h, half_scale).
-template <class S, class A>
-void store_gradient(const Row<A>& row) {
+// No value of the row's gradient is above it.
+template <class A>
+A gradient_bound(const Row<A>& row) {
   const Args& args = row.args;
-  A scale = A(args.row_factor);
-  if (args.student.type == DType::f16) {
-    A bound = 0;
-    for (int k = 0; k < args.teachers; ++k)
-      bound += magnitude(row.weight(k)) * temperature_scale<A>(args.temperature[k], args.scale_by_t2).grad;
-    const A one = temperature_scale<A>(args.temperature[0], args.scale_by_t2).grad;
-    const A kd = A(args.kd_weight) * (args.combine == Combine::logits ? one : bound), ce = A(args.ce_weight) * row.labels;
-    scale = A(half_scale(float(magnitude(kd) + magnitude(ce))));
-    static_cast<A*>(args.saved)[row.index] = 1 / scale;
-  }
-  store_row(row.s.grad, row.n, scale, static_cast<S*>(args.grad) + row.index * row.n);
+  A bound = 0;
+  for (int k = 0; k < args.teachers; ++k)
+    bound += magnitude(row.weight(k)) * temperature_scale<A>(args.temperature[k], args.scale_by_t2).grad;
+  const A one = temperature_scale<A>(args.temperature[0], args.scale_by_t2).grad;
+  const A kd = A(args.kd_weight) * (args.combine == Combine::logits ? one : bound), ce = A(args.ce_weight) * row.labels;
+  return magnitude(kd) + magnitude(ce);
+}
+
+template <class S, class A>
+S* gradient_of(const Row<A>& row) {
+  return static_cast<S*>(row.args.grad) + row.index * row.n;
 }
 
 // A row without a loss: ignored, or with a label out of range. It has statistics all the same; its divergences are 0 or NaN.
@@ -221,10 +221,8 @@ template <class S, class A>
 void keep_nothing(Row<A>& row, A nothing) {
   const Args& args = row.args;
   for (int i = 0; i < losses_of(args); ++i) static_cast<A*>(args.row_loss)[i * args.rows + row.index] = nothing;
-  if (args.need_grad) {
-    fill_row(static_cast<S*>(args.grad) + row.index * row.n, row.n, nothing);
-    if (args.student.type == DType::f16) static_cast<A*>(args.saved)[row.index] = 1;
-  }
+  if (args.need_grad)
+    store_no_gradient(nothing, row.n, gradient_of<S>(row), static_cast<A*>(args.saved) + row.index);
   if (!args.kl) return;
   keep_stats(row, 0, row.s.student, load_row(args.student, row.index, row.n, row.padded, row.s.student));
   for (int k = 0; k < args.teachers; ++k) {
@@ -246,19 +244,21 @@ void store_losses(const Row<A>& row, A kd, A ce) {
 template <class S, class A>
 void forward_row(Row<A>& row) {
   const Args& args = row.args;
-  const int64_t label = args.target ? args.target[row.index] : 0;
-  if (args.target && label == args.ignore_index) return keep_nothing<S>(row, A(0));
-  if (args.labels && (label < 0 || label >= row.n)) return keep_nothing<S>(row, A(__builtin_nanf("")));
+  const Label kind = label_kind(args.target, row.index, args.ignore_index, row.n);
+  if (kind == Label::ignored) return keep_nothing<S>(row, A(0));
+  if (kind == Label::outside && args.labels) return keep_nothing<S>(row, A(__builtin_nanf("")));
   row.max_student = load_row(row_of<S>(args.student, row.index), row.n, row.padded, row.s.student);
   if (row.index + 1 < args.rows) prefetch_row(args.student, row.index + 1, row.n);
-  if (args.need_grad) prefetch_row(static_cast<const S*>(args.grad) + row.index * row.n, row.n);
+  if (args.need_grad) prefetch_row(gradient_of<S>(row), row.n);
   if (args.kl) keep_stats(row, 0, row.s.student, row.max_student);
   student_at(row, args.temperature[0]);
-  const A ce = args.cross_entropy ? label_loss(row, label) : A(0);
+  const A ce = args.cross_entropy ? label_loss(row, args.labels ? args.target[row.index] : 0) : A(0);
   if (args.need_grad && args.ce_weight == 0)
     for (int64_t c = 0; c < row.padded; ++c) row.s.grad[c] = 0;
   store_losses(row, kd(row), ce);
-  if (args.need_grad) store_gradient<S>(row);
+  if (args.need_grad)
+    store_gradient(row.s.grad, row.n, A(args.row_factor), is_half<S> ? gradient_bound(row) : A(0), gradient_of<S>(row),
+                   static_cast<A*>(args.saved) + row.index);
 }
 
 template <class S, class A>
@@ -273,41 +273,20 @@ void forward_typed(const Args& args, int64_t begin, int64_t end, void* memory) {
   }
 }
 
-template <class S, class A>
-void backward_typed(const BackwardArgs& args, int64_t begin, int64_t end) {
-  const A* grad_loss = static_cast<const A*>(args.grad_loss);
-  const A* saved = static_cast<const A*>(args.saved);
-  const A missing = static_cast<const A*>(args.aux)[0];
-  for (int64_t r = begin; r < end; ++r) {
-    const A factor = grad_loss[args.reduction == Reduction::none ? r : 0] * missing * (saved ? saved[r] : A(1));
-    const S* from = static_cast<const S*>(args.grad_rows) + r * args.classes;
-    S* to = static_cast<S*>(args.grad) + r * args.classes;
-#pragma omp simd
-    for (int64_t c = 0; c < args.classes; ++c) store_as(to[c], A(load_as(from[c])) * factor);
-  }
-}
-
 int64_t scratch_bytes(const Args& args) {
   constexpr int64_t kRows = sizeof(Scratch<double>) / sizeof(double*), kAlignment = 64;
   return kRows * padded_length(args.classes) * int64_t(sizeof(double)) + kAlignment;
 }
 
 void forward_rows(const Args& args, int64_t begin, int64_t end, void* scratch) {
-  switch (args.student.type) {
-    case DType::f32: return forward_typed<float, float>(args, begin, end, scratch);
-    case DType::f64: return forward_typed<double, double>(args, begin, end, scratch);
-    case DType::f16: return forward_typed<Half, float>(args, begin, end, scratch);
-    case DType::bf16: return forward_typed<BFloat16, float>(args, begin, end, scratch);
-  }
+  dispatch(args.student.type, [&]<class S, class A>() { forward_typed<S, A>(args, begin, end, scratch); });
 }
 
 void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end) {
-  switch (args.type) {
-    case DType::f32: return backward_typed<float, float>(args, begin, end);
-    case DType::f64: return backward_typed<double, double>(args, begin, end);
-    case DType::f16: return backward_typed<Half, float>(args, begin, end);
-    case DType::bf16: return backward_typed<BFloat16, float>(args, begin, end);
-  }
+  const bool per_row = args.reduction == Reduction::none;
+  dispatch(args.type, [&]<class S, class A>() {
+    scale_stored<S, A>(args, begin, end, [=](int64_t row) { return per_row ? row : 0; });
+  });
 }
 
 }  // namespace

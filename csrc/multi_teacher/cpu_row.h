@@ -1,7 +1,7 @@
 // A row of one student and its teachers in scratch memory, and its cross-entropy, in the CPU kernels.
 #pragma once
 
-#include "core/cpu/softmax_rows.h"
+#include "core/cpu/row_losses.h"
 #include "multi_teacher/math.h"
 
 namespace fastkd::multi_teacher {
@@ -33,28 +33,11 @@ struct Row {
   }
 };
 
-// The gradient of ce_weight * CE to s.grad: its factor times e, minus ce_weight times the labels' probabilities.
+// The cross-entropy with probabilities, which go to s.mixture, smoothed; the gradient of ce_weight times it to `grad`.
 template <class A>
-A hard_label(Row<A>& row, int64_t label, const A* e, A z) {
+A soft_label_loss(Row<A>& row, const LabelledRow<A>& labelled, A* grad) {
   const Scratch<A>& s = row.s;
-  const A smoothing = A(row.args.label_smoothing), ce_weight = A(row.args.ce_weight);
-  A sum = 0;
-  if (smoothing > 0) {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < row.n; ++c) sum += s.student[c] - row.max_student;
-  }
-  if (row.args.need_grad) {
-    const A factor = ce_weight / z, uniform = ce_weight * smoothing / A(row.n);
-#pragma omp simd
-    for (int64_t c = 0; c < row.padded; ++c) s.grad[c] = factor * e[c] - uniform;
-    s.grad[label] -= ce_weight * (1 - smoothing);
-  }
-  return cross_entropy(z, s.student[label] - row.max_student, sum, smoothing, row.n);
-}
-
-template <class A>
-A soft_label(Row<A>& row, const A* e, A z) {
-  const Scratch<A>& s = row.s;
+  const A* e = labelled.e;
   A* y = s.mixture;
   load_row(row.args.soft, row.index, row.n, row.padded, y);
   if (row.index + 1 < row.args.rows) prefetch_row(row.args.soft, row.index + 1, row.n);
@@ -67,25 +50,25 @@ A soft_label(Row<A>& row, const A* e, A z) {
     dot += y[c] == 0 ? A(0) : y[c] * (s.student[c] - row.max_student);
   }
   row.labels = total;
-  if (row.args.need_grad) {
-    const A ce_weight = A(row.args.ce_weight), factor = ce_weight * total / z;
+  if (grad) {
+    const A ce_weight = A(row.args.ce_weight), factor = ce_weight * total / labelled.z;
 #pragma omp simd
-    for (int64_t c = 0; c < row.n; ++c) s.grad[c] = factor * e[c] - ce_weight * y[c];
-    for (int64_t c = row.n; c < row.padded; ++c) s.grad[c] = 0;
+    for (int64_t c = 0; c < row.n; ++c) grad[c] = factor * e[c] - ce_weight * y[c];
+    for (int64_t c = row.n; c < row.padded; ++c) grad[c] = 0;
   }
-  return total * natural_log(z) - dot;
+  return total * natural_log(labelled.z) - dot;
 }
 
-// CE. student_exp stands at temperature[0].
+// CE; the gradient of ce_weight times it to s.grad. student_exp stands at temperature[0].
 template <class A>
 A label_loss(Row<A>& row, int64_t label) {
+  const Args& args = row.args;
   const Scratch<A>& s = row.s;
-  A *e = s.teacher_exp, z = 0;
-  if (const int t = integer_temperature(row.args.temperature[0]))
-    z = powers(s.student_exp, row.padded, t, e);
-  else
-    z = exponentials(s.student, row.max_student, A(1), row.padded, s.teacher, e);
-  return row.args.soft.data ? soft_label(row, e, z) : hard_label(row, label, e, z);
+  const auto labelled = at_one(s.student, row.max_student, s.student_exp, integer_temperature(args.temperature[0]), row.n,
+                               row.padded, s.teacher, s.teacher_exp);
+  A* grad = args.need_grad ? s.grad : nullptr;
+  if (args.soft.data) return soft_label_loss(row, labelled, grad);
+  return hard_label_loss(labelled, label, A(args.label_smoothing), A(args.ce_weight), grad);
 }
 
 }  // namespace FASTKD_TARGET

@@ -8,7 +8,7 @@ namespace fastkd::multi_teacher {
 inline namespace FASTKD_TARGET {
 namespace {
 
-// The policies, smallest first: a row is one tile. fastkd/ops/multi_teacher.py knows the largest: ON_CHIP_CLASSES.
+// The policies, smallest first: a row is one tile.
 template <class A>
 struct Policies {
   using Warp = RowPolicy<32, 4, 8>;
@@ -16,6 +16,7 @@ struct Policies {
   using Medium = RowPolicy<sizeof(A) == 8 ? 256 : 512, 1, 8>;
   using Large = RowPolicy<512, 1, 16>;  // too many registers for double
 };
+static_assert(Policies<float>::Large::kTile == kMaxOnChip<float> && Policies<double>::Medium::kTile == kMaxOnChip<double>);
 
 template <class S, class A, class Policy>
 void launch_on_chip(const Params<A>& p, cudaStream_t stream) {
@@ -52,7 +53,7 @@ void launch_forward(const Args& args, cudaStream_t stream) {
 
 const char* forward_cuda(const Args& args, void* stream_handle) {
   const bool wide = args.student.type == DType::f64;
-  const int64_t most = wide ? Policies<double>::Medium::kTile : Policies<float>::Large::kTile;
+  const int64_t most = wide ? kMaxOnChip<double> : kMaxOnChip<float>;
   if (args.kl && args.classes > most) return "statistics of a row that is too long to be on chip";
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (args.rows > 0)
@@ -64,7 +65,7 @@ const char* forward_cuda(const Args& args, void* stream_handle) {
 const char* backward_cuda(const BackwardArgs& args, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   dispatch(args.type, [&]<class S, class A>() {
-    launch_scale<S, A>({args.grad_rows, args.grad, static_cast<const A*>(args.grad_loss), static_cast<const A*>(args.aux),
+    launch_scale<S, A>({args.stored, args.grad, static_cast<const A*>(args.grad_loss), static_cast<const A*>(args.aux),
                         static_cast<const A*>(args.saved), args.reduction == Reduction::none, args.rows, args.classes, 1, {0}},
                        stream);
   });

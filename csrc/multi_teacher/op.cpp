@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/constants.h"
 #include "core/torch/run.h"
 #include "group_stats/tensors.h"
 
@@ -110,6 +111,7 @@ void fill_inputs(Inputs& in, const Tensor& student, const std::vector<Tensor>& t
                  bool with_stats = false) {
   Args& args = in.args;
   add_networks(in, student, teachers, soft);
+  check_devices(student, {pointer_to(target), pointer_to(weights)});
   in.host_weights = o.host_weights;
   add_weights(in, weights);
   add_scalars(in, o, scalars);
@@ -240,10 +242,11 @@ Tensor backward(const Tensor& grad_loss, const Tensor& grad_rows, const Tensor& 
   args.classes = grad_rows.size(1);
   args.type = dtype_of(grad_rows);
   args.reduction = Reduction(reduction);
-  check_grad_loss(grad_loss, 1, args.rows, args.reduction, aux.scalar_type());
+  check_stored(grad_rows, saved, aux, args.rows);
+  check_grad_loss(grad_loss, 1, args.rows, args.reduction, aux);
   Tensor grad = empty_like_device(grad_rows, {args.rows, args.classes}, grad_rows.scalar_type());
   args.grad_loss = grad_loss.data_ptr();
-  args.grad_rows = grad_rows.data_ptr();
+  args.stored = grad_rows.data_ptr();
   args.saved = saved.numel() > 0 ? saved.data_ptr() : nullptr;
   args.aux = aux.data_ptr();
   args.grad = grad.data_ptr();
@@ -263,7 +266,8 @@ Tensor stream_backward(const Tensor& grad_loss, const Tensor& student, const std
               {host_weights, temperatures, combine, kd_weight, ce_weight, label_smoothing, ignore_index, scale_by_t2,
                reduction, num_items, uniform, labels, terms});
   Args& args = in.args;
-  check_grad_loss(grad_loss, 1, args.rows, args.reduction, aux.scalar_type());
+  check_devices(student, {&saved, &aux});
+  check_grad_loss(grad_loss, 1, args.rows, args.reduction, aux);
   STD_TORCH_CHECK(saved.numel() == args.rows * saved_width(teachers, args), "fastkd: the saved states are not streamed ones");
   Tensor grad = empty_like_device(student, {args.rows, args.classes}, student.scalar_type());
   args.grad = grad.data_ptr();
@@ -271,6 +275,13 @@ Tensor stream_backward(const Tensor& grad_loss, const Tensor& student, const std
   args.aux = aux.data_ptr();
   run_stream_backward(args, grad_loss, student);
   return grad;
+}
+
+int64_t columns_of_5(bool soft) {
+  Args args;
+  args.teachers = 5;
+  args.soft.data = soft ? &args : nullptr;
+  return saved_columns(args);
 }
 
 }  // namespace
@@ -304,3 +315,12 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) {
   m.impl("multi_teacher_backward", TORCH_BOX(&fastkd::multi_teacher::backward));
   m.impl("multi_teacher_stream_backward", TORCH_BOX(&fastkd::multi_teacher::stream_backward));
 }
+
+using fastkd::multi_teacher::Combine, fastkd::Reduction;
+FASTKD_CONSTANTS(multi_teacher, {"launch_teachers", fastkd::multi_teacher::kMaxLaunchTeachers},
+                 {"on_chip_classes", fastkd::multi_teacher::kMaxOnChip<float>},
+                 {"on_chip_classes_float64", fastkd::multi_teacher::kMaxOnChip<double>},
+                 {"saved_columns_5", fastkd::multi_teacher::columns_of_5(false)},
+                 {"saved_columns_5_soft", fastkd::multi_teacher::columns_of_5(true)},
+                 {"losses", int(Combine::losses)}, {"probs", int(Combine::probs)}, {"logits", int(Combine::logits)},
+                 {"none", int(Reduction::none)}, {"sum", int(Reduction::sum)}, {"mean", int(Reduction::mean)})

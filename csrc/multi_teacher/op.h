@@ -13,6 +13,12 @@ enum class Combine : int { losses, probs, logits };
 
 constexpr int kMaxLaunchTeachers = 16;  // of one CUDA launch; the CPU takes any number
 
+// The longest row that a CUDA thread block holds in registers, of A = float and of double; a longer one is streamed.
+template <class A>
+constexpr int64_t kMaxOnChip = 8192;
+template <>
+constexpr int64_t kMaxOnChip<double> = 2048;
+
 // A = double where the student is float64, else float. Every network has a dtype and a layout of its own.
 struct Args {
   int64_t rows = 0, classes = 0;
@@ -67,7 +73,7 @@ struct BackwardArgs {
   DType type{};
   Reduction reduction = Reduction::mean;
   const void* grad_loss = nullptr;  // A [] or [R]
-  const void* grad_rows = nullptr;  // [R, C], as forward stored them
+  const void* stored = nullptr;     // [R, C], as forward wrote it
   const void* saved = nullptr;      // A [R] or null
   const void* aux = nullptr;        // A [2], as forward wrote it
   void* grad = nullptr;             // [R, C]

@@ -1,7 +1,6 @@
 // mutual on the CPU: a row of all networks at a time, in scratch memory that stays in the L1 or L2 cache. Compiled once
 // per instruction set; no headers of the standard library with inline functions here (core/config.h says why).
-#include "core/dispatch.h"
-#include "core/cpu/softmax_rows.h"
+#include "core/cpu/row_losses.h"
 #include "mutual/math.h"
 
 namespace fastkd::mutual {
@@ -80,51 +79,30 @@ void load_soft(Row<A>& row) {
   row.mass = mass;
 }
 
-// The exponentials at temperature 1 and their sum z; e stands at T. Those that are not there already go to `to`.
+// The cross-entropy with the probabilities row.soft; the gradient of ce_weight times it to `grad`, which may be labelled.e.
 template <class A>
-const A* at_one(const Row<A>& row, const Softmax<A>& learner, A max, A* to, A& z) {
-  const int t = row.integer_t;
-  z = learner.z;
-  if (t == 1) return learner.e;
-  if (t > 1)
-    z = powers(learner.e, row.padded, t, to);
-  else
-    z = exponentials(row.logits, max, A(1), row.padded, row.logits + row.padded, to);
-  return to;
-}
-
-// A learner's cross-entropy with its label at weight 1. The gradient of ce_weight times it is written to `grad`.
-template <class A>
-A hard_label(const Row<A>& row, const Softmax<A>& learner, A max, A* grad) {
-  const Args& args = row.args;
-  const int64_t label = args.target[row.index];
-  const A smoothing = A(args.label_smoothing), ce_weight = A(args.ce_weight);
-  A z, sum = 0;
-  const A* e = at_one(row, learner, max, grad, z);
-  if (smoothing > 0) {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < row.n; ++c) sum += row.logits[c] - max;
-  }
-  const A factor = ce_weight / z, uniform = ce_weight * smoothing / A(row.n);
-#pragma omp simd
-  for (int64_t c = 0; c < row.padded; ++c) grad[c] = factor * e[c] - uniform;
-  grad[label] -= ce_weight * (1 - smoothing);
-  return cross_entropy(z, row.logits[label] - max, sum, smoothing, row.n);
-}
-
-// The same with the probabilities row.soft.
-template <class A>
-A soft_label(const Row<A>& row, const Softmax<A>& learner, A max, A* grad) {
-  const A ce_weight = A(row.args.ce_weight);
-  A z, sum = 0;
-  const A* e = at_one(row, learner, max, grad, z);
-  const A factor = ce_weight * row.mass / z;
+A soft_label_loss(const Row<A>& row, const LabelledRow<A>& labelled, A* grad) {
+  const A ce_weight = A(row.args.ce_weight), factor = ce_weight * row.mass / labelled.z, max = labelled.max;
+  const A* e = labelled.e;
+  A sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t c = 0; c < row.padded; ++c) {
     sum += soft_part(row.soft[c], row.logits[c] - max);
     grad[c] = factor * e[c] - ce_weight * row.soft[c];
   }
-  return row.mass * natural_log(z) - sum;
+  return row.mass * natural_log(labelled.z) - sum;
+}
+
+// A learner's cross-entropy; the gradient of ce_weight times it to `grad`.
+template <class A>
+A label_loss(const Row<A>& row, const Softmax<A>& learner, A max, A* grad) {
+  const Args& args = row.args;
+  const LabelledRow<A> labelled =
+      row.integer_t == 1
+          ? LabelledRow<A>{row.logits, learner.e, max, learner.z, row.n, row.padded}
+          : at_one(row.logits, max, learner.e, row.integer_t, row.n, row.padded, row.logits + row.padded, grad);
+  if (args.soft) return soft_label_loss(row, labelled, grad);
+  return hard_label_loss(labelled, args.target[row.index], A(args.label_smoothing), A(args.ce_weight), grad);
 }
 
 // Networks first .. first + K - 1 teach a learner: their sums a (math.h) to `sums`; where `Grad`, their pulls are added.
@@ -200,22 +178,27 @@ A learn(const Row<A>& row, int m, A* grad) {
   return loss;
 }
 
-// The gradient of a learner's row as it is stored, and for float16 the inverse of its scale (half_scale).
-template <class S, class A>
-void store_gradient(const Row<A>& row, int m, const A* grad) {
-  const Args& args = row.args;
-  const int64_t at = args.slot[m] * args.rows + row.index;
-  A scale = A(args.row_factor);
-  if (args.type == DType::f16) {
-    A bound = 0;
-    for (int n = 0; n < row.total(); ++n) bound += magnitude(row.weight(m, n));
-    bound *= row.scale.grad * magnitude(A(args.kd_weight));
-    const A mass = row.mass > 1 ? row.mass : A(1);
-    scale = A(half_scale(float(bound + magnitude(A(args.ce_weight)) * mass)));
-    static_cast<A*>(args.saved)[at] = 1 / scale;
-  }
-  store_row(grad, row.n, scale, static_cast<S*>(args.grad) + at * row.n);
+// No value of the learner's gradient is above it.
+template <class A>
+A gradient_bound(const Row<A>& row, int m) {
+  A bound = 0;
+  for (int n = 0; n < row.total(); ++n) bound += magnitude(row.weight(m, n));
+  bound *= row.scale.grad * magnitude(A(row.args.kd_weight));
+  return bound + magnitude(A(row.args.ce_weight)) * (row.mass > 1 ? row.mass : A(1));
 }
+
+// Where the row's gradient of learner m goes, and the inverse of its scale.
+template <class S, class A>
+struct Slot {
+  S* grad;
+  A* inverse;
+
+  Slot(const Args& args, int m, int64_t row) {
+    const int64_t at = args.slot[m] * args.rows + row;
+    grad = static_cast<S*>(args.grad) + at * args.classes;
+    inverse = static_cast<A*>(args.saved) + at;
+  }
+};
 
 // The loss of learner m from its divergences and its cross-entropy.
 template <class A>
@@ -236,9 +219,8 @@ void leave_out(const Args& args, int64_t index, A nothing) {
     for (int i = 0; args.row_terms && i < 2; ++i)
       static_cast<A*>(args.row_terms)[(i * args.learners + m) * args.rows + index] = nothing;
     if (args.slot[m] < 0) continue;
-    const int64_t at = args.slot[m] * args.rows + index;
-    fill_row(static_cast<S*>(args.grad) + at * args.classes, args.classes, nothing);
-    if (args.type == DType::f16) static_cast<A*>(args.saved)[at] = 1;
+    const Slot<S, A> to(args, m, index);
+    store_no_gradient(nothing, args.classes, to.grad, to.inverse);
   }
 }
 
@@ -253,7 +235,7 @@ A read_network(const Row<A>& row, int n, A* grad) {
                               : load_row(args.networks[n], row.index, row.n, row.padded, row.logits);
   network.z = exponentials(row.logits, max, row.inv_t, row.padded, network.x, network.e);
   if (n >= args.learners || !args.cross_entropy) return 0;
-  return args.soft ? soft_label(row, network, max, grad) : hard_label(row, network, max, grad);
+  return label_loss(row, network, max, grad);
 }
 
 template <class S, class A>
@@ -274,7 +256,9 @@ void forward_row(Row<A>& row, A* entropies) {
       for (int64_t c = 0; c < row.padded; ++c) grad[c] = 0;
     const A kd = learns ? learn<true>(row, m, grad) : learn<false>(row, m, grad);
     store_loss(args, m, row.index, kd, entropies[m]);
-    if (learns) store_gradient<S>(row, m, grad);
+    if (!learns) continue;
+    const Slot<S, A> to(args, m, row.index);
+    store_gradient(grad, row.n, A(args.row_factor), is_half<S> ? gradient_bound(row, m) : A(0), to.grad, to.inverse);
   }
 }
 
@@ -310,28 +294,18 @@ void forward_typed(const Args& args, int64_t begin, int64_t end, void* memory) {
   }
 }
 
-template <class S, class A>
-void backward_typed(const BackwardArgs& args, int64_t begin, int64_t end) {
-  const A* grad_loss = static_cast<const A*>(args.grad_loss);
-  const A* saved = static_cast<const A*>(args.saved);
-  const A missing = static_cast<const A*>(args.aux)[0];
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t learner = args.learner[i / args.rows], row = i % args.rows;
-    const A upstream = grad_loss[args.reduction == Reduction::none ? learner * args.rows + row : learner];
-    const A factor = upstream * missing * (saved ? saved[i] : A(1));
-    const S* from = static_cast<const S*>(args.stored) + i * args.classes;
-    S* to = static_cast<S*>(args.grad) + i * args.classes;
-#pragma omp simd
-    for (int64_t c = 0; c < args.classes; ++c) store_as(to[c], A(load_as(from[c])) * factor);
-  }
-}
-
 void forward_rows(const Args& args, int64_t begin, int64_t end, void* scratch) {
   dispatch(args.type, [&]<class S, class A>() { forward_typed<S, A>(args, begin, end, scratch); });
 }
 
 void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end) {
-  dispatch(args.type, [&]<class S, class A>() { backward_typed<S, A>(args, begin, end); });
+  const bool per_row = args.reduction == Reduction::none;
+  dispatch(args.type, [&]<class S, class A>() {
+    scale_stored<S, A>(args, begin, end, [&](int64_t i) {
+      const int64_t learner = args.learner[i / args.rows];
+      return per_row ? learner * args.rows + i % args.rows : learner;
+    });
+  });
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/constants.h"
 #include "core/torch/run.h"
 
 namespace fastkd::mutual {
@@ -171,6 +172,7 @@ Results forward(const std::vector<Tensor>& logits, const std::vector<Tensor>& te
   Inputs in;
   Args& args = in.args;
   set_networks(in, logits, teachers);
+  check_devices(logits.front(), {pointer_to(target), pointer_to(soft), pointer_to(weights), pointer_to(teacher_weights)});
   in.host_weights = host_weights;
   in.peers = weights;
   in.frozen = teacher_weights;
@@ -200,7 +202,8 @@ Tensor backward(const Tensor& grad_loss, const Tensor& stored, const Tensor& sav
   args.learner = learners.data();
   STD_TORCH_CHECK(int(learners.size()) == args.slots && args.slots <= grad_loss.size(0), "fastkd: one gradient per learner");
   for (const int64_t m : learners) STD_TORCH_CHECK(m >= 0 && m < grad_loss.size(0), "fastkd: a learner out of range");
-  check_grad_loss(grad_loss, grad_loss.size(0), args.rows, args.reduction, aux.scalar_type());
+  check_stored(stored, saved, aux, args.slots * args.rows);
+  check_grad_loss(grad_loss, grad_loss.size(0), args.rows, args.reduction, aux);
   Tensor grad = empty_like_device(stored, {args.slots, args.rows, args.classes}, stored.scalar_type());
   args.grad_loss = grad_loss.data_ptr();
   args.stored = stored.data_ptr();
@@ -229,3 +232,6 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) {
   m.impl("mutual_forward", TORCH_BOX(&fastkd::mutual::forward));
   m.impl("mutual_backward", TORCH_BOX(&fastkd::mutual::backward));
 }
+
+FASTKD_CONSTANTS(mutual, {"launch_learners", fastkd::mutual::kMaxLaunchLearners},
+                 {"launch_networks", fastkd::mutual::kMaxLaunchNetworks})

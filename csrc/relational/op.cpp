@@ -6,6 +6,7 @@
 
 #include <tuple>
 
+#include "core/constants.h"
 #include "core/torch/run.h"
 
 namespace fastkd::relational {
@@ -132,6 +133,7 @@ std::tuple<Tensor, Tensor> sides(const Tensor& x, const Tensor& gram, const std:
   check_matrix(x);
   check_matrix(gram);
   STD_TORCH_CHECK(gram.size(0) == x.size(0) && gram.size(1) == x.size(0), "fastkd: expected a Gram matrix [N, N]");
+  check_devices(x, {&gram, pointer_to(mask)});
   const Tensor rows = torch::stable::contiguous(x), products = torch::stable::contiguous(gram);
   SidesArgs args;
   args.n = x.size(0);
@@ -167,6 +169,7 @@ std::tuple<Tensor, Tensor> loss(const Tensor& student, const Tensor& teacher, co
     STD_TORCH_CHECK(t->dim() == 3 && t->size(0) == plane_count(args.kind) && t->size(1) == args.n &&
                         t->size(2) == padded_size(args.n) && t->scalar_type() == type && t->is_contiguous(),
                     "fastkd: expected planes of this kind");
+  check_devices(student, {&teacher, &mean, pointer_to(weight)});
   std::optional<Tensor> factors;
   if (weight) {
     factors = torch::stable::contiguous(*weight);
@@ -199,6 +202,7 @@ std::tuple<Tensor, Tensor> loss(const Tensor& student, const Tensor& teacher, co
 // rows [3], and the scaled rows [N, padded].
 std::tuple<Tensor, Tensor, Tensor> distances(const Tensor& x, const std::optional<Tensor>& mask) {
   STD_TORCH_CHECK(x.dim() == 2, "fastkd: expected embeddings [N, D]");
+  check_devices(x, {pointer_to(mask)});
   const Tensor from = torch::stable::contiguous(x);
   RowsArgs args;
   args.n = x.size(0);
@@ -241,6 +245,7 @@ Tensor pull(const Tensor& laplacian, const Tensor& rows, const Tensor& mean, int
   STD_TORCH_CHECK(laplacian.size(0) == args.n && laplacian.is_contiguous() && rows.is_contiguous() && mean.numel() == 3 &&
                       args.width == padded_width(columns),
                   "fastkd: expected the results of relational_distances");
+  check_devices(rows, {&laplacian, &mean});
   Tensor grad = empty_like_device(rows, {args.n, columns}, rows.scalar_type());
   args.rows = rows.data_ptr();
   args.laplacian = doubles(laplacian);
@@ -274,3 +279,10 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) {
   m.impl("relational_pull", TORCH_BOX(&fastkd::relational::pull));
 #endif
 }
+
+using fastkd::relational::Kind;
+FASTKD_CONSTANTS(relational, {"distance", int(Kind::distance)}, {"single", int(Kind::single)}, {"full", int(Kind::full)},
+                 {"planes_distance", fastkd::relational::plane_count(Kind::distance)},
+                 {"planes_single", fastkd::relational::plane_count(Kind::single)},
+                 {"planes_full", fastkd::relational::plane_count(Kind::full)},
+                 {"padded_70", fastkd::relational::padded_size(70)}, {"padded_width_70", fastkd::relational::padded_width(70)})

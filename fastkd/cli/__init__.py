@@ -61,11 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _said_elsewhere(error: Exception) -> bool:
     """Of several processes, one prints what all find out alike."""
+    from fastkd._core.messages import UserError
     from fastkd.train import distributed
 
     if isinstance(error, (distributed.Elsewhere, distributed.Lost)):
         return isinstance(error, distributed.Elsewhere)
-    return isinstance(error, (distributed.UserError, ValueError, TypeError)) and not distributed.speaks()
+    return isinstance(error, (UserError, ValueError, TypeError)) and not distributed.speaks()
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -144,7 +145,7 @@ def _explain(error: Exception) -> str | None:
 
 
 # What PyTorch says on the CPU, and of a loader's process that the system has ended for it.
-_FULL = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+_FULL: tuple[str, ...] = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "Cannot allocate memory")
 _FULL += ("is killed by signal: Killed", "is killed by signal: Bus error", "unable to allocate shared memory")
 
 
@@ -161,12 +162,12 @@ def _explain_option(message: str) -> str:
     if unknown:
         from fastkd.cli.options import guess
         from fastkd.runs.config import CompareConfig, TrainConfig
-        from fastkd.runs.plans import RECIPES, arguments
+        from fastkd.runs.plans import RECIPES
 
         fields = {f.name for kind in (TrainConfig, CompareConfig) for f in dataclasses.fields(kind)}
         given = unknown[1].partition("=")[0]
         known = [f"--{name.replace('_', '-')}" for name in sorted(fields)]
-        known += [f"--options.{name}" for method in RECIPES for name in arguments(method)]
+        known += [f"--options.{name}" for how in RECIPES.values() for name in how.arguments]
         given = given.replace("_", "-")
         own = f"--options.{given[2:].replace('-', '_')}"
         if own in known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 import textwrap
 from collections.abc import Sequence
@@ -12,10 +13,11 @@ from typing import Any
 
 from fastkd import models
 from fastkd._core.extras import require
-from fastkd._core.messages import UserError
+from fastkd._core.messages import UserError, note
 from fastkd.runs.config import CompareConfig, CompareOptions, MethodOptions, TrainConfig, read_yaml
 from fastkd.runs.folder import CONFIG
-from fastkd.runs.plans import RECIPES, arguments
+from fastkd.runs.plans import RECIPES
+from fastkd.train.option_types import declared
 from fastkd.train.settings import DataOptions, LoopOptions, NetworkOptions, OptimizationOptions, ScaleOptions
 
 RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"
@@ -45,11 +47,11 @@ def parse(command: str, rest: list[str]) -> Any:
     return config_type(**values)
 
 
-def _parser(command: str, config_type: type):
-    jsonargparse = require("jsonargparse", "The command line")
+def _parser(command: str, config_type: type) -> Any:
+    jsonargparse: Any = require("jsonargparse", "The command line")
 
-    class Formatter(jsonargparse.DefaultHelpFormatter):
-        def _get_help_string(self, action) -> str:
+    class Formatter(jsonargparse.DefaultHelpFormatter):  # type: ignore[misc]
+        def _get_help_string(self, action: Any) -> str:
             return _with_default(action)
 
     parser = jsonargparse.ArgumentParser(
@@ -62,13 +64,21 @@ def _parser(command: str, config_type: type):
         help="YAML file of options, or the name of a recipe (below); the command line overrides it",
     )
     first = MethodOptions if command == "train" else CompareOptions
-    for group in (first, OptimizationOptions, NetworkOptions, DataOptions):
+    groups: list[type] = [first, OptimizationOptions, NetworkOptions, DataOptions, LoopOptions, ScaleOptions]
+    for group in groups:
         parser.add_class_arguments(group)
-    for group in (LoopOptions, ScaleOptions):
-        parser.add_class_arguments(group)
-    own = vars(config_type).get("__annotations__", {})  # the options to which this command gives its own defaults
-    parser.set_defaults({f.name: f.default for f in dataclasses.fields(config_type) if f.name in own})
+    parser.set_defaults({name: getattr(config_type, name) for name in _own_defaults(config_type)})
     return parser
+
+
+def _own_defaults(config_type: type) -> list[str]:
+    """The options to which a command gives its own defaults."""
+    return list(vars(config_type).get("__annotations__", {}))
+
+
+def _determines(name: str) -> bool:
+    """Whether an option says what is trained, or how."""
+    return declared(TrainConfig)[name].role != "free"
 
 
 def _normalise(rest: list[str], fields: dict[str, Any]) -> list[str]:
@@ -92,7 +102,7 @@ def _normalise(rest: list[str], fields: dict[str, Any]) -> list[str]:
         if kind == "bool" and not equals:
             given = following in ("true", "false")
             position += given
-            equals, value = "=", following if given else "true"
+            equals, value = "=", str(following) if given else "true"
         elif kind.startswith("list"):
             if not equals and following is not None and not following.startswith("--"):
                 position, equals, value = position + 1, "=", following
@@ -102,7 +112,7 @@ def _normalise(rest: list[str], fields: dict[str, Any]) -> list[str]:
     return result
 
 
-def _configs_first(parser, argv: list[str]) -> list[str]:
+def _configs_first(parser: Any, argv: list[str]) -> list[str]:
     """Config files in front, so that the command line overrides them wherever they stand.
 
     A run that is resumed has its own options as the first of them.
@@ -120,10 +130,41 @@ def _configs_first(parser, argv: list[str]) -> list[str]:
     out = _last_value(others, "--out")
     if "--resume=true" in others and out and (Path(out) / CONFIG).is_file():
         configs.insert(0, str(Path(out) / CONFIG))
-    configs = [_config_file(name) for name in configs]
-    for path in configs:
-        _check_names(parser, read_yaml(path), path)
-    return [*(f"--config={path}" for path in configs), *others]
+    asked = _last_value(others, "--methods")
+    return [*(f"--config={_config(parser, _config_file(name), asked)}" for name in configs), *others]
+
+
+def _config(parser: Any, path: str, asked: str | None) -> str:
+    """What the parser is told of a config: its path, or its options where they are not as they stand there.
+
+    asked: the value of --methods, as the parser takes it.
+    """
+    values = read_yaml(path)
+    known = _option_names(parser)
+    changed = "method" in values and "methods" in known
+    values = _for_comparison(values, asked) if changed else values
+    for name in values:
+        if name not in known:
+            raise UserError(f"the config {path} has an unknown option {name!r}: {guess(str(name), known)}see --help")
+    return json.dumps(values) if changed else path
+
+
+def _for_comparison(values: dict[str, Any], asked: str | None) -> dict[str, Any]:
+    """The options of one method's run for `compare`: that method and ce, where no others are asked for.
+
+    What it leaves open is as in that run. The method's options are left out where it is not one of those asked for.
+    """
+    method = values["method"]
+    chosen = [name.strip() for name in asked.strip("[]").split(",")] if asked else list(dict.fromkeys(["ce", method]))
+    values = {name: value for name, value in values.items() if name != "method"} | {"methods": chosen}
+    values = {name: getattr(TrainConfig, name) for name in _own_defaults(CompareConfig) if _determines(name)} | values
+    if method not in chosen and chosen != ["all"]:
+        return {name: value for name, value in values.items() if name != "options"}
+    names = RECIPES if chosen == ["all"] else [name for name in chosen if name in RECIPES]
+    others = [name for name in names if name != method and RECIPES[name].accepted(values.get("options", {}))]
+    if others:
+        note(f"the options that the config has for {method} hold for {', '.join(others)}, too, where these have them")
+    return values
 
 
 def _config_file(name: str) -> str:
@@ -152,14 +193,7 @@ def _last_value(argv: list[str], name: str) -> str | None:
     return found
 
 
-def _check_names(parser, values: dict[str, Any], path: str) -> None:
-    known = _option_names(parser)
-    for name in values:
-        if name not in known:
-            raise UserError(f"the config {path} has an unknown option {name!r}: {guess(str(name), known)}see --help")
-
-
-def _option_names(parser) -> list[str]:
+def _option_names(parser: Any) -> list[str]:
     return [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
 
 
@@ -172,7 +206,7 @@ def _metavar(kind: str) -> str:
     return next(metavar for start, metavar in _METAVARS.items() if kind.startswith(start))
 
 
-def _with_default(action) -> str:
+def _with_default(action: Any) -> str:
     """An option's help, with its default where there is one to tell."""
     default = action.default
     if default in (None, "", "==SUPPRESS==", False, True) or default == [] or default == {}:
@@ -183,11 +217,12 @@ def _with_default(action) -> str:
 
 
 def guess(word: str, known: Sequence[str]) -> str:
+    """The words "did you mean ...? " where a word of `known` is near `word`, else nothing."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {close[0]}? " if close else ""
 
 
-def _help(parser, command: str, fields: dict[str, Any]) -> str:
+def _help(parser: Any, command: str, fields: dict[str, Any]) -> str:
     """The parser's help with hyphens, without the noise of types, and with the lists of methods and networks."""
     for action in parser._actions:
         field = fields.get(action.dest)
@@ -203,7 +238,7 @@ def _help(parser, command: str, fields: dict[str, Any]) -> str:
     text = re.sub(r"(--augment) +augment", "--no-augment          do not augment", text)
     lines = ["", "Methods and what --options.NAME sets in each:"]
     for name, recipe in RECIPES.items():
-        values = ", ".join(f"{key}={value!r}" for key, value in arguments(name).items())
+        values = ", ".join(f"{key}={value!r}" for key, value in recipe.arguments.items())
         lines += [f"  {name:<7}{recipe.about}" if len(name) < 7 else f"  {name}  {recipe.about}"]
         for_digits = ", ".join(f"{key}={value!r}" for key, value in recipe.digits.items())
         lines += [f"         {values or 'no options'}{f' (digits: {for_digits})' if for_digits else ''}"]

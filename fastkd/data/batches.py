@@ -15,6 +15,12 @@ class EpochSampler(Sampler[int]):
     """Indices of `dataset`, shuffled by (seed, epoch) or in order.
 
     `set_epoch(epoch)` says which epoch the next pass over the loader is; without it passes count 0, 1, 2, ...
+
+    >>> sampler = fastkd.data.EpochSampler(range(6), shuffle=True, seed=0)
+    >>> first, second = list(sampler), list(sampler)
+    >>> sampler.set_epoch(0)
+    >>> first == list(sampler), sorted(second)
+    (True, [0, 1, 2, 3, 4, 5])
     """
 
     def __init__(self, dataset: Dataset, shuffle: bool, seed: int):
@@ -171,6 +177,10 @@ def loader(
     Data in memory need no workers. One pass at a time: a second begun before the first ends changes its epoch.
 
     Raises ValueError for a batch_size or a number of workers out of range, and if `drop_last` leaves no batch.
+
+    >>> data = fastkd.data.load("fake", image_size=8, train_images=10, test_images=4)
+    >>> [tuple(images.shape) for images, labels in fastkd.data.loader(data.train, 4, shuffle=True)]
+    [(4, 3, 8, 8), (4, 3, 8, 8), (2, 3, 8, 8)]
     """
     check_seed("loader", seed)
     for argument, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):

@@ -23,6 +23,7 @@ class LeftOut:
         self.found: dict[str, list[str]] = {}
 
     def add(self, kind: str, path: str) -> None:
+        """Counts `path` among what is left out as `kind`; of the usual endings only what is hidden."""
         if kind == HIDDEN or not path.endswith(self.usual):
             self.found.setdefault(kind, []).append(os.path.relpath(path, self.folder))
 
@@ -41,6 +42,7 @@ BESIDE = "files beside the class folders"
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first `most` names in a row, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -29,9 +29,11 @@ class InMemory:
         return len(self.images)
 
     def fetch(self, rows: np.ndarray) -> Tensor:
+        """The images of `rows`: [n, C, H, W]."""
         return self.images[torch.from_numpy(rows)]
 
     def render(self, raw: Tensor, keys: np.ndarray | None) -> Tensor:
+        """What `fetch` gave: [n, C, H, W] as it is."""
         return raw
 
     def blocks(self, rows: np.ndarray, step: int = 4096) -> Iterator[bytes | np.ndarray]:
@@ -41,6 +43,7 @@ class InMemory:
             yield self.fetch(rows[start : start + step]).numpy()
 
     def facts(self) -> dict:
+        """What these images are, for the comparison with an earlier run's: type, shape, digest."""
         images = self.images.contiguous().numpy()
         digest = hashlib.sha256(images.reshape(-1)).hexdigest()
         return {"images": f"{images.dtype} {list(images.shape)} {digest}"}
@@ -66,6 +69,7 @@ class Files:
         return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
 
     def facts(self) -> dict:
+        """What these files are, for the comparison with an earlier run's: folder, count, digest of names and sizes."""
         folder = os.path.dirname(os.path.commonprefix(self.paths))
         found = hashlib.sha256()
         for path in self.paths:
@@ -169,6 +173,7 @@ class ImageSet(Dataset):
         return other
 
     def set_epoch(self, epoch: int) -> None:
+        """The augmentation draws anew for `epoch`."""
         self.epoch = epoch
         self._draws: list[np.ndarray] | None = None
 
@@ -178,6 +183,7 @@ class ImageSet(Dataset):
         return self.variant_of(self.epoch)
 
     def variant_of(self, epoch: int) -> int:
+        """Which variant of each image `epoch` shows: an epoch's own, one of `variants` in turns, or always 0."""
         if self.augmentation is None:
             return 0
         return epoch % self.variants if self.variants else epoch

@@ -34,6 +34,7 @@ class KeptFiles(Files):
         return [bad.get(row, image) for row, image in zip(rows.tolist(), images, strict=True)] if bad else images
 
     def render(self, raw: Tensor | list, keys: np.ndarray | None) -> Tensor:
+        """The images of one fetch: uint8 [n, 3, size, size]."""
         return raw if isinstance(raw, Tensor) else torch.stack(raw)
 
 

@@ -68,13 +68,20 @@ def _facts_of(network: nn.Module) -> dict[str, Any]:
 class LogitsCache:
     """The logits of frozen networks for the images of one data set.
 
-        cache = LogitsCache(folder, data.train, {name: method.get_submodule(name) for name in method.frozen_names},
-                            classes=data.num_classes)
-        batches = fastkd.data.loader(data.train, 32, shuffle=True)
-        for epoch in range(epochs):
-            for inputs, target in batches:
-                for phase in method.phases(inputs, target, taught=cache.taught(batches.rows)):
-                    ...
+    >>> import tempfile
+    >>> data = fastkd.data.load("fake", image_size=8, train_images=8, test_images=4, augment=False)
+    >>> student, teacher = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10)) for _ in range(2)]
+    >>> method = fastkd.methods.KD(student, teacher)
+    >>> frozen = {name: method.get_submodule(name) for name in method.frozen_names}
+    >>> batches = fastkd.data.loader(data.train, 4, shuffle=True)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     cache = fastkd.data.LogitsCache(folder, data.train, frozen, classes=10)
+    ...     for epoch in range(2):
+    ...         for inputs, target in batches:
+    ...             for phase in method.phases(inputs, target, taught=cache.taught(batches.rows)):
+    ...                 phase.loss.backward()
+    ...     cache.computed, cache.read
+    (8, 8)
 
     Rows are filled in as batches come: the first time that an image comes in an augmentation, `taught` runs the
     network and keeps what it says. With random augmentation this pays where epochs share augmentations

@@ -41,9 +41,11 @@ class Part(Dataset):
 
     @property
     def bad_images(self) -> str:
+        """What the data set does with images that cannot be read."""
         return getattr(self.dataset, "bad_images", "error")
 
     def set_epoch(self, epoch: int) -> None:
+        """Hands `epoch` to the data set, where it has a use for it."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 

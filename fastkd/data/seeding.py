@@ -11,6 +11,7 @@ def stream(seed: int, purpose: int, *key: int) -> np.random.Generator:
 
 
 def check_seed(operation: str, seed: int) -> None:
+    """Raises ValueError where `seed` is not an integer of at least 0."""
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"{operation}: seed must be an integer of at least 0, got {seed!r}")
 

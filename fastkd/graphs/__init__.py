@@ -97,6 +97,7 @@ class Graphed(nn.Module):
         self._graphs, self._state = graphs, _State()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What `network` returns for these arguments: a replay where the call is of a kind that can be recorded."""
         leaves, form = tree_flatten((args, kwargs))
         capture = self._capture(leaves, form)
         if capture is None:

@@ -35,6 +35,7 @@ class Flights:
         self._last: Callable[[], object | None] = lambda: None
 
     def any(self) -> bool:
+        """Whether activations still wait."""
         return self._last() is not None
 
     def start(self) -> object:
@@ -44,6 +45,7 @@ class Flights:
         return flight
 
     def land(self, flight: object) -> None:
+        """Ends the wait of `flight`; RuntimeError where its activations are gone."""
         if self._last() is not flight:
             raise RuntimeError("a backward pass through a CUDA graph can be made once only: its activations are gone")
         self._last = lambda: None
@@ -168,10 +170,12 @@ class TrainingCapture(Capture):
             self._want(differentiable)
 
     def __call__(self, leaves: Sequence[Tensor]) -> Any:
+        """The outputs for `leaves`, which backward passes can follow."""
         self._replay(leaves)
         return self._output(_HandOver.apply(self, *leaves, *self.parameters))
 
     def prepare(self) -> None:
+        """Records the backward passes that have been asked for and not replayed so far."""
         # Not in the backward pass, which runs in a thread of autograd's.
         for choice, slopes in self.wanted.items():
             recording = self.recorder.record(partial(self._backward, choice, slopes), self.pool)

@@ -17,7 +17,8 @@ class Recording(Protocol):
 
     results: list[Tensor | None]
 
-    def replay(self) -> None: ...
+    def replay(self) -> None:
+        """Runs again what was recorded."""
 
 
 class Recorder(Protocol):
@@ -51,9 +52,11 @@ class CudaRecorder:
         self._failed: list[torch.cuda.CUDAGraph] = []
 
     def pool(self) -> Any:
+        """Memory that several recordings share."""
         return torch.cuda.graph_pool_handle()
 
     def warm_up(self, run: Callable[[], object], times: int = 3) -> None:
+        """Runs `run` `times` times on the recorder's stream; RuntimeError where it waits for the device."""
         torch.cuda.synchronize(self.device)
         try:
             with torch.cuda.stream(self._stream):
@@ -66,6 +69,7 @@ class CudaRecorder:
             torch.cuda.synchronize(self.device)
 
     def record(self, run: Run, pool: Any) -> Recording:
+        """Records `run` into memory of `pool`."""
         graph = torch.cuda.CUDAGraph()
         try:
             # Where a capture fails, torch.cuda.graph leaves its stream as the current one; the outer block does not.
@@ -79,6 +83,7 @@ class CudaRecorder:
         return _Graph(graph, results)
 
     def join(self) -> None:
+        """The current stream waits for what was recorded or warmed up."""
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
     def _clear_away(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:

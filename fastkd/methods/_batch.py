@@ -20,6 +20,10 @@ Taught = Callable[[str, slice, Callable[[], Tensor]], Tensor]
 class Batch:
     """Inputs and targets of one iteration; iterating gives (inputs, target, share) of each of its `chunks` parts.
 
+    >>> batch = fastkd.methods.Batch(torch.arange(5), chunks=2)
+    >>> [inputs.tolist() for inputs, target, share in batch]
+    [[0, 1], [2, 3, 4]]
+
     Args:
         inputs: a tensor [B, ...], or a tuple, list or dict of them, nested; passed on untouched where chunks = 1.
         target: class indices [B] or [B, T], a tuple, list or dict of them, or None.

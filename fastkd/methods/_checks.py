@@ -16,6 +16,12 @@ def check_network(method: str, argument: str, value: object) -> nn.Module:
     return value
 
 
+def check_boolean(method: str, argument: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise wrong_type(method, argument, "True or False", type(value).__name__)
+    return value
+
+
 def is_sequence(value: object) -> bool:
     """Whether this is several networks: nn.Sequential and its like are one."""
     return isinstance(value, (list, tuple, nn.ModuleList)) or (

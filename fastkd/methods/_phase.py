@@ -22,6 +22,13 @@ class Phase:
     logits of these rows [b, C] of the network to ship (`Method.deployable`). With one chunk it is called at once; with
     more, each time that `losses` is asked for the next one, so that only one chunk's activations are alive.
 
+    >>> method = fastkd.methods.CE(torch.nn.Linear(4, 3, bias=False))
+    >>> phase = next(method.phases(torch.zeros(8, 4), torch.arange(8) % 3, chunks=2))
+    >>> [round(loss.item(), 4) for loss in phase.losses]  # each half of log 3
+    [0.5493, 0.5493]
+    >>> round(phase.parts["ce"].item(), 4)
+    1.0986
+
     Attributes:
         networks: the networks that this phase trains, as `map_learners` wrapped them.
         name: what a method of several phases calls this one ("private"); "" where there is one.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,23 @@ class Method(Networks):
 
     A subclass hands its networks to this constructor and overrides `iteration` and `deployable`.
 
+    >>> class Own(fastkd.methods.Method):
+    ...     def __init__(self, student):
+    ...         super().__init__(learners={"student": student})
+    ...     def iteration(self, batch, generator):
+    ...         yield fastkd.methods.Phase([self.student], self._terms, batch)
+    ...     def deployable(self):
+    ...         return self.student
+    ...     def _terms(self, inputs, target):
+    ...         loss = self.student(inputs).square().mean()
+    ...         return loss, {"square": loss.detach()}
+    >>> method = Own(torch.nn.Linear(1, 1, bias=False))
+    >>> _ = torch.nn.init.ones_(method.student.weight)
+    >>> method.step(torch.optim.SGD(method.parameter_groups(lr=0.05)), torch.tensor([[1.0], [3.0]]))
+    {'square': tensor(5.)}
+    >>> round(method.student.weight.item(), 4)  # 1 - 0.05 * 10
+    0.5
+
     Args:
         learners: attribute name -> network or sequence of networks that train.
         frozen: attribute name -> network or sequence of networks that only teach. They are changed in place: their
@@ -67,10 +84,15 @@ class Method(Networks):
             `inputs` as they are, by `teach(network, inputs)`. They may then be known beforehand: `phases(taught=...)`.
         one_loss: for subclasses: False where an iteration has several phases or something follows the optimiser's step,
             so that `forward`, which only returns a loss, cannot be it.
+        last_only: for subclasses: arguments that hold for the last network of a chain, the student, not for the
+            assistants that are trained by the same method before it.
+        counted: for subclasses: what `counts` counts, in words: {"promotions": "Steps in which ..."}.
     """
 
     teaches_logits = False
     one_loss = True
+    last_only: tuple[str, ...] = ()
+    counted: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -84,7 +106,7 @@ class Method(Networks):
         self._random = torch.Generator().manual_seed(seed).get_state()  # uint8 on the CPU, whatever the device
         self._unfinished = 0
         self.iterations = 0
-        self.epoch, self.epochs = 0, 1
+        self.epoch, self.epochs, self.epoch_steps = 0, 1, None
 
     def phases(
         self, inputs: Any, target: Any = None, *, chunks: int = 1, taught: Mapping[str, Tensor] | Taught | None = None
@@ -173,10 +195,32 @@ class Method(Networks):
         """The network to ship, unwrapped, without what only training needs."""
         raise NotImplementedError(f"{self._name()} must define deployable()")
 
-    def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Tell the method where the run is: epoch 0 .. epochs - 1. For weights that change with it; saved."""
+    def start_epoch(self, epoch: int, epochs: int, steps: int | None = None) -> None:
+        """Tell the method where the run is: epoch 0 .. epochs - 1, each of `steps` iterations where that is known.
+
+        For weights that change with it, and for averages that follow over the length of the run; saved.
+        """
         self.epochs = check_integer(self._name(), "epochs", epochs, 1)
         self.epoch = check_integer(self._name(), "epoch", epoch, 0, epochs - 1)
+        self.epoch_steps = None if steps is None else check_integer(self._name(), "steps", steps, 1)
+
+    @property
+    def run_steps(self) -> int | None:
+        """Iterations of the whole run, as far as the loop told them."""
+        return None if self.epoch_steps is None else self.epoch_steps * self.epochs
+
+    def initialise(self, batches: Iterable[tuple[Any, Any]], lr: float, *, chunks: int = 1) -> None:
+        """For subclasses: what is done with a few (inputs, target) before the first epoch, at the base learning rate.
+
+        Called once, by the loop. A method that needs nothing takes no batch. `chunks` as in `phases`.
+        """
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """For subclasses: what was counted since the start, for the log: name -> {a learner's name: how often}.
+
+        Each name is a key of `counted`.
+        """
+        return {}
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """The optimiser's groups for a base learning rate: everything that requires grad, frozen networks left out.
@@ -187,17 +231,20 @@ class Method(Networks):
 
     def extra(self) -> dict[str, Any]:
         """For subclasses: what the state dict keeps beside tensors and random state: numbers, strings, lists, dicts."""
-        return {"iterations": self.iterations, "epoch": self.epoch, "epochs": self.epochs}
+        where = {"epoch": self.epoch, "epochs": self.epochs, "epoch_steps": self.epoch_steps or 0}
+        return {"iterations": self.iterations} | where
 
     def set_extra(self, extra: dict[str, Any]) -> None:
         """For subclasses: the way back of `extra`."""
         self.iterations, self.epoch, self.epochs = extra["iterations"], extra["epoch"], extra["epochs"]
+        self.epoch_steps = extra.get("epoch_steps") or None  # an earlier version's state has none
 
     def get_extra_state(self) -> Tensor:
         """uint8 [n], so that what stores tensors (safetensors) takes it; n does not change from step to step."""
         return pack(self.extra(), self._random)
 
     def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
+        """The way back of `get_extra_state`; also takes the dict that earlier versions saved."""
         extra, self._random = unpack(self._name(), state)
         self.set_extra(extra)
 

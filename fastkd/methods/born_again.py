@@ -21,6 +21,10 @@ class BAN(KD):
     nothing to learn from it. The twin by logits of `FEED(mode="sequential")`. (P) published in the paper, (S) from a
     summary of it, (C) our choice.
 
+    >>> method = fastkd.methods.BAN(torch.nn.Linear(4, 3), torch.nn.Linear(4, 3))
+    >>> method.temperature, method.weights(classes=3)
+    (1.0, (0.5, 0.5))
+
     Args:
         student: the network to train; logits [B, C] or an object with `.logits`.
         teacher: the previous generation; frozen in place.

@@ -41,6 +41,13 @@ class CTSLMKT(Peers):
     Each default is marked (P) published, (S) from a summary of the paper, (C) our choice; the loss is (S), relations on
     the penultimate pooled embedding, the mean over the partners and the stop of their gradients are (C).
 
+    >>> peers, teachers = [[fastkd.models.create("plain2", 10, image_size=8) for _ in range(2)] for _ in range(2)]
+    >>> method = fastkd.methods.CTSLMKT(peers, teachers, gamma=1.0)
+    >>> optimizer = torch.optim.SGD(method.parameter_groups(lr=0.1))
+    >>> parts = method.step(optimizer, torch.randn(4, 3, 8, 8), torch.arange(4))
+    >>> sorted(name for name in parts if name.startswith("peers.0."))
+    ['peers.0.angle', 'peers.0.ce', 'peers.0.distance', 'peers.0.mutual', 'peers.0.self']
+
     Args:
         peers: M >= 2 networks of any families that give logits and, for relations, their pooled embedding
             (fastkd.models.with_features); the same classes, but D_k may differ. Freshly initialised (C).
@@ -50,7 +57,9 @@ class CTSLMKT(Peers):
         beta: weight of all that comes from the partners, >= 0. 1 (C).
         beta1, beta2: weights of the angles and of the response beside the distances, >= 0. 2 and 1 (C).
         gamma: weight of self-learning, >= 0. 0.5 (C).
-        temperature: t > 0 of self-learning. 4, with t^2 (C).
+        temperature: t > 0 of self-learning. 4 (C).
+        scale_by_t2: multiply self-learning by t^2. True (C): with t = 4 it then weighs 16 times what it weighs in the
+            printed loss, which is without.
         mutual_response, mutual_relation, self_learning: the switches of the three transfers (S), True or False for all
             peers, or a sequence of M of them. A peer with none learns by alpha * CE alone, but still teaches.
         deploy: which peer `deployable()` gives.
@@ -84,6 +93,7 @@ class CTSLMKT(Peers):
         beta2: float = 1.0,
         gamma: float = 0.5,
         temperature: float = 4.0,
+        scale_by_t2: bool = True,
         mutual_response: bool | Sequence[bool] = True,
         mutual_relation: bool | Sequence[bool] = True,
         self_learning: bool | Sequence[bool] = True,
@@ -109,12 +119,14 @@ class CTSLMKT(Peers):
         for key, value in (numbers | switches).items():
             setattr(self, key, value)
         self.temperature, self.mutual_temperature = temperature, mutual_temperature
+        self.scale_by_t2 = _check_switch(name, "scale_by_t2", scale_by_t2)
         self.process_group = process_group
         self.teaches_logits = own and not views  # with views each self-teacher sees one of its own
         self.gives_outputs = self.beta > 0 and any(self.mutual_relation)
         self._check_that_all_learn()
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the step of all peers that learn."""
         yield Phase(self.running(), self._terms, batch)
 
     def _terms(self, inputs: Any, target: Any) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -177,7 +189,7 @@ class CTSLMKT(Peers):
         if self.gamma == 0 or not any(self.self_learning):
             return {}
         zero = logits[0].new_zeros((), dtype=torch.float32)
-        options = {"weights": [self.gamma], "temperature": self.temperature}
+        options = {"weights": [self.gamma], "temperature": self.temperature, "scale_by_t2": self.scale_by_t2}
         return {
             "self": [
                 zero if t is None else functional.multi_teacher_kd(z, [t], target, **options)
@@ -195,7 +207,8 @@ class CTSLMKT(Peers):
 
 def _check_switch(method: str, argument: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise wrong_type(method, argument, "True or False, or one of them per peer", type(value).__name__)
+        each = "" if argument == "scale_by_t2" else ", or one of them per peer"
+        raise wrong_type(method, argument, f"True or False{each}", type(value).__name__)
     return value
 
 

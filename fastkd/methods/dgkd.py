@@ -16,12 +16,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastkd import functional
 from fastkd._core.checks import check_choice, check_integer, check_number, check_temperature
 from fastkd._core.messages import wrong_value
-from fastkd.methods._checks import check_network, check_networks
+from fastkd.methods._checks import check_boolean, check_network, check_networks
+from fastkd.methods._standardize import distil_standardized
 from fastkd.methods.base import Batch, Method, Phase, Terms
 
 
@@ -37,12 +38,21 @@ class DGKD(Method):
     The sum is over the guides kept in this iteration; n + 1 stays the number of all guides. Each default is marked
     (P) published in paper or code, (S) from a summary of the paper, (C) our choice.
 
+    >>> student, guides = torch.nn.Linear(4, 3), [torch.nn.Linear(4, 3) for _ in range(3)]
+    >>> method = fastkd.methods.DGKD(student, guides, lam=0.5, drop="fixed")
+    >>> method.weights(classes=3)  # of each divergence; of the cross-entropy, 3 guides * 0.5
+    (0.5, 1.5)
+    >>> parts = method.step(torch.optim.SGD(method.parameter_groups(lr=0.1)), torch.randn(8, 4), torch.arange(8) % 3)
+    >>> sorted(parts)
+    ['ce', 'kd']
+
     Args:
         student: the network to train; logits [B, C] or an object with `.logits`.
         guides: the teacher, then the assistants by decreasing size; with the student's number of classes. They are
             frozen in place.
         temperature: T > 0. 5 (P, code).
-        lam: weight of the guides, in [0, 1]. 1 (P, code): no cross-entropy, labels are not needed.
+        lam: weight of the guides, in [0, 1]. None follows `scale`: 1 with "code" (P, code), which has no cross-entropy
+            and needs no labels; 0.5 (C) with "paper", whose text has one: no source pairs the text's loss with 1.
         scale: "paper" (S) | "code" (P). "paper" by default (C).
         drop: "none" | "bernoulli": each guide survives with probability `survival` | "fixed": exactly `drop_num`
             guides, chosen at random, are dropped. At least one guide is always kept (C): where none survives, one
@@ -50,6 +60,8 @@ class DGKD(Method):
             student (S).
         survival: in [0, 1]; 0.75 (S).
         drop_num: 0 .. number of guides - 1; 1 (P, code).
+        standardize: distil the z-scores of the logits, (z - mean) / std over the classes (arXiv 2403.01427), the
+            cross-entropy stays on the logits. False.
         seed: of the drops.
 
     Errors: ValueError or TypeError in one sentence, before training for all of the above; at the first batch that a
@@ -57,6 +69,7 @@ class DGKD(Method):
     """
 
     teaches_logits = True
+    last_only = ("drop", "survival", "drop_num")  # the paper drops guides of the last student only (S)
 
     def __init__(
         self,
@@ -64,11 +77,12 @@ class DGKD(Method):
         guides: Sequence[nn.Module],
         *,
         temperature: float = 5.0,
-        lam: float = 1.0,
+        lam: float | None = None,
         scale: str = "paper",
         drop: str = "none",
         survival: float = 0.75,
         drop_num: int = 1,
+        standardize: bool = False,
         seed: int = 0,
     ):
         name = self._name()
@@ -81,13 +95,16 @@ class DGKD(Method):
             expected = f"less than the number of guides, {len(guides)} (one is always kept)"
             raise wrong_value(name, "drop_num", expected, drop_num)
         temperature = check_temperature(name, temperature)
+        lam = {"paper": 0.5, "code": 1.0}[scale] if lam is None else lam
         lam = check_number(name, "lam", lam, "a number in [0, 1]", 0, 1)
         survival = check_number(name, "survival", survival, "a number in [0, 1]", 0, 1)
+        standardize = check_boolean(name, "standardize", standardize)
         super().__init__(learners={"student": student}, frozen={"guides": guides}, seed=seed)
         self.temperature, self.lam, self.scale = temperature, lam, scale
-        self.drop, self.survival, self.drop_num = drop, survival, drop_num
+        self.drop, self.survival, self.drop_num, self.standardize = drop, survival, drop_num, standardize
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the student's step, taught by the guides that are kept in this iteration."""
         yield Phase([self.learner("student")], partial(self._terms, self._kept(generator)), batch)
 
     def deployable(self) -> nn.Module:
@@ -114,20 +131,19 @@ class DGKD(Method):
         """What the caller gave this guide as, for errors."""
         return f"guides[{guide}]"
 
+    def teachers_weights(self, taught: list[Tensor], target: Tensor | None) -> Tensor | list[float]:
+        """[K] or, per row, [K, B]: the weights of the kept guides' divergences among each other."""
+        return [1.0] * len(taught)
+
     def _terms(self, kept: list[int], inputs: Any, target: Any) -> Terms:
-        targets = [self.taught_logits(self.guides[g], inputs, self._argument(g)) for g in kept]  # each [..., C]
-        logits = self.learned_logits("student", inputs)  # [..., C]
-        for g, guide in zip(kept, targets, strict=True):
-            if guide.shape != logits.shape:
-                expected = f"a network whose logits have the student's shape {list(logits.shape)}"
-                got = f"logits of shape {list(guide.shape)}"
-                raise wrong_value(self._name(), self._argument(g), expected, got)
+        taught, logits = self._logits(kept, inputs)
         weight, ce_weight = self.weights(logits.shape[-1])
-        loss, terms = functional.multi_teacher_kd(
+        distil = distil_standardized if self.standardize else functional.multi_teacher_kd
+        loss, terms = distil(
             logits,
-            targets,
+            taught,
             target,
-            weights=[1.0] * len(targets),
+            weights=self.teachers_weights(taught, target),
             kd_weight=weight,
             temperature=self.temperature,
             ce_weight=ce_weight,
@@ -135,3 +151,14 @@ class DGKD(Method):
         )
         parts = {} if ce_weight == 0 else {"ce": ce_weight * terms.ce}
         return loss, parts | {"kd": weight * terms.kd}, logits
+
+    def _logits(self, kept: list[int], inputs: Any) -> tuple[list[Tensor], Tensor]:
+        """The logits [..., C] of each kept guide, and the student's."""
+        taught = [self.taught_logits(self.guides[g], inputs, self._argument(g)) for g in kept]
+        logits = self.learned_logits("student", inputs)
+        for g, guide in zip(kept, taught, strict=True):
+            if guide.shape != logits.shape:
+                expected = f"a network whose logits have the student's shape {list(logits.shape)}"
+                got = f"logits of shape {list(guide.shape)}"
+                raise wrong_value(self._name(), self._argument(g), expected, got)
+        return taught, logits

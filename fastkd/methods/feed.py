@@ -29,6 +29,7 @@ from fastkd.methods._checks import check_network, check_networks, is_sequence
 from fastkd.methods._features import outputs_of
 from fastkd.methods._fresh import beside, weights_from
 from fastkd.methods._map_channels import map_channels
+from fastkd.methods._signature import takes
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 from fastkd.nn import FeatureTransforms
 from fastkd.ops.feature_ensemble import NORMS
@@ -48,13 +49,20 @@ class FEED(Method):
     NTL_n(x_S) differ in height or width, the larger one is average-pooled (C). Each default is marked (P) published in
     the paper, (S) from a summary of it, (C) our choice, most of them after the code of Factor Transfer.
 
+    >>> student, *teachers = [fastkd.models.create("plain2", 10, image_size=8) for _ in range(3)]
+    >>> method = fastkd.methods.FEED(student, teachers)
+    >>> optimizer = torch.optim.SGD(method.parameter_groups(lr=0.1))
+    >>> sorted(method.step(optimizer, torch.randn(4, 3, 8, 8), torch.arange(4)))
+    ['ce', 'features']
+
     Args:
         student: the network to train. It gives logits [B, C] and feature maps: a network of `fastkd.models.create`,
             any other through `fastkd.models.with_features`, or one that returns `fastkd.models.Outputs`.
         teachers: networks that give feature maps; frozen in place. Their logits are not used.
         mode: "parallel", or "sequential": the same loss with exactly one teacher, the previous network of the chain
             (P). Its student is a fresh network of the same type.
-        beta: weight of the teachers' terms, >= 0; 500 (C).
+        beta: weight of the teachers' terms, >= 0; 500 (C). It belongs to `norm`: the norm at each "position" makes a
+            term about sqrt(H*W) times larger, so that its beta is that much smaller (8 times on maps of 8 x 8 pixels).
         reduction: of a term's elements: "mean" (C), or "sum", the norm as it is printed. The loss is the same where
             the beta of "sum" is that of "mean" divided by c_n*H*W; 500 is far too much for "sum".
         p: 1 (P), or 2 for squared differences.
@@ -117,6 +125,7 @@ class FEED(Method):
         self.mode, self.beta, self.reduction, self.p, self.norm = mode, float(beta), reduction, int(p), norm
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the step of the student and of the transforms."""
         yield Phase([self.learner("student"), self.learner("transforms")], self._terms, batch)
 
     def deployable(self) -> nn.Module:
@@ -193,43 +202,21 @@ class FT(FEED):
     Factor Transfer compares the student's translated map with a factor that an auto-encoder, trained before on the
     teacher's maps, makes of them; here, as in FEED, it is compared with the teacher's map itself.
 
+    >>> student, teacher = [fastkd.models.create("plain2", 10, image_size=8) for _ in range(2)]
+    >>> method = fastkd.methods.FT(student, teacher)
+    >>> len(method.teachers), len(method.transforms.out_channels)
+    (1, 1)
+
     Args:
         student: the network to train; gives feature maps, as in FEED.
         teacher: the network to learn from; gives feature maps; frozen in place.
         beta, reduction, p, norm, layers, negative_slope, batch_norm, seed, channels, example: as in FEED.
     """
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        *,
-        beta: float = 500.0,
-        reduction: str = "mean",
-        p: int = 1,
-        norm: str = "sample",
-        layers: int = 3,
-        negative_slope: float = 0.1,
-        batch_norm: bool = False,
-        seed: int = 0,
-        channels: Channels | None = None,
-        example: Any = None,
-    ):
+    @takes(FEED, without=("mode",))
+    def __init__(self, student: nn.Module, teacher: nn.Module, **options: Any):
         check_network(self._name(), "teacher", teacher)
-        super().__init__(
-            student,
-            [teacher],
-            beta=beta,
-            reduction=reduction,
-            p=p,
-            norm=norm,
-            layers=layers,
-            negative_slope=negative_slope,
-            batch_norm=batch_norm,
-            seed=seed,
-            channels=channels,
-            example=example,
-        )
+        super().__init__(student, [teacher], **options)
 
 
 def of_one_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,4 +236,5 @@ def _pooled(map: Tensor, size: list[int]) -> Tensor:
 
 
 def last_map(network: nn.Module, inputs: Any, *, method_name: str, argument: str) -> Tensor:
+    """The last feature map [B, c, H, W] of what `network` returns for `inputs`."""
     return outputs_of(network, inputs, method_name, argument, "maps").maps[-1]

@@ -36,6 +36,10 @@ class DML(CTSLMKT):
     The paper updates its peers one after another, each against the others' newest predictions (S); here all take one
     step from the predictions of the same moment (C).
 
+    >>> method = fastkd.methods.DML([torch.nn.Linear(4, 3, bias=False) for _ in range(2)])
+    >>> round(method(torch.zeros(8, 4), torch.arange(8) % 3).item(), 4)  # two peers of equal logits: 2 * log 3
+    2.1972
+
     Args:
         peers: M >= 2 networks with the same classes; logits [B, C] or an object with `.logits`.
         temperature: T > 0; 1 (P: the equations have none).
@@ -72,6 +76,11 @@ class KDCL(Peers):
     Each default is marked (P) published, (S) second-hand, (C) our choice. That soft targets are ensembles of the peers'
     predictions and that images are distorted is (P), the loss and the three ensembles are (S). The paper's fourth one,
     weights found on validation images ("general"), is not here.
+
+    >>> method = fastkd.methods.KDCL([torch.nn.Linear(4, 3) for _ in range(2)], ensemble="minlogit")
+    >>> parts = method.step(torch.optim.SGD(method.parameter_groups(lr=0.1)), torch.randn(8, 4), torch.arange(8) % 3)
+    >>> sorted(parts)
+    ['peers.0.ce', 'peers.0.kd', 'peers.1.ce', 'peers.1.kd']
 
     Args:
         peers: M >= 2 networks with the same classes; logits [B, C] or an object with `.logits`.
@@ -111,6 +120,7 @@ class KDCL(Peers):
         self.ensemble, self.temperature, self.lam, self.linear_steps = ensemble, temperature, lam, linear_steps
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the step of all peers that learn."""
         yield Phase(self.running(), self._terms, batch)
 
     def _terms(self, inputs: Any, target: Any) -> Terms:

@@ -19,7 +19,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,15 @@ from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.functional import GroupStats
 from fastkd.methods._batch import map_tree
 from fastkd.methods._calls import as_argument, logits_in
-from fastkd.methods._checks import check_network, check_networks
+from fastkd.methods._checks import check_boolean, check_network, check_networks
 from fastkd.methods._observe import observe, read_later
 from fastkd.methods._pool import Pool, gather_pool
+from fastkd.methods._standardize import distil_standardized
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 from fastkd.ops._gather import check_process_group
 from fastkd.ops.ranking import BY
+
+TEACHINGS = ("intensive", "private", "group")
 
 
 class ORC(Method):
@@ -66,6 +69,12 @@ class ORC(Method):
 
     Each default is marked (P) published, (S) from a summary of the paper, (C) our choice.
 
+    >>> pivot, *students = [torch.nn.Linear(4, 3) for _ in range(4)]
+    >>> method = fastkd.methods.ORC(pivot, students)
+    >>> parts = method.step(torch.optim.SGD(method.parameter_groups(lr=0.1)), torch.randn(8, 4), torch.arange(8) % 3)
+    >>> method.promotions.sum().item(), method.deployable() is students[0]
+    (1, True)
+
     Args:
         pivot: the pivot teacher, trained before; it learns on. Logits [B, C] or an object with `.logits`.
         students: K >= 2 networks with the pivot's classes; students[0] is the target student, the one to ship.
@@ -73,11 +82,21 @@ class ORC(Method):
         beta: b, weight of the teachers, in [0, 1]. 0.5 (C).
         alpha: a > 0 of the mix-up. 1 (C).
         promote: k in [1, K - 1]. 1 (S: better than 2).
-        rank_by: "ce" | "accuracy" | "top5", who is best on the batch. "ce" (C).
+        rank_by: "ce" | "accuracy" | "top5", who is best on the batch. "ce" (C). "fixed": the temporary teachers are
+            students[1] .. students[k] in every iteration, the paper's ablation without role change; which they are is
+            ours (C): with the command line's order the largest networks.
         intensive: who is trained by intensive teaching. "pivot" (S) | "group": the whole teacher group, as the abstract
             has it (P): the pivot and the temporary teachers, each by the same loss.
-        errors_only: only misclassified samples are feedback; a network without one leaves its share to the others, and
-            where no network has one, the highest CEs are taken. False (C).
+        teach: which of "intensive", "private", "group" take place, in the paper's order whatever the order here. All
+            (P). A teaching that is left out updates nothing and has no phase: the paper's ablation.
+        combine: how private and group teaching take their teachers: "each" by a KD_T of its own (S), or the "mean" of
+            their logits by one KD_T of weight b (C), the paper's ablation.
+        mix: what intensive teaching shows: the "mixup" of batch and feedback (P), "feedback" alone, CE(PT(x_F), y_F),
+            or the "batch" alone, CE(PT(x_t), y_t): the paper's ablation.
+        errors_only: only misclassified samples are feedback, the abstract's "error samples"; a network without one
+            leaves its share to the others, and where no network has one, the highest CEs are taken. True (P). False:
+            each network's highest CEs, wrong or not.
+        standardize: private and group teaching distil the z-scores of the logits, as in DGKD. False.
         pivot_lr: the pivot's learning rate as a multiple of the others', >= 0. 0.1 (C).
         seed: of l.
         process_group: a torch.distributed group under data parallelism: who is promoted and the proportions r are then
@@ -91,14 +110,15 @@ class ORC(Method):
     Attributes:
         promotions: int64 [K], how often each network was promoted; in the state dict.
 
-    Phases: "intensive", "private", "group", by `phase.name`. Under gradient accumulation ranking, feedback and mix-up
-    are those of the whole batch.
+    Phases: "intensive", "private", "group", by `phase.name`, as far as `teach` has them. Under gradient accumulation
+    ranking, feedback and mix-up are those of the whole batch.
 
     Errors: ValueError or TypeError in one sentence, before training for all of the above; at the first batch for
     missing labels, inputs without a floating-point tensor, and networks whose logits differ in shape.
     """
 
     one_loss = False
+    counted = {"promotions": "Steps in which a network was a temporary teacher"}
 
     def __init__(
         self,
@@ -109,9 +129,13 @@ class ORC(Method):
         beta: float = 0.5,
         alpha: float = 1.0,
         promote: int = 1,
-        rank_by: str = "ce",
-        intensive: str = "pivot",
-        errors_only: bool = False,
+        rank_by: Literal["ce", "accuracy", "top5", "fixed"] = "ce",
+        intensive: Literal["pivot", "group"] = "pivot",
+        teach: Sequence[str] = TEACHINGS,
+        combine: Literal["each", "mean"] = "each",
+        mix: Literal["mixup", "feedback", "batch"] = "mixup",
+        errors_only: bool = True,
+        standardize: bool = False,
         pivot_lr: float = 0.1,
         seed: int = 0,
         process_group=None,
@@ -123,10 +147,12 @@ class ORC(Method):
         if len(students) < 2:
             raise wrong_value(name, "students", "a sequence of at least two networks", "one")
         promote = check_integer(name, "promote", promote, 1, len(students) - 1)
-        check_choice(name, "rank_by", rank_by, BY)
+        check_choice(name, "rank_by", rank_by, (*BY, "fixed"))
         check_choice(name, "intensive", intensive, ("pivot", "group"))
-        if not isinstance(errors_only, bool):
-            raise wrong_type(name, "errors_only", "True or False", type(errors_only).__name__)
+        teach = _check_teach(name, teach)
+        check_choice(name, "combine", combine, ("each", "mean"))
+        check_choice(name, "mix", mix, ("mixup", "feedback", "batch"))
+        errors_only = check_boolean(name, "errors_only", errors_only)
         check_process_group(name, process_group)
         _check_one_process(name, process_group)
         check_choice(name, "feedback", feedback, ("local", "global"))
@@ -137,37 +163,40 @@ class ORC(Method):
         super().__init__(learners={"pivot": pivot, "students": students}, seed=seed)
         self.temperature, self.beta, self.alpha, self.promote = temperature, beta, alpha, promote
         self.rank_by, self.intensive, self.errors_only = rank_by, intensive, errors_only
+        self.teach_by, self.combine, self.mix = teach, combine, mix
+        self.standardize = check_boolean(name, "standardize", standardize)
         self.pivot_lr, self.process_group = pivot_lr, process_group
         self.feedback_scope = feedback if process_group is not None else "local"
         self.register_buffer("promotions", torch.zeros(len(students), dtype=torch.int64))
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """The paper's phases in their order: intensive, private and group teaching."""
         _check_one_process(self._name(), self.process_group)
         # 0. Evaluation: who is promoted, and what the student group gets wrong.
         stats, classes = self._evaluate(batch)
-        order = functional.rank_networks(stats, self.rank_by, self.process_group)  # [K], best first
-        read_promoted = read_later(order[: self.promote])
-        pool = gather_pool(batch, stats, self.process_group) if self.feedback_scope == "global" else None
-        feedback = self._feedback(stats) if pool is None else pool.mine(self._feedback(pool.stats, None))  # [B]
+        read_promoted = self._promoted(stats)
         share = random.Random(_seed(generator)).betavariate(self.alpha, self.alpha)  # l
 
         # 1. Intensive teaching: the pivot, or the teacher group, by the batch mixed with feedback.
-        group = ["pivot"] if self.intensive == "pivot" else ["pivot", *_names(read_promoted())]
-        terms = partial(self._intensive_terms, group, classes, share)
-        yield self._phase("intensive", group, terms, self._mix(batch, feedback, share, pool))
+        if "intensive" in self.teach_by:
+            group = ["pivot"] if self.intensive == "pivot" else ["pivot", *_names(read_promoted())]
+            terms = partial(self._intensive_terms, group, classes, share)
+            yield self._phase("intensive", group, terms, self._lesson(batch, stats, share))
 
         # 2. Private teaching: each temporary teacher, by the pivot.
         promoted = read_promoted()
         temporary = _names(promoted)
         teachers = [self._observe("pivot", batch)]  # each [B, C]
-        terms = partial(self._taught_terms, "private", temporary)
-        yield self._phase("private", temporary, terms, _beside(batch, teachers))
+        if "private" in self.teach_by:
+            terms = partial(self._taught_terms, "private", temporary)
+            yield self._phase("private", temporary, terms, _beside(batch, teachers))
 
         # 3. Group teaching: everybody else, by the pivot and every temporary teacher.
-        others = _names(i for i in range(len(self.students)) if i not in promoted)
-        teachers += [self._observe(name, batch) for name in temporary]
-        terms = partial(self._taught_terms, "group", others)
-        yield self._phase("group", others, terms, _beside(batch, teachers))
+        if "group" in self.teach_by:
+            others = _names(i for i in range(len(self.students)) if i not in promoted)
+            teachers += [self._observe(name, batch) for name in temporary]
+            terms = partial(self._taught_terms, "group", others)
+            yield self._phase("group", others, terms, _beside(batch, teachers))
 
         # Demotion: roles were local to this call.
         for i in promoted:
@@ -176,6 +205,10 @@ class ORC(Method):
     def deployable(self) -> nn.Module:
         """The target student, students[0]."""
         return self.students[0]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How often each network was promoted, for the log."""
+        return {"promotions": {f"students.{i}": count for i, count in enumerate(self.promotions.tolist())}}
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """The student group at `lr`, then the pivot at `pivot_lr * lr`."""
@@ -200,6 +233,21 @@ class ORC(Method):
                 self._check_logits(name, z, [len(target), classes])
             parts.append(functional.group_stats(logits, target))
         return GroupStats(*(torch.cat(column, 1) for column in zip(*parts, strict=True))), classes
+
+    def _promoted(self, stats: GroupStats) -> Callable[[], list[int]]:
+        """What waits for the k networks that are temporary teachers in this iteration, best first, and tells them."""
+        if self.rank_by == "fixed":
+            return lambda: list(range(1, self.promote + 1))
+        order = functional.rank_networks(stats, self.rank_by, self.process_group)  # [K], best first
+        return read_later(order[: self.promote])
+
+    def _lesson(self, batch: Batch, stats: GroupStats, share: float) -> Batch:
+        """What intensive teaching shows, its targets a pair (y_t, y_F)."""
+        if self.mix == "batch":
+            return Batch(batch.inputs, (batch.target, batch.target), batch.chunks, name=self._name())
+        pool = gather_pool(batch, stats, self.process_group) if self.feedback_scope == "global" else None
+        feedback = self._feedback(stats) if pool is None else pool.mine(self._feedback(pool.stats, None))  # [B]
+        return self._mix(batch, feedback, share if self.mix == "mixup" else 0.0, pool)
 
     def _feedback(self, stats: GroupStats, group: Any = ...) -> Tensor:
         """int64 [B]: the samples that the student group gets most wrong, in the proportions r of its networks."""
@@ -241,27 +289,30 @@ class ORC(Method):
 
     def _intensive_terms(self, names: Sequence[str], classes: int, share: float, inputs: Any, targets: Any) -> Terms:
         own, feedback = targets  # y_t, y_F
-        loss = 0
+        share, loss = {"mixup": share, "feedback": 0.0, "batch": 1.0}[self.mix], 0
         for name in names:
             logits = self.learned_logits(name, inputs)  # [B, C]
             self._check_logits(name, logits, [len(own), classes])
-            loss = loss + share * cross_entropy(logits, own) + (1 - share) * cross_entropy(logits, feedback)
+            parts = [(share, own), (1 - share, feedback)]
+            loss = loss + sum(weight * cross_entropy(logits, target) for weight, target in parts if weight > 0)
         return loss, {"intensive": loss.detach()}
 
     def _taught_terms(self, phase: str, names: Sequence[str], inputs: Any, target: Tensor) -> Terms:
         inputs, teachers = inputs
+        distil = distil_standardized if self.standardize else functional.multi_teacher_kd
         loss = ce = kd = 0
         shipped = None
         for name in names:
             logits = self.learned_logits(name, inputs)  # [B, C]
             shipped = logits if name == "students.0" else shipped
-            one, terms = functional.multi_teacher_kd(
+            one, terms = distil(
                 logits,
                 teachers,
                 target,
-                weights=[1.0] * len(teachers),
+                weights=[1.0 if self.combine == "each" else 1 / len(teachers)] * len(teachers),
                 kd_weight=self.beta,
                 temperature=self.temperature,
+                combine="losses" if self.combine == "each" else "logits",
                 ce_weight=1 - self.beta,
                 return_terms=True,
             )
@@ -294,6 +345,16 @@ def _check_one_process(method: str, process_group: Any) -> None:
                 "(torch.distributed.group.WORLD, or a group of this process alone to train apart)"
             )
             raise wrong_value(method, "process_group", expected, None)
+
+
+def _check_teach(method: str, teach: object) -> tuple[str, ...]:
+    """The teachings that take place, in the paper's order."""
+    expected = "a sequence of " + ", ".join(repr(teaching) for teaching in TEACHINGS) + ", at least one of them"
+    if isinstance(teach, str) or not isinstance(teach, Sequence):
+        raise wrong_type(method, "teach", expected, repr(teach))
+    if not teach or any(teaching not in TEACHINGS for teaching in teach):
+        raise wrong_value(method, "teach", expected, list(teach))
+    return tuple(teaching for teaching in TEACHINGS if teaching in teach)
 
 
 def _names(indices: Iterable[int]) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
+from fastkd.methods._signature import takes
 from fastkd.methods.dkel import DKEL
 from fastkd.models import Branched
 
@@ -16,40 +17,20 @@ class PCL(DKEL):
     The teacher starts as a copy of the student and averages with a = min(1 - 1 / (g + 1), momentum) after step g, so
     that it is the student after the first one (P). `initialise` does nothing.
 
+    >>> student = fastkd.models.branched("plain2", 10, branches=2, image_size=8)
+    >>> method = fastkd.methods.PCL(student)
+    >>> optimizer = torch.optim.SGD(method.parameter_groups(lr=0.1))
+    >>> parts = method.step(optimizer, [torch.randn(4, 3, 8, 8)] * 2, torch.arange(4))
+    >>> torch.equal(method.teacher.peer(0).fc.weight, student.peer(0).fc.weight)  # after the first step
+    True
+
     Args:
         student, teacher, classifier, temperature, ce_weight, ramp, of, momentum, seed: as in `DKEL`; T = 3, ramp = 80
-            epochs of 300, momentum = 0.999 (P); the scaling to other lengths of a run is ours (C).
+            epochs of 300 (P), momentum None; the scaling of both to other lengths of a run is ours (C).
         c: weight of the distillation after the ramp-up; 1 (P).
         variant: "intended" | "released": the ramp-up of the reproduction that the authors of DKEL released.
     """
 
-    def __init__(
-        self,
-        student: Branched,
-        *,
-        teacher: Branched | None = None,
-        classifier: nn.Module | None = None,
-        temperature: float = 3.0,
-        ce_weight: float = 1.0,
-        c: float = 1.0,
-        ramp: float = 80,
-        of: float | None = 300,
-        variant: str = "intended",
-        momentum: float = 0.999,
-        seed: int = 0,
-    ):
-        super().__init__(
-            student,
-            teacher=teacher,
-            classifier=classifier,
-            temperature=temperature,
-            ce_weight=ce_weight,
-            c=c,
-            ramp=ramp,
-            of=of,
-            decay=None,
-            init=None,
-            variant=variant,
-            momentum=momentum,
-            seed=seed,
-        )
+    @takes(DKEL, without=("decay", "ensemble_ramp", "init"), c=1.0)
+    def __init__(self, student: Branched, **options: Any):
+        super().__init__(student, decay=None, init=None, **options)

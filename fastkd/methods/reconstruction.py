@@ -42,6 +42,11 @@ class Reconstruction(Method):
     with a LeakyReLU(0.1) after it: for 64 channels, 64 > 64 > 32 > 32 and back (C). It is no distillation: the network
     stays as it is. A lower error says that the map holds less that is hard to restore.
 
+    >>> from fastkd.methods.reconstruction import Reconstruction
+    >>> method = Reconstruction(fastkd.models.create("plain2", 10, image_size=8))
+    >>> method.error(torch.zeros(4, 3, 8, 8)).relative.shape
+    torch.Size([4])
+
     Args:
         network: gives feature maps, as FEED's; frozen in place.
         seed: of the auto-encoder's initialisation.
@@ -67,6 +72,7 @@ class Reconstruction(Method):
         self.channels = channels
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the auto-encoder's step."""
         yield Phase([self.learner("autoencoder")], self._terms, batch)
 
     def deployable(self) -> nn.Module:

@@ -27,6 +27,12 @@ class RKD(Method):
     cosines in all triplets, both are compared by the Huber loss (P, equations 4 to 7; `fastkd.functional.rkd_distance`,
     `rkd_angle`). Each default is marked (P) published, (S) from other people's code, (C) our choice.
 
+    >>> student, teacher = [fastkd.models.create("plain2", 10, image_size=8) for _ in range(2)]
+    >>> method = fastkd.methods.RKD(student, teacher)
+    >>> optimizer = torch.optim.SGD(method.parameter_groups(lr=0.1))
+    >>> sorted(method.step(optimizer, torch.randn(4, 3, 8, 8), torch.arange(4)))
+    ['angle', 'ce', 'distance']
+
     Args:
         student: the network to train; it gives logits and its pooled embedding (fastkd.models.with_features).
         teacher: the network to learn from, frozen in place; it gives its pooled embedding. Its width and its classes
@@ -73,6 +79,7 @@ class RKD(Method):
         self.leaves_unused |= self.ce_weight == 0  # the classifier
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase: the student's step."""
         yield Phase([self.learner("student")], self._terms, batch)
 
     def deployable(self) -> nn.Module:

@@ -21,6 +21,10 @@ class Outputs(NamedTuple):
               one last, or None
 
     A NamedTuple is a tuple, so it passes through torch.compile and DistributedDataParallel as it is.
+
+    >>> output = fastkd.models.create("resnet8", 10).forward_features(torch.zeros(2, 3, 32, 32))
+    >>> output.logits.shape, output.features.shape, [tuple(each.shape) for each in output.maps]
+    (torch.Size([2, 10]), torch.Size([2, 64]), [(2, 16, 32, 32), (2, 32, 16, 16), (2, 64, 8, 8)])
     """
 
     logits: Tensor
@@ -32,6 +36,9 @@ def logits_of(output: object) -> Tensor:
     """The logits [..., C] of what a network returned: a Tensor, an `Outputs`, any object or dict with `logits`.
 
     Raises TypeError for anything else.
+
+    >>> fastkd.models.logits_of({"logits": torch.tensor([1.0, 2.0])})
+    tensor([1., 2.])
     """
     logits = find_logits(output)
     if logits is not None:
@@ -43,12 +50,21 @@ def logits_of(output: object) -> Tensor:
 
 
 def call_network(network: Callable, inputs: Any) -> Any:
-    """What a network returns for a batch: a dict goes in as keywords, anything else as the one argument."""
+    """What a network returns for a batch: a dict goes in as keywords, anything else as the one argument.
+
+    >>> inputs = {"ids": torch.tensor([3, 4]), "mask": torch.tensor([1, 0])}
+    >>> fastkd.models.call_network(lambda ids, mask: ids * mask, inputs)
+    tensor([3, 0])
+    """
     return network(**inputs) if isinstance(inputs, Mapping) else network(inputs)
 
 
 def parameters_count(model: nn.Module, trainable: bool = False) -> int:
-    """Number of scalars in the parameters of `model` (each shared parameter once), or in the trainable ones only."""
+    """Number of scalars in the parameters of `model` (each shared parameter once), or in the trainable ones only.
+
+    >>> fastkd.models.parameters_count(torch.nn.Linear(4, 3))
+    15
+    """
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
@@ -63,23 +79,32 @@ class Network(nn.Module):
     Several peers on a shared stem (ONE, PCL, DKEL) are one network's `forward_stem` and several
     networks' `forward_branch`: `branched` makes them. `stem_layers()` names the modules that `forward_stem`
     runs. `features_width` is D, the width of `Outputs.features`.
+
+    >>> network = fastkd.models.create("resnet8", 10)
+    >>> network.stem_layers(), network.features_width
+    (('conv1', 'bn1', 'layer1', 'layer2'), 64)
     """
 
     features_width: int
 
     def stem_layers(self) -> tuple[str, ...]:
+        """The names of the submodules that `forward_stem` runs."""
         raise NotImplementedError
 
     def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images [B, C, H, W] -> the feature maps of the stem, the last one last."""
         raise NotImplementedError
 
     def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
+        """What `forward_stem` returned -> logits, features and maps."""
         raise NotImplementedError
 
     def forward_features(self, x: Tensor) -> Outputs:
+        """Images [B, C, H, W] -> logits [B, classes], features [B, D] and maps."""
         return self.forward_branch(self.forward_stem(x))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] -> logits [B, classes]."""
         return self.forward_features(x).logits
 
 

@@ -23,6 +23,10 @@ class Branched(nn.Module):
 
     Raises TypeError for what is no `Network`; ValueError for fewer than two, for other shapes, and for a
     network given twice.
+
+    >>> student = fastkd.models.Branched([fastkd.models.create("resnet8", 10) for _ in range(2)])
+    >>> [output.logits.shape for output in student(torch.zeros(2, 3, 32, 32))]
+    [torch.Size([2, 10]), torch.Size([2, 10])]
     """
 
     def __init__(self, networks: Sequence[Network]):
@@ -73,20 +77,24 @@ class Branched(nn.Module):
 def branched(name: str, num_classes: int, branches: int = 3, **options) -> Branched:
     """`branches` networks `create(name, num_classes, **options)` on one stem: all stages but the last are shared.
 
-    name      a network with a stem: plain<n>, resnet8 ... resnet110, resnet8x4, resnet32x4, wrn<d>_<k>, vgg<n>
+    name      a network with a stem: plain<n>, resnet<n>, resnet8x4, resnet32x4, wrn<d>_<k>, vgg<n>, densenet40_12,
+              densenet121; of resnet18, 34 and 50 the last of four stages is the branch, of DenseNets the last block
     branches  m >= 2, the number of peers; 3 in PCL and DKEL
     options   of `create`: image_size, channels, norm, width, ...
 
     Every branch has initial weights of its own, from PyTorch's global generator. Raises ValueError for a network that
-    cannot be cut (torchvision's), and whatever `create` raises.
+    cannot be cut (MobileNetV2, ShuffleNetV2), and whatever `create` raises.
+
+    >>> student = fastkd.models.branched("resnet8", 10, branches=2)
+    >>> student.peer(0).conv1 is student.peer(1).conv1, student.peer(0).fc is student.peer(1).fc
+    (True, False)
     """
     if isinstance(branches, bool) or not isinstance(branches, int) or branches < 2:
         raise ValueError(f"branched: branches must be an integer of at least 2, got {branches!r}")
     network = create(name, num_classes, **options)
     if not isinstance(network, Network):
-        raise ValueError(
-            f"branched: name must be a network with a stem and branches (plain, resnet8 to 110, wrn, vgg), got {name!r}"
-        )
+        known = "plain, resnet, wrn, vgg, densenet"
+        raise ValueError(f"branched: name must be a network with a stem and branches ({known}), got {name!r}")
     result = Branched([network, *(create(name, num_classes, **options) for _ in range(branches - 1))])
     result._recipe = (name, num_classes, branches, dict(options))
     return result

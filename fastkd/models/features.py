@@ -30,6 +30,11 @@ def with_features(model: nn.Module, layer_names: Sequence[str] | None = None) ->
     forward branches on values, as that of many transformers) is run as it is and its modules are watched by hooks: its
     layer_names are names of modules. Raises ValueError for an unknown layer (with the nearest names) and where
     layer_names is needed.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    >>> output = fastkd.models.with_features(model, ["1"])(torch.zeros(2, 4))
+    >>> output.logits.shape, output.features.shape
+    (torch.Size([2, 3]), torch.Size([2, 5]))
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"with_features: model must be an nn.Module, got {type(model).__name__}")
@@ -67,9 +72,11 @@ class WithFeatures(nn.Module):
         return self._private[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Outputs:
+        """Logits, features and maps of what the model makes of these arguments."""
         return self._private[1](*args, **kwargs)
 
     def train(self, mode: bool = True) -> "WithFeatures":
+        """Sets the mode here and in the model."""
         model, run = self._private
         model.training = mode
         if isinstance(run, nn.Module):

@@ -66,9 +66,11 @@ class PlainCNN(Network):
         self.fc = nn.Linear(self.features_width, num_classes)
 
     def stem_layers(self) -> tuple[str, ...]:
+        """All stages but the last."""
         return tuple(f"stages.{i}" for i in range(len(self.stages) - 1))
 
     def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images [B, C, H, W] -> the maps of all stages but the last."""
         _check_size(x, self.image_size)
         maps = []
         for stage in self.stages[:-1]:
@@ -77,6 +79,7 @@ class PlainCNN(Network):
         return tuple(maps)
 
     def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
+        """The stem's maps -> logits [B, classes], features [B, D], maps of all stages."""
         x = self.stages[-1](stem[-1])  # [B, c, h, w]
         features = torch.flatten(x, 1)  # [B, c*h*w]
         if self.hidden is not None:

@@ -60,7 +60,11 @@ _BY_KEY = {_key(name): name for name in _BUILDERS}
 
 
 def names() -> list[str]:
-    """The names that `create` knows. It takes any other wrn<d>_<k> with d = 6n + 4 as well."""
+    """The names that `create` knows. It takes any other wrn<d>_<k> with d = 6n + 4 as well.
+
+    >>> {"resnet20", "wrn16_2", "vgg8"} <= set(fastkd.models.names())
+    True
+    """
     return list(_BUILDERS)
 
 
@@ -92,7 +96,7 @@ def create(name: str, num_classes: int, image_size: int = 32, channels: int = 3,
     - resnet8 ... resnet110, resnet8x4, resnet32x4: norm, shortcut, block, width
     - wrn<d>_<k>, d = 6n + 4: norm, dropout. wrn20_8 is not of this depth: it is the bottleneck ResNet with inner
       convolutions 8 times as wide that PCL and DKEL call so; their ResNet-110 is `resnet110` with block="bottleneck"
-    - vgg8, vgg11, vgg13, vgg16, vgg19: norm, width
+    - vgg8, vgg11, vgg13, vgg16, vgg19: norm, width, head ("linear", or the "mlp" of PCL's and DKEL's VGG-16)
     - torchvision's resnet18/34/50, mobilenet_v2 (norm, small_stem; mobilenet_v2 also width),
       shufflenet_v2_x0_5 ..., densenet121, densenet40_12 (DenseNet-BC: the 6, 6, 6 layers of PCL and DKEL): small_stem
 
@@ -102,6 +106,9 @@ def create(name: str, num_classes: int, image_size: int = 32, channels: int = 3,
 
     Raises ValueError for an unknown name (with the nearest ones), an image_size below 8, or an option's bad value;
     TypeError for an option that the network does not have.
+
+    >>> fastkd.models.parameters_count(fastkd.models.create("ResNet-20", 10, shortcut="zero-pad"))
+    269722
     """
     build = _builder(name)
     _check_integer("num_classes", num_classes, 1)

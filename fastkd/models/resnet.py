@@ -24,6 +24,7 @@ class ZeroPadShortcut(nn.Module):
         self.stride, self.padding = stride, (0, 0, 0, 0, before, outputs - inputs - before)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, c, H, W] -> [B, planes, H / stride, W / stride]."""
         return F.pad(x[:, :, :: self.stride, :: self.stride], self.padding)
 
 
@@ -50,6 +51,7 @@ class BasicBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, c, H, W] -> [B, planes, H / stride, W / stride]."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         return self.relu(out + (x if self.downsample is None else self.downsample(x)))
@@ -72,6 +74,7 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, c, H, W] -> [B, 4 planes, H / stride, W / stride]."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
@@ -130,13 +133,16 @@ class CifarResNet(Network):
         init_kaiming(self)
 
     def stem_layers(self) -> tuple[str, ...]:
+        """All but the third stage and the linear layer."""
         return "conv1", "bn1", "layer1", "layer2"
 
     def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images [B, C, H, W] -> the maps of the first two stages."""
         first = self.layer1(F.relu(self.bn1(self.conv1(x))))  # [B, 16, H, W]
         return first, self.layer2(first)  # [B, 32, H/2, W/2]
 
     def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
+        """The stem's maps -> logits [B, classes], features [B, D], maps of all three stages."""
         last = self.layer3(stem[-1])  # [B, 64, H/4, W/4]
         features = global_pool(last)
         return Outputs(self.fc(features), features, (*stem, last))

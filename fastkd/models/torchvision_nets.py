@@ -3,18 +3,19 @@
 ImageNet's networks shrink an image 4 times before their first block. At `image_size` <= 64 (or with
 `small_stem=True`) they get what papers on CIFAR give them: a 3x3 first convolution of stride 1 and no
 max-pooling; MobileNetV2's second stage also keeps its size. All then shrink the image 8 times,
-DenseNet-40-12 4 times.
+DenseNet-40-12 4 times. ResNets and DenseNets are `Network`s of torchvision's layers under torchvision's names, so that
+state dicts fit both.
 """
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastkd._core.extras import require
-from fastkd.models.base import make_norm
+from fastkd.models.base import Network, Outputs, global_pool, make_norm
 
 SMALL = 64  # largest image_size that gets the small stem
 
 # For `with_features` without layer names: ends of stages, then the input of the classifier.
-RESNET_LAYERS = ("layer1", "layer2", "layer3", "layer4", "flatten")
 MOBILENET_LAYERS = ("features.3", "features.6", "features.13", "features.18", "flatten")
 SHUFFLENET_LAYERS = ("stage2", "stage3", "stage4", "conv5", "mean")
 
@@ -43,6 +44,65 @@ def _is_small(small_stem: bool | None, image_size: int) -> bool:
     return image_size <= SMALL if small_stem is None else small_stem
 
 
+class StagedResNet(Network):
+    """A torchvision ResNet whose last stage, of four, is the branch."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        for name, child in model.named_children():
+            self.add_module(name, child)
+        self.features_width = self.fc.in_features
+
+    def stem_layers(self) -> tuple[str, ...]:
+        """The layers before the branch."""
+        return ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
+
+    def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The maps of all stages but the last."""
+        maps = [self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))]
+        for stage in (self.layer2, self.layer3):
+            maps.append(stage(maps[-1]))
+        return tuple(maps)
+
+    def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
+        """The last stage and the classifier."""
+        last = self.layer4(stem[-1])  # [B, 512 or 2048, h, w]
+        features = torch.flatten(self.avgpool(last), 1)
+        return Outputs(self.fc(features), features, (*stem, last))
+
+
+class StagedDenseNet(Network):
+    """A torchvision DenseNet whose last dense block is the branch; the transition before it belongs to the stem."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.features, self.classifier = model.features, model.classifier
+        self.features_width = self.classifier.in_features
+        names = [name for name, _ in self.features.named_children()]
+        blocks = [name for name in names if name.startswith("denseblock")]
+        self._last, self._stem = blocks[-1], names[: names.index(blocks[-1])]
+
+    def stem_layers(self) -> tuple[str, ...]:
+        """The layers before the branch."""
+        return tuple(f"features.{name}" for name in self._stem)
+
+    def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The maps of all blocks but the last, and what the last transition makes of them."""
+        maps = []
+        for name in self._stem:
+            x = self.features.get_submodule(name)(x)
+            if name.startswith("denseblock"):
+                maps.append(x)
+        return (*maps, x)
+
+    def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
+        """The last stage and the classifier."""
+        last = self.features.norm5(self.features.get_submodule(self._last)(stem[-1]))
+        last = nn.functional.relu(last, inplace=True)  # [B, D, h, w]
+        features = global_pool(last)
+        return Outputs(self.classifier(features), features, (*stem[:-1], last))
+
+
 def resnet(
     depth: int, num_classes: int, image_size: int, channels: int, *, norm: str = "batch", small_stem: bool | None = None
 ) -> nn.Module:
@@ -53,8 +113,7 @@ def resnet(
     model.conv1 = _first_conv(model.conv1, channels, small)
     if small:
         model.maxpool = nn.Identity()
-    model.feature_layers = RESNET_LAYERS
-    return model
+    return StagedResNet(model)
 
 
 def mobilenet_v2(
@@ -114,6 +173,4 @@ def densenet(
     model.features.conv0 = _first_conv(model.features.conv0, channels, small)
     if small:
         model.features.pool0 = nn.Identity()
-    transitions = tuple(f"features.denseblock{i}" for i in range(1, len(blocks)))
-    model.feature_layers = (*transitions, "relu", "flatten")
-    return model
+    return StagedDenseNet(model)

@@ -1,4 +1,4 @@
-"""VGG 8-19 with normalisation and one linear layer, in the form that papers on distillation use for small images.
+"""VGG 8-19 with normalisation and a small classifier, in the form that papers on distillation use for small images.
 
 Sources: Simonyan and Zisserman, arXiv 1409.1556 (11-19); Tian et al., arXiv 1910.10699 (VGG-8, small classifier).
 """
@@ -22,6 +22,9 @@ class VGG(Network):
 
     A 2x2 max-pooling stands between two stages only while the map is larger than 4x4, so that the last
     stage sees 4x4 pixels for images of 8 to 64 pixels. As in the field's code, convolutions have a bias.
+
+    head  "linear", one linear layer, or "mlp": dropout, linear, ReLU twice before it, as in the code of PCL and DKEL;
+          the features are then the input of the last linear layer
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class VGG(Network):
         *,
         norm: str = "batch",
         width: float = 1.0,
+        head: str = "linear",
     ):
         super().__init__()
         make, size, stages = make_norm(norm), image_size, []
@@ -47,15 +51,22 @@ class VGG(Network):
             stages.append(nn.Sequential(*layers))
         self.stages = nn.ModuleList(stages)
         self.features_width = channels
+        if head not in ("linear", "mlp"):
+            raise ValueError(f'create: head must be "linear" or "mlp", got {head!r}')
+        self.hidden = nn.Sequential()
+        for _ in range(2 if head == "mlp" else 0):
+            self.hidden.extend([nn.Dropout(), nn.Linear(channels, channels), nn.ReLU(inplace=True)])
         self.fc = nn.Linear(channels, num_classes)
         init_kaiming(self)
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
 
     def stem_layers(self) -> tuple[str, ...]:
+        """All stages but the last."""
         return tuple(f"stages.{i}" for i in range(len(self.stages) - 1))
 
     def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images [B, C, H, W] -> the maps of all stages but the last."""
         maps = []
         for stage in self.stages[:-1]:
             x = stage(x)
@@ -63,6 +74,7 @@ class VGG(Network):
         return tuple(maps)
 
     def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
+        """The stem's maps -> logits [B, classes], features [B, 512], maps of all stages."""
         last = self.stages[-1](stem[-1])  # [B, 512, h, w]
-        features = global_pool(last)
+        features = self.hidden(global_pool(last))
         return Outputs(self.fc(features), features, (*stem, last))

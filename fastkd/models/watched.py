@@ -26,6 +26,7 @@ class Watched:
             model.get_submodule(name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Outputs:
+        """What `collect` makes of one call of the network; ValueError where a watched module did not run."""
         seen: dict[str, Tensor] = {}
         with self._watching(seen):
             logits = logits_of(self.model(*args, **kwargs))

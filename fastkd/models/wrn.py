@@ -20,6 +20,7 @@ class PreActBlock(nn.Module):
         self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, c, H, W] -> [B, planes, H / stride, W / stride]."""
         active = F.relu(self.bn1(x))
         out = self.conv2(self.dropout(F.relu(self.bn2(self.conv1(active)))))
         return out + (x if self.shortcut is None else self.shortcut(active))
@@ -64,13 +65,16 @@ class WideResNet(Network):
         nn.init.zeros_(self.fc.bias)
 
     def stem_layers(self) -> tuple[str, ...]:
+        """The first convolution and two of three stages."""
         return "conv1", "layer1", "layer2"
 
     def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images [B, C, H, W] -> the maps of the first two stages."""
         first = self.layer1(self.conv1(x))  # [B, 16k, H, W]
         return first, self.layer2(first)  # [B, 32k, H/2, W/2]
 
     def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
+        """The stem's maps -> logits [B, classes], features [B, 64k], maps of all three stages."""
         last = F.relu(self.bn1(self.layer3(stem[-1])))  # [B, 64k, H/4, W/4]
         features = global_pool(last)
         return Outputs(self.fc(features), features, (*stem, last))

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-VALUES_ARE_READABLE = True  # False in tests: as on a device that must not be waited for
-CHECK_VALUES_EVERYWHERE = os.environ.get("FASTKD_CHECKS", "0") == "1"
+from fastkd import _backend
 
 
 def may_read_values(tensor: Tensor) -> bool:
     """Whether looking at this tensor's numbers is free of a device wait and of a graph break."""
-    if not VALUES_ARE_READABLE:
+    if not _backend.machine.values_readable:
         return False
     if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor) or is_transformed():
         return False
-    return tensor.device.type == "cpu" or CHECK_VALUES_EVERYWHERE
+    return tensor.device.type == "cpu" or _backend.machine.check_everywhere
 
 
 def is_transformed() -> bool:

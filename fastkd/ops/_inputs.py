@@ -15,7 +15,6 @@ from torch import Tensor
 from fastkd import _backend
 from fastkd._core.checks import LARGEST, check_index, check_number
 from fastkd._core.messages import wrong_type, wrong_value
-from fastkd.ops import _autograd as autograd
 from fastkd.ops._autograd import is_transformed, may_read_values
 from fastkd.ops._formulas import rows_of
 
@@ -47,7 +46,7 @@ def check_like(op: str, name: str, value: object, student: Tensor, whose: str = 
 
 def check_not_probabilities(op: str, name: str, logits: Tensor | Sequence[Tensor]) -> None:
     """With FASTKD_CHECKS=1: refuses logits [..., C], one tensor or several, whose rows all are probabilities."""
-    if not autograd.CHECK_VALUES_EVERYWHERE:
+    if not _backend.machine.check_everywhere:
         return
     for k, z in enumerate([logits] if isinstance(logits, Tensor) else logits):
         if may_read_values(z) and z.numel() > 0 and _are_probabilities(z.detach()):

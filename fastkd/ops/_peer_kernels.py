@@ -27,7 +27,6 @@ from fastkd.ops._peer_losses import Options, Tensors, block_of, is_read, referen
 
 # Of one CUDA launch (csrc/mutual/op.h); more networks go in groups.
 LAUNCH_LEARNERS, LAUNCH_NETWORKS = 16, 32
-STREAM_ALWAYS = False  # the tests': CUDA kernels treat every row as one that does not fit on chip
 
 
 def register_fakes(namespace: str) -> None:
@@ -62,7 +61,7 @@ def arguments(tensors: Tensors, options: Options, learners: Sequence[int]) -> tu
         tensors.logits, tensors.teachers, tensors.target, tensors.soft, tensors.weights, tensors.teacher_weights,
         tensors.scalars, options.host_weights, options.temperature, options.kd_weight, options.ce_weight,
         options.num_items, options.cross_entropy, options.label_smoothing, options.ignore_index, options.scale_by_t2,
-        REDUCTIONS.index(options.reduction), options.return_terms, learners, STREAM_ALWAYS,
+        REDUCTIONS.index(options.reduction), options.return_terms, learners, _backend.machine.stream_always,
     )  # fmt: skip
 
 

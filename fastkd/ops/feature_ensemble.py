@@ -263,6 +263,7 @@ def reference(tensors: Tensors, options: Options) -> Tensor:
 
 
 def register_fakes(namespace: str) -> None:
+    """The shapes that the raw operations of `namespace` return, for torch.compile and torch.export."""
     def forward(
         students, teachers, weights, mask, host_weights, p, norm, mean_elements, reduction, items, need_grad, store
     ):

@@ -51,6 +51,11 @@ class GroupStats(NamedTuple):
     Without a label is a row whose target is ignored, outside the mask, out of range or not given. A row whose softmax
     is NaN (NaN or +inf logits, every class masked) has NaN statistics, is not correct, and its label ranks after all C
     classes.
+
+    >>> logits = [torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [0.0, 3.0]])]  # of two networks
+    >>> stats = fastkd.functional.group_stats(logits, torch.tensor([0, 1]))
+    >>> stats.errors().tolist(), stats.network_order().tolist()
+    ([[False, False], [True, False]], [[0, 1], [1, 0]])
     """
 
     ce: Tensor
@@ -232,6 +237,7 @@ def _promoted(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def register_fakes(namespace: str) -> None:
+    """The shapes that the raw operation of `namespace` returns, for torch.compile and torch.export."""
     def fake(networks, target, soft, ignore_index):
         first, shape = networks[0], (len(networks), count_rows(networks[0]))
         dtype = torch.float64 if any([z.dtype == torch.float64 for z in networks]) else torch.float32

@@ -43,6 +43,9 @@ from fastkd.ops._inputs import (
 from fastkd.ops._multi_teacher_formula import Options, Tensors, without_zeros
 from fastkd.ops._multi_teacher_kernels import COMBINE, DistillationStats
 from fastkd.ops._teachers import check_teachers, check_temperature, check_weights
+from fastkd.ops._topk_logits import REASON as SPARSE_REASON
+from fastkd.ops._topk_logits import checked as checked_sparse
+from fastkd.ops._topk_logits import has_sparse, with_sparse
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -127,7 +130,8 @@ def multi_teacher_kd(
         student: logits [..., C], float32, float64, float16 or bfloat16. Leading dimensions are rows: [B, C], [B, T, V].
         teachers: K logits of the student's shape, as a sequence, or stacked [K, ..., C] (a tensor of the student's
             own shape is one teacher), each in any of these dtypes. Never converted or concatenated, and copied only
-            where the classes do not lie next to each other.
+            where the classes do not lie next to each other. Among them, or alone, `fastkd.TopK`: k classes a row, in
+            plain PyTorch; with combine="losses", and a temperature of 1 but for its modes "teacher" and "both".
         target: class indices [...] of an integer dtype, or probabilities [..., C] of a floating one (one that requires
             grad gets a gradient, in plain PyTorch). Rows equal to `ignore_index` count nowhere, whatever `ce_weight`.
         weights: none = 1/K each; [K]; or [K, ...] per row. Not normalised: they multiply each teacher's term. A teacher
@@ -161,6 +165,14 @@ def multi_teacher_kd(
             on the CPU; on a GPU, where reading it would wait for the device, and under torch.compile, its row's loss
             and gradient are NaN (FASTKD_CHECKS=1 makes it raise there too, without compile).
     """
+    if has_sparse(teachers):
+        given = dict(
+            weights=weights, kd_weight=kd_weight, temperature=temperature, combine=combine, ce_weight=ce_weight,
+            label_smoothing=label_smoothing, ignore_index=ignore_index, mask=mask, class_dim=class_dim,
+            scale_by_t2=scale_by_t2, reduction=reduction, num_items=num_items, return_terms=return_terms,
+            return_stats=return_stats,
+        )  # fmt: skip
+        return with_sparse(multi_teacher_kd, OP, student, teachers, target, given)
     tensors, options = _check(
         student, teachers, target, weights, kd_weight, temperature, combine, ce_weight, label_smoothing, ignore_index,
         mask, class_dim, scale_by_t2, reduction, num_items, return_terms, return_stats,
@@ -278,6 +290,12 @@ def _check_rows(
     return Tensors(rows_of(student), (), target, soft, None), options
 
 
-_backend.register(
-    multi_teacher_kd, OP, lambda arguments: kernels.why_reference(*_check(**arguments)), kernels.register_fakes
-)
+def _why_reference(arguments: dict) -> str | None:
+    if not has_sparse(arguments["teachers"]):
+        return kernels.why_reference(*_check(**arguments))
+    options = {name: value for name, value in arguments.items() if name not in ("student", "teachers", "target")}
+    _check(**checked_sparse(OP, arguments["student"], arguments["teachers"], arguments["target"], options)[1])
+    return SPARSE_REASON
+
+
+_backend.register(multi_teacher_kd, OP, _why_reference, kernels.register_fakes)

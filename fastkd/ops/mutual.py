@@ -227,10 +227,12 @@ def _check(
 
 
 def rows_of(networks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Logits [..., C] as rows [R, C] where that is a view, else as they are."""
     return tuple([z if z.dim() == 2 else formulas.rows_of(z) for z in networks])
 
 
 def check_smoothing(op: str, label_smoothing: object) -> float:
+    """`label_smoothing` as a float; ValueError, TypeError where it is none in [0, 1]."""
     return check_number(op, "label_smoothing", label_smoothing, "a number in [0, 1]", 0, 1)
 
 

@@ -23,6 +23,10 @@ TOP = 5
 def network_scores(stats: GroupStats, by: str = "ce", process_group=None) -> Tensor:
     """Mean cross-entropy, accuracy or top-5 accuracy of each network over the samples with a label, float64 [M].
 
+    >>> stats = fastkd.functional.group_stats([torch.eye(4), torch.zeros(4, 4)], torch.arange(4))
+    >>> fastkd.functional.network_scores(stats, "accuracy").tolist()  # of equal logits the first is the argmax
+    [1.0, 0.25]
+
     Args:
         stats: of M networks.
         by: "ce" | "accuracy" | "top5".
@@ -43,6 +47,10 @@ def rank_networks(stats: GroupStats, by: str = "ce", process_group=None) -> Tens
 
     Ties are broken by index, networks that gave NaN come last, samples without a label do not count. `order[:k]` are
     the k best. Nothing waits for the device. For the arguments see `network_scores`.
+
+    >>> stats = fastkd.functional.group_stats([torch.zeros(4, 4), torch.eye(4)], torch.arange(4))
+    >>> fastkd.functional.rank_networks(stats).tolist()
+    [1, 0]
 
     Returns:
         int64 [M] on the device of the statistics, the same on every rank of `process_group`.
@@ -72,6 +80,11 @@ def hard_samples(stats: GroupStats, proportions: Tensor | Sequence[float], n: in
     follow each other in their order; a sample hard for two networks appears twice. Samples without a label or with a
     NaN cross-entropy are left out: where a network's part is larger than what is left, it starts again with its
     hardest sample. A network left without any takes those that gave NaN, or else those without a label, by index.
+
+    >>> logits = torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])  # right, wrong, undecided
+    >>> stats = fastkd.functional.group_stats([logits, logits.flip(1)], torch.tensor([0, 0, 0]))
+    >>> fastkd.functional.hard_samples(stats, [2, 1], n=3).tolist()  # two of the first network's, one of the second's
+    [1, 2, 0]
 
     Args:
         stats: of M networks on R >= 1 samples.

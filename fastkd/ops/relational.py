@@ -33,12 +33,16 @@ KIND_DISTANCE, KIND_SINGLE, KIND_FULL = 0, 1, 2
 
 
 class Tensors(NamedTuple):
+    """What an operation on two sets of embeddings reads."""
+
     student: Tensor  # [N, D]
     teacher: Tensor  # [N, E]
     mask: Tensor | None  # bool [N]: the rows that count
 
 
 class Options(NamedTuple):
+    """Its name and hyper-parameters."""
+
     op: str
     eps: float
     reduction: str
@@ -243,6 +247,7 @@ def _over_all_rows(tensors: Tensors, options: Options) -> Tensor:
 
 
 def result_dtype(tensors: Tensors) -> torch.dtype:
+    """The dtype of the loss: float64 where an embedding is, else float32."""
     return accumulate_dtype(torch.promote_types(tensors.student.dtype, tensors.teacher.dtype))
 
 
@@ -266,6 +271,7 @@ def _padded(n: int) -> int:
 
 
 def register_fakes(namespace: str) -> None:
+    """The shapes that the raw operations of `namespace` return, for torch.compile and torch.export."""
     def sides(x, gram, mask, kind, eps):
         n = x.shape[0]
         dtype = torch.float32 if kind == KIND_SINGLE else torch.float64

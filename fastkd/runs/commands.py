@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from fastkd._core.files import write_atomic
@@ -12,12 +13,13 @@ from fastkd.runs import compare as comparing
 from fastkd.runs import environment
 from fastkd.runs.config import CompareConfig, TrainConfig, differences, read_yaml, to_yaml
 from fastkd.runs.folder import CONFIG, holds_run
-from fastkd.runs.plans import RECIPES, plan, recipe
+from fastkd.runs.job import CompareJob, Job
+from fastkd.runs.plans import RECIPES
 from fastkd.runs.report import write_train_report
 from fastkd.runs.runner import Result, Runner
 from fastkd.runs.tables import percent
 from fastkd.train import board, checkpoint
-from fastkd.train.devices import cpu_threads, pick_device
+from fastkd.train.devices import cpu_threads
 from fastkd.train.distributed import deterministic, joined, launched
 
 
@@ -50,33 +52,34 @@ def _keep_config(out: Path, config: TrainConfig | CompareConfig) -> None:
     write_atomic(out / CONFIG, to_yaml(config).encode())
 
 
-def train(config: TrainConfig, command: str, say=print) -> dict[str, Result]:
+def train(config: TrainConfig, command: str, say: Callable[[str], None] = print) -> dict[str, Result]:
     """Train one student, and what it needs before; leaves checkpoints, metrics, curves and a report in OUT."""
-    recipe(config.method)
-    with joined(pick_device(config.device), config.timeout) as world:
-        if not world.first:
-            say = lambda text: None  # noqa: E731
-        config = world.from_first(lambda: config)  # a run that is resumed has the options that it finds there
+    job = Job.of(config)
+    with joined(job.device, config.timeout) as world:
+        job = job.among(world)
+        config, say = job.config, say if world.first else lambda text: None
         if config.tensorboard:
             world.from_first(lambda: board.writer_type() and None)  # only this process needs the package
         out = world.from_first(lambda: _open(config))
         with world.locked(out), cpu_threads(config.threads), deterministic(config.deterministic):
-            world.from_first(lambda: _note_epochs(config, out, say))
-            runner = Runner(config, say)
+            world.from_first(lambda: _note_epochs(job, say))
+            runner = Runner(job, say)
             world.from_first(lambda: _keep_config(out, config))
             results = runner.run()
-            report = world.from_first(lambda: write_train_report(config, results, runner.data, command))
+            others = runner.accuracies(results["student"].others)
+            report = world.from_first(lambda: write_train_report(job, results, others, runner.data, command))
     last = results["student"].rows[-1]
     say(f"{config.method}: test accuracy {percent(last['test_accuracy'])} % after epoch {int(last['epoch'])}")
     say(f"report: {report}, curves: {out / 'curves.png'}")
     return results
 
 
-def _note_epochs(config: TrainConfig, out: Path, say) -> None:
+def _note_epochs(job: Job, say: Callable[[str], None]) -> None:
+    config, out = job.config, job.folder
     before = read_yaml(out / CONFIG).get("epochs", config.epochs) if (out / CONFIG).exists() else config.epochs
     if before == config.epochs or not checkpoint.epochs(out / "checkpoints"):
         return
-    guides = [f"{stage.name} keeps its {stage.epochs} epochs" for stage in plan(config)[:-1]]
+    guides = [f"{stage.name} keeps its {stage.epochs} epochs" for stage in list(job.stages.values())[:-1]]
     if config.schedule != "constant" or guides:
         what = [*guides, f"the schedule ({config.schedule}) changes"]
         say(
@@ -85,24 +88,22 @@ def _note_epochs(config: TrainConfig, out: Path, say) -> None:
         )
 
 
-def compare(config: CompareConfig, command: str, say=print) -> comparing.Comparison:
+def compare(config: CompareConfig, command: str, say: Callable[[str], None] = print) -> comparing.Comparison:
     """Run all methods and seeds, print the table, and leave the report, the picture and the metrics in OUT."""
     if config.methods == ["all"]:
         config = dataclasses.replace(config, methods=list(RECIPES))
     if launched() > 1:
         raise UserError("fastkd compare runs in one process: start it without torchrun")
-    for method in config.methods:
-        recipe(method)
+    job = CompareJob.of(config)
     if config.tensorboard:
         board.writer_type()
     out = _open(config)
     with lock(out), cpu_threads(config.threads), deterministic(config.deterministic):
         comparing.check_data(config)
         _keep_config(out, config)
-        comparison = comparing.run(config, say=say if not config.quiet else lambda text: None)
+        comparison = comparing.run(job, say=say if not config.quiet else lambda text: None)
         paths = comparing.write(comparison, command)
-        device = pick_device(config.device)
-        where = f"{environment.describe(device)}; {comparing.backend_text(device)}"
+        where = f"{environment.describe(job.device)}; {comparing.backend_text(job.device)}"
     say("\n" + comparing.summary_table(comparison))
     say(
         "\nAccuracies after the last epoch, mean +- standard deviation over the seeds; median time of a student's step."

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,12 +17,12 @@ from fastkd._core.files import write_atomic
 from fastkd.runs import environment
 from fastkd.runs.config import CompareConfig, TrainConfig
 from fastkd.runs.figures import LAST_EPOCH, pyplot, save_figure
-from fastkd.runs.plans import accepted, check_options, plan, teaches_logits
-from fastkd.runs.report import data_text, method_text, optimization_text
+from fastkd.runs.job import CompareJob
+from fastkd.runs.report import data_text, optimization_text
 from fastkd.runs.runner import Result, Runner, load_data
 from fastkd.runs.tables import final, table
 from fastkd.train import same_data
-from fastkd.train.devices import pick_device, to_device
+from fastkd.train.devices import to_device
 from fastkd.train.loop import Fit
 from fastkd.train.metrics import write_csv
 
@@ -39,6 +40,7 @@ class Comparison:
     runners: dict[str, Runner] = field(default_factory=dict)  # of the first seed
 
     def accuracies(self, method: str) -> list[float]:
+        """The student's test accuracy in 0..1, one for each seed."""
         return [final(results["student"]) for results in self.results[method].values()]
 
 
@@ -51,18 +53,13 @@ def check_data(config: CompareConfig) -> None:
             same_data.go_on(folders, load_data(runs[0], note=lambda text: None).description)
 
 
-def run(config: CompareConfig, say) -> Comparison:
+def run(job: CompareJob, say: Callable[[str], None]) -> Comparison:
     """Run what is not there yet; what several methods share is trained once a seed."""
-    check_options(config.methods, config.options)
+    config, runs = job.config, job.runs()  # what cannot be planned shows before anything is trained
     comparison = Comparison(config, {method: {} for method in config.methods})
-    runs = {(m, s): config.run(m, s, accepted(m, config.options)) for s in config.seeds for m in config.methods}
-    for (method, seed), one in runs.items():
-        stages = plan(one)  # what cannot be planned shows before anything is trained
-        if one.logits_cache and not any(map(teaches_logits, stages)):
-            runs[method, seed] = dataclasses.replace(one, logits_cache=False)
     for number, seed in enumerate(config.seeds):
         told = {} if number == 0 else {"note": lambda text: None}  # once, not for each seed
-        data = load_data(runs[config.methods[0], seed], **told)
+        data = load_data(runs[config.methods[0], seed].config, **told)
         for method in sorted(config.methods, key=lambda name: name != "ce"):  # other methods may use what ce trains
             runner = Runner(runs[method, seed], say, data=data)
             say(f"seed {seed}, {method}")
@@ -94,10 +91,10 @@ def time_steps(runner: Runner, results: dict[str, Result], rounds: int = ROUNDS)
     return {backend: statistics.median(values) for backend, values in times.items()}
 
 
-def _time_step(fit: Fit, inputs, target, backend: str) -> float:
+def _time_step(fit: Fit, inputs: Any, target: torch.Tensor, backend: str) -> float:
     """Seconds of one step; "native" is the backend "auto": a method may ask for something that has no kernel."""
     fit.method.train()
-    wait = torch.cuda.synchronize if fit.device.type == "cuda" else lambda: None
+    wait: Callable[[], None] = torch.cuda.synchronize if fit.device.type == "cuda" else lambda: None
     with fastkd.use_backend("auto" if backend == "native" else backend):
         wait()
         started = time.perf_counter()
@@ -114,6 +111,7 @@ def spread(values: list[float], scale: float = 100) -> str:
 
 
 def summary_table(comparison: Comparison) -> str:
+    """One row a method: accuracy, gain over CE, time of a step on both backends."""
     baseline = comparison.accuracies("ce") if "ce" in comparison.results else None
     header = ["method", "student's test accuracy [%]", "gain over ce", "seeds better than ce"]
     header += ["native [ms/step]", "reference [ms/step]"]
@@ -131,16 +129,16 @@ def summary_table(comparison: Comparison) -> str:
 
 def guides_table(comparison: Comparison) -> str:
     """Each distinct guide: its network, how it was trained, and its own accuracy."""
-    found: dict[tuple, list[Result]] = {}
-    users: dict[tuple, list[str]] = {}
-    for method, seeds in comparison.results.items():
-        for results in seeds.values():
-            for result in results.values():
+    found: dict[tuple[str, str, str, tuple[str, ...]], list[Result]] = {}
+    users: dict[tuple[str, str, str, tuple[str, ...]], list[str]] = {}
+    for user, seeds in comparison.results.items():
+        for run in seeds.values():
+            for result in run.values():
                 stage = result.stage
                 if stage.name != "student":
                     key = (stage.name, stage.network, stage.method, stage.guides)
                     found.setdefault(key, []).append(result)
-                    users.setdefault(key, []).append(method)
+                    users.setdefault(key, []).append(user)
     rows = []
     for (name, network, method, guides), results in found.items():
         distinct = list({str(r.folder): r for r in results}.values())
@@ -154,7 +152,8 @@ def guides_table(comparison: Comparison) -> str:
 
 def write_metrics(comparison: Comparison, folder: Path) -> None:
     """metrics.csv: every epoch of every student; results.csv: one row a run."""
-    rows, last = [], []
+    rows: list[dict[str, Any]] = []
+    last: list[dict[str, Any]] = []
     for method, seeds in comparison.results.items():
         for seed, results in seeds.items():
             student = results["student"]
@@ -198,10 +197,12 @@ def draw_bars(comparison: Comparison, path: Path) -> None:
 
 
 def backend_text(device: torch.device) -> str:
+    """Which kernels the device of the comparison has."""
     return f"native on {device.type}: {fastkd.backend_info().get(device.type, 'none')}"
 
 
 def text(comparison: Comparison, command: str) -> str:
+    """The report of a comparison in Markdown."""
     config = comparison.config
     runner = next(iter(comparison.runners.values()))
     student = next(iter(next(iter(comparison.results.values())).values()))["student"].network
@@ -216,13 +217,14 @@ def text(comparison: Comparison, command: str) -> str:
     if any(len(runner.stages) > 1 for runner in comparison.runners.values()):
         lines += ["## Networks trained before", "", guides_table(comparison), ""]
     lines += ["## Methods", ""]
-    lines += [f"- **{m}**: {method_text(m, config.data, accepted(m, config.options))}" for m in config.methods]
+    jobs = {method: runner.job for method, runner in comparison.runners.items()}
+    lines += [f"- **{m}**: {jobs[m].recipe.described(config.data, jobs[m].config.options)}" for m in config.methods]
     lines += ["", "## Data", "", data_text(config, runner.data), ""]
     if config.train_size:
         lines += ["Each seed draws its own training images; the test images are the same for all.", ""]
     lines += ["## Optimisation", "", optimization_text(config) + f" {_epochs_text(one)}", ""]
     lines += ["## How to repeat it", "", "```", command, "```", ""]
-    device = pick_device(config.device)
+    device = runner.job.device
     lines += [f"{environment.describe(device)}; {backend_text(device)}.", ""]
     return "\n".join(lines)
 

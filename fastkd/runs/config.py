@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fastkd._core.messages import UserError
-from fastkd.train.settings import Settings, _flag
+from fastkd.train.option_types import declared, flag, option
+from fastkd.train.settings import Settings
 
 
 @dataclass
@@ -25,11 +26,11 @@ class MethodOptions:
         resume: go on from OUT, or start where nothing is there; without it an OUT that holds a run is refused
     """
 
-    method: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    out: str = ""
-    resume: bool = False
+    method: str = option("", "stages")
+    options: dict[str, Any] = option({}, "stages")
+    seed: int = option(0, "result", least=0)
+    out: str = option("", "free")
+    resume: bool = option(False, "free")
 
 
 COMPARED = ("ce", "kd", "dgkd", "orc", "ctsl-mkt", "dkel", "feed-parallel")
@@ -47,21 +48,31 @@ class CompareOptions:
         resume: go on from OUT, or start where nothing is there; without it an OUT that holds a run is refused
     """
 
-    methods: list[str] = field(default_factory=lambda: [*COMPARED])
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    options: dict[str, Any] = field(default_factory=dict)
-    out: str = "runs/compare"
-    resume: bool = False
+    methods: list[str] = option([*COMPARED], "stages", grows=True)
+    seeds: list[int] = option([0, 1, 2], "stages", grows=True)
+    options: dict[str, Any] = option({}, "stages")
+    out: str = option("runs/compare", "free")
+    resume: bool = option(False, "free")
 
 
 @dataclass
 class TrainConfig(Settings, MethodOptions):
-    """Everything that determines one run."""
+    """Everything that determines one run.
+
+    >>> config = fastkd.train.TrainConfig(method="kd", epochs=2, milestones=[1])
+    >>> config.data, config.epochs
+    ('digits', 2)
+    """
 
 
 @dataclass
 class CompareConfig(Settings, CompareOptions):
-    """Everything that determines a comparison; defaults that make the student's own result leave room to gain."""
+    """Everything that determines a comparison; defaults that make the student's own result leave room to gain.
+
+    >>> config = fastkd.train.CompareConfig(methods=["ce", "kd"], seeds=[0, 1])
+    >>> config.run("kd", 1, {}).method, config.schedule
+    ('kd', 'cosine')
+    """
 
     epochs: int = 80
     guide_epochs: int = 30
@@ -69,7 +80,7 @@ class CompareConfig(Settings, CompareOptions):
     eval_every: int = 10
     keep: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.train_size is None and self.data == "digits":
             self.train_size = 200
@@ -88,24 +99,25 @@ class CompareConfig(Settings, CompareOptions):
         return TrainConfig(**shared, method=method, seed=seed, options=options, out=out, resume=True)
 
 
-# What may differ between the parts of one run without changing what it computes, or only where it goes on to.
-_FREE = {"out", "resume", "cache", "quiet", "keep", "log_every", "workers", "device", "threads", "data_root"}
-
-
-_FREE |= {"download", "keep_images", "epochs", "eval_every", "save_every", "bad_images", "non_finite"}
-
-
-_FREE |= {"channels_last", "compile", "cuda_graph", "deterministic", "timeout", "tensorboard", "logits_cache"}
-
-
-_GROWING = ("methods", "seeds")  # of a comparison: more may come, and none may go
+_OPTIONS = declared(CompareConfig) | declared(TrainConfig)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The options that hold a run to its results and that differ: "lr was 0.1, now 0.05"."""
-    names = [name for name in new if name not in _FREE and name in old and old[name] != new[name]]
-    names = [name for name in names if not (name in _GROWING and set(old[name]) <= set(new[name]))]
-    return [f"--{_flag(name)} was {old[name]}, now {new[name]}" for name in names]
+    names = [name for name in new if _OPTIONS[name].role != "free" and name in old and old[name] != new[name]]
+    names = [name for name in names if not (_OPTIONS[name].grows and set(old[name]) <= set(new[name]))]
+    return [f"{flag(name)} was {old[name]}, now {new[name]}" for name in names]
+
+
+def determining(config: TrainConfig) -> dict[str, Any]:
+    """The options that say what any network of the run computes, for its key in a cache. See `Option`."""
+    found = {}
+    for field in dataclasses.fields(config):
+        how, value = _OPTIONS[field.name], getattr(config, field.name)
+        unused = how.later and (value == field.default or not getattr(config, how.needs, True))
+        if how.role in ("data", "result") and not unused:
+            found[field.name] = value
+    return found
 
 
 def fingerprint(facts: dict[str, Any]) -> str:
@@ -113,13 +125,14 @@ def fingerprint(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def to_yaml(config: object) -> str:
+def to_yaml(config: TrainConfig | CompareConfig) -> str:
     """The options as YAML that `--config` reads; without `resume`, which belongs to one start of the run."""
     from fastkd._core.extras import require
 
     values = dataclasses.asdict(config)
     values.pop("resume", None)
-    return require("yaml", "Writing config.yaml").safe_dump(values, sort_keys=False)
+    text: str = require("yaml", "Writing config.yaml").safe_dump(values, sort_keys=False)
+    return text
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

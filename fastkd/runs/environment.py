@@ -10,6 +10,7 @@ import fastkd
 
 
 def versions() -> dict[str, str]:
+    """The versions of fastkd, torch, Python and CUDA."""
     cuda = torch.version.cuda or "none"
     return {"fastkd": fastkd.__version__, "torch": torch.__version__, "python": platform.python_version(), "CUDA": cuda}
 

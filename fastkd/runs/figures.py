@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from fastkd._core.extras import require
 from fastkd.runs.folder import Run
@@ -17,14 +18,15 @@ LAST_EPOCH = (
 )
 
 
-def pyplot():
+def pyplot() -> Any:
     """matplotlib.pyplot that draws into files, whether there is a display or not."""
     matplotlib = require("matplotlib", "Drawing curves")
     matplotlib.use("Agg")
     return require("matplotlib.pyplot", "Drawing curves")
 
 
-def save_figure(figure, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes `figure` as a PNG to `path`, whole or not at all."""
     temporary = path.with_name(f".{path.stem}.tmp.png")
     figure.savefig(temporary, dpi=150, metadata={"Software": None})
     temporary.replace(path)
@@ -49,17 +51,17 @@ def draw_curves(rows: list[Row], path: Path, title: str, guides: dict[str, float
                 style = dict(color=color, label=_label(name, kind), marker=marker, markersize=4)
                 axis.plot(*zip(*points, strict=True), **style)
     for number, (label, accuracy) in enumerate((guides or {}).items()):
-        style = ("--", ":", "-.")[number % 3]
-        right.axhline(100 * accuracy, color="0.45", linewidth=1, linestyle=style, label=f"{label}, test, last epoch")
+        dashes = ("--", ":", "-.")[number % 3]
+        right.axhline(100 * accuracy, color="0.45", linewidth=1, linestyle=dashes, label=f"{label}, test, last epoch")
     left.set_ylabel("loss per image")
-    _log_scale(left)
+    log_scale(left, "y")
     right.set_ylabel("accuracy [%]")
     for axis in third:
         for number, (name, values) in enumerate(found.items()):
             style = dict(color=f"C{number % 10}", label=name, marker=marker, markersize=4)
             axis.plot([row["epoch"] for row in rows], values, linestyle=("-", "--")[number // 10 % 2], **style)
         axis.set_ylabel("terms of the method's loss, per image")
-        _log_scale(axis)
+        log_scale(axis, "y")
     for axis in (left, right, *third):
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -69,12 +71,13 @@ def draw_curves(rows: list[Row], path: Path, title: str, guides: dict[str, float
     plt.close(figure)
 
 
-def _log_scale(axis) -> None:
-    """The method's loss, its terms and the cross-entropy may be far apart."""
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(require("matplotlib.ticker", "Drawing curves").LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("")
+def log_scale(panel: Any, which: Literal["x", "y"]) -> None:
+    """For values that may be far apart, as a method's loss, its terms and the cross-entropy; ticks at 1, 2, 5."""
+    panel.set(**{f"{which}scale": "log"})
+    axis = getattr(panel, f"{which}axis")
+    axis.set_major_locator(require("matplotlib.ticker", "Drawing curves").LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def _label(name: str, kind: str) -> str:

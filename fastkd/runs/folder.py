@@ -29,6 +29,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
+        """Whether all epochs that were planned are done."""
         done, planned = self.epochs
         return done >= planned
 
@@ -74,4 +75,5 @@ CONFIG = "config.yaml"
 
 
 def holds_run(folder: Path) -> bool:
+    """Whether `folder` holds the files of a run."""
     return any((folder / name).exists() for name in (CONFIG, "metrics.csv", "checkpoints"))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastkd.runs.config import TrainConfig
 from fastkd.runs.stages import Stage
 
 Networks = list[nn.Module]
+Build = Callable[[Networks, Networks, dict[str, Any]], methods.Method]
 
 
 @dataclass(frozen=True)
@@ -30,39 +32,64 @@ class Recipe:
         stages: config -> the stages that the student's needs, and the student's.
         about: which networks there are and who teaches whom, for --help and report.md.
         fixed: arguments of the class that this recipe sets itself.
-        digits: defaults of its arguments for digits, where a run has few steps and maps are small. Our choice: the
-            average's momentum so that it follows within an epoch or so, FEED's beta by validation images (5 over 50).
+        digits: defaults of its arguments for digits, where maps are small. Our choice: FEED's beta, by validation
+            images (5 over 50).
     """
 
     method: type[methods.Method]
-    build: Callable[[Networks, Networks, dict[str, Any]], methods.Method]
+    build: Build
     stages: Callable[[TrainConfig], list[Stage]]
     about: str
     fixed: dict[str, Any] = field(default_factory=dict)
     digits: dict[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def parameters(self) -> dict[str, Any]:
+        """All arguments of the class and their defaults, the networks among them."""
+        return stages.parameters(self.method)
 
-def _alone(method, **fixed):
-    return lambda learners, guides, options: method(learners[0], **options, **fixed)
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that `options` may set, with their defaults."""
+        hidden = _FROM_PLAN | set(self.fixed)
+        return {name: default for name, default in self.parameters.items() if name not in hidden}
+
+    def in_force(self, data: str, options: dict[str, Any]) -> dict[str, Any]:
+        """`options`, and before them what the method takes for this data instead of its own defaults."""
+        return (self.digits if data == "digits" else {}) | options
+
+    def accepted(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Those of `options` that the method has."""
+        return {name: value for name, value in options.items() if name in self.arguments}
+
+    def described(self, data: str, options: dict[str, Any]) -> str:
+        """Which networks there are, and the method's arguments in force."""
+        values = self.arguments | self.in_force(data, options)
+        shown = ", ".join(f"{name}={value!r}" for name, value in values.items()) or "none"
+        return f"{self.about} Arguments: {shown}."
 
 
-def _with_teacher(method, **fixed):
-    return lambda learners, guides, options: method(learners[0], guides[0], **options, **fixed)
+def _alone(method: type[Any]) -> Build:
+    return lambda learners, guides, options: method(learners[0], **options)
 
 
-def _with_guides(method, **fixed):
+def _with_teacher(method: type[Any]) -> Build:
+    return lambda learners, guides, options: method(learners[0], guides[0], **options)
+
+
+def _with_guides(method: type[Any], **fixed: Any) -> Build:
     return lambda learners, guides, options: method(learners[0], guides, **options, **fixed)
 
 
-def _peers(method):
+def _peers(method: type[Any]) -> Build:
     return lambda learners, guides, options: method(learners, **options)
 
 
-def _pivot_and_group(method):
+def _pivot_and_group(method: type[Any]) -> Build:
     return lambda learners, guides, options: method(learners[-1], learners[:-1], **options)
 
 
-def _peers_and_guides(method):
+def _peers_and_guides(method: type[Any]) -> Build:
     return lambda learners, guides, options: method(learners, guides, **options)
 
 
@@ -117,7 +144,6 @@ RECIPES = {
         "Peers of the student's architecture on one stem (--branches), each with its own augmentation of the images, "
         "learn together from their ensemble and from their mean teachers. The first mean teacher is the network that "
         "is kept.",
-        digits={"momentum": 0.97},
     ),
     "ban": Recipe(methods.BAN, _with_teacher(methods.BAN), stages.generations, _GENERATIONS + "one before it."),
     "dgkd": Recipe(
@@ -147,7 +173,6 @@ RECIPES = {
         stages.branches,
         "As pcl, with mean teachers that start apart from the student and whose ensemble fades out. The first mean "
         "teacher is the network that is kept.",
-        digits={"momentum": 0.97},
     ),
     "feed-parallel": Recipe(
         methods.FEED,
@@ -165,6 +190,60 @@ RECIPES = {
         _GENERATIONS + "last feature map of the one before it.",
         fixed={"mode": "sequential"},
         digits={"beta": 5.0},
+    ),
+    "dkd": Recipe(
+        methods.DKD,
+        _with_teacher(methods.DKD),
+        stages.taught,
+        f"{_TEACHER} by its probability of the label and, apart from it, those of the other classes; no assistants.",
+    ),
+    "dist": Recipe(
+        methods.DIST,
+        _with_teacher(methods.DIST),
+        stages.taught,
+        f"{_TEACHER} by the correlations of its probabilities within samples and within classes; no assistants.",
+    ),
+    "ae-kd": Recipe(
+        methods.AEKD,
+        _with_guides(methods.AEKD),
+        stages.dense,
+        "As aver, with weights of the guides that make their gradients agree, found in each batch.",
+    ),
+    "ca-mkd": Recipe(
+        methods.AVER,
+        _with_guides(methods.AVER, weights="confidence"),
+        stages.dense,
+        "As aver, each guide weighted image by image by how well it knows the label; the loss of logits alone.",
+        fixed={"weights": "confidence"},
+    ),
+    "ebkd": Recipe(
+        methods.AVER,
+        _with_guides(methods.AVER, weights="entropy"),
+        stages.dense,
+        "As aver, each guide weighted image by image by how sure it is.",
+        fixed={"weights": "entropy"},
+    ),
+    "one": Recipe(
+        methods.ONE,
+        _alone(methods.ONE),
+        stages.branches_of_one_view,
+        "Branches of the student's architecture on one stem (--branches) learn together from their gated ensemble. The "
+        "first branch is the network that is kept.",
+    ),
+    "okddip": Recipe(
+        methods.OKDDip,
+        _alone(methods.OKDDip),
+        stages.branches_of_one_view,
+        "Branches of the student's architecture on one stem (--branches): peers that learn from mixtures of each "
+        "other, each from its own, and a leader that learns from their mean. The leader is the network that is kept.",
+    ),
+    "mean-teacher": Recipe(
+        methods.MeanTeacher,
+        _alone(methods.MeanTeacher),
+        stages.two_views,
+        "The student agrees with the moving average of its own weights on another augmentation of the same images. The "
+        "average is the network that is kept.",
+        fixed={"views": True},
     ),
 }
 
@@ -186,48 +265,29 @@ def recipe(name: str) -> Recipe:
     raise UserError(f"there is no method {name!r}: {guess}known are {known}")
 
 
-def arguments(name: str) -> dict[str, Any]:
-    """The arguments of a method that `options` may set, with their defaults."""
-    how = recipe(name)
-    hidden = _FROM_PLAN | set(how.fixed)
-    return {name: default for name, default in stages.parameters(how.method).items() if name not in hidden}
-
-
-def in_force(name: str, data: str, options: dict[str, Any]) -> dict[str, Any]:
-    """`options`, and before them what the method takes for this data instead of its own defaults."""
-    return (recipe(name).digits if data == "digits" else {}) | options
-
-
-def accepted(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Those of `options` that the method has."""
-    known = arguments(name)
-    return {option: value for option, value in options.items() if option in known}
-
-
-def check_options(names: list[str], options: dict[str, Any]) -> None:
+def check_options(recipes: Mapping[str, Recipe], options: Mapping[str, Any]) -> None:
     """UserError for an option that none of these methods has."""
-    known = list(dict.fromkeys(argument for name in names for argument in arguments(name)))
+    known = list(dict.fromkeys(argument for how in recipes.values() for argument in how.arguments))
     for option in options:
         if option not in known:
             close = difflib.get_close_matches(option, known, n=1)
             guess = f"did you mean options.{close[0]}? " if close else ""
             has = f"it has {', '.join(known)}" if known else "it has none"
-            who = names[0] if len(names) == 1 else "each of the methods"
+            who = next(iter(recipes)) if len(recipes) == 1 else "each of the methods"
             raise UserError(f"{who} has no option {option!r}: {guess}{has}")
 
 
-def plan(config: TrainConfig) -> list[Stage]:
-    """The stages of a run, each after those that it needs; the last one is the student's."""
-    how = recipe(config.method)
-    check_options([config.method], config.options)
-    found = how.stages(dataclasses.replace(config, options=in_force(config.method, config.data, config.options)))
+def plan(config: TrainConfig, how: Recipe | None = None) -> list[Stage]:
+    """The stages of a run, each after those that it needs; the last one is the student's. how: the method's recipe.
+
+    >>> [stage.name for stage in fastkd.train.plan(fastkd.train.TrainConfig(method="takd", assistants=["resnet14"]))]
+    ['teacher', 'assistant1', 'student']
+    """
+    how = recipe(config.method) if how is None else how
+    check_options({config.method: how}, config.options)
+    found = how.stages(dataclasses.replace(config, options=how.in_force(config.data, config.options)))
     _check_checkpoints(config, found)
     return found
-
-
-def teaches_logits(stage: Stage) -> bool:
-    """Whether the stage's frozen networks teach by their logits of each image alone, so that these may be kept."""
-    return recipe(stage.method).method.teaches_logits and bool(stage.guides) and stage.views == 1
 
 
 def _check_checkpoints(config: TrainConfig, found: list[Stage]) -> None:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from fastkd import models
 from fastkd._core.files import write_atomic
-from fastkd.data import loader
+from fastkd.data import Data
 from fastkd.runs import environment
-from fastkd.runs.config import TrainConfig
 from fastkd.runs.figures import LAST_EPOCH, draw_curves
-from fastkd.runs.plans import arguments, in_force, recipe
+from fastkd.runs.job import Job
 from fastkd.runs.runner import Result
 from fastkd.runs.tables import final, percent, table, terms
-from fastkd.train.devices import pick_device
-from fastkd.train.loop import evaluate
 from fastkd.train.metrics import Row
 from fastkd.train.settings import Settings
 
 
-def networks_table(config: TrainConfig, results: dict[str, Result], data) -> str:
-    rows = []
+def networks_table(job: Job, results: dict[str, Result], others: dict[str, float]) -> str:
+    """One row a network: parameters, method, guides, epochs, test accuracy.
+
+    others: the test accuracies of the networks that learned together with the student, by their names.
+    """
+    config, rows = job.config, []
     for result in results.values():
         stage = result.stage
         given = stage.name in config.checkpoint
@@ -35,28 +40,26 @@ def networks_table(config: TrainConfig, results: dict[str, Result], data) -> str
             name = f"{learner.name}, going on" if learner.start else learner.name
             how = f"{stage.method}, with the {stage.name}"
             rows.append([name, learner.network, f"{models.parameters_count(network):,}", how, "-", epochs])
-            batches = loader(data.test, 256, shuffle=False)
-            rows[-1].append(percent(evaluate(network, batches, pick_device(config.device))[1]))
+            rows[-1].append(percent(others[learner.name]))
     header = ["network", "architecture", "parameters", "trained by", "guided by", "epochs", "test accuracy [%]"]
     return table(header, rows)
 
 
-def _terms_text(rows: list[Row]) -> list[str]:
+def _terms_text(rows: list[Row], counted: Mapping[str, str]) -> list[str]:
     found = terms(rows)
     cells = [[name, f"{values[0]:.4g}", f"{values[-1]:.4g}"] for name, values in found.items()]
     lines = ["## Terms of the loss", "", table(["term", "first epoch", "last epoch"], cells), ""] if found else []
-    counts = {k.removeprefix("promotions_"): v for k, v in rows[-1].items() if k.startswith("promotions_")}
-    if counts:
+    for what, words in counted.items():
+        counts = {k.removeprefix(f"{what}_"): v for k, v in rows[-1].items() if k.startswith(f"{what}_")}
         shown = ", ".join(f"{name} {int(count)}" for name, count in counts.items())
-        lines += [f"Steps in which a network was a temporary teacher: {shown}.", ""]
+        lines += [f"{words}: {shown}.", ""]
     return lines
 
 
-def data_text(config: Settings, data) -> str:
-    parts = [f"{len(data.train)} training images"]
-    if data.validation is not None:
-        parts.append(f"{len(data.validation)} validation images")
-    parts.append(f"{len(data.test)} test images")
+def data_text(config: Settings, data: Data) -> str:
+    """One sentence: how many images, classes, pixels, and how they are augmented."""
+    images: dict[str, Any] = {"training": data.train, "validation": data.validation, "test": data.test}
+    parts = [f"{len(part)} {name} images" for name, part in images.items() if part is not None]
     augmented = "augmented" if config.augment else "not augmented"
     if config.augment and config.variants:
         augmented += f" in {config.variants} variants"
@@ -65,8 +68,9 @@ def data_text(config: Settings, data) -> str:
 
 
 def optimization_text(config: Settings) -> str:
+    """Two sentences: optimiser, learning rate, batch, schedule."""
     momentum = f", momentum {config.momentum}{' (Nesterov)' if config.nesterov else ''}"
-    schedule = config.schedule
+    schedule: str = config.schedule
     if schedule == "multistep":
         schedule += f" (times {config.gamma} at {', '.join(f'{m:g}' for m in config.milestones)})"
     warmup = f", {config.warmup_epochs} epochs of linear warm-up" if config.warmup_epochs else ""
@@ -77,15 +81,9 @@ def optimization_text(config: Settings) -> str:
     )
 
 
-def method_text(name: str, data: str, options: dict) -> str:
-    """Which networks there are, and the method's arguments in force."""
-    values = arguments(name) | in_force(name, data, options)
-    shown = ", ".join(f"{key}={value!r}" for key, value in values.items()) or "none"
-    return f"{recipe(name).about} Arguments: {shown}."
-
-
-def train_report(config: TrainConfig, results: dict[str, Result], data, command: str) -> str:
-    student = results["student"]
+def train_report(job: Job, results: dict[str, Result], others: dict[str, float], data: Data, command: str) -> str:
+    """The report of one run in Markdown."""
+    config, student = job.config, results["student"]
     last = student.rows[-1]
     lines = [f"# {config.method} on {config.data}", ""]
     lines += [f"Test accuracy of the student after epoch {int(last['epoch'])}: **{percent(last['test_accuracy'])} %**"]
@@ -93,30 +91,32 @@ def train_report(config: TrainConfig, results: dict[str, Result], data, command:
         lines[-1] += f" (validation: {percent(last['validation_accuracy'])} %)"
     lines[-1] += "."
     lines += ["", "![loss and accuracy over the epochs](curves.png)", ""]
-    lines += ["## Networks", "", networks_table(config, results, data), ""]
-    lines += ["## Method", "", method_text(config.method, config.data, config.options), ""]
-    lines += _terms_text(student.rows)
+    lines += ["## Networks", "", networks_table(job, results, others), ""]
+    lines += ["## Method", "", job.recipe.described(config.data, config.options), ""]
+    lines += _terms_text(student.rows, job.recipe.method.counted)
     lines += ["## Data", "", data_text(config, data), ""]
     lines += ["## Optimisation", "", optimization_text(config), ""]
-    lines += _how_to_repeat(command, config)
+    lines += _how_to_repeat(command, job.device)
     lines += ["## How to read this", "", LAST_EPOCH, ""]
     lines += ["One seed is one sample: `fastkd compare` repeats a run with several seeds and gives the spread.", ""]
     return "\n".join(lines)
 
 
-def _how_to_repeat(command: str, config: Settings) -> list[str]:
-    where = environment.describe(pick_device(config.device))
+def _how_to_repeat(command: str, device: torch.device) -> list[str]:
+    where = environment.describe(device)
     lines = ["## How to repeat it", "", "```", command, "```", "", where + ".", ""]
     return [*lines, "All options, the defaults too, are in config.yaml: `--config config.yaml` takes them.", ""]
 
 
-def write_train_report(config: TrainConfig, results: dict[str, Result], data, command: str) -> Path:
-    """Write OUT/curves.png and OUT/report.md; returns the report's path."""
-    out = Path(config.out)
+def write_train_report(
+    job: Job, results: dict[str, Result], others: dict[str, float], data: Data, command: str
+) -> Path:
+    """Write OUT/curves.png and OUT/report.md; returns the report's path. others: as in `networks_table`."""
+    config, out = job.config, job.folder
     labels = {f"{r.stage.name} {r.stage.network}": final(r) for r in results.values() if r.stage.name != "student"}
     guides = {label: accuracy for label, accuracy in labels.items() if not math.isnan(accuracy)}
     title = f"{config.method}: {config.student} on {config.data}, seed {config.seed}"
     draw_curves(results["student"].rows, out / "curves.png", title, guides)
     path = out / "report.md"
-    write_atomic(path, train_report(config, results, data, command).encode())
+    write_atomic(path, train_report(job, results, others, data, command).encode())
     return path

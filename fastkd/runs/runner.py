@@ -25,20 +25,19 @@ from fastkd._core.files import write_atomic
 from fastkd._core.locks import NotWritable, why_not_writable
 from fastkd._core.messages import UserError, note
 from fastkd.models.registry import SMALLEST_IMAGE
-from fastkd.runs.config import TrainConfig, fingerprint
-from fastkd.runs.plans import arguments, plan, recipe, teaches_logits
-from fastkd.runs.stages import Learner, Stage, parameters
+from fastkd.runs.config import TrainConfig, determining, fingerprint
+from fastkd.runs.job import Job
+from fastkd.runs.stages import Learner, Stage
 from fastkd.train import batch_norm, checkpoint, same_data
-from fastkd.train.devices import check_cuda_graph, pick_device
+from fastkd.train.devices import check_cuda_graph
 from fastkd.train.distributed import world
+from fastkd.train.evaluation import evaluate
 from fastkd.train.given import load_weights
+from fastkd.train.loaders import held_out_batches
 from fastkd.train.loop import Fit
 from fastkd.train.metrics import Row
 from fastkd.train.steps import check_amp
-
-_TRAINING = ("batch_size", "optimizer", "lr", "momentum", "nesterov", "weight_decay", "schedule", "milestones")
-_TRAINING += ("gamma", "warmup_epochs", "amp", "accumulate")
-_DATA = ("data", "train_size", "validation", "image_size", "augment")
+from fastkd.train.task import Setup, Task
 
 
 def parse_network(spec: str) -> tuple[str, dict[str, Any]]:
@@ -75,13 +74,13 @@ _FIXED = ("digits", "fake")  # data that nobody can change while this process ru
 
 
 @functools.lru_cache(maxsize=1)
-def _load_once(name: str, items: tuple) -> datasets.Data:
+def _load_once(name: str, items: tuple[tuple[str, Any], ...]) -> datasets.Data:
     return datasets.load(name, **dict(items))
 
 
 def load_data(config: TrainConfig, note: Callable[[str], None] = note) -> datasets.Data:
     """The data of a run; what their folders hold beside is told to `note` by the first process."""
-    items = {
+    items: dict[str, Any] = {
         "root": config.data_root,
         "download": config.download,
         "train_size": config.train_size,
@@ -107,30 +106,34 @@ def _check_size(config: TrainConfig, data: datasets.Data) -> None:
         )
 
 
-def stage_key(config: TrainConfig, stage: Stage, stages: dict[str, Stage], data: datasets.Data | None = None) -> str:
+def _job(run: Job | TrainConfig) -> Job:
+    return run if isinstance(run, Job) else Job.of(run, world())
+
+
+def stage_key(
+    run: Job | TrainConfig, stage: Stage, stages: dict[str, Stage], data: datasets.Data | None = None
+) -> str:
     """Changes with all that determines the weights of this stage's network, the keys of what it needs among it.
 
-    data: those of the config; loaded where they are not given.
+    data: those of the run; loaded where they are not given.
     """
+    job = _job(run)
+    config = job.config
     if stage.name in config.checkpoint:
         content = Path(config.checkpoint[stage.name]).read_bytes()
         return fingerprint({"network": stage.network, "file": hashlib.sha256(content).hexdigest()})
-    values = dataclasses.asdict(config)
-    facts = {name: values[name] for name in (*_DATA, *_TRAINING, "seed")}
+    facts = determining(config)
     data = load_data(config) if data is None else data
     facts["data"] = [config.data.partition(":")[0], data.description]  # wherever a folder stands
-    if batch_norm.synchronises(config, world()):
-        facts["sync_batch_norm"] = True
+    if not batch_norm.synchronises(config, job.world):
+        facts.pop("sync_batch_norm", None)
+    if not stage.guides:
+        facts.pop("logits_dtype", None)
     facts |= {name: getattr(stage, name) for name in ("method", "options", "epochs", "views")}
     facts |= {"learners": [dataclasses.asdict(learner) for learner in stage.learners]}
-    # Only where they change something: earlier versions had them not, and their stages are still good.
-    if config.variants and config.augment:
-        facts["variants"] = config.variants
-    if config.logits_cache and config.logits_dtype != "float32" and stage.guides:
-        facts["logits_dtype"] = config.logits_dtype
     # Arguments that are not given have the defaults of this version of the method.
-    facts |= {"defaults": {k: repr(v) for k, v in arguments(stage.method).items()}}
-    return fingerprint(facts | {"needs": [stage_key(config, stages[name], stages, data) for name in stage.needs]})
+    facts |= {"defaults": {name: repr(value) for name, value in job.recipes[stage.name].arguments.items()}}
+    return fingerprint(facts | {"needs": [stage_key(job, stages[name], stages, data) for name in stage.needs]})
 
 
 @dataclass
@@ -148,25 +151,32 @@ class Result:
 
 
 class Runner:
-    """Carries out the plan of one run. data: those of the config, where they are loaded already."""
+    """Carries out the plan of one run.
 
-    def __init__(self, config: TrainConfig, say: Callable[[str], None] = print, *, data: datasets.Data | None = None):
-        self.world = world()
-        if not self.world.first:
-            config, say = dataclasses.replace(config, quiet=True), lambda text: None
-        self.config, self.say = config, say
-        self.stages = {stage.name: stage for stage in plan(config)}
-        if config.logits_cache and not any(map(teaches_logits, self.stages.values())):
+    >>> runner = fastkd.train.Runner(fastkd.train.TrainConfig(method="kd", data="fake", out="nowhere"))
+    >>> list(runner.stages), runner.data.num_classes
+    (['teacher', 'student'], 10)
+
+    Args:
+        run: what its command found out, or its options alone.
+        say: tells a line to the user; in the first process only.
+        data: those of the options, where they are loaded already.
+    """
+
+    def __init__(
+        self, run: Job | TrainConfig, say: Callable[[str], None] = print, *, data: datasets.Data | None = None
+    ):
+        self.job = _job(run)
+        self.config, self.world, self.stages = self.job.config, self.job.world, self.job.stages
+        self.say = say if self.world.first else lambda text: None
+        if self.config.logits_cache and not self.job.keeps_logits():
             raise UserError(
-                f"--logits-cache: no frozen network of {config.method} teaches by its logits of each image alone: "
+                f"--logits-cache: no frozen network of {self.config.method} teaches by its logits of each image alone: "
                 "leave the option out"
             )
-        device = pick_device(config.device)
-        check_amp(config.amp, device)
-        check_cuda_graph(config, device, self.world)
-        self.world.from_first(lambda: batch_norm.check(config, device, self.world))
-        self.data = load_data(config) if data is None else data
-        _check_size(config, self.data)
+        self._check_device()
+        self.data = load_data(self.config) if data is None else data
+        _check_size(self.config, self.data)
         for stage in self.stages.values():  # a wrong name or option shows before anything is trained
             self.build(stage, {name: make_network(self.stages[name].network, self.data) for name in stage.needs})
 
@@ -182,8 +192,19 @@ class Runner:
             results[stage.name] = train(stage, trained)
         return results
 
+    def accuracies(self, networks: Mapping[str, nn.Module]) -> dict[str, float]:
+        """Of each network on the test images, by its name. Every process must call."""
+        batches = held_out_batches(self.data, self.config, self.world)["test"]
+        about = self.job.device, self.data.num_classes, self.world
+        return {name: evaluate(network, batches, *about)[1] for name, network in networks.items()}
+
+    def _check_device(self) -> None:
+        check_amp(self.config.amp, self.job.device)
+        check_cuda_graph(self.config, self.job.device, self.world)
+        self.world.from_first(lambda: batch_norm.check(self.config, self.job.device, self.world))
+
     def _record_data(self) -> None:
-        folder = Path(self.config.out)
+        folder = self.job.folder
         if self.config.resume:
             same_data.go_on([folder], self.data.description)
         same_data.keep(folder, self.data.description)
@@ -197,36 +218,42 @@ class Runner:
 
     def _build(self, stage: Stage, learners: list[nn.Module], trained: Mapping[str, nn.Module]) -> methods.Method:
         torch.manual_seed(self._seed(f"{stage.name} {stage.method}"))  # of what the method makes beside the networks
-        options = dict(stage.options)
-        if "seed" in arguments(stage.method):
+        options, how = dict(stage.options), self.job.recipes[stage.name]
+        if "seed" in how.arguments:
             options.setdefault("seed", self.config.seed)
-        if "process_group" in parameters(recipe(stage.method).method):
+        if "process_group" in how.parameters:
             options["process_group"] = self.world.group
-        return recipe(stage.method).build(learners, [trained[name] for name in stage.guides], options)
+        return how.build(learners, [trained[name] for name in stage.guides], options)
 
     def fit(self, stage: Stage, trained: Mapping[str, nn.Module], folder: Path | None) -> Fit:
+        """The training run of `stage`, its guides taken from `trained`; `folder` None: nothing is written."""
         facts = {"stage": stage.name, "network": stage.network, "method": stage.method, "seed": self.config.seed}
         facts |= {"num_classes": self.data.num_classes, "image_size": self.data.image_size}
         facts |= {"channels": self.data.channels, "learners": [learner.name for learner in stage.learners]}
         learners = self._learners(stage, trained)
-        return Fit(
-            self._build(stage, learners, trained),
-            self.data.with_views(stage.views) if stage.views > 1 else self.data,
-            self.config,
-            folder,
+        task = Task(
+            f"{stage.name} {stage.network}" if stage.name != "student" else f"{stage.method}: student {stage.network}",
             stage.epochs,
             self._seed(stage.learners[0].name),
-            f"{stage.name} {stage.network}" if stage.name != "student" else f"{stage.method}: student {stage.network}",
             facts,
-            {learner.name: network for learner, network in list(zip(stage.learners, learners, strict=True))[1:]},
-            self._curves(stage) if folder is not None else None,
-            self._cache / "logits" if self.config.logits_cache and teaches_logits(stage) else None,
+            folder,
+            others={each.name: network for each, network in list(zip(stage.learners, learners, strict=True))[1:]},
+            curves=self._curves(stage) if folder is not None else None,
+            logits=self._cache / "logits" if self.config.logits_cache and self.job.teaches_logits(stage) else None,
         )
+        data = self.data.with_views(stage.views) if stage.views > 1 else self.data
+        return Fit(self._build(stage, learners, trained), data, self._setup(stage), task)
+
+    def _setup(self, stage: Stage) -> Setup:
+        """Of the networks that are trained before, the last checkpoint is enough."""
+        if stage.name == "student":
+            return self.job
+        return Setup(dataclasses.replace(self.config, keep=1), self.job.device, self.world)
 
     def _curves(self, stage: Stage) -> Path | None:
         """Where a stage's curves go: in this run's folder, also where its checkpoints go into the cache."""
         name = f"{stage.name}-{stage.method}"  # TensorBoard shows it as the run's
-        return Path(self.config.out) / "tensorboard" / name if self.config.tensorboard else None
+        return self.job.folder / "tensorboard" / name if self.config.tensorboard else None
 
     def _learners(self, stage: Stage, trained: Mapping[str, nn.Module]) -> list[nn.Module]:
         return [self._learner(learner, trained) for learner in stage.learners]
@@ -241,23 +268,23 @@ class Runner:
         return zlib.crc32(f"{self.config.seed} {name}".encode())
 
     def _student(self, stage: Stage, trained: Mapping[str, nn.Module]) -> Result:
-        folder = Path(self.config.out)
+        folder = self.job.folder
         fit = self.fit(stage, trained, folder)
         if self.config.resume:
             fit.resume()
         fit.run()
         if self.config.cache and stage.method == "ce" and fit.on_schedule():
             self._share(stage, folder)
-        return Result(stage, fit.method.deployable(), fit.rows, folder, fit.others)
+        return Result(stage, fit.method.deployable(), fit.rows, folder, dict(fit.others))
 
     @property
     def _cache(self) -> Path:
-        return Path(self.config.cache or Path(self.config.out) / "cache")
+        return Path(self.config.cache or self.job.folder / "cache")
 
     def _cached(self, stage: Stage) -> Path:
         """The folder of a stage in the cache."""
         # The first process's: the times of files may differ between machines.
-        key = self.world.from_first(lambda: stage_key(self.config, stage, self.stages, self.data))
+        key = self.world.from_first(lambda: stage_key(self.job, stage, self.stages, self.data))
         return self._cache / f"{stage.learners[0].name}-{key}"
 
     def _wait(self, folder: Path) -> Callable[[], None]:
@@ -289,9 +316,7 @@ class Runner:
         if reason:
             return self._only_read(stage, trained, folder, reason)
         with self.world.locked(folder, wait=self._wait(folder)):
-            settings = dataclasses.replace(self.config, keep=1)
             fit = self.fit(stage, trained, folder)
-            fit.settings = settings
             fit.resume()
             if fit.epoch == fit.epochs and not self.config.quiet:
                 self.say(f"{stage.name} {stage.network}: taken from {folder}")

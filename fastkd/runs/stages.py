@@ -5,6 +5,7 @@ A stage trains one network, or several together; later stages use the networks o
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +56,7 @@ class Stage:
 
     @property
     def network(self) -> str:
+        """The name of the network that the stage is for."""
         return self.learners[0].network
 
     @property
@@ -69,9 +71,11 @@ def parameters(method: type[methods.Method]) -> dict[str, Any]:
     return {p.name: p.default for p in found if p.name != "self"}
 
 
-def _student(config: TrainConfig, guides: tuple[str, ...] = (), *, more: tuple[Learner, ...] = (), **facts) -> Stage:
+def _student(
+    config: TrainConfig, guides: tuple[str, ...] = (), *, more: tuple[Learner, ...] = (), views: int = 1
+) -> Stage:
     learner = Learner("student", config.student)
-    return Stage("student", (learner, *more), config.method, config.epochs, guides, config.options, **facts)
+    return Stage("student", (learner, *more), config.method, config.epochs, guides, config.options, views)
 
 
 def _teacher(config: TrainConfig) -> Stage:
@@ -102,17 +106,15 @@ def taught(config: TrainConfig) -> list[Stage]:
     return [_teacher(config), _student(config, ("teacher",))]
 
 
-# DGKD drops guides of the last student only.
-_OPTIONS = {
-    "dgkd": set(parameters(methods.DGKD)) - {"drop", "survival", "drop_num"},
-    "takd": set(parameters(methods.TAKD)),
-}
+# What trains the assistants of a chain.
+_ASSISTANTS: dict[str, type[methods.Method]] = {"dgkd": methods.DGKD, "takd": methods.TAKD}
 
 
 def _guided_assistants(config: TrainConfig, method: str, last_only: bool) -> list[Stage]:
     """Teacher, assistants by decreasing size, student."""
     stages = [_teacher(config)]
-    options = {name: value for name, value in config.options.items() if name in _OPTIONS[method]}
+    known = set(parameters(_ASSISTANTS[method])) - set(_ASSISTANTS[method].last_only)
+    options = {name: value for name, value in config.options.items() if name in known}
 
     def guides() -> tuple[str, ...]:
         return tuple(stage.name for stage in stages[-1 if last_only else 0 :])
@@ -157,6 +159,16 @@ def peers_and_selves(config: TrainConfig) -> list[Stage]:
     return [*selves, *peers(config, tuple(stage.name for stage in selves))]
 
 
+def two_views(config: TrainConfig) -> list[Stage]:
+    """The student, with two augmentations of each image."""
+    return [_student(config, views=2)]
+
+
+def branches_of_one_view(config: TrainConfig) -> list[Stage]:
+    """Branches of the student's architecture on one stem, which see the same image."""
+    return [dataclasses.replace(stage, views=1) for stage in branches(config)]
+
+
 def branches(config: TrainConfig) -> list[Stage]:
     """Peers of the student's architecture on one stem, each with its own view of the images."""
     if config.branches < 2:
@@ -174,7 +186,7 @@ def _copy(config: TrainConfig, name: str, number: int, method: str = "ce", guide
 
 def copies(config: TrainConfig) -> list[Stage]:
     """Teachers of the student's architecture, then the student."""
-    teachers = [_copy(config, f"teacher{number}", number) for number in range(1, config.num_teachers + 1)]
+    teachers = [_copy(config, f"teacher{number}", number) for number in range(1, (config.num_teachers or 0) + 1)]
     return [*teachers, _student(config, tuple(stage.name for stage in teachers))]
 
 

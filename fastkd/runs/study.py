@@ -11,7 +11,7 @@ from typing import Any
 
 from fastkd._core.messages import UserError
 from fastkd.runs.config import TrainConfig, differences, read_yaml
-from fastkd.runs.plans import accepted, arguments, check_options, plan, recipe
+from fastkd.runs.plans import check_options, plan, recipe
 from fastkd.train.settings import Settings
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "study"
@@ -146,10 +146,10 @@ def _options(shared: dict[str, Any], own: dict[str, Any], setting: dict[str, Any
     for layer in layers:
         merged |= layer
     name = merged["method"]
-    recipe(name)
-    check_options([name], own.get("options", {}))
-    general = accepted(name, shared.get("options", {})) | own.get("options", {})
-    return merged | {"options": general | accepted(name, setting.get("options", {}))}
+    how = recipe(name)
+    check_options({name: how}, own.get("options", {}))
+    general = how.accepted(shared.get("options", {})) | own.get("options", {})
+    return merged | {"options": general | how.accepted(setting.get("options", {}))}
 
 
 def _check(runs: list[Run], path: Path) -> None:
@@ -187,5 +187,5 @@ def check_resumed(runs: list[Run], out: Path) -> None:
 
 def arguments_text(run: Run) -> str:
     """The arguments of a run's method that the file sets or leaves at their defaults."""
-    values = arguments(run.options["method"]) | run.options["options"]
+    values = recipe(run.options["method"]).arguments | run.options["options"]
     return ", ".join(f"{name}={value!r}" for name, value in values.items()) or "none"

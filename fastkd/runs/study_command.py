@@ -9,6 +9,7 @@ import json
 import math
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ its report is written. Options of `fastkd train` (--data, --download, --epochs .
 
 
 def main(argv: list[str], command: str) -> int:
+    """`fastkd study`; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="fastkd study", usage=USAGE, description=ABOUT, exit_on_error=False, allow_abbrev=False
     )
@@ -86,7 +88,15 @@ def _value(text: str) -> Any:
     return require("yaml", "fastkd study").safe_load(text)
 
 
-def study_runs(study: Study, out: Path, command: str, jobs: int, only: list[str], limit: float, say=print) -> int:
+def study_runs(
+    study: Study,
+    out: Path,
+    command: str,
+    jobs: int,
+    only: list[str],
+    limit: float,
+    say: Callable[[str], None] = print,
+) -> int:
     """Carry out what is not finished, for `limit` seconds at most; status 1 where a run failed, 130 after Ctrl-C."""
     started, runs = time.monotonic(), study.chosen(only)
     out.mkdir(parents=True, exist_ok=True)
@@ -101,7 +111,7 @@ def study_runs(study: Study, out: Path, command: str, jobs: int, only: list[str]
                 failed.append(run.name)
                 say(f"{run.name} failed: see {out / 'runs' / run.name / 'log.txt'}")
                 return
-            done[run.name] = row = read_row(out, run)
+            done[run.name] = row = json.loads((out / "runs" / run.name / ROW).read_text())
             write_rows(out, study)
             took = duration(study_pool.spent(out)[run.name])
             accuracy = f"{percent(row['accuracy'])} % ({row['judged_on']})"
@@ -122,8 +132,10 @@ def _left(out: Path, runs: list[Run], done: dict[str, Any], jobs: int) -> str:
 
 
 def read_row(out: Path, run: Run) -> dict[str, Any] | None:
+    """The finished run's row, or None where there is none."""
     path = out / "runs" / run.name / ROW
-    return json.loads(path.read_text()) if path.is_file() else None
+    row: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    return row
 
 
 def finished(out: Path, runs: list[Run]) -> dict[str, Any]:
@@ -143,7 +155,7 @@ def write_rows(out: Path, study: Study) -> list[dict[str, Any]]:
     return rows
 
 
-def finish(study: Study, out: Path, command: str, say=print) -> Path | None:
+def finish(study: Study, out: Path, command: str, say: Callable[[str], None] = print) -> Path | None:
     """study.csv and the report of what is there."""
     rows = write_rows(out, study)
     if not rows:
@@ -154,7 +166,7 @@ def finish(study: Study, out: Path, command: str, say=print) -> Path | None:
     return study_report.write(out, rows, facts, command, study)
 
 
-def from_csv(path: Path, out: Path, command: str, say=print) -> int:
+def from_csv(path: Path, out: Path, command: str, say: Callable[[str], None] = print) -> int:
     """The report of a study.csv, wherever it came from."""
     rows = read_rows(path)
     out.mkdir(parents=True, exist_ok=True)
@@ -173,5 +185,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not rows or not {"method", "seed", "setting", "accuracy"} <= set(rows[0]):
         raise UserError(f"{path} is not a study.csv: it needs rows with method, seed, setting, accuracy")
     words = ("method", "setting", "judged_on")
-    number = lambda text: float(text) if text else math.nan  # noqa: E731
-    return [{k: v if k in words else number(v) for k, v in row.items()} | {"seed": int(row["seed"])} for row in rows]
+    return [
+        {k: v if k in words else float(v) if v else math.nan for k, v in row.items()} | {"seed": int(row["seed"])}
+        for row in rows
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,12 +31,13 @@ def flops(runner: Runner, stage: Stage, results: dict[str, Result]) -> float:
             for _ in fit.steps.take(inputs, target, None):
                 pass
         images, total = images + len(target), total + counter.get_total_flops()
-    return total / images * len(fit.data.train) * stage.epochs
+    everything: Any = fit.data.train
+    return float(total / images * len(everything) * stage.epochs)
 
 
 def costs(runner: Runner, results: dict[str, Result]) -> dict[str, float]:
     """Columns of a run's row: what the student's stage cost, and with `_before` all that was trained for it."""
-    row = {}
+    row: dict[str, float] = {}
     for column in ("seconds", "cpu_seconds"):
         each = {name: sum(r.get(column, math.nan) for r in result.rows) for name, result in results.items()}
         row |= {column: each.pop("student"), f"{column}_before": sum(each.values())}

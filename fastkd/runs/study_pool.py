@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from fastkd._core.files import write_atomic
 from fastkd.runs import study_worker
@@ -26,6 +27,8 @@ SLOW_IMPORTS = ("matplotlib.pyplot", "yaml", "PIL.Image", "torch._dynamo")  # of
 
 @dataclass
 class Active:
+    """A run in its process, and when it started."""
+
     run: Run
     process: BaseProcess
     started: float
@@ -69,7 +72,7 @@ class Pool:
                 for each in self.active:
                     each.process.join()
 
-    def _start(self, context, run: Run) -> None:
+    def _start(self, context: Any, run: Run) -> None:
         process = context.Process(target=study_worker.work, args=(run.config(self.out),))
         process.start()
         self.active.append(Active(run, process, time.monotonic()))
@@ -80,7 +83,7 @@ class Pool:
             return
         self.stopped = True
         for each in self.active:
-            if each.process.is_alive():
+            if each.process.is_alive() and each.process.pid is not None:
                 os.kill(each.process.pid, signal.SIGINT)
 
     def _collect(self) -> None:
@@ -90,17 +93,18 @@ class Pool:
             each.process.join()
             self.active.remove(each)
             add_spent(self.out, each.run, time.monotonic() - each.started)
-            if each.process.exitcode != study_worker.STOPPED:
-                self.ended(each.run, each.process.exitcode)
+            status = each.process.exitcode
+            if status is not None and status != study_worker.STOPPED:  # None while it runs
+                self.ended(each.run, status)
             elif not self.stopped:  # by somebody else
                 self._stop()
 
 
-def _context():
+def _context() -> Any:
     """Processes that are forked from one that has imported everything and done nothing; elsewhere fresh ones."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
+    context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([study_worker.__name__, *SLOW_IMPORTS])
     return context
 
@@ -108,10 +112,12 @@ def _context():
 def spent(out: Path) -> dict[str, float]:
     """Seconds that each run has taken here, in all its parts; what it trained for others is in them."""
     path = out / SPENT
-    return json.loads(path.read_text()) if path.is_file() else {}
+    known: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+    return known
 
 
 def add_spent(out: Path, run: Run, seconds: float) -> None:
+    """Adds `seconds` to what `run` has taken so far, in a file of `out`."""
     known = spent(out)
     known[run.name] = round(known.get(run.name, 0.0) + seconds, 1)
     write_atomic(out / SPENT, json.dumps(known, indent=1).encode())
@@ -139,6 +145,7 @@ def left(out: Path, runs: Sequence[Run], finished: set[str], jobs: int) -> float
 
 
 def duration(seconds: float) -> str:
+    """`seconds` in words: s, min, or h and min."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"

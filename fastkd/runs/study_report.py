@@ -6,17 +6,15 @@ import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fastkd._core.extras import require
 from fastkd._core.files import write_atomic
 from fastkd.runs import environment
 from fastkd.runs.config import to_yaml
-from fastkd.runs.figures import pyplot, save_figure
-from fastkd.runs.study import Study, arguments_text
+from fastkd.runs.figures import log_scale, pyplot, save_figure
+from fastkd.runs.job import Job
+from fastkd.runs.study import Run, Study, arguments_text
 from fastkd.runs.study_stats import TEST, Difference, Rows, by_seed, half_width, holm, mean_of, paired
 from fastkd.runs.tables import table
-from fastkd.train.devices import pick_device
 
 ALL = ("", "_before")  # of the student's stage, and of what was trained for it
 
@@ -46,6 +44,7 @@ def tables(rows: Rows, facts: Facts) -> str:
 
 
 def accuracies(rows: Rows) -> str:
+    """A table, one row a method: accuracy, its interval, costs."""
     part = rows[0].get("judged_on", "test")
     header = ["method", "seeds", f"{part} accuracy [%]", "95 % interval", "teacher [%]", "training images right [%]"]
     header += ["CPU min", "with guides", "TFLOP", "with guides"]
@@ -71,6 +70,7 @@ def gains(rows: Rows, baseline: str) -> str:
 
 
 def differences(rows: Rows, baseline: str) -> dict[str, Difference]:
+    """By method its paired difference to `baseline`, the largest first."""
     others = [name for name in _methods(rows) if name != baseline]
     found = {name: paired(by_seed(rows, name), by_seed(rows, baseline)) for name in others}
     return dict(sorted(((n, d) for n, d in found.items() if d is not None), key=lambda item: -item[1].mean))
@@ -143,19 +143,12 @@ def draw_costs(rows: Rows, path: Path) -> None:
             axis.scatter(own, mean, s=30, facecolor="white", zorder=3, edgecolor=style["color"])
             axis.annotate(method, (total, mean), xytext=(5, 3), textcoords="offset points", fontsize=8, **style)
         if axis.lines:
-            _log_scale(axis)
+            log_scale(axis, "x")
         axis.set_xlabel(f"training [{label}]: hollow the student's stage, full with all before it")
         axis.set_ylabel(f"{rows[0].get('judged_on', 'test')} accuracy, last epoch [%]")
         axis.grid(alpha=0.3, which="both")
     save_figure(figure, path)
     plt.close(figure)
-
-
-def _log_scale(axis) -> None:
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(require("matplotlib.ticker", "Drawing").LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter("")
 
 
 READING = f"""Accuracies are those after the last epoch; within the study nothing was chosen by the images they are of.
@@ -187,11 +180,11 @@ def write(out: Path, rows: Rows, facts: Facts, command: str, study: Study | None
 
 def _protocol(study: Study) -> list[str]:
     """The options of the first run, and the arguments of each method."""
-    first = study.runs[0]
-    lines = [environment.describe(pick_device(first.options.get("device", "auto"))) + ".", "", "## Methods", ""]
-    seen: dict[str, Any] = {}
+    job = Job.of(study.runs[0].config(Path("OUT")))
+    seen: dict[str, Run] = {}
+    lines = [environment.describe(job.device) + ".", "", "## Methods", ""]
     for run in study.runs:
         seen.setdefault(f"{run.method} ({run.setting})", run)
     lines += [f"- {name}: {run.options['method']}, {arguments_text(run)}" for name, run in seen.items()]
-    options = to_yaml(first.config(Path("OUT"))).rstrip()
+    options = to_yaml(job.config).rstrip()
     return [*lines, "", "## Options of the first run", "", "```yaml", options, "```", ""]

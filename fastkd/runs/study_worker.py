@@ -12,7 +12,7 @@ import threading
 import traceback
 from multiprocessing import connection, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fastkd import models
 from fastkd._core.files import write_atomic
@@ -61,7 +61,7 @@ def _follow_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def carry_out(config: TrainConfig, log) -> dict[str, Any]:
+def carry_out(config: TrainConfig, log: TextIO) -> dict[str, Any]:
     """The run, its report, and its row."""
     command = f"fastkd train --config {config.out}/config.yaml --out {config.out} --resume"
     results = train(config, command, say=lambda text: print(text, file=log, flush=True))
@@ -74,6 +74,7 @@ def carry_out(config: TrainConfig, log) -> dict[str, Any]:
 def describe(config: TrainConfig, results: dict[str, Result]) -> dict[str, Any]:
     """What the study's CSV says of a run: all of the last epoch; of test images nothing where there are others."""
     runner = Runner(config, say=lambda text: None)
+    images: Any = runner.data.train
     part = "test" if runner.data.validation is None else "validation"
     student = results["student"]
     guides = [final(r, f"{part}_accuracy") for name, r in results.items() if name != "student" and r.rows]
@@ -86,7 +87,7 @@ def describe(config: TrainConfig, results: dict[str, Result]) -> dict[str, Any]:
         "teacher_accuracy": final(teacher, f"{part}_accuracy") if teacher else math.nan,
         "guides_accuracy": statistics.fmean(guides) if guides else math.nan,
         "epochs": int(student.rows[-1]["epoch"]),
-        "train_images": len(runner.data.train),
+        "train_images": len(images),
         "parameters": models.parameters_count(student.network),
         **costs(runner, results),
     }

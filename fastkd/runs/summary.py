@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastkd._core.files import write_atomic
@@ -29,7 +29,7 @@ def summary(runs: Sequence[Run]) -> str:
     return table(header, cells)
 
 
-def report(folders: Sequence[str], out: str | None, command: str, say=print) -> Path:
+def report(folders: Sequence[str], out: str | None, command: str, say: Callable[[str], None] = print) -> Path:
     """Report on one run in its own folder, on several in `out`; returns the path of report.md.
 
     The report that a finished run wrote by itself is kept: it says more.
@@ -49,7 +49,7 @@ def report(folders: Sequence[str], out: str | None, command: str, say=print) -> 
     return _write(target / "report.md", [*lines, LAST_EPOCH, "", f"`{command}`"], say, target / "runs.png")
 
 
-def _report_one(run: Run, command: str, say) -> Path:
+def _report_one(run: Run, command: str, say: Callable[[str], None]) -> Path:
     path, picture = run.folder / "report.md", run.folder / "curves.png"
     title = f"{run.options.get('method')}, {run.options.get('student')} on {run.options.get('data')}"
     draw_curves(run.rows, picture, title)
@@ -65,13 +65,14 @@ def _report_one(run: Run, command: str, say) -> Path:
     return _write(path, [*lines, table(["option", "value"], values), "", f"`{command}`"], say, picture)
 
 
-def _write(path: Path, lines: list[str], say, picture: Path) -> Path:
+def _write(path: Path, lines: list[str], say: Callable[[str], None], picture: Path) -> Path:
     write_atomic(path, ("\n".join(lines) + "\n").encode())
     say(f"report: {path}, picture: {picture}")
     return path
 
 
 def main(argv: list[str], command: str) -> int:
+    """`fastkd report`; returns the exit status."""
     usage = "fastkd report RUN [RUN ...] [--out DIR]"
     parser = argparse.ArgumentParser(
         prog="fastkd report",

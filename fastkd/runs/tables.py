@@ -22,10 +22,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def percent(value: float) -> str:
+    """0..1 in percent with two digits; "-" for NaN."""
     return "-" if math.isnan(value) else f"{100 * value:.2f}"
 
 
 def final(result: Result, name: str = "test_accuracy") -> float:
+    """The metric `name` of the last epoch; NaN where there is none."""
     return result.rows[-1].get(name, math.nan) if result.rows else math.nan
 
 

@@ -4,8 +4,10 @@ from importlib import import_module
 from typing import Any
 
 from fastkd._core.messages import UserError
+from fastkd.train.evaluation import evaluate
 from fastkd.train.interrupts import Interrupted
-from fastkd.train.loop import Fit, evaluate, train_epoch
+from fastkd.train.loop import Fit, train_epoch
+from fastkd.train.task import Setup, Task
 
 # Names of fastkd.runs that were here first; asked for on use, since runs stand on the engine.
 _RUNS = {
@@ -18,7 +20,7 @@ _RUNS = {
     "Stage": "stages",
 }
 
-__all__ = ["Fit", "Interrupted", "UserError", "evaluate", "train_epoch", *_RUNS]
+__all__ = ["Fit", "Interrupted", "Setup", "Task", "UserError", "evaluate", "train_epoch", *_RUNS]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -36,9 +39,11 @@ def synchronise(method: Method) -> None:
         if name in frozen:
             continue
         kinds = {path: type(m) for path, m in part.named_modules(remove_duplicate=False) if isinstance(m, _BatchNorm)}
-        method.add_module(name, nn.SyncBatchNorm.convert_sync_batchnorm(part))
+        convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+        method.add_module(name, convert(part))
         for path, kind in kinds.items():
-            method.get_submodule(f"{name}.{path}" if path else name).replaces = kind
+            converted: Any = method.get_submodule(f"{name}.{path}" if path else name)
+            converted.replaces = kind
 
 
 def restore(module: nn.Module) -> None:
@@ -50,8 +55,8 @@ def restore(module: nn.Module) -> None:
 
 
 def _plain(norm: nn.SyncBatchNorm) -> nn.Module:
-    tracked = norm.track_running_stats
-    plain = norm.replaces(norm.num_features, norm.eps, norm.momentum, norm.affine, tracked).train(norm.training)
+    tracked, kind = norm.track_running_stats, cast("type[nn.BatchNorm2d]", norm.replaces)
+    plain = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, tracked).train(norm.training)
     plain._parameters.update(norm._parameters)  # the same objects, wherever they are
     plain._buffers.update(norm._buffers)
     return plain

@@ -15,7 +15,7 @@ import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -86,7 +86,8 @@ def load(path: str | Path, sealed: bool = True) -> dict[str, Any]:
     reason, seen = _damage(path, sealed)
     if not reason:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return state
         except MemoryError:
             raise
         except Exception as error:  # a damaged pickle raises nearly anything
@@ -130,6 +131,7 @@ def _digest(file: io.BufferedReader, size: int) -> bytes:
 
 
 def path_of(folder: str | Path, epoch: int) -> Path:
+    """The checkpoint file of `epoch` in `folder`."""
     return Path(folder) / f"epoch-{epoch:04d}.pt"
 
 
@@ -176,6 +178,8 @@ def newest(folder: str | Path, note: Callable[[str], None]) -> dict[str, Any] | 
             f"no checkpoint in {folder} can be used; {refused[0][1]}: delete this folder and repeat the command to "
             "start afresh"
         )
+    if found is None:
+        return None
     for path, error in refused:
         os.replace(path, path.with_name(f"{path.name}.damaged"))
         within = "within epoch" if found is partial else "after epoch"
@@ -195,7 +199,7 @@ def seed_all(seed: int) -> None:
 
 def random_state() -> dict[str, Any]:
     """The state of PyTorch's, Python's and NumPy's global generators, in types that a weights-only load accepts."""
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = cast("tuple[str, np.ndarray[Any, Any], int, int, float]", np.random.get_state())
     state = {"torch": torch.get_rng_state(), "python": random.getstate()}
     state["numpy"] = [kind, torch.from_numpy(keys.astype(np.int64)), *rest]
     if torch.cuda.is_available():
@@ -204,6 +208,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
+    """The way back of `random_state`."""
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,13 +53,18 @@ def cpu_threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def batches_on(batches, device: torch.device, classes: int | None = None) -> Iterator[tuple[Any, torch.Tensor]]:
+def batches_on(
+    batches: Iterable[Any], device: torch.device, classes: int | None = None
+) -> Iterator[tuple[Any, torch.Tensor]]:
     """The (inputs, target) of a loader, on the device; UserError for a label that is none of so many classes."""
     for batch in batches:
         yield batch_on(batch, device, classes)
 
 
-def batch_on(batch: tuple, device: torch.device, classes: int | None = None) -> tuple[Any, torch.Tensor]:
+def batch_on(
+    batch: tuple[Any, torch.Tensor], device: torch.device, classes: int | None = None
+) -> tuple[Any, torch.Tensor]:
+    """Inputs and labels on `device`; UserError where a label is none of 0 .. classes - 1."""
     inputs, target = batch
     if classes is not None:
         _check_labels(target, classes)

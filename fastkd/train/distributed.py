@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from fastkd._core.locks import Busy, lock
@@ -86,7 +88,8 @@ class World:
         """
         if self.size == 1:
             return function()
-        box, error = [None, None], None
+        box: list[Any] = [None, None]
+        error = None
         if self.first:
             try:
                 box[0] = function()
@@ -99,7 +102,7 @@ class World:
             raise Elsewhere(*box[1])
         return box[0]
 
-    def collect(self, value: Any) -> list:
+    def collect(self, value: Any) -> list[Any]:
         """Each process's value, in the first process; [] in the others."""
         if self.size == 1:
             return [value]
@@ -145,7 +148,7 @@ class World:
             # Not one long wait: the others would think that the first process is gone.
             waiting = False
             while not self.from_first(take):
-                if not waiting and self.first:
+                if wait is not None and not waiting and self.first:
                     wait()
                 waiting = True
                 time.sleep(POLL)
@@ -203,10 +206,10 @@ def joined(device: torch.device, seconds: float) -> Iterator[World]:
 
 
 def _meet(backend: str, timeout: datetime.timedelta) -> None:
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     # After a restart torchrun may give the store of the attempt before, with the addresses of processes that are gone.
-    store = dist.PrefixStore(f"fastkd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = PrefixStore(f"fastkd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
@@ -219,15 +222,16 @@ def deterministic(wanted: bool) -> Iterator[None]:
     # Read when cuBLAS starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled, benchmark = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    memory: Any = torch.utils.deterministic
+    filled, benchmark = memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a help for debugging, which costs time
+    memory.fill_uninitialized_memory = False  # a help for debugging, which costs time
     torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        memory.fill_uninitialized_memory = filled
         torch.backends.cudnn.benchmark = benchmark
 
 

@@ -82,7 +82,8 @@ def _read_safetensors(path: str, option: str) -> dict[str, Tensor]:
     except ImportError as error:
         raise UserError(f"{option}: {path} is a safetensors file: pip install safetensors") from error
     try:
-        return tools.load_file(path)
+        tensors: dict[str, Tensor] = tools.load_file(path)
+        return tensors
     except Exception as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{option}: {path} is damaged or no safetensors file ({reason})") from error

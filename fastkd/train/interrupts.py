@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 class Interrupted(Exception):
@@ -15,9 +16,9 @@ class Interrupted(Exception):
 @contextmanager
 def catch_interrupt() -> Iterator[Callable[[], bool]]:
     """Gives a function that says whether Ctrl-C came; a second Ctrl-C interrupts at once."""
-    caught = []
+    caught: list[int] = []
 
-    def note(number, frame):
+    def note(number: int, frame: FrameType | None) -> None:
         if caught:
             raise KeyboardInterrupt
         caught.append(number)

@@ -13,11 +13,10 @@ from fastkd._core.files import FULL, StorageError
 from fastkd._core.locks import UNWRITABLE, NotWritable
 from fastkd._core.messages import note
 from fastkd.data import LogitsCache
-from fastkd.data.batches import image_set
+from fastkd.data.batches import Loader, image_set
 from fastkd.data.logits import identify
 from fastkd.methods import Method
-from fastkd.train.distributed import World
-from fastkd.train.settings import Settings
+from fastkd.train.task import Setup
 
 _NOT_THERE = (
     "it does not hold all logits that this run needs: name a --cache that can be written, or leave out --logits-cache"
@@ -38,17 +37,17 @@ class KeptLogits:
         self,
         folder: Path,
         method: Method,
-        batches,
-        settings: Settings,
+        batches: Loader,
+        setup: Setup,
         *,
         variants: Sequence[int],
         classes: int,
-        device: torch.device,
-        world: World,
         who: str,
     ):
-        self.folder, self.batches, self.settings, self.world, self.who = folder, batches, settings, world, who
-        images = image_set(batches.sampler.dataset)
+        self.folder, self.batches, self.who = folder, batches, who
+        self.settings, self.world = settings, world = setup.settings, setup.world
+        sampler: Any = batches.sampler
+        images: Any = image_set(sampler.dataset)
         networks = {name: method.get_submodule(name) for name in method.frozen_names}
         self.cache = LogitsCache(
             folder,
@@ -56,7 +55,7 @@ class KeptLogits:
             networks,
             classes=classes,
             dtype=settings.logits_dtype,
-            device=device,
+            device=setup.device,
             # The first process's: the times of files may differ between machines.
             identity=world.from_first(lambda: identify(images, networks, amp=settings.amp)),
             note=note,
@@ -65,14 +64,15 @@ class KeptLogits:
 
     def of_batch(self) -> Callable[..., torch.Tensor]:
         """For `Method.phases(taught=)`: of the batch that the loader gave last."""
-        taught = self.cache.taught(self.batches.rows)
+        rows: Any = self.batches.rows
+        taught = self.cache.taught(rows)
 
         def logits(*arguments: Any) -> torch.Tensor:
             try:
                 return taught(*arguments)
             except OSError as error:
                 if error.errno in UNWRITABLE:
-                    raise NotWritable(self.folder, error.strerror, _NOT_THERE) from error
+                    raise NotWritable(self.folder, str(error.strerror), _NOT_THERE) from error
                 if error.errno not in FULL:
                     raise
                 raise StorageError(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +13,30 @@ from torch import nn
 
 from fastkd._core.files import sweep
 from fastkd._core.messages import UserError, note
-from fastkd.data import Data, loader
+from fastkd.data import Data
 from fastkd.data.batches import image_set
-from fastkd.data.parts import Part
 from fastkd.methods import Method
-from fastkd.models import call_network, logits_of
 from fastkd.train import batch_norm, checkpoint, same_data
 from fastkd.train.bad_images import BadImages
 from fastkd.train.board import Board
-from fastkd.train.devices import batch_on, batches_on, pick_device, prepare, rows_of
-from fastkd.train.distributed import ALONE, World, own_seed, world
-from fastkd.train.interrupts import Interrupted, catch_interrupt, leave_interrupts
+from fastkd.train.devices import batch_on, batches_on, prepare, rows_of
+from fastkd.train.distributed import own_seed
+from fastkd.train.evaluation import evaluate
+from fastkd.train.interrupts import Interrupted, catch_interrupt
 from fastkd.train.kept_logits import KeptLogits
+from fastkd.train.loaders import held_out_batches, training_batches
 from fastkd.train.metrics import Divergence, Meter, Row, read_csv, write_csv
-from fastkd.train.optim import make_optimizer, make_schedule
+from fastkd.train.optim import make_optimizer, make_schedule, set_rates
 from fastkd.train.progress import Progress
-from fastkd.train.settings import Settings
 from fastkd.train.steps import SKIPS, Steps
+from fastkd.train.task import Setup, Task
 
 FORMAT = 2
 
 
 def train_epoch(
     method: Method,
-    batches,
+    batches: Iterable[Any],
     optimizer: torch.optim.Optimizer,
     meter: Meter,
     on_batch: Callable[[], None] = lambda: None,
@@ -63,98 +62,49 @@ def train_epoch(
         on_batch()
 
 
-@torch.no_grad()
-def evaluate(
-    network: nn.Module, batches, device: torch.device, classes: int | None = None, world: World = ALONE
-) -> tuple[float, float]:
-    """(mean cross-entropy, accuracy in 0..1) in eval mode; the network's mode is restored.
-
-    With several processes each has its own part of the batches, and all get the result.
-    """
-    was_training = network.training
-    network.eval()
-    total = torch.zeros(3, dtype=torch.float64, device=device)  # cross-entropy, right ones, images
-    for batch in batches:
-        rows = rows_of(batch[1], world)
-        inputs, target = batch_on(batch, device, classes)
-        logits = logits_of(call_network(network, inputs)).float()  # [B, C]
-        loss = nn.functional.cross_entropy(logits, target, reduction="sum")
-        total += torch.stack([loss.double(), (logits.argmax(1) == target).sum().double(), total.new_tensor(rows)])
-    network.train(was_training)
-    loss, correct, images = world.sum(total).tolist()
-    return loss / images, correct / images
-
-
-@dataclass
 class Fit:
-    """One training run in a folder: `folder`/checkpoints and `folder`/metrics.csv.
+    """One training run in a folder: `task.folder`/checkpoints and `task.folder`/metrics.csv.
 
-    Attributes:
-        method: what is trained.
+    >>> data = fastkd.data.load("fake", image_size=8, train_images=8, test_images=4)
+    >>> method = fastkd.methods.CE(fastkd.models.create("plain2", 10, image_size=8))
+    >>> setup = fastkd.train.Setup.here(fastkd.train.TrainConfig(batch_size=4, device="cpu", quiet=True))
+    >>> fit = fastkd.train.Fit(method, data, setup, fastkd.train.Task("student", epochs=2))
+    >>> [row["epoch"] for row in fit.run()], fit.step
+    ([1, 2], 4)
+
+    Args:
+        method: what is trained. It is moved to the device, and wrapped as the options say.
         data: what it is trained and evaluated on.
-        settings: optimiser, batch size, device, ... .
-        folder: where checkpoints and metrics go; None keeps nothing.
-        epochs: passes over the training images.
-        seed: of the order of the images and of PyTorch's generator.
-        name: who trains, for messages: "teacher resnet14".
-        facts: what is written into each checkpoint beside the state: plain values without paths or times. "learners"
-            are the names of the networks that learn, the wanted one first.
-        others: name -> the networks that learn together with the wanted one.
-        curves: folder for TensorBoard's event files; None writes none.
-        logits: where the frozen networks' logits are kept; None runs the networks in each epoch.
+        setup: the run's options, its device, its processes.
+        task: whose training it is, for how long, and where it is kept.
     """
 
-    method: Method
-    data: Data
-    settings: Settings
-    folder: Path | None
-    epochs: int
-    seed: int
-    name: str
-    facts: dict[str, Any]
-    others: dict[str, nn.Module] = field(default_factory=dict)
-    curves: Path | None = None
-    logits: Path | None = None
-
-    def __post_init__(self):
-        self.world = world()
-        self.board = Board(self.curves, self.world)
-        self.device = pick_device(self.settings.device)
-        prepare(self.method, self.settings, self.device, self.world)
-        self.optimizer = make_optimizer(self.method, self.settings)
+    def __init__(self, method: Method, data: Data, setup: Setup, task: Task):
+        self.method, self.data, self.setup, self.task = method, data, setup, task
+        self.settings, self.device, self.world = setup.settings, setup.device, setup.world
+        self.folder, self.epochs, self.facts, self.others = task.folder, task.epochs, task.facts, task.others
+        self.board = Board(task.curves, self.world)
+        prepare(method, self.settings, self.device, self.world)
+        self.optimizer = make_optimizer(method, self.settings)
         self.schedule = make_schedule(self.optimizer, self.settings, self.epochs)
-        self.steps = Steps.of(self.method, self.optimizer, self.device, self.settings, self.world)
+        self.steps = Steps.of(method, self.optimizer, self.device, self.settings, self.world)
         self.epoch = self.step = 0  # finished ones
         self.rows: list[Row] = []
         self._unfinished: dict[str, Any] | None = None  # the state of an epoch that was interrupted
-        workers = self.settings.workers
-        batch_size = min(self.settings.batch_size, len(self.data.train))
-        # Batch normalisation cannot train on a last batch of one image.
-        alone = len(self.data.train) % batch_size == 1 and batch_size > 1
-        self.train_batches = loader(
-            self._part(self.data.train),
-            batch_size,
-            shuffle=True,
-            seed=self.seed,
-            workers=workers,
-            drop_last=alone,
-            smallest=min(2, batch_size),
-        )
-        self.train_batches.worker_init_fn = leave_interrupts
-        held_out = {"validation": self.data.validation, "test": self.data.test}
-        self.held_out = {
-            name: loader(self._part(part), max(batch_size, 256), shuffle=False, workers=workers)
-            for name, part in held_out.items()
-            if part is not None
-        }
-        self.bad_images = BadImages(self.folder, [self.train_batches, *self.held_out.values()], self.world)
+        self.train_batches = training_batches(data, self.settings, task.seed, self.world)
+        self.held_out = held_out_batches(data, self.settings, self.world)
+        self.bad_images = BadImages(self.folder, {"train": self.train_batches} | self.held_out, self.world)
 
-    def _part(self, data):
-        return data if self.world.size == 1 else Part(data, self.world.rank, self.world.size)
+    @property
+    def _out(self) -> Path:
+        """The folder of a run that keeps something."""
+        assert self.folder is not None
+        return self.folder
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+        """The folder of the checkpoints."""
+        return self._out / "checkpoints"
 
     def run(self) -> list[Row]:
         """Train to the end from where `resume` left, and return one row of metrics an epoch.
@@ -163,9 +113,9 @@ class Fit:
         """
         if self.epoch < self.epochs:
             if self.epoch == 0 and self._unfinished is None:
-                checkpoint.seed_all(own_seed(self.seed, self.world.rank))
+                checkpoint.seed_all(own_seed(self.task.seed, self.world.rank))
                 self.initialise()
-            kept = None if self.logits is None else self._keep_logits()
+            kept = None if self.task.logits is None else self._keep_logits(self.task.logits)
             with catch_interrupt() as interrupted, self.board.opened(self.step + 1):
                 for epoch in range(self.epoch, self.epochs):
                     self._run_epoch(epoch, interrupted, kept)
@@ -175,35 +125,33 @@ class Fit:
         return self.rows
 
     def initialise(self) -> None:
-        """Before the first epoch: what a method does with a few batches before it trains (DKEL)."""
-        if hasattr(self.method, "initialise"):
-            self.train_batches.sampler.set_epoch(0)
-            batches = batches_on(self.train_batches, self.device, self.data.num_classes)
-            self.method.initialise(batches, self.settings.lr, chunks=self.settings.accumulate)
+        """Before the first epoch: what the method does with a few batches before it trains."""
+        sampler: Any = self.train_batches.sampler
+        sampler.set_epoch(0)
+        batches = batches_on(self.train_batches, self.device, self.data.num_classes)
+        self.method.initialise(batches, self.settings.lr, chunks=self.settings.accumulate)
 
-    def _keep_logits(self) -> KeptLogits:
-        images = image_set(self.data.train)
+    def _keep_logits(self, folder: Path) -> KeptLogits:
+        images: Any = image_set(self.data.train)
         epochs = range(self.epoch, self.epochs)
         return KeptLogits(
-            self.logits,
+            folder,
             self.method,
             self.train_batches,
-            self.settings,
+            self.setup,
             variants=sorted({images.variant_of(epoch) for epoch in epochs}),
             classes=self.data.num_classes,
-            device=self.device,
-            world=self.world,
-            who=self.name,
+            who=self.task.name,
         )
 
     def _run_epoch(self, epoch: int, interrupted: Callable[[], bool], kept: KeptLogits | None = None) -> None:
-        self.method.start_epoch(epoch, self.epochs)
+        self.method.start_epoch(epoch, self.epochs, len(self.train_batches))
         started, worked = time.perf_counter(), time.process_time()
         meter = Meter(self.device, self.settings.log_every, self._describe, self.world)
         batches = self._batches(epoch, meter)
         self.board.watch(meter)
         resumed = meter.images  # of the part of the epoch that ran before an interruption
-        with Progress(self.name, epoch, self.epochs, len(self.train_batches), self.settings.quiet) as progress:
+        with Progress(self.task.name, epoch, self.epochs, len(self.train_batches), self.settings.quiet) as progress:
 
             def on_batch() -> None:
                 self.step += 1
@@ -224,11 +172,11 @@ class Fit:
                 meter.look()
                 meter = meter.total()
                 if meter.images == 0:
-                    raise UserError(f"{self.name}: not one image of epoch {epoch + 1} could be used")
+                    raise UserError(f"{self.task.name}: not one image of epoch {epoch + 1} could be used")
             except Divergence as error:
                 skip = "" if self.settings.non_finite == "skip" else ", or --non-finite skip"
                 raise Divergence(
-                    f"{self.name} trained by {type(self.method).__name__}: epoch {epoch + 1}, {error}: "
+                    f"{self.task.name} trained by {type(self.method).__name__}: epoch {epoch + 1}, {error}: "
                     f"try a smaller --lr or --warmup-epochs{skip}"
                 ) from error
             row = self._row(epoch, meter, meter.images - resumed, time.perf_counter() - started)
@@ -238,7 +186,7 @@ class Fit:
         if self.world.any(interrupted()):
             raise Interrupted
 
-    def _batches(self, epoch: int, meter: Meter):
+    def _batches(self, epoch: int, meter: Meter) -> Iterable[Any]:
         """The batches of an epoch, without those that ran before an interruption."""
         state, self._unfinished = self._unfinished, None
         if state is None:
@@ -263,7 +211,7 @@ class Fit:
         self.world.share_buffers(self.method)
         row = {"epoch": epoch + 1, "lr": self.settings.lr * self.schedule.lr_lambdas[0](epoch)}
         row |= {f"train_{name}": value for name, value in meter.means().items()}
-        row |= self._promotions()
+        row |= self._counts()
         if self.settings.non_finite == "skip" or self.settings.amp == "fp16":
             row["train_skipped_steps"] = meter.skipped
         due = (epoch + 1) % self.settings.eval_every == 0 or epoch + 1 == self.epochs
@@ -274,22 +222,20 @@ class Fit:
                 loss, accuracy = evaluate(self.method.deployable(), batches, self.device, classes, self.world)
             row |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
         if self.settings.bad_images == "skip":
-            row["train_bad_images"] = self._lost(self.train_batches)
-            for name, batches in self.held_out.items():
-                row[f"{name}_bad_images"] = self._lost(batches) if due else math.nan
+            row |= self.bad_images.row(lambda name: due or name == "train")
         row["images_per_s"] = images / max(train_seconds, 1e-9)
         row["seconds"] = train_seconds + time.perf_counter() - started
         return row
 
-    def _lost(self, batches) -> int:
-        return int(self.world.sum(torch.tensor(batches.lost)))
-
-    def _promotions(self) -> Row:
-        """ORC: how often each network of the group was a temporary teacher since the start."""
-        counts = getattr(self.method, "promotions", None)
-        if counts is None:
-            return {}
-        return {f"promotions_{name}": n for name, n in zip(self.facts["learners"], counts.tolist(), strict=False)}
+    def _counts(self) -> Row:
+        """What the method has counted since the start, by the run's names of its networks."""
+        learners = self.facts.get("learners", ["student"])
+        names = {id(self.method.deployable()): learners[0]} | {id(net): name for name, net in self.others.items()}
+        return {
+            f"{what}_{names.get(id(self.method.get_submodule(name)), name)}": count
+            for what, each in self.method.counts().items()
+            for name, count in each.items()
+        }
 
     def _end_epoch(self, epoch: int, row: Row) -> None:
         self.schedule.step()
@@ -298,7 +244,7 @@ class Fit:
         self.board.row(self.step, row)
         if self.folder is not None:
             # Rows first: a row without a checkpoint is dropped when the run resumes, a missing row could not be.
-            self.world.from_first(lambda: write_csv(self.folder / "metrics.csv", self.rows))
+            self.world.from_first(lambda: write_csv(self._out / "metrics.csv", self.rows))
             self._save()
 
     def _save(self, meter: Meter | None = None) -> None:
@@ -308,7 +254,7 @@ class Fit:
         if self.folder is None:
             return
         self.world.share_buffers(self.method)
-        lost = self._lost(self.train_batches)
+        lost = self.bad_images.lost("train")
         total = None if meter is None else meter.total()
         random = self.world.collect(checkpoint.random_state())
         # A full disk in the first process ends them all.
@@ -351,7 +297,7 @@ class Fit:
 
     def _last(self) -> tuple[dict[str, Any] | None, list[Row]]:
         """The last whole state, and the rows of metrics."""
-        for folder in (self.folder, self.checkpoints):
+        for folder in (self._out, self.checkpoints):
             sweep(folder)
         done = checkpoint.epochs(self.checkpoints)
         if done and done[-1] > self.epochs:
@@ -360,25 +306,23 @@ class Fit:
         if state is None:
             return None, []
         checkpoint.prune(self.checkpoints, self.settings.keep)  # killed between writing the last one and this
-        return self._checked(state), read_csv(self.folder / "metrics.csv")
+        return self._checked(state), read_csv(self._out / "metrics.csv")
 
     def _read(self, file: Path) -> tuple[dict[str, Any], list[Row]]:
-        return self._checked(checkpoint.load(file)), read_csv(self.folder / "metrics.csv")
+        return self._checked(checkpoint.load(file)), read_csv(self._out / "metrics.csv")
 
     def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
         """UserError for the state of another version, or of networks for other images."""
         if state.get("format") != FORMAT:
             raise UserError(f"{self.checkpoints} holds checkpoints of another version of fastkd: use a new --out")
-        same_data.check_sizes(self.folder, state["facts"], self.facts)
+        same_data.check_sizes(self._out, state["facts"], self.facts)
         return state
 
     def _load(self, state: dict[str, Any], rows: list[Row]) -> None:
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        # The number of epochs may have been raised since: the rate of this epoch under the present schedule.
-        for group, rate in zip(self.optimizer.param_groups, self._rates(state["epoch"]), strict=True):
-            group["lr"] = rate
+        set_rates(self.optimizer, self.schedule, state["epoch"])
         self.steps.load_state_dict(state["steps"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.rows = [row for row in rows if row["epoch"] <= self.epoch]
@@ -390,14 +334,10 @@ class Fit:
         if self.world.first or len(states) == self.world.size:
             checkpoint.set_random_state(states[self.world.rank])
         else:
-            checkpoint.seed_all(own_seed(self.seed + state["step"], self.world.rank))
+            checkpoint.seed_all(own_seed(self.task.seed + state["step"], self.world.rank))
 
     def on_schedule(self) -> bool:
         """Whether each epoch had the rate of this schedule: not where the number of epochs was raised in between."""
         factor = self.schedule.lr_lambdas[0]
         rates = [self.settings.lr * factor(int(row["epoch"]) - 1) for row in self.rows]
         return all(math.isclose(row["lr"], rate, rel_tol=1e-8) for row, rate in zip(self.rows, rates, strict=True))
-
-    def _rates(self, epoch: int) -> list[float]:
-        rates = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
-        return [base * factor(epoch) for base, factor in rates]

@@ -58,7 +58,8 @@ class Meter:
         self.measured = 0  # images of the batches in which every phase got its step
         self.sums: dict[str, Tensor] = {}  # name -> 0-d float64, summed over images
         self.judged = 0  # images whose output was seen
-        self._losses: list[tuple[int, tuple, Tensor]] = []  # (batch, phase, loss) that no one looked at yet
+        # (batch, phase, loss) that no one looked at yet
+        self._losses: list[tuple[int, tuple[str, Sequence[nn.Module]], Tensor]] = []
         self._batch: dict[str, Tensor] = {}  # sums of the current batch
         self._whole = True  # no phase of it was left out
         self._outputs: Tensor | None = None  # logits [B, C] of the current batch
@@ -139,10 +140,12 @@ class Meter:
         return means | {"accuracy": float(self.sums["accuracy"]) / self.judged if seen else math.nan}
 
     def state_dict(self) -> dict[str, Any]:
+        """The sums of the epoch so far, on the CPU."""
         sums = {name: total.cpu() for name, total in self.sums.items()}
         return {name: getattr(self, name) for name in _COUNTS} | {"sums": sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The way back of `state_dict`; of several processes the first alone goes on from the sums."""
         first = self.world.first  # of several processes one goes on from the sums of all
         for name in _COUNTS:
             setattr(self, name, state[name] if first or name not in _ROWS else 0)

@@ -13,6 +13,7 @@ from fastkd.train.settings import OptimizationOptions
 
 
 def make_optimizer(method: Method, options: OptimizationOptions) -> torch.optim.Optimizer:
+    """The optimiser that `options` name, over the method's parameter groups."""
     groups = method.parameter_groups(options.lr)
     if options.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
@@ -48,3 +49,10 @@ def rate_factor(options: OptimizationOptions, epochs: int) -> Callable[[int], fl
 def make_schedule(optimizer: torch.optim.Optimizer, options: OptimizationOptions, epochs: int) -> LambdaLR:
     """To be stepped once after each epoch."""
     return LambdaLR(optimizer, rate_factor(options, epochs))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, schedule: LambdaLR, epoch: int) -> None:
+    """The rates of this epoch under this schedule: for a run whose number of epochs was raised since its state."""
+    rates = zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    for group, base, factor in rates:
+        group["lr"] = base * factor(epoch)

@@ -36,7 +36,7 @@ class Progress:
             self.bar = tqdm(total=self.batches, desc=self.title, leave=False, dynamic_ncols=True, bar_format=BAR)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.bar is not None:
             self.bar.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def keep(folder: Path, description: dict[str, Any]) -> None:
     write_atomic(folder / FILE, json.dumps(description).encode() + b"\n")
 
 
-def check_sizes(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def check_sizes(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """UserError where the facts of a state (`Fit.facts`) are of networks for other images than the present ones."""
     for name in ("num_classes", "channels", "image_size"):
         if name in old and name in new and old[name] != new[name]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from fastkd._core.messages import UserError
-from fastkd.train.option_types import settle
+from fastkd.train.option_types import option, settle
 
 
 @dataclass
@@ -28,17 +28,17 @@ class DataOptions:
         keep_images: image files cut to fewer than 96 pixels are decoded once and stay in memory; without workers
     """
 
-    data: str = "digits"
-    data_root: str = ".data"
-    download: bool = False
-    train_size: int | None = None
-    validation: float = 0.0
-    image_size: int | None = None
-    augment: bool = True
-    variants: int = 0
-    workers: int = 0
-    bad_images: Literal["error", "skip"] = "error"
-    keep_images: bool = False
+    data: str = option("digits", "data")
+    data_root: str = option(".data", "free")
+    download: bool = option(False, "free")
+    train_size: int | None = option(None, "data", least=1)
+    validation: float = option(0.0, "data")
+    image_size: int | None = option(None, "data", least=1)
+    augment: bool = option(True, "data")
+    variants: int = option(0, "data", least=0, later=True, needs="augment")
+    workers: int = option(0, "free", least=0)
+    bad_images: Literal["error", "skip"] = option("error", "free")
+    keep_images: bool = option(False, "free")
 
 
 @dataclass
@@ -55,13 +55,13 @@ class NetworkOptions:
         checkpoint: checkpoint.NAME=FILE takes the weights of teacher, assistant1, ... from FILE, trains none
     """
 
-    teacher: str = "resnet14"
-    assistants: list[str] = field(default_factory=lambda: ["resnet8", "plain4:width=0.25"])
-    student: str = "plain3:width=0.125"
-    num_teachers: int | None = None
-    generations: int = 3
-    branches: int = 3
-    checkpoint: dict[str, str] = field(default_factory=dict)
+    teacher: str = option("resnet14", "stages")
+    assistants: list[str] = option(["resnet8", "plain4:width=0.25"], "stages")
+    student: str = option("plain3:width=0.125", "stages")
+    num_teachers: int | None = option(None, "stages", least=1)
+    generations: int = option(3, "stages", least=1)
+    branches: int = option(3, "stages", least=1)
+    checkpoint: dict[str, str] = option({}, "stages")
 
 
 @dataclass
@@ -84,19 +84,19 @@ class OptimizationOptions:
         warmup_epochs: linear rise of the rate over the first epochs
     """
 
-    epochs: int = 30
-    guide_epochs: int = 0
-    own_epochs: int = 0
-    batch_size: int = 32
-    optimizer: Literal["sgd", "adamw"] = "adamw"
-    lr: float = 0.01
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 1e-4
-    schedule: Literal["constant", "multistep", "cosine"] = "constant"
-    milestones: list[float] = field(default_factory=lambda: [0.5, 0.75])
-    gamma: float = 0.1
-    warmup_epochs: int = 0
+    epochs: int = option(30, "free", least=1)
+    guide_epochs: int = option(0, "stages", least=0)
+    own_epochs: int = option(0, "stages", least=0)
+    batch_size: int = option(32, "result", least=1)
+    optimizer: Literal["sgd", "adamw"] = option("adamw", "result")
+    lr: float = option(0.01, "result", least=0)
+    momentum: float = option(0.9, "result", least=0)
+    nesterov: bool = option(False, "result")
+    weight_decay: float = option(1e-4, "result", least=0)
+    schedule: Literal["constant", "multistep", "cosine"] = option("constant", "result")
+    milestones: list[float] = option([0.5, 0.75], "result")
+    gamma: float = option(0.1, "result", least=0)
+    warmup_epochs: int = option(0, "result", least=0)
 
 
 @dataclass
@@ -120,18 +120,18 @@ class LoopOptions:
         logits_dtype: in which they are kept; float16 takes half the room
     """
 
-    device: str = "auto"
-    threads: int | None = None
-    eval_every: int = 1
-    keep: int = 0
-    save_every: int = 0
-    non_finite: Literal["stop", "skip"] = "stop"
-    log_every: int = 50
-    quiet: bool = False
-    cache: str = ""
-    tensorboard: bool = False
-    logits_cache: bool = False
-    logits_dtype: Literal["float32", "float16"] = "float32"
+    device: str = option("auto", "free")
+    threads: int | None = option(None, "free", least=1)
+    eval_every: int = option(1, "free", least=1)
+    keep: int = option(0, "free", least=0)
+    save_every: int = option(0, "free", least=0)
+    non_finite: Literal["stop", "skip"] = option("stop", "free")
+    log_every: int = option(50, "free", least=1)
+    quiet: bool = option(False, "free")
+    cache: str = option("", "free")
+    tensorboard: bool = option(False, "free")
+    logits_cache: bool = option(False, "free")
+    logits_dtype: Literal["float32", "float16"] = option("float32", "result", later=True, needs="logits_cache")
 
 
 @dataclass
@@ -150,38 +150,20 @@ class ScaleOptions:
         timeout: seconds after which a process that does not answer ends the run
     """
 
-    amp: Literal["none", "bf16", "fp16"] = "none"
-    accumulate: int = 1
-    channels_last: bool = False
-    compile: bool = False
-    cuda_graph: bool = False
-    deterministic: bool = False
-    sync_batch_norm: bool = False
-    timeout: float = 600.0
+    amp: Literal["none", "bf16", "fp16"] = option("none", "result")
+    accumulate: int = option(1, "result", least=1)
+    channels_last: bool = option(False, "free")
+    compile: bool = option(False, "free")
+    cuda_graph: bool = option(False, "free")
+    deterministic: bool = option(False, "free")
+    sync_batch_norm: bool = option(False, "result", later=True)
+    timeout: float = option(600.0, "free")
 
 
-_LEAST = {"epochs": 1, "guide_epochs": 0, "own_epochs": 0, "batch_size": 1, "warmup_epochs": 0, "eval_every": 1}
-_LEAST |= {"num_teachers": 1, "generations": 1, "branches": 1, "keep": 0, "save_every": 0}
-_LEAST |= {"log_every": 1, "workers": 0, "train_size": 1, "image_size": 1, "seed": 0, "threads": 1}
-_LEAST |= {"accumulate": 1, "variants": 0}
-_OPTIONAL = ("train_size", "image_size", "threads", "num_teachers", "seed")  # a comparison has no seed of its own
-_FINITE = ("lr", "momentum", "weight_decay", "gamma")  # >= 0
-
-
-def _check_values(config: object) -> None:
+def _check_values(config: Settings) -> None:
     wrong = settle(config)
     if wrong:
         raise UserError(wrong)
-    for name, least in _LEAST.items():
-        value = getattr(config, name, None)
-        if value is None and name in _OPTIONAL:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UserError(f"--{_flag(name)} must be an integer of at least {least}, got {value!r}")
-    for name in _FINITE:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
-            raise UserError(f"--{_flag(name)} must be a finite number >= 0, got {value!r}")
     if not (0 <= config.validation < 1 or config.validation > 1 and config.validation % 1 == 0):
         raise UserError(
             f"--validation must be a fraction from 0 to below 1 or a number of images, got {config.validation!r}"
@@ -198,15 +180,11 @@ def _check_values(config: object) -> None:
         raise UserError(f"--milestones must be positive epochs or fractions of the epochs, got {config.milestones}")
 
 
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
-
-
 @dataclass
 class Settings(DataOptions, NetworkOptions, OptimizationOptions, LoopOptions, ScaleOptions):
     """What `train` and `compare` have in common."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_values(self)
         if self.threads is None and self.data == "digits":
             self.threads = 1

@@ -74,9 +74,17 @@ class Steps:
         self._buffers: dict[str, Tensor] = {}
 
     @classmethod
-    def of(cls, method: Method, optimizer, device: torch.device, settings: Settings, world: World = ALONE) -> Steps:
-        how = {"amp": settings.amp, "accumulate": settings.accumulate, "world": world}
-        return cls(method, optimizer, device, settings.non_finite, **how)
+    def of(
+        cls,
+        method: Method,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        settings: Settings,
+        world: World = ALONE,
+    ) -> Steps:
+        """The steps that `settings` describe."""
+        amp, accumulate = settings.amp, settings.accumulate
+        return cls(method, optimizer, device, settings.non_finite, amp=amp, accumulate=accumulate, world=world)
 
     def take(self, inputs: Any, target: Tensor, taught: Any = None) -> Iterator[tuple[Phase, Tensor]]:
         """(phase, its loss) of one batch, each after its step. The loss is detached, of this process's rows.
@@ -102,17 +110,20 @@ class Steps:
             yield phase, loss
 
     def state_dict(self) -> dict[str, Any]:
+        """The state of the gradient scaler and the steps skipped in a row."""
         return {"in_row": self.in_row, "scaler": {} if self.scaler is None else self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The way back of `state_dict`."""
         self.in_row = state["in_row"]
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
     def autocast(self) -> torch.autocast:
+        """The context in which losses are computed."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
-    def _run(self, iterator: Iterator) -> Any:
+    def _run(self, iterator: Iterator[Any]) -> Any:
         with self.autocast():
             return next(iterator, None)
 
@@ -131,17 +142,18 @@ class Steps:
         return counts * self.world.size / total.clamp(min=1)
 
     def _backward(self, phase: Phase, weight: Tensor | None) -> Tensor:
-        total = 0
+        total: Tensor | None = None
         for chunk in range(phase.chunks):
             with ExitStack() as stack:
                 if chunk + 1 < phase.chunks:
                     for network in filter(None, map(data_parallel, phase.networks)):
                         stack.enter_context(network.no_sync())  # around the forward pass, too
                 loss = phase.loss if phase.chunks == 1 else self._run(phase.losses)
-                total = total + loss.detach()
+                total = loss.detach() if total is None else total + loss.detach()
                 if weight is not None:
                     loss = loss * weight.to(loss.dtype)
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        assert total is not None  # a phase has one chunk at least
         return total
 
     def _step(self) -> bool:

@@ -81,8 +81,8 @@ def run(method, views, y=None, chunks=1) -> torch.Tensor:
     return total
 
 
-def plain_loss(student, classifier, teacher, views, y, w, lam, t=T):
-    """The papers' loss, peer by peer."""
+def plain_loss(student, classifier, teacher, views, y, w, lam, t=T, c=None):
+    """The papers' loss, peer by peer; c of the teachers' ensemble, w where it is ramped up as well."""
     outputs = student(views)
     z = [o.logits for o in outputs]
     taught = [o.logits.detach() for o in teacher(views)]
@@ -93,7 +93,7 @@ def plain_loss(student, classifier, teacher, views, y, w, lam, t=T):
         one_by_one = sum(plain_kd(z[j], other, t) for other in others) / len(others)
         together = plain_kd(z[j], torch.stack(others).mean(0), t)
         loss = loss + plain_ce(z[j], y) + w * plain_kd(z[j], z_e.detach(), t)
-        loss = loss + w * (lam * together + (1 - lam) * one_by_one)
+        loss = loss + (w if c is None else c) * lam * together + w * (1 - lam) * one_by_one
     return loss
 
 

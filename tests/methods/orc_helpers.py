@@ -113,8 +113,10 @@ def plain_feedback(ces, wrongs, errors_only):
     return torch.tensor(picked)
 
 
-def plain_taught(learners, teachers, x, y):
+def plain_taught(learners, teachers, x, y, combine="each"):
     targets = [eval_logits(teacher, x) for teacher in teachers]
+    if combine == "mean":
+        targets = [sum(targets) / len(targets)]
     total = 0
     for learner in learners:
         z = learner(x)
@@ -122,14 +124,21 @@ def plain_taught(learners, teachers, x, y):
     return total
 
 
-def plain_phases(pivot, students, x, y, l, promote=1, rank_by="ce", intensive="pivot", errors_only=False):  # noqa: E741
+def plain_phases(pivot, students, x, y, l, promote=1, rank_by="ce", intensive="pivot", errors_only=True,  # noqa: E741
+                 teach=("intensive", "private", "group"), combine="each", mix="mixup"):  # fmt: skip
     """(loss, networks that it trains) of each phase."""
-    order, ces, wrongs = plain_ranking(students, x, y, rank_by)
+    order, ces, wrongs = plain_ranking(students, x, y, "ce" if rank_by == "fixed" else rank_by)
+    if rank_by == "fixed":
+        order = [*range(1, promote + 1), 0, *range(promote + 1, len(students))]
     tts, rest = [students[i] for i in order[:promote]], [students[i] for i in order[promote:]]
     feedback = plain_feedback(ces, wrongs, errors_only)
+    l = {"mixup": l, "feedback": 0.0, "batch": 1.0}[mix]  # noqa: E741
     mixed = l * x + (1 - l) * x[feedback]
     group = [pivot] if intensive == "pivot" else [pivot, *tts]
-    logits = [n(mixed) for n in group]
-    yield sum(l * plain_ce(z, y) + (1 - l) * plain_ce(z, y[feedback]) for z in logits), group
-    yield plain_taught(tts, [pivot], x, y), tts
-    yield plain_taught(rest, [pivot, *tts], x, y), rest
+    if "intensive" in teach:
+        logits = [n(mixed) for n in group]
+        yield sum(l * plain_ce(z, y) + (1 - l) * plain_ce(z, y[feedback]) for z in logits), group
+    if "private" in teach:
+        yield plain_taught(tts, [pivot], x, y, combine), tts
+    if "group" in teach:
+        yield plain_taught(rest, [pivot, *tts], x, y, combine), rest

@@ -15,7 +15,9 @@ from fastkd.methods import Method
 from fastkd.models import create, logits_of
 
 # The methods that the library has: a missing one fails, it is not skipped.
-NAMES = ("AVER", "BAN", "CE", "CTSLMKT", "DGKD", "DKEL", "DML", "FEED", "FT", "KD", "KDCL", "ORC", "PCL", "RKD", "TAKD")
+NAMES = ("AEKD", "DIST", "DKD", "MeanTeacher", "OKDDip", "ONE")  # the neighbours; then the papers and their baselines
+NAMES += ("AVER", "BAN")
+NAMES += ("CE", "CTSLMKT", "DGKD", "DKEL", "DML", "FEED", "FT", "KD", "KDCL", "ORC", "PCL", "RKD", "TAKD")
 CLASSES = 10
 
 
@@ -54,7 +56,8 @@ def other(seed: int) -> nn.Module:
     return net(seed, classes=CLASSES + 2)
 
 
-peers = {"learner": branched, "shipped": lambda network: network.peer(0), "views": 3}
+branches = {"learner": branched, "shipped": lambda network: network.peer(0)}  # one image for all
+peers = branches | {"views": 3}
 CASES = {
     "CE": Case(lambda n, t: methods.CE(n(0)), lambda: methods.CE(nn.Linear)),
     "KD": Case(lambda n, t: methods.KD(n(0), t(0)), lambda: methods.KD(net(0), other(1))),
@@ -65,6 +68,25 @@ CASES = {
         lambda n, t: methods.DGKD(n(0), [t(0), t(1)], lam=0.5, drop="bernoulli", survival=0.5),
         lambda: methods.DGKD(net(0), [net(1), other(2)]),
     ),
+    "DKD": Case(lambda n, t: methods.DKD(n(0), t(0)), lambda: methods.DKD(net(0), other(1))),
+    "DIST": Case(lambda n, t: methods.DIST(n(0), t(0)), lambda: methods.DIST(net(0), other(1)), chunks="parts"),
+    "AEKD": Case(
+        lambda n, t: methods.AEKD(n(0), [t(0), t(1)]),
+        lambda: methods.AEKD(net(0), [net(1), other(2)]),
+        chunks="parts",
+    ),
+    "AVER confidence": Case(
+        lambda n, t: methods.AVER(n(0), [t(0), t(1)], weights="confidence"),
+        lambda: methods.AVER(net(0), [net(1)], weights="confidence"),
+    ),
+    "MeanTeacher": Case(
+        lambda n, t: methods.MeanTeacher(n(0), momentum=0.9), lambda: methods.MeanTeacher(nn.Linear), views=2,
+        chunks="parts",  # an image without a label agrees, too, and a chunk weighs as its labelled ones
+    ),  # fmt: skip
+    "ONE": Case(  # its gate normalises the batch
+        lambda n, t: methods.ONE(n(0)), lambda: methods.ONE(net(0)), **branches, chunks="parts"
+    ),
+    "OKDDip": Case(lambda n, t: methods.OKDDip(n(0)), lambda: methods.OKDDip(net(0)), **branches),
     "ORC": Case(lambda n, t: methods.ORC(t(0), [n(0), n(1), n(2)]), lambda: methods.ORC(net(0), [net(1), other(2)])),
     "CTSLMKT": Case(
         lambda n, t: methods.CTSLMKT([n(0), n(1)], [t(0), t(1)]),

@@ -43,7 +43,9 @@ def former(count=2):
     return [mlp(seed=20 + k) for k in range(count)]  # self-teachers need no embedding
 
 
-def paper(alpha, beta, beta1, beta2, gamma, t, mutual_t=1.0, former=(), response=True, relation=True, own=True):
+def paper(
+    alpha, beta, beta1, beta2, gamma, t, mutual_t=1.0, former=(), response=True, relation=True, own=True, t2=True
+):  # fmt: skip
     """The loss of all peers."""
 
     def loss(networks, x, y):
@@ -60,7 +62,7 @@ def paper(alpha, beta, beta1, beta2, gamma, t, mutual_t=1.0, former=(), response
                 if response:
                     total = total + beta * beta2 * plain_kd(z, zp, mutual_t) / len(partners)
             if own:
-                total = total + gamma * plain_kd(z, former[k](x).detach(), t)
+                total = total + (gamma if t2 else gamma / t**2) * plain_kd(z, former[k](x).detach(), t)
         return total
 
     return loss
@@ -89,6 +91,15 @@ def test_defaults():
     networks, selves = peers(), former()
     loss = run(CTSLMKT(networks, selves), x, y)
     value, grads = plain_step(networks, paper(1.0, 1.0, 2.0, 1.0, 0.5, 4.0, 1.0, selves), x, y)
+    assert abs(loss - value) < 1e-10
+    assert_gradients(networks, grads)
+
+
+def test_self_learning_without_the_squared_temperature_is_the_printed_loss():
+    x, y = batch()
+    networks, selves = peers(), former()
+    loss = run(CTSLMKT(networks, selves, temperature=3.0, scale_by_t2=False), x, y)
+    value, grads = plain_step(networks, paper(1.0, 1.0, 2.0, 1.0, 0.5, 3.0, 1.0, selves, t2=False), x, y)
     assert abs(loss - value) < 1e-10
     assert_gradients(networks, grads)
 
@@ -351,6 +362,7 @@ BAD = {
     "beta1": (lambda: CTSLMKT(peers(), former(), beta1=float("nan")), "beta1"),
     "beta2": (lambda: CTSLMKT(peers(), former(), beta2=-0.5), "beta2"),
     "gamma": (lambda: CTSLMKT(peers(), former(), gamma=torch.tensor(1.0)), "gamma"),
+    "t2": (lambda: CTSLMKT(peers(), former(), scale_by_t2=2), "scale_by_t2"),
     "temperature": (lambda: CTSLMKT(peers(), former(), temperature=0), "temperature"),
     "mutual temperature": (lambda: CTSLMKT(peers(), former(), mutual_temperature=-1.0), "mutual_temperature"),
     "switch": (lambda: CTSLMKT(peers(), former(), mutual_response=1), "mutual_response"),

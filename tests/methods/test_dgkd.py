@@ -80,6 +80,17 @@ def test_loss_and_gradients_are_the_papers(scale, formula, drop, chunks):
         assert len(seen) > 1
 
 
+def test_lam_follows_the_scale():
+    """The code has no cross-entropy (lam 1); the text's loss has one, so that 1 is not its default."""
+    assert DGKD(mlp(1), [mlp(2)], scale="code").lam == 1.0
+    x, y = batch()
+    student, guides = mlp(1), guides_of()
+    loss = run(DGKD(student, guides, temperature=T), x, y)
+    with torch.no_grad():
+        assert abs(loss - paper_loss(student(x), y, [g(x) for g in guides], 0.5, 4)) < 1e-10
+        assert run(DGKD(student, guides, temperature=T, lam=0.25), x, y) != loss
+
+
 @pytest.mark.parametrize("lam", [0.0, 1.0])
 def test_ends_of_lam(lam):
     x, y = batch()

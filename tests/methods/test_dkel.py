@@ -14,13 +14,14 @@ from fastkd.methods import DKEL, PCL
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("branches", [2, 3, 4])
 @pytest.mark.parametrize("epoch", [0, 3, 9, 10, 80, LATE])
-def test_loss_and_gradients_are_the_papers(epoch, branches, chunks):
+@pytest.mark.parametrize("ramped", [False, True])
+def test_loss_and_gradients_are_the_papers(ramped, epoch, branches, chunks):
     views, y = rows_of_views(views=branches)
     c = 50.0  # so that early weights are seen
-    method = dkel(tiny(1, branches), epoch=epoch, c=c)
+    method = dkel(tiny(1, branches), epoch=epoch, c=c, ensemble_ramp=ramped)
     lam = math.exp(-0.5 * epoch) if epoch < 10 else 0
     assert (lam > 0.01) == (epoch < 10)
-    formula = partial(plain_loss, views=views, y=y, w=w_of(epoch, c), lam=lam)
+    formula = partial(plain_loss, views=views, y=y, w=w_of(epoch, c), lam=lam, c=None if ramped else c)
     assert_is(method, formula, views, y, chunks)
 
 
@@ -53,7 +54,7 @@ def test_ignored_rows_and_options():
     part = [v[kept] for v in views]
     for chunks in (1, 4):
         method = dkel(epoch=5, c=20.0, temperature=2.0)
-        formula = partial(plain_loss, views=part, y=y[kept], w=w_of(5, 20.0), lam=math.exp(-2.5), t=2.0)
+        formula = partial(plain_loss, views=part, y=y[kept], w=w_of(5, 20.0), lam=math.exp(-2.5), t=2.0, c=20.0)
         assert_is(method, formula, views, y, chunks)
     double = run(dkel(epoch=0, c=0.0, ce_weight=2.0), views, y)
     assert abs(double - 2 * run(dkel(epoch=0, c=0.0), views, y)) < 1e-12
@@ -96,6 +97,46 @@ def test_schedules_of_the_intended_variant():
     assert DKEL(bn_student(), of=None).distillation_weight(20, 30) == pytest.approx(w_of(20), rel=1e-12)
     assert DKEL(bn_student(), ramp=0).distillation_weight(0, 300) == 0.1
     assert {method.momentum_at(g) for g in (0, 1, 5, 10_000)} == {0.999}
+
+
+def test_the_decaying_ensemble_acts_from_the_first_epoch():
+    """A strong teacher in early training: its weight is largest in epoch 0, falls, and dominates what is ramped up."""
+    method = DKEL(bn_student())
+    together, one_by_one = zip(*[method.teachers_weights(epoch, 300) for epoch in range(300)], strict=True)
+    assert together[0] == 0.1 and list(together) == sorted(together, reverse=True)
+    assert together[:10] == pytest.approx([0.1 * math.exp(-0.5 * epoch) for epoch in range(10)])
+    assert set(together[10:]) == {0.0} and one_by_one[0] == 0.0 and one_by_one[299] == 0.1
+    assert sum(together) > 2 * sum(one_by_one[:10])
+    product = DKEL(bn_student(), ensemble_ramp=True).teachers_weights
+    assert max(product(epoch, 300)[0] for epoch in range(300)) == pytest.approx(0.1 * math.exp(-5))  # inert
+    for epoch in range(12):
+        assert DKEL(bn_student(), variant="released").teachers_weights(epoch, 300)[0] < 7e-4
+
+
+@pytest.mark.parametrize("make", [DKEL, PCL])
+def test_the_averages_momentum_follows_the_length_of_the_run(make):
+    late = 10**6  # PCL's average has warmed up
+    method = make(bn_student())
+    for steps, epochs, momentum in (
+        (390, 300, 0.999), (390, 600, 0.999), (39, 60, 0.95), (79, 60, 1 - 117 / 4740), (117, 1, 0.5), (1, 3, 0.5),
+    ):  # fmt: skip
+        method.start_epoch(0, epochs, steps)
+        assert method.momentum_at(late) == pytest.approx(momentum, abs=1e-12)
+        fixed = make(bn_student(), momentum=0.9)
+        fixed.start_epoch(0, epochs, steps)
+        assert fixed.momentum_at(late) == 0.9
+    method.start_epoch(0, 60)
+    assert method.momentum_at(late) == 0.999  # nobody told the steps
+    released = make(bn_student(), variant="released")
+    released.start_epoch(0, 60, 39)
+    assert released.momentum_at(late) == 0.999
+
+
+def test_the_length_of_the_run_is_in_the_state():
+    first, second = DKEL(bn_student()), DKEL(bn_student())
+    first.start_epoch(2, 60, 39)
+    second.load_state_dict(first.state_dict())
+    assert second.run_steps == 2340 and second.momentum_at(5) == first.momentum_at(5) == 0.95
 
 
 def test_schedules_of_the_released_variant():

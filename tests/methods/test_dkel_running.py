@@ -246,7 +246,7 @@ def test_low_precision_autocast_is_close(epoch):
 
 def test_the_mean_of_the_teachers_is_not_rounded():
     teachers = [torch.randn(4, CLASSES, generator=torch.Generator().manual_seed(k)).bfloat16() for k in range(3)]
-    columns, weights = _teaching(teachers, 0.5, 0.25)
+    columns, weights = _teaching(teachers, 0.125, 0.375)
     assert {column.dtype for column in columns} == {torch.float32} and len(columns) == 6
     assert torch.equal(columns[3], (teachers[1].float() + teachers[2].float()) / 2)
     assert weights[0] == [0, 0.1875, 0.1875, 0.125, 0, 0]

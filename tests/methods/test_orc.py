@@ -23,7 +23,8 @@ def compare_to_plain(make, iterations=4, lr=0.3, **options):
     for step in range(iterations):
         x, y = batch(rows=12, seed=step)
         plain = plain_phases(twin[0], twin[1:], x, y, next_share(method), **options)
-        for phase, name in zip(method.phases(x, y), ("intensive", "private", "group"), strict=True):
+        names = [n for n in ("intensive", "private", "group") if n in options.get("teach", n)]
+        for phase, name in zip(method.phases(x, y), names, strict=True):
             optimizer.zero_grad(set_to_none=True)
             twin_optimizer.zero_grad(set_to_none=True)
             loss, trained = next(plain)
@@ -49,8 +50,11 @@ def compare_to_plain(make, iterations=4, lr=0.3, **options):
 
 @pytest.mark.parametrize("make", [mlp, bn_mlp])
 @pytest.mark.parametrize("options", [
-    {}, {"promote": 2}, {"intensive": "group"}, {"errors_only": True}, {"rank_by": "accuracy"},
-    {"rank_by": "top5", "promote": 2, "intensive": "group", "errors_only": True},
+    {}, {"promote": 2}, {"intensive": "group"}, {"errors_only": False}, {"rank_by": "accuracy"},
+    {"rank_by": "top5", "promote": 2, "intensive": "group", "errors_only": False},
+    {"rank_by": "fixed"}, {"rank_by": "fixed", "promote": 2}, {"combine": "mean"},
+    {"mix": "feedback"}, {"mix": "batch"},
+    {"teach": ["group"]}, {"teach": ["group", "intensive"], "mix": "batch"}, {"teach": ["private"]},
 ], ids=str)  # fmt: skip
 def test_losses_and_gradients_are_the_papers(make, options):
     """The three phases in sequence, four iterations, each loss after the steps before it."""

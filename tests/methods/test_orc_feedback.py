@@ -141,7 +141,7 @@ def test_feedback_is_the_hardest_by_softmax_shares():
 def test_errors_only():
     # Equal means. The first network errs on 1 and 3, the second on 0 alone.
     ces = [0.4, 1.5, 0.6, 1.5], [2.5, 0.5, 0.5, 0.5]
-    assert feedback_of(*ces) == [1, 3, 0, 1]
+    assert feedback_of(*ces, errors_only=False) == [1, 3, 0, 1]
     assert feedback_of(*ces, errors_only=True) == [1, 3, 0, 0]
     # No error: its share goes to the network with errors, however much better that is on average.
     assert feedback_of([1.0, 1.0, 1.0, 0.9], [0.1, 0.1, 1.2, 0.1], errors_only=True) == [2, 2, 2, 2]

@@ -155,12 +155,29 @@ def test_networks_of_ones_own():
     assert network(torch.randn(5, 4))[1].logits.shape == (5, 2)
 
 
+@pytest.mark.parametrize("name, stem, features", [
+    ("resnet18", "layer3.0.conv1.weight", 512), ("densenet40_12", "features.transition2.conv.weight", 132),
+])  # fmt: skip
+def test_networks_of_torchvision_are_cut_before_their_last_stage(name, stem, features):
+    """PCL's tiny ResNets and DenseNet-40-12: one stem, branches apart, and each peer torchvision's own function."""
+    torch.manual_seed(0)
+    network = branched(name, 5, 2, image_size=16).eval()
+    first, second = network.peers
+    own = {n for n, p in first.named_parameters() if p is not second.get_parameter(n)}
+    assert stem not in own and "fc.bias" in own | {n.replace("classifier", "fc") for n in own}
+    assert all(n.split(".")[0] in ("layer4", "fc", "classifier") or "denseblock3" in n or "norm5" in n for n in own)
+    x = torch.randn(2, 3, 16, 16)
+    outputs = network(x)
+    assert [o.features.shape[1] for o in outputs] == [features] * 2 and not torch.equal(*[o.logits for o in outputs])
+    assert torch.equal(network.peer(1)(x), outputs[1].logits)
+
+
 SAME = models.create("plain2", 7)
 
 
 @pytest.mark.parametrize("call, error, message", [
-    (lambda: branched("resnet18", 10), ValueError, "branched: name must be a network with a stem .*, got 'resnet18'"),
-    (lambda: branched("densenet40_12", 10), ValueError, "branched: name .*, got 'densenet40_12'"),
+    (lambda: branched("mobilenet_v2", 10), ValueError, "branched: name must be a network with a stem .*, got 'mob.*'"),
+    (lambda: branched("shufflenet_v2_x0_5", 10), ValueError, "branched: name .*, got 'shufflenet_v2_x0_5'"),
     (lambda: branched("resnet8", 10, 1), ValueError, "branched: branches must be an integer of at least 2, got 1"),
     (lambda: branched("resnet8", 10, True), ValueError, "branched: branches .*, got True"),
     (lambda: branched("resnet9", 10), ValueError, "create: no network is called 'resnet9'"),

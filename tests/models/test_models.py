@@ -58,6 +58,22 @@ def test_torchvision_networks_keep_their_own_stem_on_large_images():
         assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}, name
 
 
+@pytest.mark.parametrize(("name", "layers"), [("resnet18", "layer{}"), ("densenet121", "features.denseblock{}")])
+def test_staged_networks_compute_what_torchvision_computes(name, layers):
+    import torchvision
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    ours, theirs = models.create(name, 9, 64, small_stem=False), getattr(torchvision.models, name)(num_classes=9)
+    theirs.load_state_dict(ours.state_dict())
+    x, nodes = images(2, 64), [layers.format(stage) for stage in (1, 2, 3)]
+    with torch.no_grad():
+        logits, features, maps = ours.eval().forward_features(x)
+        assert torch.equal(logits, theirs.eval()(x))
+        taken = create_feature_extractor(theirs, [*nodes, "flatten"])(x)
+    assert torch.equal(features, taken["flatten"]) and len(maps) == 4
+    assert all(torch.equal(map_, taken[node]) for map_, node in zip(maps, nodes))  # noqa: B905
+
+
 @pytest.mark.parametrize(
     ("name", "stride"),
     [("resnet18", 8), ("mobilenet_v2", 8), ("shufflenet_v2_x0_5", 8), ("densenet121", 8), ("densenet40_12", 4)],
@@ -67,6 +83,17 @@ def test_small_stem_shrinks_less(name, stride):
     assert outputs.maps[-1].shape[-1] == 32 // stride
     wide = models.with_features(models.create(name, 5, 64, small_stem=False).eval())(images(1, 64))
     assert wide.maps[-1].shape[-1] == 64 // (4 * stride)
+
+
+def test_a_vgg_with_a_classifier_of_three_layers():
+    model = models.create("vgg8", 7, 16, width=0.125, head="mlp").eval()
+    assert [type(layer).__name__ for layer in model.hidden] == ["Dropout", "Linear", "ReLU"] * 2
+    first, second = model.hidden[1].weight, model.hidden[4].weight
+    assert not torch.equal(first, second) and first.shape == (64, 64)
+    outputs = model.forward_features(images(2, 16))
+    assert torch.equal(model.fc(outputs.features), outputs.logits) and (outputs.features >= 0).all()
+    with pytest.raises(ValueError, match='create: head must be "linear" or "mlp", got .big.'):
+        models.create("vgg8", 7, 16, head="big")
 
 
 PUBLISHED = [  # name, classes, options, parameters

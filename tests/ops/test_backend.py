@@ -16,9 +16,9 @@ pytestmark = pytest.mark.usefixtures("one_thread", "nothing_told_yet")
 
 
 @pytest.fixture
-def nothing_told_yet(monkeypatch):
-    monkeypatch.setattr(_backend, "_warned", set())
-    monkeypatch.setattr(_backend, "_warns", True)
+def nothing_told_yet():
+    with _backend.telling_anew():
+        yield
 
 
 Z = torch.randn(3, 4)

@@ -10,10 +10,17 @@ import torch
 
 import fastkd
 import fastkd.functional as F
+from fastkd import _backend
 from fastkd._core.checks import check_number
-from fastkd.ops import _autograd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def checks_everywhere():
+    with _backend.pretend(check_everywhere=True):
+        yield
+
 
 Z, Y = torch.randn(4, 6), torch.tensor([0, 1, 2, 5])
 STATS = F.group_stats([Z, -Z], Y)
@@ -67,10 +74,10 @@ PROBABILITIES = {
 
 @pytest.mark.parametrize("where", PROBABILITIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_probabilities_are_told_from_logits_where_checks_are_on(where, dtype, monkeypatch):
+def test_probabilities_are_told_from_logits_where_checks_are_on(where, dtype, request):
     call = PROBABILITIES[where]
     call(P)
-    monkeypatch.setattr(_autograd, "CHECK_VALUES_EVERYWHERE", True)
+    request.getfixturevalue("checks_everywhere")
     with pytest.raises(ValueError) as caught:
         call(P.to(dtype).requires_grad_())
     assert str(caught.value).startswith(f"{where} must be logits, got probabilities")
@@ -79,8 +86,7 @@ def test_probabilities_are_told_from_logits_where_checks_are_on(where, dtype, mo
     call(torch.cat([P[:3], Z[:1]]))  # one row that is none
 
 
-def test_probabilities_of_many_classes_in_half_precision_are_found_and_empty_batches_pass(monkeypatch):
-    monkeypatch.setattr(_autograd, "CHECK_VALUES_EVERYWHERE", True)
+def test_probabilities_of_many_classes_in_half_precision_are_found_and_empty_batches_pass(checks_everywhere):
     z = torch.randn(2, 32000)
     for dtype in (torch.float16, torch.bfloat16):
         with pytest.raises(ValueError, match="student must be logits"):

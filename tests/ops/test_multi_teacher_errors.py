@@ -7,7 +7,6 @@ import torch
 from errors_helpers import Y, assert_told, each_wrong_call, wrong_losses, wrong_targets, wrong_weights
 
 import fastkd
-from fastkd.ops import _autograd
 
 F = fastkd.functional
 S, T = torch.zeros(4, 6), torch.zeros(4, 6)
@@ -130,12 +129,12 @@ def test_unknown_keyword_and_positional_options_are_python_errors():
         F.multi_teacher_kd(S, [T], Y, None, 4.0)
 
 
+@pytest.mark.usefixtures("values_unreadable")
 @pytest.mark.parametrize("place", ["cpu", "simt", "simt_stream", "cuda"])
 @pytest.mark.parametrize("bad", [-1, 6, 2**40, -(2**62)])
-def test_a_target_that_cannot_be_checked_makes_its_row_nan(bad, place, at, monkeypatch):
+def test_a_target_that_cannot_be_checked_makes_its_row_nan(bad, place, at):
     """As on a GPU, where reading the target would wait: NaN for its row, no access out of range."""
     device = at(place)
-    monkeypatch.setattr(_autograd, "VALUES_ARE_READABLE", False)
     student = torch.randn(4, 6, device=device, requires_grad=True)
     target = torch.tensor([0, bad, 2, -100], device=device)
     for options in (dict(ce_weight=1.0), dict()):
@@ -146,8 +145,8 @@ def test_a_target_that_cannot_be_checked_makes_its_row_nan(bad, place, at, monke
         assert F.multi_teacher_kd(student, torch.randn(4, 6, device=device), target, **options).isnan()
 
 
-def test_the_reference_agrees_on_a_target_that_cannot_be_checked(monkeypatch):
-    monkeypatch.setattr(_autograd, "VALUES_ARE_READABLE", False)
+@pytest.mark.usefixtures("values_unreadable")
+def test_the_reference_agrees_on_a_target_that_cannot_be_checked():
     student = torch.randn(3, 6, requires_grad=True)
     with fastkd.use_backend("reference"):
         loss = F.multi_teacher_kd(student, torch.randn(3, 6), torch.tensor([0, 9, 2]), ce_weight=1.0, reduction="none")
@@ -159,7 +158,7 @@ def test_checks_everywhere_is_an_environment_variable():
     import subprocess
     import sys
 
-    code = "from fastkd.ops import _autograd; print(_autograd.CHECK_VALUES_EVERYWHERE)"
+    code = "from fastkd import _backend; print(_backend.machine.check_everywhere)"
     for value, expected in (("1", "True"), ("0", "False")):
         import os
 

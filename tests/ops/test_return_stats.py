@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 from fastkd import _backend
-from fastkd.ops import _autograd
 from fastkd.ops import multi_teacher as op
 from fastkd.testing import DTYPES, Case, over
 
@@ -108,11 +107,11 @@ def test_masks_nan_and_layouts(place, at):
         close(a, b)
 
 
+@pytest.mark.usefixtures("values_unreadable")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_a_target_that_cannot_be_checked(backend, place, at, monkeypatch):
+def test_a_target_that_cannot_be_checked(backend, place, at):
     device = at(place)
-    monkeypatch.setattr(_autograd, "VALUES_ARE_READABLE", False)
     student, target = torch.randn(4, 6, device=device, requires_grad=True), torch.tensor([0, 9, 2, -100], device=device)
     with fastkd.use_backend(backend):
         loss, stats = F.multi_teacher_kd(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastkd import _backend, _library
+from fastkd import _backend
 from fastkd._library import Library
 
 
@@ -26,12 +26,9 @@ def test_code_for_a_gpu(architectures, capability, serves):
     assert Library(True, architectures=architectures).has_code_for(capability) is serves
 
 
-def test_a_gpu_without_code_goes_to_the_reference(monkeypatch):
-    monkeypatch.setattr(_library, "CUDA", Library(True, architectures=("90-real",)))
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: (8, 0))
-    _backend._why_not_cuda.cache_clear()
-    try:
-        reason = _backend._why_not_cuda(0)
-    finally:
-        _backend._why_not_cuda.cache_clear()
-    assert reason == "the library has code for 90-real, the GPU has compute capability 8.0: build it here again"
+def test_a_gpu_without_code_goes_to_the_reference():
+    library = Library(True, architectures=("90-real",))
+    built = "the library has code for 90-real, the GPU has compute capability"
+    assert _backend.why_not_gpu(library, (8, 0)) == f"{built} 8.0: build it here again"
+    assert _backend.why_not_gpu(library, (7, 5)) == "the GPU has compute capability 7.5, the kernels need 8.0 or newer"
+    assert _backend.why_not_gpu(library, (9, 0)) is None

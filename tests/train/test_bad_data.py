@@ -20,6 +20,7 @@ from fastkd.methods import CE
 from fastkd.train import Fit, Interrupted, UserError
 from fastkd.train.bad_images import FILE
 from fastkd.train.metrics import read_csv
+from fastkd.train.task import Setup, Task
 
 
 def empty(path):
@@ -278,13 +279,13 @@ class Net(torch.nn.Sequential):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_label_out_of_range_in_somebodys_data(tmp_path, train, test, workers):
     settings = config(tmp_path, workers=workers)
-    fit = Fit(CE(Net()), labelled(train, test), settings, None, 1, 0, "student", {"learners": ["student"]})
+    fit = Fit(CE(Net()), labelled(train, test), Setup.here(settings), Task("student", 1))
     with pytest.raises(UserError, match=r"the data hold the label (3|-1), but there are 3 classes \(0 to 2\)"):
         fit.run()
 
 
 def test_label_that_counts_nowhere_is_no_error(tmp_path):
-    fit = Fit(CE(Net()), labelled([0, -100, 2, 1]), config(tmp_path), None, 1, 0, "student", {"learners": ["student"]})
+    fit = Fit(CE(Net()), labelled([0, -100, 2, 1]), Setup.here(config(tmp_path)), Task("student", 1))
     fit.run()
 
 

@@ -104,9 +104,9 @@ def interrupt(rank, folder):
     world_epoch = [0]
     start = methods.ORC.start_epoch
 
-    def start_epoch(self, epoch, epochs):
+    def start_epoch(self, epoch, *length):
         world_epoch[0] = epoch
-        start(self, epoch, epochs)
+        start(self, epoch, *length)
 
     Meter.end_batch, methods.ORC.start_epoch = end_batch, start_epoch
     try:
@@ -206,7 +206,7 @@ def errors_are_shared(rank):
     assert world().collect(rank) == ([0, 1] if rank == 0 else [])
     meter = Meter(torch.device("cpu"), 1, world=world())
     fake = {"loss": torch.tensor(float("nan") if rank else 1.0), "parts": {}, "name": "", "networks": ()}
-    phase = type("Fake", (), fake | {"skipped": False})()
+    phase = type("Fake", (), fake | {"skipped": False, "outputs": None})()
     meter.add(phase, 4)
     try:
         meter.end_batch(torch.zeros(4, dtype=torch.long))
@@ -281,7 +281,7 @@ def test_options_of_several_processes(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    from fastkd.train.loop import pick_device
+    from fastkd.train.devices import pick_device
 
     assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", 1)
     with pytest.raises(UserError, match="cuda:0 is one GPU for 2 processes: use --device cuda"):

@@ -15,6 +15,7 @@ from fastkd.methods import CE, DML, Phase
 from fastkd.train import Fit, Interrupted, Runner
 from fastkd.train.metrics import Divergence, Meter, read_csv
 from fastkd.train.steps import SKIPS
+from fastkd.train.task import Setup, Task
 
 
 class NaNGradient(torch.autograd.Function):
@@ -66,7 +67,8 @@ def spoiled_fit(tmp_path, at, spoil=spoil_loss, **options):
     options = config(tmp_path, batch_size=16, **options)
     runner = Runner(options)
     network = models.create("plain2", 10, image_size=8, channels=1, width=0.0625)
-    return Fit(Spoiled(network, at, spoil), runner.data, options, tmp_path / "run", options.epochs, 0, "student", {})
+    task = Task("student", options.epochs, folder=tmp_path / "run")
+    return Fit(Spoiled(network, at, spoil), runner.data, Setup.here(options), task)
 
 
 @pytest.mark.parametrize("spoil", [spoil_loss, spoil_gradient])
@@ -178,7 +180,7 @@ def test_statistics_of_a_spoiled_batch_are_forgotten(tmp_path):
     found = data.Data(TensorDataset(spoiled, labels), None, TensorDataset(images, labels), 3, 2, 1, ("a", "b", "c"))
     method, options = Spoiled(network, []), config(tmp_path, batch_size=6, non_finite="skip")
     method.state = lambda: {"mean": network[2].running_mean}
-    fit = Fit(method, found, options, None, 2, 0, "student", {"learners": ["student"]})
+    fit = Fit(method, found, Setup.here(options), Task("student", 2))
     rows = fit.run()
     assert [row["train_skipped_steps"] for row in rows] == [1, 1]
     assert all(math.isfinite(row["test_loss"]) for row in rows)
@@ -213,9 +215,7 @@ def plain():
 
 def fit_of(tmp_path, method, **options):
     options = config(tmp_path, **options)
-    return Fit(
-        method, data.load("digits", train_size=60), options, None, 1, 0, "student plain", {"learners": ["a", "b"]}
-    )
+    return Fit(method, data.load("digits", train_size=60), Setup.here(options), Task("student plain", 1))
 
 
 def test_phase_and_network_are_named(tmp_path):

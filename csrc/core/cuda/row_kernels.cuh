@@ -97,9 +97,11 @@ void launch_scale_vectors(const StoredGradients<A>& p, cudaStream_t stream) {
 
 template <class S, class A>
 void launch_scale(const StoredGradients<A>& p, cudaStream_t stream) {
-  constexpr int kWidth = 16 / int(sizeof(S));  // the gradients were allocated here: only the row length decides
+  constexpr int kWidth = 16 / int(sizeof(S));
   if (p.rows == 0 || p.slots == 0) return;
-  if (p.classes % kWidth == 0)
+  // A compiler may hand over a view of a larger buffer as the stored gradients.
+  const bool aligned = (reinterpret_cast<uintptr_t>(p.stored) | reinterpret_cast<uintptr_t>(p.grad)) % 16 == 0;
+  if (p.classes % kWidth == 0 && aligned)
     launch_scale_vectors<S, A, kWidth>(p, stream);
   else
     launch_scale_vectors<S, A, 1>(p, stream);

@@ -9,15 +9,28 @@
 #if defined(FASTKD_BACKEND_CPU)
 #include "core/cpu/cpu_level.h"
 #elif defined(FASTKD_BACKEND_CUDA)
+#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
 namespace fastkd {
 
-// grad_output of L losses, or with Reduction::none of those of their rows.
-inline void check_grad_loss(const Tensor& grad_loss, int64_t losses, int64_t rows, Reduction reduction, ScalarType type) {
+// grad_output of L losses, or with Reduction::none of those of their rows, beside what the forward left (`like`).
+inline void check_grad_loss(const Tensor& grad_loss, int64_t losses, int64_t rows, Reduction reduction, const Tensor& like) {
   const int64_t expected = losses * (reduction == Reduction::none ? rows : 1);
-  STD_TORCH_CHECK(grad_loss.numel() == expected && grad_loss.scalar_type() == type, "fastkd: grad_output");
+  STD_TORCH_CHECK(grad_loss.numel() == expected && grad_loss.scalar_type() == like.scalar_type() && grad_loss.is_contiguous(),
+                  "fastkd: grad_output must be contiguous, of the losses' shape and dtype");
+  check_devices(like, {&grad_loss});
+}
+
+// What a forward stored for its backward: gradients [..., R, C], the inverse scales of float16 [..., R] or nothing, aux [2].
+inline void check_stored(const Tensor& stored, const Tensor& saved, const Tensor& aux, int64_t rows) {
+  const ScalarType type = accumulate_type(dtype_of(stored));
+  STD_TORCH_CHECK(stored.is_contiguous() && saved.is_contiguous() && aux.is_contiguous() && aux.numel() == 2 &&
+                      aux.scalar_type() == type && saved.scalar_type() == type &&
+                      (saved.numel() == 0 || saved.numel() == rows),
+                  "fastkd: expected the gradients that the forward stored");
+  check_devices(stored, {&saved, &aux});
 }
 
 #if defined(FASTKD_BACKEND_CPU)
@@ -104,6 +117,8 @@ template <class F>
 void on_stream(const char* op, const Tensor& like, const F& launch) {
 #if defined(FASTKD_BACKEND_CUDA)
   torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  // The kernels' CUDA runtime is another copy than torch's: it has a current device of its own.
+  STD_TORCH_CHECK(cudaSetDevice(like.get_device_index()) == cudaSuccess, "fastkd: ", op, ": the device cannot be chosen");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
   const char* error = launch(stream);

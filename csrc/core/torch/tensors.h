@@ -64,6 +64,24 @@ inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_
   return empty_strided_like_device(like, sizes.begin(), strides, int64_t(sizes.size()), type);
 }
 
+// Whether two tensors are on one device: a kernel would follow a pointer into memory that is not its own.
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  int32_t types[2], indices[2];
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &types[0]));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &types[1]));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(a.get(), &indices[0]));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(b.get(), &indices[1]));
+  return types[0] == types[1] && indices[0] == indices[1];
+}
+
+inline const Tensor* pointer_to(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
+
+// Those that are null are not there.
+inline void check_devices(const Tensor& first, std::initializer_list<const Tensor*> others) {
+  for (const Tensor* t : others)
+    STD_TORCH_CHECK(!t || same_device(*t, first), "fastkd: the tensors of a call must be on one device");
+}
+
 template <class T>
 T* optional_data(const std::optional<Tensor>& t) {
   return t ? static_cast<T*>(t->data_ptr()) : nullptr;
@@ -106,22 +124,13 @@ struct Networks {
     if (!layout) layout = row_layout(kept.back());
     const Tensor& z = kept.back();
     STD_TORCH_CHECK(z.size(z.dim() - 1) == classes && z.numel() == rows * classes, "fastkd: the networks' shapes differ");
-    STD_TORCH_CHECK(same_device(z, kept.front()), "fastkd: the networks' devices differ");
+    check_devices(kept.front(), {&z});
     list.push_back({z.data_ptr(), dtype_of(z), *layout});
     return list.back();
   }
 
   void add(const std::vector<Tensor>& tensors, int64_t rows, int64_t classes) {
     for (const Tensor& tensor : tensors) add(tensor, rows, classes);
-  }
-
-  static bool same_device(const Tensor& a, const Tensor& b) {
-    int32_t types[2], indices[2];
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &types[0]));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &types[1]));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(a.get(), &indices[0]));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(b.get(), &indices[1]));
-    return types[0] == types[1] && indices[0] == indices[1];
   }
 };
 

@@ -1,0 +1,121 @@
+"""DKD: Decoupled Knowledge Distillation (arXiv 2203.08679, CVPR 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import functional
+from fastkd._core.checks import check_number, check_temperature
+from fastkd._core.labels import counted, is_soft
+from fastkd._core.messages import wrong_type, wrong_value
+from fastkd.methods._checks import check_network
+from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
+
+
+class DKD(Method):
+    """A student that learns its teacher's probability of the label and, apart from it, those of the other classes.
+
+        ce_weight * CE + r * (alpha * T^2 * KL(b_t || b_s) + beta * T^2 * KL(o_t || o_s))
+        r = min((epoch + 1) / warmup, 1)
+
+    with b = (p_y, 1 - p_y) of softmax(z / T) and label y, and o the softmax over the classes that are not y. The
+    divergence of `KD` is the same sum with alpha = 1 and, row by row, beta = 1 - p_y of the teacher (P, equation 7): it
+    silences the other classes where the teacher is sure. Each default is (P) published in paper or code.
+
+    >>> student, teacher = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    >>> method = fastkd.methods.DKD(student, teacher, warmup=10)
+    >>> [method.warmed_up(epoch) for epoch in (0, 4, 9, 20)]
+    [0.1, 0.5, 1.0, 1.0]
+    >>> sorted(method.step(torch.optim.SGD(method.parameter_groups(lr=0.1)), torch.randn(8, 4), torch.arange(8) % 3))
+    ['ce', 'label', 'others']
+
+    Args:
+        student: the network to train; logits [B, C] or an object with `.logits`.
+        teacher: the network to learn from, with the same classes; frozen in place.
+        alpha: weight of the label's part, >= 0; 1 (P).
+        beta: weight of the other classes' part, >= 0; 8 (P: for CIFAR-100; 0.5 to 10 elsewhere).
+        temperature: T > 0; 4 (P).
+        warmup: epochs over which both parts grow to their weights, >= 0; 20 (P). A loop of your own tells the epoch by
+            `start_epoch`.
+        ce_weight: weight of the cross-entropy, >= 0; 1 (P).
+
+    Both parts are one pass of `fastkd.functional.multi_teacher_kd` each. Labels are needed, as class indices.
+
+    Errors: ValueError or TypeError in one sentence, before training for all of the above; at the first batch for a
+    teacher of other classes, a missing target, and probabilities as labels.
+    """
+
+    teaches_logits = True
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        warmup: float = 20,
+        ce_weight: float = 1.0,
+    ):
+        name = self._name()
+        check_network(name, "student", student)
+        check_network(name, "teacher", teacher)
+        numbers = {"alpha": alpha, "beta": beta, "warmup": warmup, "ce_weight": ce_weight}
+        numbers = {key: check_number(name, key, value, "a number >= 0", 0) for key, value in numbers.items()}
+        temperature = check_temperature(name, temperature)
+        super().__init__(learners={"student": student}, frozen={"teacher": teacher})
+        for key, value in numbers.items():
+            setattr(self, key, value)
+        self.temperature = temperature
+
+    def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
+        """One phase trains the student."""
+        yield Phase([self.learner("student")], self._terms, batch)
+
+    def deployable(self) -> nn.Module:
+        """The student."""
+        return self.student
+
+    def warmed_up(self, epoch: int) -> float:
+        """r in epoch 0, 1, ..."""
+        return 1.0 if self.warmup == 0 else min((epoch + 1) / self.warmup, 1.0)
+
+    def _terms(self, inputs: Any, target: Any) -> Terms:
+        if not isinstance(target, Tensor) or is_soft(target):
+            got = "probabilities" if isinstance(target, Tensor) else type(target).__name__
+            raise wrong_type(self._name(), "target", "class indices [B]: they part the classes", got)
+        taught = self.taught_logits(self.teacher, inputs, "teacher")  # [B, C]
+        logits = self.learned_logits("student", inputs)  # [B, C]
+        if taught.shape != logits.shape:
+            expected = f"a network whose logits have the student's shape {list(logits.shape)}"
+            raise wrong_value(self._name(), "teacher", expected, f"logits of shape {list(taught.shape)}")
+        ce = self.ce_weight * cross_entropy(logits, target)
+        r, counts = self.warmed_up(self.epoch), counted(target)
+        options = {"temperature": self.temperature, "weights": [1.0], "mask": counts}
+        pairs = [label_and_rest(z, target, self.temperature) for z in (logits, taught)]  # each [B, 2]
+        label = functional.multi_teacher_kd(pairs[0], pairs[1:], kd_weight=r * self.alpha, **options)
+        others = [without_label(z, target) for z in (logits, taught)]  # each [B, C]
+        rest = functional.multi_teacher_kd(others[0], others[1:], kd_weight=r * self.beta, **options)
+        return ce + label + rest, {"ce": ce.detach(), "label": label.detach(), "others": rest.detach()}, logits
+
+
+def label_and_rest(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """[..., 2] of logits [..., C]: whose softmax at this temperature is (p_y, 1 - p_y), in float32 at least."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    rest = without_label(z, target).div(temperature).logsumexp(-1, keepdim=True)
+    return torch.cat([z.gather(-1, _labels(target)), temperature * rest], -1)
+
+
+def without_label(logits: Tensor, target: Tensor) -> Tensor:
+    """logits [..., C] with that of the label at -inf."""
+    return logits.scatter(-1, _labels(target), -torch.inf)
+
+
+def _labels(target: Tensor) -> Tensor:
+    """int64 [..., 1]: the labels, and class 0 in a row that counts nowhere."""
+    return target.long().masked_fill(~counted(target), 0)[..., None]

@@ -1,0 +1,154 @@
+"""Sparse teachers beside whole logits: what multi_teacher_kd adds for them to its loss of the dense ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd import _backend
+from fastkd._core.messages import wrong_value
+from fastkd.ops import _topk_formula as formula
+from fastkd.ops._autograd import is_transformed, save_for_backward, with_kept
+from fastkd.ops._formulas import LossTerms, accumulate_dtype, flat_rows, reduce_rows
+from fastkd.ops._inputs import check_labels, check_layout, classes_last
+from fastkd.ops._teachers import check_temperature, check_weights
+from fastkd.ops.topk import TopK, check_topk
+from fastkd.ops.topk import check_temperature as check_sparse_temperature
+
+REASON = "TopK teachers have no kernel yet: they are plain PyTorch, the dense teachers beside them are native"
+
+
+def has_sparse(teachers: object) -> bool:
+    if isinstance(teachers, Tensor) or not isinstance(teachers, Sequence):
+        return isinstance(teachers, TopK)
+    return any([isinstance(teacher, TopK) for teacher in teachers])
+
+
+class _Sparse(NamedTuple):
+    """One sparse teacher, checked."""
+
+    mode: str
+    ids: Tensor  # [R, k]
+    log_probs: Tensor | None  # [R, k]
+    tail: Tensor | None  # [R]
+    weight: float | Tensor  # [] or [R]
+    temperature: float | Tensor
+
+
+def checked(
+    op: str, student: Tensor, teachers, target, options: dict[str, Any]
+) -> tuple[list[_Sparse], dict[str, Any]]:
+    """The sparse teachers of a call, and the arguments of the same call without them."""
+    if options["combine"] != "losses":
+        raise wrong_value(op, "combine", "'losses' where a teacher is a TopK", repr(options["combine"]))
+    if options["return_stats"]:
+        raise wrong_value(op, "return_stats", "False where a teacher is a TopK", True)
+    class_dim = check_layout(op, student, options["class_dim"], target is not None, "student")
+    sparse, dense, rest = _split(op, teachers, student, classes_last(student, class_dim), options)
+    return sparse, {"student": student, "teachers": dense, "target": target} | options | rest
+
+
+def with_sparse(dense_kd: Callable, op: str, student: Tensor, teachers, target, options: dict[str, Any]) -> Any:
+    """multi_teacher_kd(student, teachers, target, **options), where `dense_kd` is it without sparse teachers."""
+    sparse, arguments = checked(op, student, teachers, target, options)
+    result = dense_kd(**arguments)
+    if options["return_terms"]:
+        loss, terms = result
+    else:
+        loss, terms = result, None
+    if _is_zero(options["kd_weight"]):
+        return result
+    if _backend._chosen == "native":
+        _backend.note_fallback(op, REASON)  # which raises
+    class_dim = check_layout(op, student, options["class_dim"], True, "student")
+    rows = classes_last(student, class_dim)
+    labels = check_labels(op, target, options["mask"], options["ignore_index"], rows, class_dim)[0]
+    counts = None if labels is None else labels != options["ignore_index"]
+    kd = _row_losses(flat_rows(rows), sparse, counts, options["scale_by_t2"])
+    kd = reduce_rows(kd, counts, options["reduction"], rows.shape[:-1], options["num_items"]).to(loss.dtype)
+    loss = loss + options["kd_weight"] * kd
+    return loss if terms is None else (loss, LossTerms(terms.kd + kd.detach(), terms.ce))
+
+
+def _is_zero(scalar: float | Tensor) -> bool:
+    return not isinstance(scalar, Tensor) and scalar == 0
+
+
+def _split(op: str, teachers, student: Tensor, rows: Tensor, options: dict) -> tuple[list[_Sparse], list[Tensor], dict]:
+    """The sparse teachers, the dense ones, and the weights and temperatures of these; none is a dense one of weight 0,
+    which is not read."""
+    teachers = [teachers] if isinstance(teachers, TopK) else list(teachers)
+    temperatures = check_temperature(op, options["temperature"], len(teachers))
+    weights, host = check_weights(op, options["weights"], len(teachers), rows, False)
+    sparse, dense = [], [k for k, teacher in enumerate(teachers) if not isinstance(teacher, TopK)]
+    for k, teacher in enumerate(teachers):
+        if k in dense:
+            continue
+        name, t = f"teachers[{k}]", temperatures[k % len(temperatures)]
+        ids, log_probs, tail = check_topk(op, name, teacher, rows)
+        check_sparse_temperature(op, name, teacher.mode, t)
+        weight = host[k] if weights is None else weights[k]
+        sparse.append(_Sparse(teacher.mode, ids, log_probs, tail, weight, t))
+    if not dense:
+        return sparse, [student.detach()], {"weights": [0.0], "temperature": 1.0}
+    if weights is None:
+        given = [host[k] for k in dense]
+    else:
+        given = weights[dense] if weights.dim() == 1 else weights[dense].reshape(len(dense), *rows.shape[:-1])
+    some = temperatures[0] if len(temperatures) == 1 else [temperatures[k] for k in dense]
+    return sparse, [teachers[k] for k in dense], {"weights": given, "temperature": some}
+
+
+def _row_losses(student: Tensor, teachers: list[_Sparse], counts: Tensor | None, by_t2: bool) -> Tensor:
+    """The weighted sum of the divergences, [R], 0 in rows that do not count."""
+    z = student.to(accumulate_dtype(student.dtype))
+    if counts is not None:
+        z = z.masked_fill(~counts[:, None], 0)
+    total = torch.zeros_like(z[:, 0])
+    for teacher in teachers:
+        weight, t = teacher.weight, teacher.temperature
+        if _is_zero(weight):
+            continue
+        read = counts
+        if isinstance(weight, Tensor) and weight.dim() == 1 and not weight.requires_grad:
+            read = weight != 0 if counts is None else counts & (weight != 0)
+        entries = formula.entries_of(teacher.mode, teacher.ids, teacher.log_probs, teacher.tail, t, read)
+        x = z if _is_one(t) else z / t
+        total = total + weight * ((t * t if by_t2 else 1.0) * _divergence(teacher.mode, entries, x))
+    return total
+
+
+def _is_one(t: float | Tensor) -> bool:
+    return not isinstance(t, Tensor) and t == 1
+
+
+def _divergence(mode: str, entries: formula.Entries, x: Tensor) -> Tensor:
+    """[R] in x's dtype, with the closed-form gradient where PyTorch's autograd is not needed."""
+    learns = torch.is_grad_enabled() and x.requires_grad
+    if not learns or is_transformed() or entries.log_p.requires_grad:  # through a temperature that learns
+        return formula.divergence(mode, entries, x).to(x.dtype)
+    return _Divergence.apply(mode, x, *entries)
+
+
+class _Divergence(torch.autograd.Function):
+    """Value and gradient in one pass; of the backward with create_graph=True, the formula."""
+
+    @staticmethod
+    def forward(ctx, mode, x, *entries):
+        value, gradient = formula.divergence_and_gradient(mode, formula.Entries(*entries), x)
+        ctx.mode = mode
+        save_for_backward(ctx, (gradient, x, *entries))
+        return value.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradient, x, *entries = with_kept(ctx, ctx.saved_tensors)
+        if torch.is_grad_enabled():
+            value = formula.divergence(ctx.mode, formula.Entries(*entries), x).to(x.dtype)
+            gradient = torch.autograd.grad(value, x, grad, create_graph=True)[0]
+        else:
+            gradient = gradient * grad[:, None]
+        return None, gradient, None, None, None

@@ -1,0 +1,104 @@
+"""What a command finds out once, when it starts, and hands down to all that carries it out."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd.runs.config import CompareConfig, TrainConfig
+from fastkd.runs.plans import Recipe, check_options, plan, recipe
+from fastkd.runs.stages import Stage
+from fastkd.train.devices import pick_device
+from fastkd.train.distributed import ALONE, World
+from fastkd.train.task import Setup
+
+
+@dataclass(frozen=True)
+class Job(Setup):
+    """One run of `fastkd train`.
+
+    Attributes:
+        settings: its options (`config`); those of the first process, and quiet in the others.
+        recipe: what its method is.
+    """
+
+    settings: TrainConfig
+    recipe: Recipe
+
+    @classmethod
+    def of(cls, config: TrainConfig, world: World = ALONE, *, device: torch.device | None = None) -> Job:
+        """UserError for a method or a device that is not there. device: where it was found out before."""
+        how = recipe(config.method)
+        config = config if world.first else dataclasses.replace(config, quiet=True)
+        return cls(config, pick_device(config.device) if device is None else device, world, how)
+
+    def among(self, world: World) -> Job:
+        """The same run of several processes: a run that is resumed has the options that the first one finds."""
+        if world.size == 1:
+            return self
+        return Job.of(world.from_first(lambda: self.config), world, device=self.device)
+
+    @property
+    def config(self) -> TrainConfig:
+        """The options of the command."""
+        return self.settings
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's files go."""
+        return Path(self.config.out)
+
+    @cached_property
+    def stages(self) -> dict[str, Stage]:
+        """By name, each after those that it needs. UserError for what cannot be planned."""
+        return {stage.name: stage for stage in plan(self.config, self.recipe)}
+
+    @cached_property
+    def recipes(self) -> dict[str, Recipe]:
+        """Of the stages, by the stages' names."""
+        return {name: recipe(stage.method) for name, stage in self.stages.items()}
+
+    def teaches_logits(self, stage: Stage) -> bool:
+        """Whether the stage's frozen networks teach by their logits of each image alone: these may be kept."""
+        return self.recipes[stage.name].method.teaches_logits and bool(stage.guides) and stage.views == 1
+
+    def keeps_logits(self) -> bool:
+        """Whether --logits-cache has something to keep."""
+        return any(map(self.teaches_logits, self.stages.values()))
+
+
+@dataclass(frozen=True)
+class CompareJob:
+    """One `fastkd compare`: its options, what its methods are, and its device."""
+
+    config: CompareConfig
+    recipes: dict[str, Recipe]
+    device: torch.device
+
+    @classmethod
+    def of(cls, config: CompareConfig) -> CompareJob:
+        """UserError for a method or a device that is not there."""
+        recipes = {name: recipe(name) for name in config.methods}
+        return cls(config, recipes, pick_device(config.device))
+
+    @property
+    def methods(self) -> list[str]:
+        """The names of the methods that are compared."""
+        return self.config.methods
+
+    def runs(self) -> dict[tuple[str, int], Job]:
+        """Of each method and seed; UserError for an option that no method has, or a run that cannot be planned."""
+        check_options(self.recipes, self.config.options)
+        return {(name, seed): self._run(name, seed) for seed in self.config.seeds for name in self.methods}
+
+    def _run(self, name: str, seed: int) -> Job:
+        options: dict[str, Any] = self.recipes[name].accepted(self.config.options)
+        job = Job(self.config.run(name, seed, options), self.device, ALONE, self.recipes[name])
+        if job.keeps_logits() or not job.config.logits_cache:
+            return job
+        return dataclasses.replace(job, settings=dataclasses.replace(job.config, logits_cache=False))
