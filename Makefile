@@ -45,9 +45,11 @@ gpu-check: ## on a machine with a GPU: correctness, times, bytes; results in OUT
 	$(if $(OUT),,$(error name a folder for the results: make gpu-check OUT=gpu-check))
 	$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.gpu_check $(OUT) $(addprefix --part ,$(PART)) $(addprefix --limit ,$(LIMIT)) $(CHECK)
 
-lint: $(INSTALLED) ## check the style, and that no layer imports from above
+lint: $(INSTALLED) ## check style, types, and that no layer imports from above (under a minute)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	! test -x $(VENV)/bin/lint-imports || $(VENV)/bin/lint-imports --no-cache
+	$(PY) -m mypy
 
 clean: ## remove what was built, not .venv
 	rm -rf build dist *.egg-info fastkd/*.so

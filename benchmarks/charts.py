@@ -7,12 +7,12 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks import measure  # noqa: E402
-from benchmarks import scaling as growth  # noqa: E402
-from benchmarks.registry import TRAINING  # noqa: E402
+from benchmarks import measure
+from benchmarks import scaling as growth
+from benchmarks.registry import TRAINING
 
 COLOURS = {
     "fused": "#0b6fb8", "eager": "#d1602a", "compile": "#7a5aa6", "torchdistill": "#4c9a5b",

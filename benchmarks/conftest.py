@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import charts, gpu_calls, guard, measure, registry, report  # noqa: E402
+from benchmarks import charts, gpu_calls, guard, measure, registry, report
 
 COMPARISONS = pytest.StashKey[list]()
 DEADLINE = pytest.StashKey[float]()

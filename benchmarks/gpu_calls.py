@@ -9,7 +9,7 @@ import torch
 
 import fastkd
 from benchmarks import measure, report
-from benchmarks.inputs import Embeddings, Heads, Logits, Maps, Networks
+from benchmarks.inputs import Embeddings, Heads, Logits, Maps, Networks, Projections
 from benchmarks.registry import OPERATIONS, Case
 from fastkd import _backend
 
@@ -23,6 +23,7 @@ SMALL = {
     "rkd_distance": [Embeddings(7, 5), Embeddings(33, 17)],
     "rkd_angle": [Embeddings(7, 5), Embeddings(33, 17)],
     "linear_kd": [Heads(3, 8, 37)],
+    "linear_multi_teacher": [Projections(3, 8, 37, 2)],
 }
 
 
@@ -41,7 +42,7 @@ def large() -> list[Case]:
     """The largest case of each operation that is a kernel of its own."""
     found = []
     for name, operation in OPERATIONS.items():
-        if name != "linear_kd":
+        if name not in ("linear_kd", "linear_multi_teacher"):
             shape, dtype = operation.gpu[0] if operation.gpu else (operation.shapes[-1], torch.float32)
             found.append(Case(operation, shape, dtype, operation.passes[-1]))
     return found

@@ -7,8 +7,9 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +24,7 @@ class Step(NamedTuple):
     seconds: float
     needed: bool = True
     skip: str = ""
-    environment: dict[str, str] = {}
+    environment: Mapping[str, str] = MappingProxyType({})
 
 
 class Outcome(NamedTuple):
@@ -51,7 +52,7 @@ def run(
             outcome = Outcome(step.name, "skipped", 0.0, "no time was left")
         else:
             limit = min(step.seconds, left)
-            outcome = _run(step, out / f"{step.name}.txt", limit, (environment or {}) | step.environment)
+            outcome = _run(step, out / f"{step.name}.txt", limit, (environment or {}) | dict(step.environment))
         outcomes.append(outcome)
         say(_line(outcome))
         _note(out, steps, outcomes)

@@ -51,6 +51,18 @@ class Heads(NamedTuple):
         return f"[{self.rows}, {self.width}] -> {self.classes}"
 
 
+class Projections(NamedTuple):
+    """Hidden states of a student and of K teachers, of the same width, each with its own language-model head."""
+
+    rows: int
+    width: int
+    classes: int
+    teachers: int
+
+    def __str__(self) -> str:
+        return f"[{self.rows}, {self.width}] -> {self.classes} K={self.teachers}"
+
+
 class Maps(NamedTuple):
     """K pairs of feature maps of one size."""
 
@@ -136,6 +148,20 @@ def embeddings(shape: Embeddings, dtype: torch.dtype, device: str, seed: int) ->
     return Inputs((student.requires_grad_(), teacher), (student,))
 
 
+def linear_multi_teacher(shape: Projections, dtype: torch.dtype, device: str, seed: int) -> Inputs:
+    """Heads whose logits have a scale of 3, teachers that are networks of their own."""
+    generator = torch.Generator(device).manual_seed(seed)
+    rows, width, classes, teachers = shape
+
+    def network() -> tuple[Tensor, Tensor]:
+        hidden = torch.randn(rows, width, generator=generator, device=device)
+        head = torch.randn(classes, width, generator=generator, device=device) * (3 / width**0.5)
+        return hidden.to(dtype), head.to(dtype)
+
+    (hidden, weight), *others = [network() for _ in range(teachers + 1)]
+    return Inputs((hidden.requires_grad_(), weight.requires_grad_(), others), (hidden, weight))
+
+
 def linear_kd(shape: Heads, dtype: torch.dtype, device: str, seed: int) -> Inputs:
     """Heads that give logits of scale 3, the teacher's of scale 4."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -186,3 +212,9 @@ def linear_kd_bytes(shape: Heads, itemsize: int, passes: str) -> int:
     """Hidden states and heads read, the student's gradients written when training. The matrix products take longer."""
     own = (shape.rows + shape.classes) * shape.width
     return (3 if passes == TRAINING else 2) * own * itemsize
+
+
+def linear_multi_teacher_bytes(shape: Projections, itemsize: int, passes: str) -> int:
+    """Hidden states and heads read, the student's gradients written when training. The matrix products take longer."""
+    networks = shape.teachers + 1 + (passes == TRAINING)
+    return networks * (shape.rows + shape.classes) * shape.width * itemsize

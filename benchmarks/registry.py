@@ -16,12 +16,13 @@ from benchmarks.baselines import (
     cross_entropy_eager,
     feature_ensemble_eager,
     group_stats_eager,
+    linear_eager,
     linear_kd_eager,
     multi_teacher_eager,
     mutual_eager,
     relational_eager,
 )
-from benchmarks.inputs import FORWARD, TRAINING, Embeddings, Heads, Inputs, Logits, Maps, Networks
+from benchmarks.inputs import FORWARD, TRAINING, Embeddings, Heads, Inputs, Logits, Maps, Networks, Projections
 from fastkd import functional
 
 PASSES = (FORWARD, TRAINING)
@@ -133,6 +134,17 @@ def multi_teacher(student, teachers, target, weights, temperature, ce_weight) ->
     )
 
 
+def divergence_of(name: str) -> Callable[..., Tensor]:
+    """multi_teacher with another divergence than forward."""
+
+    def divergence(student, teachers, target, weights, temperature, ce_weight) -> Tensor:
+        return functional.multi_teacher_kd(
+            student, teachers, target, weights=weights, temperature=temperature, ce_weight=ce_weight, divergence=name
+        )
+
+    return divergence
+
+
 def mutual(logits, target, temperature, ce_weight) -> Tensor:
     return functional.mutual_kd(logits, target, temperature=temperature, ce_weight=ce_weight).sum()
 
@@ -166,6 +178,19 @@ OPERATIONS = {
             bytes_floor=inputs.multi_teacher_bytes,
             tests="tests/ops/test_multi_teacher*.py",
         ),
+        *[
+            Operation(
+                name=f"multi_teacher_{name}",
+                shapes=(Logits(256, 1000, 4), Logits(256, 32000, 1)),
+                large=(Logits(256, 32000, 1),),
+                make_inputs=inputs.multi_teacher,
+                fused=divergence_of(name),
+                baselines=with_reference(divergence_of(name), eager),
+                bytes_floor=inputs.multi_teacher_bytes,
+                tests="tests/ops/test_divergences.py",
+            )
+            for name, eager in (("reverse", multi_teacher_eager.reverse), ("jsd", multi_teacher_eager.jsd))
+        ],
         Operation(
             name="mutual",
             shapes=(Networks(128, 100, 4), Networks(256, 1000, 4)),
@@ -237,6 +262,17 @@ OPERATIONS = {
             baselines=eager_and_compiled(linear_kd_eager.linear_kd),
             bytes_floor=inputs.linear_kd_bytes,
             tests="tests/ops/test_multi_teacher*.py",
+        ),
+        Operation(
+            name="linear_multi_teacher",
+            shapes=(Projections(512, 256, 8000, 2),),
+            gpu=((Projections(4096, 2048, 128256, 1), BF16),),
+            make_inputs=inputs.linear_multi_teacher,
+            fused=functional.linear_multi_teacher_kd,
+            baselines=eager_and_compiled(linear_eager.linear_multi_teacher)
+            | {"checkpoint": lambda: linear_eager.checkpointed},
+            bytes_floor=inputs.linear_multi_teacher_bytes,
+            tests="tests/ops/test_linear*.py",
         ),
     ]
 }

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fastkd import functional, losses
 from fastkd._backend import FallbackWarning, backend_info, explain, use_backend
 from fastkd._version import __version__
-from fastkd.losses import FeatureEnsemble, MultiTeacherKD, MutualKD, RKDAngle, RKDDistance
+from fastkd.losses import FeatureEnsemble, LinearMultiTeacherKD, MultiTeacherKD, MutualKD, RKDAngle, RKDDistance
 from fastkd.ops.linear import Head, TopK
 
 if TYPE_CHECKING:
-    from fastkd import data, methods, models, nn, testing, train
+    from fastkd import data, graphs, methods, models, nn, testing, train
 
 _ON_FIRST_USE = ("data", "graphs", "methods", "models", "nn", "testing", "train")
 
@@ -20,6 +21,7 @@ __all__ = [
     "FallbackWarning",
     "FeatureEnsemble",
     "Head",
+    "LinearMultiTeacherKD",
     "MultiTeacherKD",
     "MutualKD",
     "RKDAngle",
@@ -41,7 +43,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> ModuleType:
     if name in _ON_FIRST_USE:
         return importlib.import_module(f"fastkd.{name}")
     raise AttributeError(f"module 'fastkd' has no attribute {name!r}")

@@ -23,6 +23,7 @@ from fastkd import _library
 
 BACKENDS = ("auto", "native", "reference")
 OLDEST_GPU = (8, 0)
+WhyReference = Callable[[dict[str, Any]], str | None]
 
 
 def _validated(name: str, source: str) -> str:
@@ -34,8 +35,8 @@ def _validated(name: str, source: str) -> str:
 _chosen = _validated(os.environ.get("FASTKD_BACKEND", "auto"), "FASTKD_BACKEND")
 _warns = os.environ.get("FASTKD_WARN", "1") != "0"
 _warned: set[tuple[str, str]] = set()  # operation, reason
-_operations: dict[Callable, tuple[str, Callable]] = {}
-_fakes: list[Callable] = []
+_operations: dict[Callable[..., Any], tuple[str, WhyReference]] = {}
+_fakes: list[Callable[[str], None]] = []
 
 
 class Machine(NamedTuple):
@@ -189,11 +190,17 @@ def device_kind(tensor: Tensor) -> str:
     return machine.cpu_kind if tensor.device.type == "cpu" else "cuda"
 
 
-def native_ops(tensor: Tensor):
+def native_ops(tensor: Tensor) -> Any:
+    """The namespace of the raw operations whose kernels take this tensor."""
     return getattr(torch.ops, machine.cpu_namespace if tensor.device.type == "cpu" else "fastkd")
 
 
-def register(function: Callable, operation: str, why_reference: Callable, register_fakes: Callable) -> None:
+def register(
+    function: Callable[..., Any],
+    operation: str,
+    why_reference: WhyReference,
+    register_fakes: Callable[[str], None],
+) -> None:
     """Makes an operation known: to explain, to backend_info, and its fake kernels to torch.
 
     `why_reference(arguments by name)` says why a call goes to the reference, or None. `register_fakes(namespace)`
@@ -211,7 +218,7 @@ def register_all_fakes(namespace: str) -> None:
         register_fakes(namespace)
 
 
-def explain(function: Callable, *args, **kwargs) -> Explanation:
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Which backend `function(*args, **kwargs)` would use, and why; runs the call's checks, not its kernels.
 
     `function` is one of fastkd.functional. Raises what the call itself would raise for wrong arguments; where "native"

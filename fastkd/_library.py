@@ -57,7 +57,7 @@ def _load(name: str) -> Library:
 def _cpu_level() -> int:
     function = ctypes.CDLL(str(FOLDER / "libfastkd_cpu.so")).fastkd_cpu_level
     function.restype = ctypes.c_int
-    return function()
+    return int(function())
 
 
 def _cuda_architectures() -> tuple[str, ...]:

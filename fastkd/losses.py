@@ -5,64 +5,43 @@ Logits may come as what a network returned: a tensor, or an object or dict with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
-from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
+import torch
+from torch import Tensor
 
 from fastkd import functional
+from fastkd._fixed import Fixed
+from fastkd._linear_loss import LinearMultiTeacherKD
 from fastkd._outputs import find_logits
-from fastkd.ops._formulas import LossTerms
+from fastkd.ops._feature_maps import Norm
+from fastkd.ops._formulas import LossTerms, Reduction
+from fastkd.ops._multi_teacher_formula import Combine
+from fastkd.ops.feature_ensemble import Elements
 from fastkd.ops.multi_teacher import DistillationStats
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fastkd.ops._keywords import Distillation
+    from fastkd.ops._keywords import Distillation, Mutual
+
+__all__ = [
+    "DistillationStats",
+    "FeatureEnsemble",
+    "LinearMultiTeacherKD",
+    "LossTerms",
+    "MultiTeacherKD",
+    "MutualKD",
+    "RKDAngle",
+    "RKDDistance",
+]
 
 Logits = Any  # Tensor [..., C], or an object or dict with one in `logits`
 Loss = TypeVar("Loss")
 
 
-class _Fixed(_Loss):
-    """A loss whose hyper-parameters are attributes: each may be set anew at any time.
-
-    Those in `_tensors` may be numbers, lists or tensors, one in the place of another. A tensor is a buffer, a parameter
-    a parameter. A state dict that has no entry for a buffer leaves it as it is; one that has an entry where the module
-    has no tensor brings a buffer.
-    """
-
-    _tensors: tuple[str, ...] = ()
-    _shown: tuple[str, ...] = ()
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name not in self._tensors:
-            return super().__setattr__(name, value)
-        for table in (self._parameters, self._buffers, self.__dict__):
-            table.pop(name, None)
-        if isinstance(value, nn.Parameter):
-            self.register_parameter(name, value)
-        elif isinstance(value, Tensor):
-            self.register_buffer(name, value)
-        else:
-            self.__dict__[name] = value
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest) -> None:
-        for name in self._tensors:
-            saved = state_dict.get(prefix + name)
-            if saved is not None and not isinstance(getattr(self, name), Tensor):
-                setattr(self, name, saved.detach().clone())
-        missing: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
-        kept = {prefix + name for name in self._tensors if name in self._buffers}
-        missing_keys += [key for key in missing if key not in kept]
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={_told(getattr(self, name))}" for name in self._shown)
-
-
-class MultiTeacherKD(_Fixed, Generic[Loss]):
+class MultiTeacherKD(Fixed, Generic[Loss]):
     """`fastkd.functional.multi_teacher_kd` with its hyper-parameters fixed; see there for what they mean.
 
     A tensor of weights or temperatures is a buffer: it moves with the module and is in its state dict. It may be set
@@ -76,8 +55,9 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
 
     _tensors = ("weights", "temperature")
     _shown = (
-        "weights", "temperature", "combine", "kd_weight", "ce_weight", "label_smoothing", "ignore_index", "class_dim",
-        "scale_by_t2", "reduction", "return_terms", "return_stats",
+        "weights", "temperature", "combine", "divergence", "divergence_beta", "kd_weight", "ce_weight",
+        "label_smoothing", "ignore_index", "class_dim", "vocab_size", "softcap", "logit_scale", "teacher_softcap",
+        "teacher_logit_scale", "scale_by_t2", "reduction", "return_terms", "return_stats",
     )  # fmt: skip
 
     @overload
@@ -110,19 +90,29 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
         weights: Tensor | Sequence[float] | None = None,
         kd_weight: float | Tensor = 1.0,
         temperature: float | Tensor | Sequence[float] = 4.0,
-        combine: str = "losses",
+        combine: Combine = "losses",
+        divergence: str | Mapping[str, float | Tensor] = "forward",
+        divergence_beta: float | None = None,
         ce_weight: float | Tensor = 0.0,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         class_dim: int = -1,
+        vocab_size: int | None = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        teacher_softcap: float | Sequence[float | None] | None = None,
+        teacher_logit_scale: float | Sequence[float] = 1.0,
         scale_by_t2: bool = True,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         return_terms: bool = False,
         return_stats: bool = False,
     ) -> None:
         super().__init__(reduction=reduction)
         self.weights, self.temperature, self.combine = weights, temperature, combine
         self.kd_weight, self.ce_weight, self.label_smoothing = kd_weight, ce_weight, label_smoothing
+        self.divergence, self.divergence_beta, self.vocab_size = divergence, divergence_beta, vocab_size
+        self.softcap, self.logit_scale = softcap, logit_scale
+        self.teacher_softcap, self.teacher_logit_scale = teacher_softcap, teacher_logit_scale
         self.ignore_index, self.class_dim, self.scale_by_t2 = ignore_index, class_dim, scale_by_t2
         self.return_terms, self.return_stats = return_terms, return_stats
 
@@ -137,7 +127,7 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
         num_items: float | Tensor | None = None,
     ) -> Loss:
         """The loss, a Tensor; behind it, where wanted, `LossTerms` (return_terms) and `DistillationStats`."""
-        return functional.multi_teacher_kd(
+        loss: Loss = functional.multi_teacher_kd(
             _logits(student),
             _several(teachers),
             target,
@@ -145,34 +135,31 @@ class MultiTeacherKD(_Fixed, Generic[Loss]):
             kd_weight=self.kd_weight,
             temperature=self.temperature,
             combine=self.combine,
+            divergence=self.divergence,
+            divergence_beta=self.divergence_beta,
             ce_weight=self.ce_weight,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             mask=mask,
             class_dim=self.class_dim,
+            vocab_size=self.vocab_size,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            teacher_softcap=self.teacher_softcap,
+            teacher_logit_scale=self.teacher_logit_scale,
             scale_by_t2=self.scale_by_t2,
             reduction=self.reduction,
             num_items=num_items,
             return_terms=self.return_terms,
             return_stats=self.return_stats,
         )
+        return loss
 
     if TYPE_CHECKING:
-
-        def __call__(
-            self,
-            student: Logits,
-            teachers: Logits | Sequence[Logits],
-            target: Tensor | None = None,
-            weights: Tensor | Sequence[float] | None = None,
-            *,
-            mask: Tensor | None = None,
-            num_items: float | Tensor | None = None,
-        ) -> Loss:
-            """As `forward`."""
+        __call__ = forward
 
 
-class MutualKD(_Fixed):
+class MutualKD(Fixed, Generic[Loss]):
     """`fastkd.functional.mutual_kd` with its hyper-parameters fixed; see there for what they mean.
 
     A tensor of weights or a temperature tensor is a buffer: it moves with the module and is in its state dict. It may
@@ -191,6 +178,15 @@ class MutualKD(_Fixed):
         "class_dim", "scale_by_t2", "reduction", "return_terms",
     )  # fmt: skip
 
+    @overload
+    def __init__(self: MutualKD[Tensor], **options: Unpack[Mutual]) -> None: ...
+    @overload
+    def __init__(
+        self: MutualKD[tuple[Tensor, LossTerms]],
+        *,
+        return_terms: Literal[True],
+        **options: Unpack[Mutual],
+    ) -> None: ...
     def __init__(
         self,
         *,
@@ -203,7 +199,7 @@ class MutualKD(_Fixed):
         ignore_index: int = -100,
         class_dim: int = -1,
         scale_by_t2: bool = True,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         return_terms: bool = False,
     ) -> None:
         super().__init__(reduction=reduction)
@@ -222,9 +218,9 @@ class MutualKD(_Fixed):
         *,
         mask: Tensor | None = None,  # bool [...]
         num_items: float | Tensor | None = None,
-    ) -> Any:
+    ) -> Loss:
         """The losses, a Tensor [M]; with return_terms=True the losses and `LossTerms`."""
-        return functional.mutual_kd(
+        losses: Loss = functional.mutual_kd(
             _several(logits),
             target,
             weights=self.weights if weights is None else weights,
@@ -242,9 +238,13 @@ class MutualKD(_Fixed):
             num_items=num_items,
             return_terms=self.return_terms,
         )
+        return losses
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
-class RKDDistance(_Fixed):
+class RKDDistance(Fixed):
     """`fastkd.functional.rkd_distance` with its hyper-parameters fixed; see there for what they mean.
 
     >>> embeddings = torch.tensor([[0.0], [1.0], [3.0]])
@@ -254,7 +254,9 @@ class RKDDistance(_Fixed):
 
     _shown = ("reduction",)
 
-    def __init__(self, *, reduction: str = "mean", process_group=None) -> None:
+    def __init__(
+        self, *, reduction: Reduction = "mean", process_group: torch.distributed.ProcessGroup | None = None
+    ) -> None:
         super().__init__(reduction=reduction)
         self.process_group = process_group
 
@@ -267,11 +269,20 @@ class RKDDistance(_Fixed):
         num_items: float | Tensor | None = None,
     ) -> Tensor:
         """The loss of `rkd_distance`: a scalar, or [N] where `reduction` is "none"."""
-        more = {"mask": mask, "num_items": num_items, "process_group": self.process_group}
-        return functional.rkd_distance(student, teacher, reduction=self.reduction, **more)
+        return functional.rkd_distance(
+            student,
+            teacher,
+            mask=mask,
+            reduction=self.reduction,
+            num_items=num_items,
+            process_group=self.process_group,
+        )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
-class RKDAngle(_Fixed):
+class RKDAngle(Fixed):
     """`fastkd.functional.rkd_angle` with its hyper-parameters fixed; see there for what they mean.
 
     >>> square = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
@@ -281,7 +292,13 @@ class RKDAngle(_Fixed):
 
     _shown = ("reduction", "eps")
 
-    def __init__(self, *, reduction: str = "mean", eps: float = 1e-6, process_group=None) -> None:
+    def __init__(
+        self,
+        *,
+        reduction: Reduction = "mean",
+        eps: float = 1e-6,
+        process_group: torch.distributed.ProcessGroup | None = None,
+    ) -> None:
         super().__init__(reduction=reduction)
         self.eps, self.process_group = eps, process_group
 
@@ -294,11 +311,21 @@ class RKDAngle(_Fixed):
         num_items: float | Tensor | None = None,
     ) -> Tensor:
         """The loss of `rkd_angle`: a scalar, or [N] where `reduction` is "none"."""
-        more = {"mask": mask, "num_items": num_items, "process_group": self.process_group}
-        return functional.rkd_angle(student, teacher, reduction=self.reduction, eps=self.eps, **more)
+        return functional.rkd_angle(
+            student,
+            teacher,
+            mask=mask,
+            reduction=self.reduction,
+            num_items=num_items,
+            eps=self.eps,
+            process_group=self.process_group,
+        )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
-class FeatureEnsemble(_Fixed):
+class FeatureEnsemble(Fixed):
     """`fastkd.functional.feature_ensemble` with its hyper-parameters fixed; see there for what they mean.
 
     A tensor of weights is a buffer: it moves with the module and is in its state dict. It may be set anew, and older
@@ -317,9 +344,9 @@ class FeatureEnsemble(_Fixed):
         *,
         weights: Tensor | Sequence[float] | None = None,
         p: int = 1,
-        norm: str = "sample",
-        elements: str = "mean",
-        reduction: str = "mean",
+        norm: Norm = "sample",
+        elements: Elements = "mean",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__(reduction=reduction)
         self.weights = weights
@@ -347,6 +374,9 @@ class FeatureEnsemble(_Fixed):
             num_items=num_items,
         )
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 def _logits(output: Logits) -> Any:
     """The logits of a network's output; what holds none as it is, for the operation to say what is wrong with it."""
@@ -362,7 +392,3 @@ def _several(outputs: Logits | Sequence[Logits]) -> Any:
     if logits is not None:
         return [logits]
     return [_logits(output) for output in outputs] if isinstance(outputs, Sequence) else outputs
-
-
-def _told(value: object) -> str:
-    return f"tensor{list(value.shape)}" if isinstance(value, Tensor) and value.dim() > 0 else repr(value)

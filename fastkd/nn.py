@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor, nn
 
-FORMS = ("auto", "loop", "grouped")
+Form = Literal["auto", "loop", "grouped"]
+FORMS = get_args(Form)
 SLOPE = 0.1  # of the LeakyReLU
 MOST_GROUPED = 16  # channels per teacher up to which form="auto" groups
 
@@ -49,7 +51,7 @@ class FeatureTransforms(nn.Module):
         out_channels: Sequence[int],
         *,
         norm: Callable[[int], nn.Module] | None = None,
-        form: str = "auto",
+        form: Form = "auto",
         layers: int = 3,
         negative_slope: float = SLOPE,
     ) -> None:
@@ -61,27 +63,30 @@ class FeatureTransforms(nn.Module):
             _transform(in_channels, width, norm, layers, negative_slope) for width in widths
         )
 
-    def forward(self, map: Tensor) -> list[Tensor]:
+    def forward(self, map: Tensor) -> list[Tensor]:  # noqa: A002  # public
         """The map [B, c_S, H, W] of the student -> K maps [B, c_k, H, W], one per teacher."""
         form = chosen_form(map, self.out_channels, self.normalised) if self.form == "auto" else self.form
         if form == "grouped":
             return self._grouped(map)
         return [transform(map) for transform in self.transforms]
 
-    def _grouped(self, map: Tensor) -> list[Tensor]:
-        count, all = len(self.transforms), map
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _grouped(self, x: Tensor) -> list[Tensor]:
+        count, first = len(self.transforms), x
         for layers in zip(*self.transforms, strict=True):  # the same layer of every transform
             if isinstance(layers[0], nn.Conv2d):
-                groups = 1 if all is map else count
+                groups = 1 if x is first else count
                 weight = torch.cat([layer.weight for layer in layers])
                 bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-                all = torch_functional.conv2d(all, weight, bias, padding=1, groups=groups)
+                x = torch_functional.conv2d(x, weight, bias, padding=1, groups=groups)
             elif isinstance(layers[0], nn.LeakyReLU):
-                all = torch_functional.leaky_relu(all, self.negative_slope)
+                x = torch_functional.leaky_relu(x, self.negative_slope)
             else:  # a normalisation of each transform's own channels
-                parts = all.chunk(count, 1)
-                all = torch.cat([layer(part) for layer, part in zip(layers, parts, strict=True)], 1)
-        return list(all.chunk(count, 1))
+                parts = x.chunk(count, 1)
+                x = torch.cat([layer(part) for layer, part in zip(layers, parts, strict=True)], 1)
+        return list(x.chunk(count, 1))
 
     def extra_repr(self) -> str:
         """The hyper-parameters, for `repr`."""
@@ -89,7 +94,7 @@ class FeatureTransforms(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
-def chosen_form(map: Tensor, out_channels: Sequence[int], normalised: bool = False) -> str:
+def chosen_form(map: Tensor, out_channels: Sequence[int], normalised: bool = False) -> Form:  # noqa: A002  # public
     """The form that form="auto" takes: "grouped" on the CPU for several equal, narrow transforms, else "loop".
 
     Measured forward and backward on one core (AMD EPYC, AVX-512), loop time over grouped time, [32, 64, 8, 8] to five
@@ -113,7 +118,7 @@ def _transform(
     count: int,
     negative_slope: float,
 ) -> nn.Sequential:
-    layers = []
+    layers: list[nn.Module] = []
     for k in range(count):
         channels = in_channels if k == 0 else out_channels
         layers.append(nn.Conv2d(channels, out_channels, 3, padding=1, bias=norm is None))
@@ -132,7 +137,7 @@ def _check(
     for name, value in counts:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"FeatureTransforms: {name} must be whole numbers of at least 1, got {value!r}")
-    if isinstance(negative_slope, bool) or not isinstance(negative_slope, Real) or not 0 <= negative_slope <= 1:
+    if isinstance(negative_slope, bool) or not isinstance(negative_slope, Real) or not 0 <= float(negative_slope) <= 1:
         raise ValueError(f"FeatureTransforms: negative_slope must be a number in [0, 1], got {negative_slope!r}")
     if form not in FORMS:
         raise ValueError(f"FeatureTransforms: form must be one of {', '.join(map(repr, FORMS))}, got {form!r}")

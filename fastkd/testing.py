@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Test = TypeVar("Test", bound=Callable[..., Any])
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -20,13 +22,15 @@ class Case:
     """
 
     name: str
-    arguments: dict
+    arguments: dict[str, Any]
 
     def __str__(self) -> str:
         return self.name
 
 
-def over(cases: Sequence[Case], places: Sequence[str], dtypes: Sequence[torch.dtype] = DTYPES) -> Callable:
+def over(
+    cases: Sequence[Case], places: Sequence[str], dtypes: Sequence[torch.dtype] = DTYPES
+) -> Callable[[Test], Test]:
     """Decorator: runs a test `(case, place, dtype)` over the whole table cases x places x dtypes.
 
     >>> cases = [fastkd.testing.Case("mean", {}), fastkd.testing.Case("sum", {"reduction": "sum"})]
@@ -37,7 +41,7 @@ def over(cases: Sequence[Case], places: Sequence[str], dtypes: Sequence[torch.dt
     """
     import pytest
 
-    def decorate(test: Callable) -> Callable:
+    def decorate(test: Test) -> Test:
         for name, values in (("dtype", dtypes), ("place", places), ("case", cases)):
             test = pytest.mark.parametrize(name, values, ids=lambda v: str(v).removeprefix("torch."))(test)
         return test

@@ -75,10 +75,7 @@ def torch_folder() -> Path | None:
     interpreter without them sees it, with whatever .pth files and system or user site-packages it has.
     """
     spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        origin = _outside_torch()
-    else:
-        origin = spec.origin
+    origin = _outside_torch() if spec is None or spec.origin is None else spec.origin
     folder = Path(origin).parent if origin else None
     return folder if folder and torch_version(folder) >= OLDEST_TORCH else None
 

@@ -3,8 +3,10 @@
 Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), equation 1 with the factor T^2.
 """
 
+import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,4 +24,25 @@ def multi_teacher(
         log_q = F.log_softmax(student / temperature, dim=1)
         p = F.softmax(teacher / temperature, dim=1)
         loss = loss + weight * F.kl_div(log_q, p, reduction="batchmean") * temperature * temperature
+    return loss
+
+
+def reverse(student, teachers, target, weights, temperature, ce_weight) -> Tensor:
+    """KL(q || p) of each teacher, as TRL's generalised JSD at beta 1."""
+    loss = ce_weight * F.cross_entropy(student, target)
+    for teacher, weight in zip(teachers, weights, strict=True):
+        log_q, log_p = (F.log_softmax(z / temperature, dim=1) for z in (student, teacher))
+        kl = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+        loss = loss + weight * kl * temperature * temperature
+    return loss
+
+
+def jsd(student, teachers, target, weights, temperature, ce_weight) -> Tensor:
+    """TRL's generalised Jensen-Shannon divergence at beta 0.5."""
+    loss = ce_weight * F.cross_entropy(student, target)
+    for teacher, weight in zip(teachers, weights, strict=True):
+        log_q, log_p = (F.log_softmax(z / temperature, dim=1) for z in (student, teacher))
+        mixture = torch.logsumexp(torch.stack([log_q, log_p]) - math.log(2), dim=0)
+        of_p, of_q = (F.kl_div(mixture, z, reduction="batchmean", log_target=True) for z in (log_p, log_q))
+        loss = loss + weight * (of_p + of_q) / 2 * temperature * temperature
     return loss

@@ -1,7 +1,7 @@
 // multi_teacher on the CPU: a row at a time through scratch memory that stays in the L1 or L2 cache. Compiled once per
 // instruction set; no headers of the standard library with inline functions here (core/config.h says why).
 #include "group_stats/row.h"
-#include "multi_teacher/cpu_row.h"
+#include "multi_teacher/cpu_divergence.h"
 
 namespace fastkd::multi_teacher {
 inline namespace FASTKD_TARGET {
@@ -68,7 +68,23 @@ void student_at(Row<A>& row, double temperature) {
   row.z_student = exponentials(s.student, row.max_student, inv_t, row.padded, s.student_x, s.student_exp);
 }
 
-// One teacher's divergence; its weighted gradient. `teacher` [padded] in scratch, at temperature T, student_exp at the same.
+// What a loss with another divergence than forward keeps for the statistics.
+template <class A>
+void keep_forward(const Row<A>& row, int k, const A* x_t, A z) {
+  if (row.args.kl) row.keep_divergence(k, divergence(gaps(row.s.teacher_exp, x_t, row.s.student_x, row.padded), z, row.z_student));
+}
+
+// One teacher's divergence, of any kind but forward; its weighted gradient. `k` < 0: of a mixture.
+template <class A>
+A teach_otherwise(Row<A>& row, int k, A* teacher, A max_teacher, A weight, double temperature) {
+  const Scratch<A>& s = row.s;
+  const A z = teacher_at(row, teacher, max_teacher, temperature), ratio = row.z_student / z;
+  if (k >= 0) keep_forward(row, k, teacher, z);
+  const TwoRows<A> rows{teacher, s.student_x, s.student_exp, s.teacher_exp, ratio, natural_log(ratio), row.z_student, row.padded};
+  return diverge(row, rows, A(1), weight, temperature_scale<A>(temperature, row.args.scale_by_t2).grad);
+}
+
+// One teacher's divergence, forward; its weighted gradient. `teacher` [padded] in scratch, at temperature T, student_exp at the same.
 template <class A>
 A teach(Row<A>& row, A* teacher, A max_teacher, A weight, double temperature) {
   const Scratch<A>& s = row.s;
@@ -88,7 +104,7 @@ A teach(Row<A>& row, A* teacher, A max_teacher, A weight, double temperature) {
 template <class A>
 A load_teacher(const Row<A>& row, int k) {
   const Network& teacher = row.args.teacher[k];
-  const A top = load_row(teacher, row.index, row.n, row.padded, row.s.teacher);
+  const A top = row.load(k + 1, row.s.teacher);
   if (row.index + 1 < row.args.rows) prefetch_row(teacher, row.index + 1, row.n);
   if (row.args.kl) keep_stats(row, k + 1, row.s.teacher, top);
   return top;
@@ -100,7 +116,7 @@ void keep_divergence_alone(Row<A>& row, int k, A max_teacher, double temperature
   if (!row.args.kl) return;
   const A z = teacher_at(row, row.s.teacher, max_teacher, temperature);
   row.keep_divergence(k, divergence(gaps(row.s.teacher_exp, row.s.teacher, row.s.student_x, row.padded), z, row.z_student));
-  load_row(row.args.teacher[k], row.index, row.n, row.padded, row.s.teacher);
+  row.load(k + 1, row.s.teacher);
 }
 
 template <class A>
@@ -112,8 +128,13 @@ A kd_losses(Row<A>& row) {
     const double t = row.args.temperature[k];
     if (t != at) student_at(row, at = t);
     const A max_teacher = load_teacher(row, k), w = row.weight(k);
-    const A kl = teach(row, row.s.teacher, max_teacher, w, t);
-    row.keep_divergence(k, kl);
+    A kl;
+    if (row.args.divergence == Divergence::forward) {
+      kl = teach(row, row.s.teacher, max_teacher, w, t);
+      row.keep_divergence(k, kl);
+    } else {
+      kl = teach_otherwise(row, k, row.s.teacher, max_teacher, w, t);
+    }
     if (w != 0) loss += w * temperature_scale<A>(t, row.args.scale_by_t2).loss * kl;
   }
   return loss;
@@ -148,7 +169,9 @@ A kd_logits(Row<A>& row) {
     if (w != 0) add_logits(mean, row.s.teacher, w, ++number, row.args.uniform, row.padded);
   }
   if (number == 0) return 0;
-  const A kl = teach(row, mean, maximum(mean, row.padded), A(1), t);
+  const A top = maximum(mean, row.padded);
+  const bool forward = row.args.divergence == Divergence::forward;
+  const A kl = forward ? teach(row, mean, top, A(1), t) : teach_otherwise(row, -1, mean, top, A(1), t);
   return temperature_scale<A>(t, row.args.scale_by_t2).loss * kl;
 }
 
@@ -173,6 +196,35 @@ A mix_probabilities(Row<A>& row, double temperature) {
   return row.args.uniform && total > 0 ? A(1) : total;
 }
 
+// The same in logarithms, of a mixture that another divergence than forward is taken from.
+template <class A>
+A mix_log_probabilities(Row<A>& row, double temperature) {
+  const Scratch<A>& s = row.s;
+  A total = 0;
+  for (int k = 0; k < row.args.teachers; ++k) {
+    if (!row.is_read(k)) continue;
+    const A max_teacher = load_teacher(row, k), w = row.args.uniform ? A(1) : row.weight(k);
+    keep_divergence_alone(row, k, max_teacher, temperature);
+    if (w == 0) continue;
+    const A log_z = natural_log(teacher_at(row, s.teacher, max_teacher, temperature));
+    if (total == 0)
+      for (int64_t c = 0; c < row.padded; ++c) s.mixture[c] = s.teacher[c] - log_z;
+    else
+      mix_logs(s.mixture, s.teacher, log_z, w / (total + w), row.padded);
+    total += w;
+  }
+  return row.args.uniform && total > 0 ? A(1) : total;
+}
+
+template <class A>
+A kd_probs_otherwise(Row<A>& row) {
+  const double t = row.args.temperature[0];
+  const A total = mix_log_probabilities(row, t);
+  if (total == 0) return 0;
+  const Scale<A> scale = temperature_scale<A>(t, row.args.scale_by_t2);
+  return scale.loss * diverge_from_mixture(row, total, scale.grad);
+}
+
 template <class A>
 A kd_probs(Row<A>& row) {
   const Scratch<A>& s = row.s;
@@ -194,7 +246,7 @@ template <class A>
 A kd(Row<A>& row) {
   switch (row.args.combine) {
     case Combine::losses: return kd_losses(row);
-    case Combine::probs: return kd_probs(row);
+    case Combine::probs: return row.args.divergence == Divergence::forward ? kd_probs(row) : kd_probs_otherwise(row);
     default: return kd_logits(row);
   }
 }
@@ -206,14 +258,15 @@ A gradient_bound(const Row<A>& row) {
   A bound = 0;
   for (int k = 0; k < args.teachers; ++k)
     bound += magnitude(row.weight(k)) * temperature_scale<A>(args.temperature[k], args.scale_by_t2).grad;
-  const A one = temperature_scale<A>(args.temperature[0], args.scale_by_t2).grad;
-  const A kd = A(args.kd_weight) * (args.combine == Combine::logits ? one : bound), ce = A(args.ce_weight) * row.labels;
-  return magnitude(kd) + magnitude(ce);
+  if (args.combine == Combine::logits) bound = temperature_scale<A>(args.temperature[0], args.scale_by_t2).grad;
+  if (args.divergence != Divergence::forward) bound = row.bound;
+  const A kd = A(args.kd_weight) * bound, ce = A(args.ce_weight) * row.labels;
+  return (magnitude(kd) + magnitude(ce)) * (args.softcap ? A(args.logit_scale[0]) : A(1));
 }
 
 template <class S, class A>
 S* gradient_of(const Row<A>& row) {
-  return static_cast<S*>(row.args.grad) + row.index * row.n;
+  return static_cast<S*>(row.args.grad) + row.index * row.args.columns;
 }
 
 // A row without a loss: ignored, or with a label out of range. It has statistics all the same; its divergences are 0 or NaN.
@@ -224,7 +277,7 @@ void keep_nothing(Row<A>& row, A nothing) {
   if (args.need_grad)
     store_no_gradient(nothing, row.n, gradient_of<S>(row), static_cast<A*>(args.saved) + row.index);
   if (!args.kl) return;
-  keep_stats(row, 0, row.s.student, load_row(args.student, row.index, row.n, row.padded, row.s.student));
+  keep_stats(row, 0, row.s.student, row.load(0, row.s.student));
   for (int k = 0; k < args.teachers; ++k) {
     load_teacher(row, k);
     row.keep_divergence(k, nothing);
@@ -248,6 +301,7 @@ void forward_row(Row<A>& row) {
   if (kind == Label::ignored) return keep_nothing<S>(row, A(0));
   if (kind == Label::outside && args.labels) return keep_nothing<S>(row, A(__builtin_nanf("")));
   row.max_student = load_row(row_of<S>(args.student, row.index), row.n, row.padded, row.s.student);
+  if (args.softcap) row.max_student = cap_row(row.s.student, row.padded, args.softcap[0], args.logit_scale[0]);
   if (row.index + 1 < args.rows) prefetch_row(args.student, row.index + 1, row.n);
   if (args.need_grad) prefetch_row(gradient_of<S>(row), row.n);
   if (args.kl) keep_stats(row, 0, row.s.student, row.max_student);
@@ -256,6 +310,8 @@ void forward_row(Row<A>& row) {
   if (args.need_grad && args.ce_weight == 0)
     for (int64_t c = 0; c < row.padded; ++c) row.s.grad[c] = 0;
   store_losses(row, kd(row), ce);
+  if (args.need_grad && args.softcap)
+    uncap_gradient(row.s.grad, row.s.student, row.padded, args.softcap[0], args.logit_scale[0]);
   if (args.need_grad)
     store_gradient(row.s.grad, row.n, A(args.row_factor), is_half<S> ? gradient_bound(row) : A(0), gradient_of<S>(row),
                    static_cast<A*>(args.saved) + row.index);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/cpu/row_losses.h"
+#include "core/cpu/softcap.h"
 #include "multi_teacher/math.h"
 
 namespace fastkd::multi_teacher {
@@ -19,10 +20,17 @@ struct Row {
   int64_t index, n, padded;
   A max_student = 0, z_student = 0;  // z: sum of student_exp
   A labels = 1;                      // the sum of the row's label probabilities
+  A bound = 0;                       // of the gradient of divergences besides forward, without kd_weight
 
   A weight(int k) const {
     if (args.host_weight) return A(args.host_weight[k]);
     return static_cast<const A*>(args.weight)[k * args.weight_stride_teacher + index * args.weight_stride_row];
+  }
+
+  // The student's row or that of teacher k, at 0 or k + 1; its maximum.
+  A load(int network, A* to) const {
+    const A top = fastkd::load_row(network == 0 ? args.student : args.teacher[network - 1], index, n, padded, to);
+    return args.softcap ? cap_row(to, padded, args.softcap[network], args.logit_scale[network]) : top;
   }
 
   // Of teacher k in this row: a weight of 0 is for the statistics alone.

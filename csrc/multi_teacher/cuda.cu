@@ -21,7 +21,9 @@ static_assert(Policies<float>::Large::kTile == kMaxOnChip<float> && Policies<dou
 template <class S, class A, class Policy>
 void launch_on_chip(const Params<A>& p, cudaStream_t stream) {
   const unsigned blocks = unsigned((p.rows + Policy::kRows - 1) / Policy::kRows);
-  if (p.kl)
+  if (p.divergence != Divergence::forward)
+    SIMT_LAUNCH((divergence_kernel<S, A, Policy>), dim3(blocks), dim3(Policy::kBlock), 0, stream, p);
+  else if (p.kl)
     SIMT_LAUNCH((on_chip_kernel<S, A, Policy, true>), dim3(blocks), dim3(Policy::kBlock), 0, stream, p);
   else
     SIMT_LAUNCH((on_chip_kernel<S, A, Policy, false>), dim3(blocks), dim3(Policy::kBlock), 0, stream, p);
@@ -55,6 +57,9 @@ const char* forward_cuda(const Args& args, void* stream_handle) {
   const bool wide = args.student.type == DType::f64;
   const int64_t most = wide ? kMaxOnChip<double> : kMaxOnChip<float>;
   if (args.kl && args.classes > most) return "statistics of a row that is too long to be on chip";
+  if (args.divergence != Divergence::forward && (args.kl || args.stream || args.classes > most))
+    return "other divergences than forward: rows on chip, without statistics";
+  if (args.softcap) return "softcap and logit_scale";
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (args.rows > 0)
     dispatch(args.student.type, [&]<class S, class A>() { launch_forward<S, A>(args, stream); });

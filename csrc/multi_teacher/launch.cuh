@@ -4,14 +4,14 @@
 
 #include "core/cuda/vec.cuh"
 #include "group_stats/op.h"
-#include "multi_teacher/math.h"
+#include "multi_teacher/divergence.h"
 
 namespace fastkd::multi_teacher {
 inline namespace FASTKD_TARGET {
 
 template <class A>
 struct Params {
-  int64_t rows, classes;
+  int64_t rows, classes, columns;
   int teachers;
   Network network[kMaxLaunchTeachers + 1];  // the student, then the teachers
   Network soft;
@@ -31,6 +31,10 @@ struct Params {
   int integer_t;  // 0 where the temperature is no small integer
   bool several_temperatures;
   Combine combine;
+  Divergence divergence;
+  DivergenceNumbers<A> numbers;
+  const A* share;  // in the place of the numbers of a pair, or null
+  int64_t share_stride_kind, share_stride_row;
   A kd_weight, ce_weight, smoothing;
   bool cross_entropy, terms, need_grad, half_student;
 
@@ -59,7 +63,12 @@ struct Params {
   }
   template <class S>
   FASTKD_HD S* grad_row(int64_t row) const {
-    return static_cast<S*>(grad) + row * classes;
+    return static_cast<S*>(grad) + row * columns;
+  }
+  FASTKD_HD DivergenceNumbers<A> numbers_at(int64_t row) const {
+    if (!share) return numbers;
+    const A* at = share + row * share_stride_row;
+    return {at[0], at[share_stride_kind]};
   }
   FASTKD_HD bool in_vectors(int slot) const { return vectors >> slot & 1u; }
 
@@ -121,12 +130,22 @@ void fill_temperatures(Params<A>& p, const Args& args) {
   p.several_temperatures = args.several_temperatures;
 }
 
+template <class A>
+void fill_divergence(Params<A>& p, const Args& args) {
+  p.divergence = args.divergence;
+  p.numbers = numbers_of<A>(args.divergence, args.divergence_number);
+  p.share = static_cast<const A*>(args.share);
+  p.share_stride_kind = args.share_stride_kind;
+  p.share_stride_row = args.share_stride_row;
+}
+
 template <class S, class A>
 Params<A> make_params(const Args& args) {
   constexpr int kWidth = kVector<S, S>;
   Params<A> p{};
   p.rows = args.rows;
   p.classes = args.classes;
+  p.columns = args.columns;
   p.teachers = args.teachers;
   for (int slot = 0; slot <= args.teachers; ++slot) {
     p.network[slot] = slot == 0 ? args.student : args.teacher[slot - 1];
@@ -134,12 +153,13 @@ Params<A> make_params(const Args& args) {
   }
   p.soft = args.soft;
   p.soft_vectors = rows_aligned<kWidth>(args.soft, args.classes);
-  p.grad_vectors = rows_aligned<kWidth>(args.grad, args.classes, args.classes, sizeof(S));
+  p.grad_vectors = rows_aligned<kWidth>(args.grad, args.columns, args.classes, sizeof(S));
   p.target = args.target;
   p.ignore_index = args.ignore_index;
   p.labels = args.labels;
   fill_weights(p, args);
   fill_temperatures(p, args);
+  fill_divergence(p, args);
   p.combine = args.combine;
   p.kd_weight = A(args.kd_weight);
   p.ce_weight = A(args.ce_weight);

@@ -1,34 +1,11 @@
 // A row in the registers of a warp or a block: each tensor is read once, the gradient is written in the forward pass.
 #pragma once
 
-#include "core/cuda/block.cuh"
 #include "group_stats/row.cuh"
-#include "multi_teacher/launch.cuh"
+#include "multi_teacher/on_chip_divergence.cuh"
 
 namespace fastkd::multi_teacher {
 inline namespace FASTKD_TARGET {
-
-// A row's data in this thread: classes past the end are -inf, like masked ones.
-template <class A, int kItems>
-struct RowState {
-  A x_s[kItems];    // (s - max), at T = 1
-  A e_s[kItems];    // exp(x_s / T)
-  A t[kItems];      // a teacher's logits, then relative to their maximum; in the end soft labels
-  A acc[kItems];    // gradient (losses, logits) or mixture (probs, logits)
-  A z_s;
-};
-
-// e_s at inv_t; z_s.
-template <class A, int kItems, class Threads>
-__device__ __forceinline__ void student_exponentials(RowState<A, kItems>& row, A inv_t, Threads& threads) {
-  Numbers<A, 1> z{{0}};
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    row.e_s[i] = exp_negative(row.x_s[i] * inv_t);
-    z.v[0] += row.e_s[i];
-  }
-  row.z_s = threads.sum(z).v[0];
-}
 
 // t := exp((t - max) / T), after which {z, a} of the teacher (math.h).
 template <class A, int kItems, class Threads>
@@ -97,11 +74,6 @@ struct Statistics {
     }
   }
 };
-
-template <int Width, class A, int kItems, class Threads>
-__device__ __forceinline__ void load_row(const Params<A>& p, int slot, const AnyRow& from, Threads& threads, A (&to)[kItems]) {
-  load_items<kItems, Width>(from, 0, p.classes, Threads::kThreads, threads.thread, p.in_vectors(slot), -A(kInf), to);
-}
 
 // Teacher k, in row.t: its part of the distillation term, and of row.acc. `step` is 1 over the teachers so far.
 // e_s stands at the temperature of the teacher before. A teacher that does not count is here for its statistics.
@@ -251,22 +223,26 @@ __device__ __forceinline__ LabelTerm<A> label_term(const Params<A>& p, RowState<
   return term;
 }
 
-// What a float16 gradient is stored times (core/softmax_math.h, half_scale): its elements are no larger than the bound.
+// No element of the forward divergences' gradient is above it.
 template <class A>
-__device__ __forceinline__ A storage_scale(const Params<A>& p, int64_t index, A mass) {
+__device__ __forceinline__ A forward_bound(const Params<A>& p, int64_t index) {
   A bound = 0;
 #pragma unroll 1
   for (int k = 0; k < p.teachers; ++k) bound += magnitude(p.weight_of(k, index) * p.scale[k].grad);
-  if (p.combine == Combine::logits) bound = magnitude(p.scale[0].grad);
-  return A(half_scale(float(bound + magnitude(p.ce_weight * mass))));
+  return p.combine == Combine::logits ? magnitude(p.scale[0].grad) : bound;
 }
 
-// The row's gradient leaves in the student's type.
-template <class S, int Width, class A, int kItems, class Threads>
+// The row's gradient leaves in the student's type, in float16 times a power of two (core/softmax_math.h, half_scale).
+template <class S, int Width, bool Other, class A, int kItems, class Threads>
 __device__ __forceinline__ void store_gradient(const Params<A>& p, RowState<A, kItems>& row, int64_t index,
                                                const LabelTerm<A>& term, Threads& threads) {
-  const A mass = smoothed_mass(term.mass, p.smoothing), scale = p.half_student ? storage_scale(p, index, mass) : A(1);
-  if (p.half_student && threads.thread == 0) p.saved[index] = 1 / scale;
+  const A mass = smoothed_mass(term.mass, p.smoothing);
+  A scale = 1;
+  if (p.half_student) {
+    const A bound = Other ? row.bound : forward_bound(p, index);
+    scale = A(half_scale(float(bound + magnitude(p.ce_weight * mass))));
+    if (threads.thread == 0) p.saved[index] = 1 / scale;
+  }
   const A factor = p.ce_weight * mass / term.z, uniform = p.ce_weight * p.smoothing / A(p.classes);
   const A sharp = p.ce_weight * (1 - p.smoothing);
 #pragma unroll
@@ -295,13 +271,11 @@ __device__ __forceinline__ void store_nothing(const Params<A>& p, RowState<A, kI
                              p.grad_vectors, row.acc);
 }
 
-// A least number of blocks with statistics: without one ptxas aims at 96 registers and spills one of them (sm_80).
-template <class S, class A, class Policy, bool WithStats>
-__global__ void __launch_bounds__(Policy::kBlock, WithStats ? 1 : 0) on_chip_kernel(const __grid_constant__ Params<A> p) {
+// A row of this thread's. `Other`: of another divergence than forward, without statistics.
+template <class S, class A, class Policy, bool WithStats, bool Other>
+__device__ __forceinline__ void on_chip_row(const Params<A>& p, A* buffer, int* counters_buffer) {
   using Threads = RowThreads<A, Policy::kThreads>;
   constexpr int kWidth = kVector<S, S>, kItems = Policy::kItems;
-  SIMT_SHARED(A, buffer, 2 * Threads::kWarps * Threads::kMost);
-  SIMT_SHARED(int, counters_buffer, WithStats ? 2 * Threads::kWarps * Threads::kMost : 1);
   Threads threads{int(threadIdx.x) % Policy::kThreads, 0, buffer};
   Statistics<WithStats, Policy::kThreads> stats{{threads.thread, 0, counters_buffer}};
   const int64_t index = int64_t(blockIdx.x) * Policy::kRows + threadIdx.x / Policy::kThreads;
@@ -321,11 +295,31 @@ __global__ void __launch_bounds__(Policy::kBlock, WithStats ? 1 : 0) on_chip_ker
   for (int i = 0; i < kItems; ++i) row.x_s[i] -= max_student;
   student_exponentials(row, p.inv_t[0], threads);
 
-  const A kd = distill<kWidth>(p, row, index, threads, stats);
+  A kd;
+  if constexpr (Other)
+    kd = distill_otherwise<kWidth>(p, row, index, threads);
+  else
+    kd = distill<kWidth>(p, row, index, threads, stats);
   LabelTerm<A> term;
   if (p.cross_entropy) term = label_term<kWidth>(p, row, index, student, max_student, threads);
-  if (p.need_grad) store_gradient<S, kWidth>(p, row, index, term, threads);
+  if (p.need_grad) store_gradient<S, kWidth, Other>(p, row, index, term, threads);
   if (threads.thread == 0) p.store_losses(index, kd, term.loss);
+}
+
+// A least number of blocks with statistics: without one ptxas aims at 96 registers and spills one of them (sm_80).
+template <class S, class A, class Policy, bool WithStats>
+__global__ void __launch_bounds__(Policy::kBlock, WithStats ? 1 : 0) on_chip_kernel(const __grid_constant__ Params<A> p) {
+  using Threads = RowThreads<A, Policy::kThreads>;
+  SIMT_SHARED(A, buffer, 2 * Threads::kWarps * Threads::kMost);
+  SIMT_SHARED(int, counters_buffer, WithStats ? 2 * Threads::kWarps * Threads::kMost : 1);
+  on_chip_row<S, A, Policy, WithStats, false>(p, buffer, counters_buffer);
+}
+
+template <class S, class A, class Policy>
+__global__ void __launch_bounds__(Policy::kBlock) divergence_kernel(const __grid_constant__ Params<A> p) {
+  using Threads = RowThreads<A, Policy::kThreads>;
+  SIMT_SHARED(A, buffer, 2 * Threads::kWarps * Threads::kMost);
+  on_chip_row<S, A, Policy, false, true>(p, buffer, nullptr);
 }
 
 }  // namespace FASTKD_TARGET

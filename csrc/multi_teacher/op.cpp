@@ -2,6 +2,7 @@
 // build of the CUDA kernels.
 #include "multi_teacher/op.h"
 
+#include <algorithm>
 #include <limits>
 #include <tuple>
 #include <vector>
@@ -16,7 +17,7 @@ namespace {
 // What Args points into, kept alive for the call.
 struct Inputs {
   Networks networks;  // the student, the teachers, the soft targets
-  std::optional<Tensor> target, weights;
+  std::optional<Tensor> target, weights, shares;
   std::vector<double> temperatures, host_weights;
   Args args;
 };
@@ -30,15 +31,21 @@ struct Options {
   int64_t reduction;
   double num_items;
   bool uniform, labels, terms;
+  int64_t divergence;
+  const std::vector<double>& divergence_numbers;
+  int64_t classes;
+  const std::vector<double>&softcaps, &logit_scales;
 };
 
-void add_networks(Inputs& in, const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& soft) {
+void add_networks(Inputs& in, const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& soft,
+                  int64_t classes) {
   Args& args = in.args;
-  args.classes = student.size(student.dim() - 1);
-  STD_TORCH_CHECK(args.classes > 0, "fastkd: logits without classes");
-  args.rows = student.numel() / args.classes;
+  args.columns = student.size(student.dim() - 1);
+  args.classes = classes > 0 ? classes : args.columns;
+  STD_TORCH_CHECK(args.classes > 0 && args.classes <= args.columns, "fastkd: logits without classes");
+  args.rows = student.numel() / args.columns;
   args.teachers = int(teachers.size());
-  in.networks.add(student, args.rows, args.classes);
+  in.networks.add(student, args.rows, args.columns);
   in.networks.add(teachers, args.rows, args.classes);
   if (soft) args.soft = in.networks.add(*soft, args.rows, args.classes);
   args.student = in.networks.list[0];
@@ -57,6 +64,27 @@ void add_weights(Inputs& in, const std::optional<Tensor>& weights) {
   args.weight_stride_teacher = per_row ? args.rows : 1;
   args.weight_stride_row = per_row ? 1 : 0;
   args.weight = in.weights->data_ptr();
+}
+
+void add_caps(Inputs& in, const Options& o) {
+  if (o.softcaps.empty()) return;
+  const size_t networks = size_t(in.args.teachers) + 1;
+  STD_TORCH_CHECK(o.softcaps.size() == networks && o.logit_scales.size() == networks, "fastkd: one softcap per network");
+  in.args.softcap = o.softcaps.data();
+  in.args.logit_scale = o.logit_scales.data();
+}
+
+void add_divergence(Inputs& in, const Options& o, const std::optional<Tensor>& shares) {
+  Args& args = in.args;
+  args.divergence = Divergence(o.divergence);
+  STD_TORCH_CHECK(o.divergence_numbers.size() <= size_t(kMostDivergenceNumbers), "fastkd: too many numbers of a divergence");
+  std::copy(o.divergence_numbers.begin(), o.divergence_numbers.end(), args.divergence_number);
+  if (!shares) return;
+  in.shares = contiguous_weights(*shares, 2, args.rows, args.student.type);
+  const bool per_row = in.shares->dim() == 2;
+  args.share = in.shares->data_ptr();
+  args.share_stride_kind = per_row ? args.rows : 1;
+  args.share_stride_row = per_row ? 1 : 0;
 }
 
 // `scalars`: kd_weight, ce_weight, num_items (0: none) and the temperatures, in the place of the numbers, where one of
@@ -107,11 +135,13 @@ void drop_teachers(Inputs& in, bool with_stats) {
 
 void fill_inputs(Inputs& in, const Tensor& student, const std::vector<Tensor>& teachers,
                  const std::optional<Tensor>& target, const std::optional<Tensor>& soft,
-                 const std::optional<Tensor>& weights, const std::optional<Tensor>& scalars, const Options& o,
-                 bool with_stats = false) {
+                 const std::optional<Tensor>& weights, const std::optional<Tensor>& shares,
+                 const std::optional<Tensor>& scalars, const Options& o, bool with_stats = false) {
   Args& args = in.args;
-  add_networks(in, student, teachers, soft);
-  check_devices(student, {pointer_to(target), pointer_to(weights)});
+  add_networks(in, student, teachers, soft, o.classes);
+  check_devices(student, {pointer_to(target), pointer_to(weights), pointer_to(shares)});
+  add_caps(in, o);
+  add_divergence(in, o, shares);
   in.host_weights = o.host_weights;
   add_weights(in, weights);
   add_scalars(in, o, scalars);
@@ -173,6 +203,13 @@ Tensor empty_losses(const Args& args, const Tensor& like, bool of_rows, ScalarTy
   return args.terms ? empty_like_device(like, {3}, type) : empty_like_device(like, {}, type);
 }
 
+// The gradient of columns that are no classes.
+void clear_padding(const Args& args, Tensor& grad) {
+  if (args.columns == args.classes || args.rows == 0) return;
+  Tensor padding = torch::stable::narrow(grad, 1, args.classes, args.columns - args.classes);
+  torch::stable::zero_(padding);
+}
+
 Results forward_of(Inputs& in, const Tensor& student, bool need_grad, bool stream, int64_t saved_width) {
   Args& args = in.args;
   args.need_grad = need_grad;
@@ -183,7 +220,7 @@ Results forward_of(Inputs& in, const Tensor& student, bool need_grad, bool strea
 
   Tensor rows = empty_losses(args, student, true, type);
   Tensor loss = args.reduction == Reduction::none ? rows : empty_losses(args, student, false, type);
-  Tensor grad = stored ? empty_like_device(student, {args.rows, args.classes}, student.scalar_type())
+  Tensor grad = stored ? empty_like_device(student, {args.rows, args.columns}, student.scalar_type())
                        : empty_like_device(student, {0}, student.scalar_type());
   Tensor saved = streamed ? empty_like_device(student, {args.rows, saved_width}, type)
                           : empty_like_device(student, {scaled ? args.rows : 0}, type);
@@ -194,6 +231,7 @@ Results forward_of(Inputs& in, const Tensor& student, bool need_grad, bool strea
   args.saved = saved.data_ptr();
   args.aux = aux.data_ptr();
   run_forward(args, student);
+  if (stored) clear_padding(args, grad);
   return {loss, grad, saved, aux};
 }
 
@@ -204,28 +242,33 @@ int64_t saved_width(const std::vector<Tensor>& teachers, const Args& args) {
 
 Results forward(const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& target,
                 const std::optional<Tensor>& soft, const std::optional<Tensor>& weights,
-                const std::optional<Tensor>& scalars, const std::vector<double>& host_weights,
-                const std::vector<double>& temperatures, int64_t combine, double kd_weight, double ce_weight,
-                double label_smoothing, int64_t ignore_index, bool scale_by_t2, int64_t reduction, double num_items,
-                bool uniform, bool labels, bool terms, bool need_grad, bool stream) {
+                const std::optional<Tensor>& shares, const std::optional<Tensor>& scalars,
+                const std::vector<double>& host_weights, const std::vector<double>& temperatures, int64_t combine,
+                double kd_weight, double ce_weight, double label_smoothing, int64_t ignore_index, bool scale_by_t2,
+                int64_t reduction, double num_items, bool uniform, bool labels, bool terms, int64_t divergence,
+                const std::vector<double>& divergence_numbers, int64_t classes, const std::vector<double>& softcaps,
+                const std::vector<double>& logit_scales, bool need_grad, bool stream) {
   Inputs in;
-  fill_inputs(in, student, teachers, target, soft, weights, scalars,
+  fill_inputs(in, student, teachers, target, soft, weights, shares, scalars,
               {host_weights, temperatures, combine, kd_weight, ce_weight, label_smoothing, ignore_index, scale_by_t2,
-               reduction, num_items, uniform, labels, terms});
+               reduction, num_items, uniform, labels, terms, divergence, divergence_numbers, classes, softcaps,
+               logit_scales});
   return forward_of(in, student, need_grad, stream, saved_width(teachers, in.args));
 }
 
 // Also each teacher's divergence [K, R] and the statistics of student and teachers, each [K + 1, R].
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_stats(
     const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& target,
-    const std::optional<Tensor>& weights, const std::optional<Tensor>& scalars, const std::vector<double>& host_weights,
-    const std::vector<double>& temperatures, int64_t combine, double kd_weight, double ce_weight, double label_smoothing,
-    int64_t ignore_index, bool scale_by_t2, int64_t reduction, double num_items, bool uniform, bool labels, bool terms,
-    bool need_grad) {
+    const std::optional<Tensor>& weights, const std::optional<Tensor>& shares, const std::optional<Tensor>& scalars,
+    const std::vector<double>& host_weights, const std::vector<double>& temperatures, int64_t combine, double kd_weight,
+    double ce_weight, double label_smoothing, int64_t ignore_index, bool scale_by_t2, int64_t reduction, double num_items,
+    bool uniform, bool labels, bool terms, int64_t divergence, const std::vector<double>& divergence_numbers,
+    int64_t classes, const std::vector<double>& softcaps, const std::vector<double>& logit_scales, bool need_grad) {
   Inputs in;
-  fill_inputs(in, student, teachers, target, std::nullopt, weights, scalars,
+  fill_inputs(in, student, teachers, target, std::nullopt, weights, shares, scalars,
               {host_weights, temperatures, combine, kd_weight, ce_weight, label_smoothing, ignore_index, scale_by_t2,
-               reduction, num_items, uniform, labels, terms},
+               reduction, num_items, uniform, labels, terms, divergence, divergence_numbers, classes, softcaps,
+               logit_scales},
               true);
   Args& args = in.args;
   const ScalarType type = accumulate_type(args.student.type);
@@ -256,24 +299,29 @@ Tensor backward(const Tensor& grad_loss, const Tensor& grad_rows, const Tensor& 
 
 Tensor stream_backward(const Tensor& grad_loss, const Tensor& student, const std::vector<Tensor>& teachers,
                        const std::optional<Tensor>& target, const std::optional<Tensor>& soft,
-                       const std::optional<Tensor>& weights, const std::optional<Tensor>& scalars, const Tensor& saved,
+                       const std::optional<Tensor>& weights, const std::optional<Tensor>& shares,
+                       const std::optional<Tensor>& scalars, const Tensor& saved,
                        const Tensor& aux, const std::vector<double>& host_weights,
                        const std::vector<double>& temperatures, int64_t combine, double kd_weight, double ce_weight,
                        double label_smoothing, int64_t ignore_index, bool scale_by_t2, int64_t reduction,
-                       double num_items, bool uniform, bool labels, bool terms) {
+                       double num_items, bool uniform, bool labels, bool terms, int64_t divergence,
+                       const std::vector<double>& divergence_numbers, int64_t classes,
+                       const std::vector<double>& softcaps, const std::vector<double>& logit_scales) {
   Inputs in;
-  fill_inputs(in, student, teachers, target, soft, weights, scalars,
+  fill_inputs(in, student, teachers, target, soft, weights, shares, scalars,
               {host_weights, temperatures, combine, kd_weight, ce_weight, label_smoothing, ignore_index, scale_by_t2,
-               reduction, num_items, uniform, labels, terms});
+               reduction, num_items, uniform, labels, terms, divergence, divergence_numbers, classes, softcaps,
+               logit_scales});
   Args& args = in.args;
   check_devices(student, {&saved, &aux});
   check_grad_loss(grad_loss, 1, args.rows, args.reduction, aux);
   STD_TORCH_CHECK(saved.numel() == args.rows * saved_width(teachers, args), "fastkd: the saved states are not streamed ones");
-  Tensor grad = empty_like_device(student, {args.rows, args.classes}, student.scalar_type());
+  Tensor grad = empty_like_device(student, {args.rows, args.columns}, student.scalar_type());
   args.grad = grad.data_ptr();
   args.saved = saved.data_ptr();
   args.aux = aux.data_ptr();
   run_stream_backward(args, grad_loss, student);
+  clear_padding(args, grad);
   return grad;
 }
 
@@ -291,21 +339,24 @@ int64_t columns_of_5(bool soft) {
 STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
   m.def(
       "multi_teacher_forward(Tensor student, Tensor[] teachers, Tensor? target, Tensor? soft, Tensor? weights, "
+      "Tensor? shares, Tensor? scalars, float[] host_weights, float[] temperatures, int combine, float kd_weight, float ce_weight, "
+      "float label_smoothing, int ignore_index, bool scale_by_t2, int reduction, float num_items, bool uniform, "
+      "bool labels, bool terms, int divergence, float[] divergence_numbers, int classes, float[] softcaps, "
+      "float[] logit_scales, bool need_grad, bool stream) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "multi_teacher_forward_stats(Tensor student, Tensor[] teachers, Tensor? target, Tensor? weights, Tensor? shares, "
       "Tensor? scalars, float[] host_weights, float[] temperatures, int combine, float kd_weight, float ce_weight, "
       "float label_smoothing, int ignore_index, bool scale_by_t2, int reduction, float num_items, bool uniform, "
-      "bool labels, bool terms, bool need_grad, bool stream) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "multi_teacher_forward_stats(Tensor student, Tensor[] teachers, Tensor? target, Tensor? weights, Tensor? scalars, "
-      "float[] host_weights, float[] temperatures, int combine, float kd_weight, float ce_weight, "
-      "float label_smoothing, int ignore_index, bool scale_by_t2, int reduction, float num_items, bool uniform, "
-      "bool labels, bool terms, bool need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "bool labels, bool terms, int divergence, float[] divergence_numbers, int classes, float[] softcaps, "
+      "float[] logit_scales, bool need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
   m.def("multi_teacher_backward(Tensor grad, Tensor rows, Tensor saved, Tensor aux, int reduction) -> Tensor");
   m.def(
       "multi_teacher_stream_backward(Tensor grad, Tensor student, Tensor[] teachers, Tensor? target, Tensor? soft, "
-      "Tensor? weights, Tensor? scalars, Tensor saved, Tensor aux, float[] host_weights, float[] temperatures, "
+      "Tensor? weights, Tensor? shares, Tensor? scalars, Tensor saved, Tensor aux, float[] host_weights, float[] temperatures, "
       "int combine, float kd_weight, float ce_weight, float label_smoothing, int ignore_index, bool scale_by_t2, "
-      "int reduction, float num_items, bool uniform, bool labels, bool terms) -> Tensor");
+      "int reduction, float num_items, bool uniform, bool labels, bool terms, int divergence, "
+      "float[] divergence_numbers, int classes, float[] softcaps, float[] logit_scales) -> Tensor");
 }
 #endif
 
@@ -316,11 +367,13 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) {
   m.impl("multi_teacher_stream_backward", TORCH_BOX(&fastkd::multi_teacher::stream_backward));
 }
 
-using fastkd::multi_teacher::Combine, fastkd::Reduction;
+using fastkd::multi_teacher::Combine, fastkd::multi_teacher::Divergence, fastkd::Reduction;
 FASTKD_CONSTANTS(multi_teacher, {"launch_teachers", fastkd::multi_teacher::kMaxLaunchTeachers},
                  {"on_chip_classes", fastkd::multi_teacher::kMaxOnChip<float>},
                  {"on_chip_classes_float64", fastkd::multi_teacher::kMaxOnChip<double>},
                  {"saved_columns_5", fastkd::multi_teacher::columns_of_5(false)},
                  {"saved_columns_5_soft", fastkd::multi_teacher::columns_of_5(true)},
                  {"losses", int(Combine::losses)}, {"probs", int(Combine::probs)}, {"logits", int(Combine::logits)},
-                 {"none", int(Reduction::none)}, {"sum", int(Reduction::sum)}, {"mean", int(Reduction::mean)})
+                 {"none", int(Reduction::none)}, {"sum", int(Reduction::sum)}, {"mean", int(Reduction::mean)},
+                 {"forward", int(Divergence::forward)}, {"pair", int(Divergence::pair)},
+                 {"mixture", int(Divergence::mixture)}, {"tvd", int(Divergence::tvd)})

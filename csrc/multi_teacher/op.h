@@ -11,6 +11,11 @@ namespace fastkd::multi_teacher {
 
 enum class Combine : int { losses, probs, logits };
 
+// Of a teacher p and the student q. pair: w_f KL(p || q) + w_r KL(q || p). mixture: w_p KL(p || m) + w_q KL(q || m) with
+// m = b p + (1 - b) q, 0 < b < 1. tvd: sum |p - q| / 2.
+enum class Divergence : int { forward, pair, mixture, tvd };
+constexpr int kMostDivergenceNumbers = 3;
+
 constexpr int kMaxLaunchTeachers = 16;  // of one CUDA launch; the CPU takes any number
 
 // The longest row that a CUDA thread block holds in registers, of A = float and of double; a longer one is streamed.
@@ -22,8 +27,9 @@ constexpr int64_t kMaxOnChip<double> = 2048;
 // A = double where the student is float64, else float. Every network has a dtype and a layout of its own.
 struct Args {
   int64_t rows = 0, classes = 0;
+  int64_t columns = 0;                // of the student's rows and their gradient's, >= classes: the rest is padding
   int teachers = 0;                   // K >= 0
-  Network student;                    // [R, C]
+  Network student;                    // [R, columns]
   const Network* teacher = nullptr;   // K x [R, C]
   const int64_t* target = nullptr;    // [R] or null
   bool labels = false;                // the target holds classes; else it only says which rows are ignored
@@ -37,7 +43,15 @@ struct Args {
   const double* temperature = nullptr;  // max(1, K), all alike unless several_temperatures
   bool several_temperatures = false;
 
+  // Of the student, then of the teachers: y = softcap tanh(logit_scale z / softcap), or logit_scale z where softcap is 0.
+  // Null where no network has either.
+  const double *softcap = nullptr, *logit_scale = nullptr;
+
   Combine combine = Combine::losses;
+  Divergence divergence = Divergence::forward;
+  double divergence_number[kMostDivergenceNumbers] = {};  // pair: w_f, w_r. mixture: b, w_p, w_q
+  const void* share = nullptr;  // A [2] or [2, R], in the place of the numbers of pair, or null
+  int64_t share_stride_kind = 0, share_stride_row = 0;
   Reduction reduction = Reduction::mean;
   double items = 0;  // > 0: what the sum of the rows is divided by, instead of those that count
   double kd_weight = 1, ce_weight = 0, label_smoothing = 0;
@@ -51,7 +65,7 @@ struct Args {
   // L = losses_of(args): the loss kd_weight * KD + ce_weight * CE and, with `terms`, KD and CE without these weights.
   void* row_loss = nullptr;  // A [L, R]
   void* loss = nullptr;      // A [L], null for Reduction::none
-  void* grad = nullptr;      // student's type [R, C], contiguous: see README.md for its scale
+  void* grad = nullptr;      // student's type [R, columns], contiguous: see README.md for its scale
   void* saved = nullptr;     // A [R] inverse scale of float16 gradients, or A [R, saved_columns()] states of streamed rows
   void* aux = nullptr;       // A [2]: factor that the stored gradient still lacks, targets out of range
   void* kl = nullptr;        // A [K, R], each teacher's divergence, or null: no statistics are wanted

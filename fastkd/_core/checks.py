@@ -21,9 +21,10 @@ def check_number(
             raise wrong_type(op, name, expected, type(value).__name__)
         if hasattr(value, "dtype"):  # np.float32 compares in its own dtype, in which LARGEST overflows
             value = float(value)
-    if not low <= value <= high:  # comparisons only: NaN fails them, and torch.compile traces them for a dynamic float
-        raise wrong_value(op, name, expected, value)
-    return float(value)
+    number: float = value  # type: ignore[assignment]  # a Real of any type, which compares with a float
+    if not low <= number <= high:  # comparisons only: NaN fails them, and torch.compile traces them for a dynamic float
+        raise wrong_value(op, name, expected, number)
+    return float(number)
 
 
 def check_index(op: str, name: str, value: object) -> None:
@@ -39,16 +40,17 @@ def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> N
 def check_integer(method: str, argument: str, value: object, low: int | None = None, high: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise wrong_type(method, argument, "an integer", type(value).__name__)
-    value = int(value)
-    if (low is not None and value < low) or (high is not None and value > high):
+    number = int(value)
+    if (low is not None and number < low) or (high is not None and number > high):
         expected = f"an integer of at least {low}" if high is None else f"an integer in [{low}, {high}]"
-        raise wrong_value(method, argument, expected, value)
-    return value
+        raise wrong_value(method, argument, expected, number)
+    return number
 
 
 def check_temperature(method: str, value: object, argument: str = "temperature") -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise wrong_type(method, argument, "a finite number > 0", type(value).__name__)
-    if not (math.isfinite(value) and value > 0):
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
         raise wrong_value(method, argument, "a finite number > 0", value)
-    return float(value)
+    return number

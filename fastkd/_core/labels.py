@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100  # PyTorch's default: a target that counts nowhere
@@ -15,7 +16,7 @@ def is_soft(target: Tensor) -> bool:
 def counted(target: Tensor) -> Tensor:
     """bool [...]: the rows whose label is not -100. With probabilities [..., C] every row counts."""
     if is_soft(target):
-        return target.new_ones(target.shape[:-1], dtype=bool)
+        return target.new_ones(target.shape[:-1], dtype=torch.bool)
     return target != IGNORE_INDEX
 
 

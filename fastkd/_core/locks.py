@@ -46,7 +46,7 @@ def _open(folder: Path) -> io.TextIOWrapper:
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        raise NotWritable(folder, error.strerror) from error
+        raise NotWritable(folder, error.strerror or str(error)) from error
 
 
 def why_not_writable(folder: Path) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
+from collections.abc import Sequence
 
 
 def wrong_value(op: str, argument: str, expected: str, got: object) -> ValueError:
@@ -19,6 +21,12 @@ class UserError(Exception):
     def __init__(self, message: str, status: int = 2):
         super().__init__(message)
         self.status = status
+
+
+def guess(word: str, known: Sequence[str]) -> str:
+    """The words "did you mean ...? " where a word of `known` is near `word`, else nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]}? " if close else ""
 
 
 def note(text: str) -> None:

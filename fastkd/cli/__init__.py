@@ -22,6 +22,7 @@ Knowledge distillation with several networks.
   fastkd train     train one student by one method, and the other networks that the method needs
   fastkd compare   several methods and seeds: a table, a picture, a report
   fastkd study     methods, seeds and settings of a file: resumable, in several processes, with intervals and tests
+  fastkd analyze   the papers' analyses: tables and pictures, some of them of a run
   fastkd report    report and pictures of a run, finished or not, or of several side by side
   fastkd info      versions, devices, and which backend each operation uses and why
   fastkd bench     what the fused operations gain on this machine (in the source tree)
@@ -30,7 +31,7 @@ Knowledge distillation with several networks.
   Try: fastkd train --method dgkd --epochs 30 --out runs/first
 """
 
-COMMANDS = ("train", "compare", "study", "report", "info", "bench")
+COMMANDS = ("train", "compare", "study", "analyze", "report", "info", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,8 +78,8 @@ def _dispatch(argv: list[str]) -> int:
     if command == "--version":
         print(f"fastkd {__version__}")
         return 0
-    from fastkd._core.messages import UserError
-    from fastkd.cli.options import guess, parse
+    from fastkd._core.messages import UserError, guess
+    from fastkd.cli.options import parse
 
     if command not in COMMANDS:
         raise UserError(f"there is no command {command!r}: {guess(command, COMMANDS)}use {', '.join(COMMANDS)}")
@@ -96,6 +97,10 @@ def _dispatch(argv: list[str]) -> int:
         from fastkd.runs import study_command
 
         return study_command.main(argv[1:], _command_line(argv))
+    if command == "analyze":
+        from fastkd.runs import analyze
+
+        return analyze.main(argv[1:], _command_line(argv))
     config = parse(command, argv[1:])
     if config is None:
         return 0
@@ -150,7 +155,7 @@ _FULL += ("is killed by signal: Killed", "is killed by signal: Bus error", "unab
 
 
 def _memory_is_full(error: Exception) -> bool:
-    if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno == errno.ENOMEM:
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _FULL)
 
@@ -160,7 +165,7 @@ def _explain_option(message: str) -> str:
     message = " ".join(message.split())
     unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
     if unknown:
-        from fastkd.cli.options import guess
+        from fastkd._core.messages import guess
         from fastkd.runs.config import CompareConfig, TrainConfig
         from fastkd.runs.plans import RECIPES
 

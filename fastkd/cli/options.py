@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastkd import models
 from fastkd._core.extras import require
-from fastkd._core.messages import UserError, note
+from fastkd._core.messages import UserError, guess, note
 from fastkd.runs.config import CompareConfig, CompareOptions, MethodOptions, TrainConfig, read_yaml
 from fastkd.runs.folder import CONFIG
 from fastkd.runs.plans import RECIPES
@@ -214,12 +212,6 @@ def _with_default(action: Any) -> str:
     if isinstance(default, list):
         default = ",".join(map(str, default))
     return f"{action.help} (default: {default})"
-
-
-def guess(word: str, known: Sequence[str]) -> str:
-    """The words "did you mean ...? " where a word of `known` is near `word`, else nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]}? " if close else ""
 
 
 def _help(parser: Any, command: str, fields: dict[str, Any]) -> str:

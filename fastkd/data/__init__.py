@@ -2,7 +2,7 @@
 
 from fastkd.data.batches import EpochSampler, loader
 from fastkd.data.catalog import Data, load, names
-from fastkd.data.images import UnreadableImage
+from fastkd.data.decoding import UnreadableImage
 from fastkd.data.logits import LogitsCache
 
 __all__ = ["Data", "EpochSampler", "LogitsCache", "UnreadableImage", "load", "loader", "names"]

@@ -1,13 +1,15 @@
 """Batches in an order that depends on the seed and the epoch only."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from fastkd.data.images import ImageSet, UnreadableImage
-from fastkd.data.parts import Part
+from fastkd.data.decoding import UnreadableImage
+from fastkd.data.images import ImageSet
+from fastkd.data.parts import Part, length_of
 from fastkd.data.seeding import SHUFFLE, WORKERS, check_seed, stream
 
 
@@ -23,7 +25,7 @@ class EpochSampler(Sampler[int]):
     (True, [0, 1, 2, 3, 4, 5])
     """
 
-    def __init__(self, dataset: Dataset, shuffle: bool, seed: int):
+    def __init__(self, dataset: Dataset[Any], shuffle: bool, seed: int):
         self.dataset, self.shuffle, self.seed = dataset, shuffle, seed
         self.generator = torch.Generator()  # DataLoader draws its workers' seeds from it
         self.epoch = self.skip = 0
@@ -35,7 +37,7 @@ class EpochSampler(Sampler[int]):
 
     def start(self) -> None:
         """Fixes order and augmentation of the pass that begins now. Before the workers start: they copy the dataset."""
-        epoch, n = self.epoch, len(self.dataset)
+        epoch, n = self.epoch, length_of(self.dataset)
         order = stream(self.seed, SHUFFLE, epoch).permutation(n).tolist() if self.shuffle else list(range(n))
         self._order = order[self.skip :]
         self.generator.manual_seed(int(stream(self.seed, WORKERS, epoch).integers(2**63)))
@@ -47,13 +49,13 @@ class EpochSampler(Sampler[int]):
         if self._order is None:
             self.start()
         order, self._order = self._order, None
-        return iter(order)
+        return iter(order or ())
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return length_of(self.dataset)
 
 
-class _Reader(Dataset):
+class _Reader(Dataset[Any]):
     """An ImageSet, or a part of one, that hands on what could not be read; the loader decides, in the main process."""
 
     def __init__(self, images: ImageSet | Part):
@@ -62,15 +64,15 @@ class _Reader(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, indices: list[int]) -> tuple[list, list[int]]:
+    def __getitems__(self, indices: list[int]) -> tuple[list[Any], list[int]]:
         return self.images.read(indices) if isinstance(self.images, Part) else (self.images.read(indices), indices)
 
 
-def _collate(items: list) -> tuple:
+def _collate(items: list[Any]) -> tuple[Any, ...]:
     return default_collate(items), [], None
 
 
-def _collate_read(read: tuple[list, list[int]]) -> tuple:
+def _collate_read(read: tuple[list[Any], list[int]]) -> tuple[Any, ...]:
     """(inputs, target) of the good items, None where there are none; (path, reason) of the others; rows of the good."""
     items, rows = read
     bad = [(item.path, item.reason) for item in items if isinstance(item, UnreadableImage)]
@@ -80,13 +82,13 @@ def _collate_read(read: tuple[list, list[int]]) -> tuple:
     return default_collate(items) if items else None, bad, np.asarray(rows, dtype=np.int64)
 
 
-def image_set(dataset: Dataset) -> ImageSet | None:
+def image_set(dataset: Dataset[Any]) -> ImageSet | None:
     """The images of `fastkd.data` that `dataset` is, or is a part of; None for other data sets."""
     dataset = dataset.dataset if isinstance(dataset, Part) else dataset
     return dataset if isinstance(dataset, ImageSet) else None
 
 
-class Loader(DataLoader):
+class Loader(DataLoader[Any]):
     """What `loader` returns: a DataLoader that knows where it is and what it could not read.
 
     Attributes:
@@ -97,19 +99,25 @@ class Loader(DataLoader):
             counts nowhere, see `Part`); None for data sets that are not from `fastkd.data`.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, sampler: EpochSampler, smallest: int, **options):
-        reader, collate = (dataset, _collate) if image_set(dataset) is None else (_Reader(dataset), _collate_read)
+    sampler: EpochSampler
+    batch_size: int
+
+    def __init__(self, dataset: Dataset[Any], batch_size: int, sampler: EpochSampler, smallest: int, **options: Any):
+        reader: Dataset[Any] = dataset
+        collate: Callable[[Any], tuple[Any, ...]] = _collate
+        if isinstance(dataset, ImageSet) or (isinstance(dataset, Part) and image_set(dataset) is not None):
+            reader, collate = _Reader(dataset), _collate_read
         super().__init__(
             reader, batch_size, sampler=sampler, generator=sampler.generator, collate_fn=collate, **options
         )
-        self.bad_images = getattr(dataset, "bad_images", "error")
+        self.bad_images: str = getattr(dataset, "bad_images", "error")
         self.smallest = smallest
         self.taken = self.lost = 0
         self.unreadable: dict[str, str] = {}
         self.rows: np.ndarray | None = None
         self._before = (0, 0)
 
-    def go_on(self, epoch: int, taken: int, lost: int = 0) -> Iterator:
+    def go_on(self, epoch: int, taken: int, lost: int = 0) -> Iterator[Any]:
         """The batches of this epoch that come after the first `taken`, of which `lost` images could not be read.
 
         Images of `fastkd.data` that were used already are not loaded again. Other datasets are: what they do to an
@@ -125,12 +133,12 @@ class Loader(DataLoader):
             next(batches)
         return batches
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names its own iterator
         self.sampler.start()
         (self.taken, self.lost), self._before = self._before, (0, 0)
         return self._pass(super().__iter__())
 
-    def _pass(self, batches: Iterator) -> Iterator:
+    def _pass(self, batches: Iterator[Any]) -> Iterator[Any]:
         used = self.taken
         try:
             for batch, bad, rows in batches:
@@ -154,7 +162,7 @@ class Loader(DataLoader):
 
 
 def loader(
-    dataset: Dataset,
+    dataset: Dataset[Any],
     batch_size: int,
     *,
     shuffle: bool,
@@ -186,9 +194,9 @@ def loader(
     for argument, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"loader: {argument} must be an integer of at least {least}, got {value!r}")
-    if drop_last and len(dataset) < batch_size:
+    if drop_last and length_of(dataset) < batch_size:
         raise ValueError(
-            f"loader: drop_last leaves no batch of {batch_size} from {len(dataset)} images; use a smaller batch_size"
+            f"loader: drop_last leaves no batch of {batch_size} from {length_of(dataset)} images; choose fewer"
         )
     return Loader(
         dataset,

@@ -9,14 +9,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from fastkd.data import sources
 from fastkd.data.description import describe
-from fastkd.data.images import ImageSet
+from fastkd.data.images import BadImages, ImageSet
 from fastkd.data.kept_images import keep
 from fastkd.data.seeding import check_seed, stratified_order
 from fastkd.data.sources import Part, Source
@@ -42,15 +42,15 @@ class Data:
     [torch.Size([3, 8, 8]), torch.Size([3, 8, 8])]
     """
 
-    train: Dataset
-    validation: Dataset | None
-    test: Dataset
+    train: Dataset[Any]
+    validation: Dataset[Any] | None
+    test: Dataset[Any]
     num_classes: int
     image_size: int
     channels: int
     classes: tuple[str, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for part in ("train", "validation", "test"):
             labels = getattr(getattr(self, part), "labels", None)
             if isinstance(labels, np.ndarray) and len(labels):
@@ -73,7 +73,8 @@ class Data:
     def with_views(self, views: int) -> "Data":
         """The same data with so many independent augmentations of each training image, in the same memory."""
         _check_number("Data.with_views", "views", views)
-        return dataclasses.replace(self, train=self.train.with_views(views))
+        train: Any = self.train  # a data set of fastkd.data
+        return dataclasses.replace(self, train=train.with_views(views))
 
 
 def names() -> list[str]:
@@ -96,11 +97,11 @@ def load(
     image_size: int | None = None,
     augment: bool = True,
     views: int = 1,
-    bad_images: str = "error",
+    bad_images: BadImages = "error",
     variants: int = 0,
     note: Callable[[str], None] = warnings.warn,
     keep_images: bool = False,
-    **options,
+    **options: Any,
 ) -> Data:
     """The data set `name` as `Data`.
 
@@ -137,7 +138,7 @@ def load(
     (12, 4, 4, 10)
     """
     _check(seed, train_size, validation, image_size, views)
-    if bad_images not in ("error", "skip"):
+    if bad_images not in get_args(BadImages):
         raise ValueError(f"load: bad_images must be 'error' or 'skip', got {bad_images!r}")
     if isinstance(variants, bool) or not isinstance(variants, int) or variants < 0:
         raise ValueError(f"load: variants must be an integer of at least 0, got {variants!r}")
@@ -147,7 +148,7 @@ def load(
     source = keep(source) if keep_images else source
     train, held_out = _split(source, train_size, validation, seed)
 
-    def make(part: Part, **extra) -> ImageSet:
+    def make(part: Part, **extra: Any) -> ImageSet:
         extra["bad_images"] = bad_images
         return ImageSet(part.store, part.labels, part.rows, source.image_size, source.mean, source.std, **extra)
 
@@ -186,12 +187,14 @@ def _check_labels(part: str, labels: np.ndarray, classes: int) -> None:
         )
 
 
-def _check_number(operation: str, argument: str, value: int) -> None:
+def _check_number(operation: str, argument: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{operation}: {argument} must be an integer of at least 1, got {value!r}")
 
 
-def _source(name: str, root: Path, download: bool, image_size: int | None, bad_images: str, options: dict) -> Source:
+def _source(
+    name: str, root: Path, download: bool, image_size: int | None, bad_images: BadImages, options: dict[str, Any]
+) -> Source:
     if not isinstance(name, str):
         raise TypeError(f"load: name must be a string such as 'digits', got {type(name).__name__}")
     kind, _, folder = name.partition(":")
@@ -212,7 +215,7 @@ def _source(name: str, root: Path, download: bool, image_size: int | None, bad_i
     return build(root, download, image_size, **options)
 
 
-def _check_options(name: str, known: tuple[str, ...], options: dict) -> None:
+def _check_options(name: str, known: tuple[str, ...], options: dict[str, Any]) -> None:
     for option, value in options.items():
         if option not in known:
             has = f"it has {', '.join(known)}" if known else "it has none of its own"

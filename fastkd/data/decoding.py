@@ -6,6 +6,7 @@ integers and floats are refused by name: nothing says which value is white.
 """
 
 import errno
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ class UnreadableImage(ValueError):
         super().__init__(f"image {path} cannot be read ({reason}); remove or replace it")
         self.path, self.reason = path, reason
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self.reason)
 
 
@@ -29,7 +30,7 @@ class UnreadableImage(ValueError):
 _NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
-def open_image(path: str):
+def open_image(path: str) -> Any:
     """The image in file `path` as a PIL image in RGB. Raises UnreadableImage, naming the file, if it cannot be read."""
     pillow = require("PIL.Image", "Reading images")
     try:
@@ -40,15 +41,16 @@ def open_image(path: str):
     except Exception as error:  # pillow's decoders raise nearly anything
         if isinstance(error, OSError) and error.errno in _NOT_THE_FILE:
             raise
-        reason = error.strerror if isinstance(error, OSError) and error.errno else str(error) or type(error).__name__
+        known = error.strerror if isinstance(error, OSError) and error.errno else ""
+        reason = known or str(error) or type(error).__name__
         raise UnreadableImage(path, " ".join(reason.replace(f" {path!r}", "").split())) from error
 
 
-def as_rgb(image):
+def as_rgb(image: Any) -> Any:
     """A PIL image of any mode as one of mode RGB, upright. ValueError for a mode whose range nobody knows."""
     image.load()  # what the end of a file says (transparency, EXIF) is known then
     turn = _orientation(image)
-    if image.mode.startswith("I;16") or image.mode == "I" and image.format in _WIDE:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _WIDE):
         image = _from_many_bits(image)
     elif image.mode in _NO_RANGE:
         raise ValueError(
@@ -68,7 +70,7 @@ _TELLS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where 
 _BITS, _MEANING, _ORIENTATION = 258, 262, 274  # TIFF's tags
 
 
-def _orientation(image):
+def _orientation(image: Any) -> Any:
     """How to transpose an image so that it stands upright; None where it does."""
     if not hasattr(image, "tag_v2") and not any(key in image.info for key in _TELLS):
         return None  # to ask `getexif` would take as long as a small image
@@ -81,12 +83,12 @@ def _orientation(image):
         return None
 
 
-def _transparent(image) -> bool:
+def _transparent(image: Any) -> bool:
     palette = getattr(image.palette, "mode", "") if image.mode == "P" else ""
     return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info or palette == "RGBA"
 
 
-def _over_white(image):
+def _over_white(image: Any) -> Any:
     image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     if image.getextrema()[3][0] < 255:
         pillow = require("PIL.Image", "Reading images")
@@ -94,7 +96,7 @@ def _over_white(image):
     return image.convert("RGB")
 
 
-def _from_many_bits(image):
+def _from_many_bits(image: Any) -> Any:
     """Grey of up to 16 bits."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF; its 12 bits come as they are, not as 16
     white = 2 ** min(16, tags.get(_BITS, (16,))[0]) - 1

@@ -19,34 +19,36 @@ from torch.utils.data import Dataset
 from fastkd.data.decoding import VERSION
 from fastkd.data.folders import listed
 from fastkd.data.images import Files, ImageSet
+from fastkd.data.parts import length_of
 
 BY_CONTENT = 64 << 20  # bytes of a part's files up to which they are read
 BY_CONTENT_FILES = 20_000
 
 
-def describe(parts: dict[str, Dataset | None], classes: Sequence[str], facts: dict[str, Any]) -> dict[str, Any]:
+def describe(parts: dict[str, Dataset[Any] | None], classes: Sequence[str], facts: dict[str, Any]) -> dict[str, Any]:
     """JSON-like. parts: name -> its data set; facts: more that the pixels depend on."""
     found = {name: _part(part, classes) for name, part in parts.items() if part is not None}
     return {"classes": list(classes), **facts, "decoding": VERSION, "parts": found}
 
 
-def _part(images: Dataset, classes: Sequence[str]) -> dict[str, Any]:
+def _part(images: Dataset[Any], classes: Sequence[str]) -> dict[str, Any]:
     if not isinstance(images, ImageSet):  # somebody's own: all that can be known
-        return {"images": len(images)}
+        return {"images": length_of(images)}
+    found: dict[str, Any]
     found = {"images": len(images), "of": len(images.store), "rows": _digest(images.rows.astype(np.int64))}
     if isinstance(images.store, Files):
-        return found | _files(images, classes)
+        return found | _files(images, images.store, classes)
     return found | {"pixels": _digest(*images.store.blocks(images.rows)), "labels": _digest(images.labels)}
 
 
-def _files(images: ImageSet, classes: Sequence[str]) -> dict[str, Any]:
+def _files(images: ImageSet, store: Files, classes: Sequence[str]) -> dict[str, Any]:
     """Of each class: how many files its folder has, their names, and of those in use the sizes and the contents."""
-    paths, used = images.store.paths, np.zeros(len(images.store), dtype=bool)
+    paths, used = store.paths, np.zeros(len(store), dtype=bool)
     used[images.rows] = True
     stats = {row: _stat(paths[row]) for row in images.rows.tolist()}
     total = sum(size for size, _ in stats.values())
     by_content = total <= BY_CONTENT and len(stats) <= BY_CONTENT_FILES
-    folder = os.path.dirname(os.path.commonprefix(paths))
+    folder = os.path.dirname(os.path.commonprefix(paths))  # noqa: RUF071  # letters, then folders
     order = np.argsort(images.store_labels, kind="stable")
     ends = np.searchsorted(images.store_labels[order], np.arange(len(classes) + 1))
     found = {}
@@ -79,7 +81,7 @@ def _content(path: str) -> bytes:
 def _digest(*blocks: Any) -> str:
     found = hashlib.sha256()
     for block in blocks:
-        found.update(block if isinstance(block, np.ndarray) else b"%d:%b" % (len(block), block))
+        found.update(block.data if isinstance(block, np.ndarray) else b"%d:%b" % (len(block), block))
     return found.hexdigest()[:16]
 
 

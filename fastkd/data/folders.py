@@ -143,4 +143,5 @@ def _is_above(link: str, folder: Path) -> bool:
 
 
 def _extensions() -> tuple[str, ...]:
-    return require("torchvision.datasets.folder", "Reading image folders").IMG_EXTENSIONS
+    found: tuple[str, ...] = require("torchvision.datasets.folder", "Reading image folders").IMG_EXTENSIONS
+    return found

@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from fastkd._core.extras import require
 from fastkd.data.decoding import VERSION, UnreadableImage, open_image
 from fastkd.data.seeding import AUGMENT, stream
 
+BadImages = Literal["error", "skip"]
 LARGE = 96  # from this image_size on, files are cropped as ImageNet's are
 
 
@@ -32,9 +34,10 @@ class InMemory:
         """The images of `rows`: [n, C, H, W]."""
         return self.images[torch.from_numpy(rows)]
 
-    def render(self, raw: Tensor, keys: np.ndarray | None) -> Tensor:
+    def render(self, raw: Any, keys: np.ndarray | None) -> Tensor:
         """What `fetch` gave: [n, C, H, W] as it is."""
-        return raw
+        images: Tensor = raw
+        return images
 
     def blocks(self, rows: np.ndarray, step: int = 4096) -> Iterator[bytes | np.ndarray]:
         """All that tells these images from others, piece by piece."""
@@ -42,10 +45,10 @@ class InMemory:
         for start in range(0, len(rows), step):
             yield self.fetch(rows[start : start + step]).numpy()
 
-    def facts(self) -> dict:
+    def facts(self) -> dict[str, Any]:
         """What these images are, for the comparison with an earlier run's: type, shape, digest."""
         images = self.images.contiguous().numpy()
-        digest = hashlib.sha256(images.reshape(-1)).hexdigest()
+        digest = hashlib.sha256(images.reshape(-1).data).hexdigest()
         return {"images": f"{images.dtype} {list(images.shape)} {digest}"}
 
 
@@ -58,31 +61,31 @@ class Files:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def fetch(self, rows: np.ndarray) -> list:
+    def fetch(self, rows: np.ndarray) -> Any:
         """PIL images, and an UnreadableImage in the place of each one that cannot be read."""
         return [_try_to_open(self.paths[row]) for row in rows]
 
-    def render(self, raw: list, keys: np.ndarray | None) -> Tensor:
+    def render(self, raw: Any, keys: np.ndarray | None) -> Tensor:
         """uint8 [B, 3, size, size]: the centre, or where `keys` [B] in [0, 1) are given the random crop of each key."""
         cut = self._centre if keys is None else self._random_crop
         images = [cut(image, key) for image, key in zip(raw, [0.0] * len(raw) if keys is None else keys, strict=True)]
         return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
 
-    def facts(self) -> dict:
+    def facts(self) -> dict[str, Any]:
         """What these files are, for the comparison with an earlier run's: folder, count, digest of names and sizes."""
-        folder = os.path.dirname(os.path.commonprefix(self.paths))
+        folder = os.path.dirname(os.path.commonprefix(self.paths))  # noqa: RUF071  # letters, then folders
         found = hashlib.sha256()
         for path in self.paths:
             found.update(os.fsencode(f"{path[len(folder) :]}\0{_size_and_time(path)}\0"))
         facts = {"folder": os.path.realpath(folder), "images": f"{len(self)} files {found.hexdigest()}"}
         return facts | {"decoding": VERSION}
 
-    def _centre(self, image, key: float):
+    def _centre(self, image: Any, key: float) -> Any:
         transforms = _transforms()
         side = round(self.size * 256 / 224) if self.size >= LARGE else self.size
         return transforms.center_crop(transforms.resize(image, side), [self.size, self.size])
 
-    def _random_crop(self, image, key: float):
+    def _random_crop(self, image: Any, key: float) -> Any:
         # torchvision draws from the global generator: lend it a state of our own.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(key * 2**53))
@@ -99,11 +102,11 @@ def _size_and_time(path: str) -> str:
     return f"{found.st_size} {found.st_mtime_ns}"
 
 
-def _transforms():
+def _transforms() -> Any:
     return require("torchvision.transforms.functional", "Reading images")
 
 
-def _try_to_open(path: str):
+def _try_to_open(path: str) -> Any:
     try:
         return open_image(path)
     except UnreadableImage as error:
@@ -124,7 +127,7 @@ class Augmentation:
     resized_crop: bool = False
 
 
-class ImageSet(Dataset):
+class ImageSet(Dataset[tuple[Any, int]]):
     """A map-style dataset of (image, label): float32 [C, size, size] normalised, int.
 
     With `views` > 1 the image is a tuple of so many tensors, each augmented on its own. What happens to an image
@@ -151,7 +154,7 @@ class ImageSet(Dataset):
         augmentation: Augmentation | None = None,
         views: int = 1,
         seed: int = 0,
-        bad_images: str = "error",
+        bad_images: BadImages = "error",
         variants: int = 0,
     ):
         self.store, self.size, self.augmentation, self.views, self.seed = store, size, augmentation, views, seed
@@ -188,23 +191,25 @@ class ImageSet(Dataset):
             return 0
         return epoch % self.variants if self.variants else epoch
 
-    def facts(self) -> dict:
+    def facts(self) -> dict[str, Any]:
         """All that the pixels of each variant depend on, as JSON-like values.
 
         Images in memory enter by their bytes, files by their names, sizes and times: they are not opened.
         """
         change = None if self.augmentation is None else asdict(self.augmentation) | {"seed": self.seed}
+        facts: dict[str, Any]
         facts = {"count": len(self), "image_size": self.size, "channels": len(self.mean), "augmentation": change}
         facts |= {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
-        facts |= {"rows": hashlib.sha256(np.ascontiguousarray(self.rows, dtype=np.int64)).hexdigest()}
+        facts |= {"rows": hashlib.sha256(np.ascontiguousarray(self.rows, dtype=np.int64).data).hexdigest()}
         return facts | self.store.facts()
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of a set of {len(self)} images")
-        return self.__getitems__([index])[0]
+        item: tuple[Any, int] = self.__getitems__([index])[0]
+        return item
 
-    def __getitems__(self, indices: Sequence[int]) -> list:
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """A batch at once, which is much faster than image by image; DataLoader knows this method."""
         items = self.read(indices)
         for item in items:
@@ -212,28 +217,28 @@ class ImageSet(Dataset):
                 raise item
         return items
 
-    def blank(self):
+    def blank(self) -> Tensor | tuple[Tensor, ...]:
         """A black image, in the shape of the others."""
         image = torch.zeros(len(self.mean), self.size, self.size)
         return image if self.views == 1 else (image,) * self.views
 
-    def read(self, indices: Sequence[int]) -> list:
+    def read(self, indices: Sequence[int]) -> list[Any]:
         """The (image, label) of a batch; in the place of one that cannot be read an UnreadableImage."""
-        indices = np.asarray(indices)
-        raw = self.store.fetch(self.rows[indices])
+        asked = np.asarray(indices)
+        raw = self.store.fetch(self.rows[asked])
         if isinstance(raw, Tensor) or not any(isinstance(image, UnreadableImage) for image in raw):
-            return self._items(raw, indices)
+            return self._items(raw, asked)
         good = [i for i, image in enumerate(raw) if not isinstance(image, UnreadableImage)]
-        items = iter(self._items([raw[i] for i in good], indices[good]) if good else [])
+        items = iter(self._items([raw[i] for i in good], asked[good]) if good else [])
         return [image if isinstance(image, UnreadableImage) else next(items) for image in raw]
 
-    def _items(self, raw: Tensor | list, indices: np.ndarray) -> list:
+    def _items(self, raw: Tensor | list[Any], indices: np.ndarray) -> list[Any]:
         rows, labels = self.rows[indices], self.labels[indices].tolist()
         views = [self._view(raw, rows, view) for view in range(self.views)]
         images = views[0] if self.views == 1 else zip(*views, strict=True)
         return list(zip(images, labels, strict=True))
 
-    def _view(self, raw: Tensor | list, rows: np.ndarray, view: int) -> Tensor:
+    def _view(self, raw: Tensor | list[Any], rows: np.ndarray, view: int) -> Tensor:
         change = self.augmentation
         if change is None:
             x = self.store.render(raw, None)

@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd.data.images import LARGE, Files, UnreadableImage
+from fastkd.data.decoding import UnreadableImage
+from fastkd.data.images import LARGE, Files
 from fastkd.data.sources import Part, Source
 
 
@@ -20,7 +22,7 @@ class KeptFiles(Files):
         self.images = torch.from_numpy(np.zeros((len(self.paths), 3, size, size), np.uint8))
         self.known = np.zeros(len(self.paths), dtype=bool)
 
-    def fetch(self, rows: np.ndarray) -> Tensor | list:
+    def fetch(self, rows: np.ndarray) -> Tensor | list[Any]:
         """uint8 [B, 3, size, size], or where files cannot be read a list with an UnreadableImage for each of them."""
         bad = {}
         missing = rows[~self.known[rows]]
@@ -33,7 +35,7 @@ class KeptFiles(Files):
         images = self.images[torch.from_numpy(rows)]
         return [bad.get(row, image) for row, image in zip(rows.tolist(), images, strict=True)] if bad else images
 
-    def render(self, raw: Tensor | list, keys: np.ndarray | None) -> Tensor:
+    def render(self, raw: Tensor | list[Any], keys: np.ndarray | None) -> Tensor:
         """The images of one fetch: uint8 [n, 3, size, size]."""
         return raw if isinstance(raw, Tensor) else torch.stack(raw)
 
@@ -41,10 +43,10 @@ class KeptFiles(Files):
 def keep(source: Source) -> Source:
     """The same images, kept in memory where they are files that are always cut alike (below `LARGE` pixels)."""
 
-    def kept(part: Part | None) -> Part | None:
-        if part is None or not isinstance(part.store, Files) or part.store.size >= LARGE:
+    def kept(part: Part) -> Part:
+        if not isinstance(part.store, Files) or part.store.size >= LARGE:
             return part
         return dataclasses.replace(part, store=KeptFiles(part.store.paths, part.store.size))
 
-    parts = {name: kept(getattr(source, name)) for name in ("train", "test", "validation")}
-    return dataclasses.replace(source, **parts)
+    validation = None if source.validation is None else kept(source.validation)
+    return dataclasses.replace(source, train=kept(source.train), test=kept(source.test), validation=validation)

@@ -25,7 +25,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,10 @@ from torch import Tensor, nn
 from fastkd.data.images import ImageSet
 
 FORMAT = 1
-DTYPES = {"float32": np.float32, "float16": np.float16}
+# (name of a network, rows of the batch, what runs it on them) -> its logits of these rows
+Taught = Callable[[str, slice, Callable[[], Tensor]], Tensor]
+DType = Literal["float32", "float16"]
+DTYPES: dict[DType, Any] = {"float32": np.float32, "float16": np.float16}
 META = "meta.json"
 _FLOATS = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
 
@@ -58,7 +61,7 @@ def _facts_of(network: nn.Module) -> dict[str, Any]:
         if isinstance(value, Tensor):
             value = value.detach().cpu().contiguous()
             found.update(f"\0{name} {value.dtype} {list(value.shape)}\0".encode())
-            found.update(value.reshape(-1).view(torch.uint8).numpy())
+            found.update(value.reshape(-1).view(torch.uint8).numpy().data)
         else:
             found.update(f"\0{name} {value!r}\0".encode())
     parameters = sum(p.numel() for p in network.parameters())
@@ -112,7 +115,7 @@ class LogitsCache:
         networks: Mapping[str, nn.Module],
         *,
         classes: int,
-        dtype: str = "float32",
+        dtype: DType = "float32",
         device: torch.device | str = "cpu",
         identity: Mapping[str, Mapping[str, Any]] | None = None,
         note: Callable[[str], None] = lambda text: None,
@@ -128,12 +131,12 @@ class LogitsCache:
         shape = len(images), classes
         identity = identify(images, networks) if identity is None else identity
         self.networks = {
-            name: _Network(Path(folder), {"shape": list(shape), "dtype": dtype} | identity[name], shape, dtype, note)
+            name: _Network(Path(folder), {"shape": list(shape), "dtype": dtype, **identity[name]}, shape, dtype, note)
             for name in networks
         }
         self.read = self.computed = 0
 
-    def taught(self, rows: np.ndarray, variant: int | None = None) -> Callable[[str, slice, Callable], Tensor]:
+    def taught(self, rows: np.ndarray, variant: int | None = None) -> Taught:
         """For `Method.phases(..., taught=)`: what hands out the logits of a batch, and runs networks for what is new.
 
         Args:
@@ -163,7 +166,9 @@ class LogitsCache:
 class _Network:
     """The files of one network."""
 
-    def __init__(self, folder: Path, facts: dict[str, Any], shape: tuple[int, int], dtype: str, note):
+    def __init__(
+        self, folder: Path, facts: dict[str, Any], shape: tuple[int, int], dtype: DType, note: Callable[[str], None]
+    ):
         self.facts, self.shape, self.dtype, self.note = facts, shape, np.dtype(DTYPES[dtype]), note
         self.key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = folder / self.key
@@ -176,6 +181,7 @@ class _Network:
         counts = rows >= 0
         if not self._map(variant):
             return np.zeros((len(rows), self.shape[1]), self.dtype), ~counts
+        assert self._open is not None
         data, checks = (np.asarray(mapped) for mapped in self._open[1:])  # plain arrays are faster
         values = data[rows]  # a copy
         there = (checks[rows] == _checks(values, rows)) | ~counts
@@ -189,6 +195,7 @@ class _Network:
             self._keep_meta(given)
             if not self._map(variant):
                 self._make(variant)
+            assert self._open is not None
             kept, there = self.get(variant, rows)  # another process may have written some meanwhile
             new = np.flatnonzero(~there)
             _write(self._path(variant), self._open[1], rows[new], values[new])
@@ -269,10 +276,10 @@ class _Network:
             self._find()
         if self.given is None:
             return False
-        found = [self._mapped(*file) for file in self._files(variant)]
-        if any(mapped is None for mapped in found):
+        logits, checks = (self._mapped(*file) for file in self._files(variant))
+        if logits is None or checks is None:
             return False
-        self._open = variant, *found
+        self._open = variant, logits, checks
         return True
 
     def _files(self, variant: int) -> list[tuple[Path, tuple[int, ...], np.dtype]]:
@@ -281,7 +288,7 @@ class _Network:
 
     def _mapped(self, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap | None:
         try:
-            mapped = np.load(path, mmap_mode="r")
+            mapped: np.memmap = np.load(path, mmap_mode="r")
             if mapped.shape == shape and mapped.dtype == dtype and mapped.offset + mapped.nbytes == path.stat().st_size:
                 return mapped
         except FileNotFoundError:
@@ -307,7 +314,7 @@ def _checks(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return np.array([zlib.crc32(value, row) | 1 for value, row in pairs], dtype=np.uint32)
 
 
-def _holes(file, shape: tuple[int, ...], dtype: np.dtype) -> None:
+def _holes(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> None:
     """An .npy file of zeros that takes no room."""
     np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
     file.truncate(file.tell() + math.prod(shape) * dtype.itemsize)

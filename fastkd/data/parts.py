@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch.utils.data import Dataset
 
 from fastkd._core.labels import IGNORE_INDEX
-from fastkd.data.images import ImageSet, UnreadableImage
+from fastkd.data.decoding import UnreadableImage
+from fastkd.data.images import BadImages, ImageSet
 
 LEAST = 2  # rows: batch normalisation cannot train on one
 
@@ -22,7 +24,12 @@ def part_of(rows: int, rank: int, ranks: int) -> slice | None:
     return slice(rows * rank // busy, rows * (rank + 1) // busy) if rank < busy else None
 
 
-class Part(Dataset):
+def length_of(dataset: Dataset[Any]) -> int:
+    """The images of a map-style data set."""
+    return len(dataset)  # type: ignore[arg-type]  # torch.utils.data.Dataset itself has no length
+
+
+class Part(Dataset[Any]):
     """`dataset` as process `rank` of `ranks` sees it: of each batch of indices it reads its own part.
 
     All processes take the same batches from a loader of this data set, so that the order of one process and its place
@@ -33,23 +40,24 @@ class Part(Dataset):
         dataset: map-style, of (image, label).
     """
 
-    def __init__(self, dataset: Dataset, rank: int, ranks: int):
+    def __init__(self, dataset: Dataset[Any], rank: int, ranks: int):
         self.dataset, self.rank, self.ranks = dataset, rank, ranks
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return length_of(self.dataset)
 
     @property
-    def bad_images(self) -> str:
+    def bad_images(self) -> BadImages:
         """What the data set does with images that cannot be read."""
-        return getattr(self.dataset, "bad_images", "error")
+        found: BadImages = getattr(self.dataset, "bad_images", "error")
+        return found
 
     def set_epoch(self, epoch: int) -> None:
         """Hands `epoch` to the data set, where it has a use for it."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
-    def __getitems__(self, indices: Sequence[int]) -> list:
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         if isinstance(self.dataset, ImageSet):
             return self.read(indices)[0]
         mine = part_of(len(indices), self.rank, self.ranks)
@@ -57,16 +65,17 @@ class Part(Dataset):
             return self._read(indices[mine])
         return [(image, IGNORE_INDEX) for image, _ in self._read(indices[:LEAST])]
 
-    def read(self, indices: Sequence[int]) -> tuple[list, list[int]]:
+    def read(self, indices: Sequence[int]) -> tuple[list[Any], list[int]]:
         """Of an ImageSet: the items of a batch, and the index of each, -1 for an image that counts nowhere."""
         mine = part_of(len(indices), self.rank, self.ranks)
         rows = [] if mine is None else list(indices[mine])
+        assert isinstance(self.dataset, ImageSet)
         items = self.dataset.read(rows) if rows else []
         good = sum(not isinstance(item, UnreadableImage) for item in items)
         blanks = max(0, min(LEAST - good, len(indices) - good))
         return items + [(self.dataset.blank(), IGNORE_INDEX)] * blanks, rows + [-1] * blanks
 
-    def _read(self, indices: Sequence[int]) -> list:
+    def _read(self, indices: Sequence[int]) -> list[Any]:
         if hasattr(self.dataset, "__getitems__"):
-            return self.dataset.__getitems__(indices)
+            return list(self.dataset.__getitems__(indices))
         return [self.dataset[index] for index in indices]

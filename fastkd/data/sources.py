@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from fastkd._core.extras import require
+from fastkd.data.decoding import UnreadableImage, open_image
 from fastkd.data.folders import LeftOut, check_several, class_folders, labelled_files, listed
-from fastkd.data.images import LARGE, Augmentation, Files, InMemory, UnreadableImage, open_image
+from fastkd.data.images import LARGE, Augmentation, BadImages, Files, InMemory
 from fastkd.data.seeding import FAKE, stratified_order, stream
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of the channels
@@ -80,7 +82,7 @@ def _cifar(name: str, root: Path, download: bool, image_size: int | None) -> Sou
         advice = "delete it and download again" if download else "pass download=True, or put the unpacked archive there"
         raise FileNotFoundError(f"{name} was not found whole in {root}; {advice}") from error
 
-    def part(data) -> Part:
+    def part(data: Any) -> Part:
         images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()  # uint8 [N, 3, 32, 32]
         return Part(InMemory(images), np.asarray(data.targets, dtype=np.int64))
 
@@ -113,7 +115,7 @@ def _file_augmentation(size: int) -> Augmentation:
     return Augmentation(padding=size // 8, flip=True)
 
 
-def _size_of(paths: Sequence[str], bad_images: str = "error") -> int:
+def _size_of(paths: Sequence[str], bad_images: BadImages = "error") -> int:
     """The shorter side of the first image if it is small, else 224."""
     for path in paths:
         try:
@@ -123,6 +125,7 @@ def _size_of(paths: Sequence[str], bad_images: str = "error") -> int:
                 raise
         else:
             return shorter if shorter < LARGE else 224
+    raise ValueError("imagefolder: there must be at least one image, got none")
 
 
 def tiny_imagenet(root: Path, download: bool, image_size: int | None) -> Source:
@@ -169,7 +172,7 @@ def tiny_imagenet(root: Path, download: bool, image_size: int | None) -> Source:
     )
 
 
-def image_folder(folder: Path, image_size: int | None, bad_images: str = "error") -> Source:
+def image_folder(folder: Path, image_size: int | None, bad_images: BadImages = "error") -> Source:
     """FOLDER/train/<class>/*, with FOLDER/test or FOLDER/val; where both are, val is the validation set.
 
     A class folder may hold one folder `images` instead, as Tiny-ImageNet's do, and no other folders of images.

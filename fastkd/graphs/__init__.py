@@ -48,7 +48,7 @@ class Graphs:
         # For calls without gradients, in all networks: their results are copied before the next replay.
         self.pool = self.recorder.pool()
 
-    def __deepcopy__(self, memo: dict) -> Graphs:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
         return self  # where a method is copied: the device is the same
 
     def wrap(self, method: Method) -> Method:
@@ -113,25 +113,26 @@ class Graphed(nn.Module):
         if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
             return None
         try:
-            if state.layout is None or not state.layout.holds():
-                state.start(self.network)
-            kind = _kind(leaves, form, state.layout)
+            layout = state.layout
+            if layout is None or not layout.holds():
+                layout = state.start(self.network)
+            kind = _kind(leaves, form, layout)
             capture = state.captures.get(kind)
             if capture is None and not state.due(kind):
                 return None
             if kind.trains and state.flights.any():
                 return None
             if capture is None:
-                capture = state.captures[kind] = self._make(kind, leaves, form)
+                capture = state.captures[kind] = self._make(kind, layout, leaves, form)
             capture.prepare()
         except Exception as error:
             self._refuse(error)
             return None
         return capture
 
-    def _make(self, kind: _Kind, leaves: list[Tensor], form: Any) -> Capture:
+    def _make(self, kind: _Kind, layout: _Layout, leaves: list[Tensor], form: Any) -> Capture:
         state, recorder = self._state, self._graphs.recorder
-        elsewhere = {str(t.device) for t in (*leaves, *state.layout.tensors) if t.device != recorder.device}
+        elsewhere = {str(t.device) for t in (*leaves, *layout.tensors) if t.device != recorder.device}
         if elsewhere:
             raise NotCapturedError(f"it or its inputs are on {' and '.join(sorted(elsewhere))}, not {recorder.device}")
         if not kind.trains:
@@ -162,10 +163,10 @@ class _State:
         self.pool: Any = None
         self.flights = Flights()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[_State], tuple[()]]:
         return _State, ()
 
-    def start(self, network: nn.Module) -> None:
+    def start(self, network: nn.Module) -> _Layout:
         """Its tensors are new, or were moved."""
         self.starts += 1
         if self.starts > STARTS:
@@ -173,6 +174,7 @@ class _State:
         self.captures.clear()
         self.pool = None
         self.layout = _Layout(network)
+        return self.layout
 
     def due(self, kind: _Kind) -> bool:
         """Whether a kind without a capture is to have one."""
@@ -191,7 +193,9 @@ class _Layout:
         self.modules = list(network.modules())
         self.parameters = list(network.parameters())
         self.tensors = [*self.parameters, *network.buffers()]
-        self._tables = [table for m in self.modules for table in (m._parameters, m._buffers, m._modules) if table]
+        self._tables: list[dict[str, Any]] = [
+            table for m in self.modules for table in (m._parameters, m._buffers, m._modules) if table
+        ]
         self._members = self._now()  # kept alive: an id may not come again
         self._ids, self._places = list(map(id, self._members)), list(map(Tensor.data_ptr, self.tensors))
 
@@ -199,7 +203,7 @@ class _Layout:
         """Asked in every call: without a walk through the modules, without a Python loop."""
         return list(map(id, self._now())) == self._ids and list(map(Tensor.data_ptr, self.tensors)) == self._places
 
-    def _now(self) -> list:
+    def _now(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self._tables)))
 
 
@@ -207,8 +211,8 @@ class _Kind(NamedTuple):
     """What one capture is good for. `trains`: which parameters learn; () for a call without gradients."""
 
     form: Any
-    tensors: tuple
-    autocast: tuple
+    tensors: tuple[Any, ...]
+    autocast: tuple[Any, ...]
     modes: tuple[bool, ...]
     trains: tuple[bool, ...]
 

@@ -239,7 +239,7 @@ class _HandOver(torch.autograd.Function):
     """Copies of a capture's results to the caller, and the gradients back."""
 
     @staticmethod
-    def forward(ctx, capture: TrainingCapture, *sources: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, capture: TrainingCapture, *sources: Tensor) -> tuple[Tensor, ...]:
         # Not for their values: autograd refuses to go back where they were written to in between.
         ctx.save_for_backward(*capture.parameters)
         ctx.set_materialize_grads(False)
@@ -252,7 +252,7 @@ class _HandOver(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.capture.flights.land(ctx.flight)
         ctx.saved_tensors  # noqa: B018
         return None, *ctx.capture.gradients(slopes)
@@ -274,7 +274,7 @@ def _with_parameters(network: nn.Module, others: Mapping[nn.Parameter, Tensor]) 
     before = [(table, dict(table)) for table in tables.values()]
     try:
         for table, parameters in before:
-            table.update({name: others[p] for name, p in parameters.items() if p in others})
+            table.update({name: others[p] for name, p in parameters.items() if p in others})  # type: ignore[misc, index]
         yield
     finally:
         for table, parameters in before:
@@ -297,6 +297,7 @@ def _untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
             buffer.data.copy_(before)
 
 
-def _cpu_random_state() -> tuple:
-    kind, keys, *rest = np.random.get_state()
+def _cpu_random_state() -> tuple[Any, ...]:
+    state: Any = np.random.get_state()
+    kind, keys, *rest = state
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), (kind, keys.tobytes(), *rest)

@@ -73,7 +73,7 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         try:
             # Where a capture fails, torch.cuda.graph leaves its stream as the current one; the outer block does not.
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._stream):  # noqa: SIM117
                 # thread_local: the thread that pins the batches' memory may go on.
                 with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                     results = run()

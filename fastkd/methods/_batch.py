@@ -120,7 +120,7 @@ def _rows(name: str, argument: str, tree: Any) -> int:
         expected = "a tensor [B, ...], or a tuple, list or dict of them, to be cut into chunks"
         other = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)]
         raise wrong_type(name, argument, expected, ", ".join(other) or "nothing that has rows")
-    rows = {leaf.shape[0] for leaf in leaves}
+    rows: set[int] = {leaf.shape[0] for leaf in leaves}
     if len(rows) > 1:
         raise wrong_value(name, argument, "tensors of one number of rows", sorted(rows))
     return rows.pop()
@@ -139,5 +139,6 @@ def _cut(tree: Any, rows: slice) -> Any:
 def _count(inputs: Any, target: Any) -> Tensor | int:
     """How many rows count: a 0-d tensor on the device where labels say so, since reading it would wait."""
     if target is None:
-        return next(_tensors(inputs)).shape[0]
+        rows: int = next(_tensors(inputs)).shape[0]
+        return rows
     return counted(next(_tensors(target))).sum().clamp(min=1)

@@ -32,7 +32,7 @@ def logits_in(output: Any, method: str, argument: str) -> Tensor:
     return logits
 
 
-def logits_from(network: Callable, inputs: Any, method: str, argument: str) -> Tensor:
+def logits_from(network: Callable[..., Any], inputs: Any, method: str, argument: str) -> Tensor:
     """The logits [..., C] of the network `argument` of `method` for `inputs`."""
     return logits_in(call_network(network, inputs), method, argument)
 

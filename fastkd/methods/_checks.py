@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -22,7 +23,7 @@ def check_boolean(method: str, argument: str, value: object) -> bool:
     return value
 
 
-def is_sequence(value: object) -> bool:
+def is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
     """Whether this is several networks: nn.Sequential and its like are one."""
     return isinstance(value, (list, tuple, nn.ModuleList)) or (
         isinstance(value, Sequence) and not isinstance(value, (str, bytes, nn.Module))

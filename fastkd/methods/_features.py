@@ -46,9 +46,10 @@ def outputs_of(
     if need == "features":
         _check_shape(method_name, argument, outputs.features, "[B, D]", 2)
     else:
-        if len(outputs.maps) == 0:
+        maps = outputs.maps or ()
+        if len(maps) == 0:
             raise wrong_value(method_name, argument, expected, "Outputs without a map")
-        for feature_map in outputs.maps:
+        for feature_map in maps:
             _check_shape(method_name, argument, feature_map, "[B, c, h, w]", 4)
     return outputs
 
@@ -67,13 +68,13 @@ def _full_output(ask: Callable[..., Any], network: Callable[..., Any], *args: An
         return network(*args, **kwargs)
     if isinstance(network, Network):
         return method(*args, **kwargs)
-    known = _gives.get(network)
+    known = _gives.get(network)  # type: ignore[call-overload]  # a module: it has forward_features
     if known is None:
         return ask(network, *args, **kwargs)
     return method(*args, **kwargs) if known else network(*args, **kwargs)
 
 
-def _ask(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _ask(network: Any, *args: Any, **kwargs: Any) -> Any:
     """The output of a network of which is not known yet whether its `forward_features` is of our kind."""
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     output = network.forward_features(*args, **kwargs)

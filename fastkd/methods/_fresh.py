@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import nn
+
+Made = TypeVar("Made", bound=nn.Module)
 
 
 @contextlib.contextmanager
@@ -22,7 +25,7 @@ def weights_from(seed: int) -> Iterator[None]:
         yield
 
 
-def beside(network: nn.Module, module: nn.Module) -> nn.Module:
+def beside(network: nn.Module, module: Made) -> Made:
     """The module on the network's device and in its dtype."""
     first = next((p for p in network.parameters() if p.is_floating_point()), None)
     return module if first is None else module.to(first.device, first.dtype)

@@ -37,7 +37,9 @@ def map_channels(network: nn.Module, example: Any, method_name: str, argument: s
         what = f"inputs of shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else "the example"
         reason = (str(error) or "no message").splitlines()[0]
         raise _no_maps(method_name, argument, f"{type(error).__name__} for {what}: {reason}") from error
-    return outputs_of(lambda _: output, None, method_name, argument, "maps").maps[-1].shape[1]
+    maps = outputs_of(lambda _: output, None, method_name, argument, "maps").maps
+    assert maps is not None
+    return maps[-1].shape[1]
 
 
 def black_image(network: nn.Module) -> Tensor | None:

@@ -51,5 +51,7 @@ def average_gradients(network: nn.Module, rows: torch.Tensor) -> None:
         total = rows.clone()
         torch.distributed.all_reduce(total)
         for parameter in network.parameters():
-            parameter.grad *= rows / total.clamp(min=1)
-            torch.distributed.all_reduce(parameter.grad)
+            gradient = parameter.grad
+            assert gradient is not None
+            gradient *= rows / total.clamp(min=1)
+            torch.distributed.all_reduce(gradient)

@@ -43,7 +43,7 @@ class Networks(nn.Module):
         for name in self._frozen_names:
             self.get_submodule(name).requires_grad_(False).eval()
 
-    def map_learners(self, wrap: Callable[[nn.Module], Callable]) -> Self:
+    def map_learners(self, wrap: Callable[[nn.Module], Callable[..., Any]]) -> Self:
         """Run each learning network through wrap(network): DistributedDataParallel, torch.compile. Returns the method.
 
         A second call wraps the first one's result. State dicts and `deployable()` bear the networks themselves. A
@@ -52,7 +52,7 @@ class Networks(nn.Module):
         self._wrapped = {name: self._wrap(wrap, name, self._to_wrap(name)) for name in self._learner_names}
         return self
 
-    def map_teachers(self, wrap: Callable[[nn.Module], Callable]) -> Self:
+    def map_teachers(self, wrap: Callable[[nn.Module], Callable[..., Any]]) -> Self:
         """Run each network that only teaches through wrap(network), as `map_learners` does. Returns the method.
 
         Of one with `forward_features`, `wrap` is handed a second module, whose call returns its `Outputs`. A second
@@ -93,12 +93,13 @@ class Networks(nn.Module):
         if any([module.training for module in network.modules()]):  # put back elsewhere: its statistics would move
             network.eval()
         plain, full = self._teaching.get(network, (network, network))
-        if self._known is not None and run is None:
-            of_part, rows = self._known.part
+        known = self._known
+        if known is not None and known.part is not None and known.taught is not None and run is None:
+            of_part, rows = known.part
             name = next((name for name in self.frozen_names if self.get_submodule(name) is network), None)
             if inputs is of_part and name is not None:  # other inputs than the batch's are not known
                 asked = partial(logits_from, plain, inputs, self._name(), as_argument(name))
-                return self._known.taught(name, rows, asked)
+                return known.taught(name, rows, asked)
         return call_network(plain, inputs) if run is None else run(full, inputs)
 
     def taught_logits(self, network: nn.Module, inputs: Any, argument: str) -> Tensor:
@@ -119,7 +120,7 @@ class Networks(nn.Module):
             self.get_submodule(name).eval()
         return self
 
-    def _wrap(self, wrap: Callable[[nn.Module], Callable], name: str, network: nn.Module) -> Any:
+    def _wrap(self, wrap: Callable[[nn.Module], Callable[..., Any]], name: str, network: nn.Module) -> Any:
         wrapped = wrap(network)
         if not callable(wrapped):
             expected = f"a function that returns a callable network for {name}"
@@ -136,7 +137,7 @@ class Networks(nn.Module):
 
     def _adopt(self, networks: Mapping[str, nn.Module | Sequence[nn.Module]]) -> dict[str, nn.Module]:
         """Register the networks under their attribute names; returns them flat: "guides.0" for one of a sequence."""
-        flat = {}
+        flat: dict[str, nn.Module] = {}
         for key, value in networks.items():
             if is_sequence(value):
                 several = check_networks(self._name(), key, value)
@@ -144,7 +145,7 @@ class Networks(nn.Module):
                 self.add_module(key, nn.ModuleList(several))
             else:
                 flat[key] = check_network(self._name(), key, value)
-                self.add_module(key, value)
+                self.add_module(key, flat[key])
         return flat
 
     @classmethod

@@ -24,7 +24,7 @@ def observe(network: nn.Module, wrapped: Any, inputs: Any) -> Any:
         return call_network(parallel.module if parallel is not None else wrapped, inputs)
 
 
-def read_later(values: Tensor) -> Callable[[], list]:
+def read_later(values: Tensor) -> Callable[[], list[Any]]:
     """Starts to copy a tensor to the host without waiting for it; what is returned waits, and gives its numbers."""
     if values.device.type != "cuda":
         return values.tolist
@@ -32,7 +32,7 @@ def read_later(values: Tensor) -> Callable[[], list]:
     host.copy_(values, non_blocking=True)
     copied = torch.cuda.current_stream(values.device).record_event()
 
-    def read() -> list:
+    def read() -> list[Any]:
         copied.synchronize()
         return host.tolist()
 

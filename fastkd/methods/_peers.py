@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from fastkd._core.checks import check_integer
 from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.methods._checks import check_networks
 from fastkd.methods.base import Method
+
+Value = TypeVar("Value")
 
 
 class Peers(Method):
@@ -23,6 +25,8 @@ class Peers(Method):
         deploy: which of them `deployable()` gives.
         views: False: every peer sees the whole `inputs`; True: `inputs` is a tuple or list of M views, one per peer.
     """
+
+    peers: nn.ModuleList
 
     def __init__(
         self,
@@ -65,7 +69,7 @@ class Peers(Method):
                 expected = f"a network whose logits have the shape {list(shape)} of the first peer's"
                 raise wrong_value(self._name(), f"{argument}[{k}]", expected, f"logits of shape {list(z.shape)}")
 
-    def parts_of(self, terms: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    def parts_of(self, terms: Mapping[str, Tensor | Sequence[Tensor]]) -> dict[str, Tensor]:
         """Terms [M] by name as the parts of a phase: "peers.0.ce", ... ."""
         return {
             f"peers.{k}.{name}": values[k].detach() for k in range(len(self.peers)) for name, values in terms.items()
@@ -79,7 +83,9 @@ def check_peers(method: str, peers: object) -> list[nn.Module]:
     return networks
 
 
-def per_peer(method: str, argument: str, value: object, count: int, check) -> list:
+def per_peer(
+    method: str, argument: str, value: object, count: int, check: Callable[[str, object], Value]
+) -> list[Value]:
     """A value for each of `count` peers, from one value or a sequence; check(argument, value) refuses wrong ones."""
     if isinstance(value, (tuple, list)):
         if len(value) != count:

@@ -50,7 +50,7 @@ class Phase:
         self.parts: dict[str, Tensor] = {}
         self.skipped = False
         self._outputs: list[Tensor] = []  # of each chunk so far, where all have them
-        self.losses = self._losses(loss_of, batch)
+        self.losses: Iterator[Tensor] = self._losses(loss_of, batch)
         if self.chunks == 1:
             self._loss = next(self.losses)
             self.losses = iter((self._loss,))
@@ -95,7 +95,7 @@ class Phase:
 
 
 def _watched(losses: Iterator[Tensor], check: Callable[[], None]) -> Iterator[Tensor]:
-    with contextlib.closing(losses):
+    with contextlib.closing(losses):  # type: ignore[type-var]  # a generator
         for loss in losses:
             if loss.requires_grad:
                 loss.register_hook(lambda grad: check())

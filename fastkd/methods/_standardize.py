@@ -32,7 +32,7 @@ def distil_standardized(
     """multi_teacher_kd (return_terms=True) whose divergences see standardised logits, its cross-entropy raw ones."""
     teachers = [standardized(teacher) for teacher in teachers]
     loss, terms = functional.multi_teacher_kd(standardized(logits), teachers, target, **options)
-    if ce_weight == 0:
+    if ce_weight == 0 or target is None:  # which a method with a cross-entropy has refused
         return loss, terms
     ce = functional.cross_entropy(logits, target)
     return loss + ce_weight * ce, terms._replace(ce=ce.detach())

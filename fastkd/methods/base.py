@@ -13,9 +13,10 @@ and its counters; the loop owns optimiser, data, device and autocast.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ class Method(Networks):
     teaches_logits = False
     one_loss = True
     last_only: tuple[str, ...] = ()
-    counted: Mapping[str, str] = {}
+    counted: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,
@@ -106,11 +107,12 @@ class Method(Networks):
         self._random = torch.Generator().manual_seed(seed).get_state()  # uint8 on the CPU, whatever the device
         self._unfinished = 0
         self.iterations = 0
-        self.epoch, self.epochs, self.epoch_steps = 0, 1, None
+        self.epoch, self.epochs = 0, 1
+        self.epoch_steps: int | None = None
 
     def phases(
         self, inputs: Any, target: Any = None, *, chunks: int = 1, taught: Mapping[str, Tensor] | Taught | None = None
-    ) -> Iterator[Phase]:
+    ) -> Generator[Phase, None, None]:
         """The updates of one iteration, in order. Go through all of them: what follows the last one runs then.
 
         Args:
@@ -128,10 +130,8 @@ class Method(Networks):
         The method's code runs inside this iterator and inside `phase.losses`, under the autocast that holds there. An
         iterator that is left half-way changes neither counters nor random state: the same choices are made again.
         """
-        known = {}
-        if taught is not None:
-            known = {"taught": self._check_taught(taught), "tell": self._note_part}
-        return self._run(Batch(inputs, target, chunks, name=self._name(), **known))
+        known = None if taught is None else self._check_taught(taught)
+        return self._run(Batch(inputs, target, chunks, name=self._name(), taught=known, tell=self._note_part))
 
     def step(
         self,
@@ -195,6 +195,12 @@ class Method(Networks):
         """The network to ship, unwrapped, without what only training needs."""
         raise NotImplementedError(f"{self._name()} must define deployable()")
 
+    def extra_repr(self) -> str:
+        """The keyword arguments that the method keeps, for `repr`; its networks stand below them."""
+        names = [p.name for p in inspect.signature(type(self)).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        kept = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return ", ".join(f"{k}={v!r}" for k, v in kept.items() if not isinstance(v, nn.Module))
+
     def start_epoch(self, epoch: int, epochs: int, steps: int | None = None) -> None:
         """Tell the method where the run is: epoch 0 .. epochs - 1, each of `steps` iterations where that is known.
 
@@ -248,7 +254,7 @@ class Method(Networks):
         extra, self._random = unpack(self._name(), state)
         self.set_extra(extra)
 
-    def _run(self, batch: Batch) -> Iterator[Phase]:
+    def _run(self, batch: Batch) -> Generator[Phase, None, None]:
         # Choices come from a copy of the random state, kept only when the iteration is over.
         generator = torch.Generator()
         generator.set_state(self._random)
@@ -256,7 +262,8 @@ class Method(Networks):
         # Autocast keeps the low-precision weights that it made. Where the caller's autocast spans an optimiser step,
         # they would be the ones from before the step.
         torch.clear_autocast_cache()
-        with contextlib.closing(self.iteration(batch, generator)) as phases:
+        phases = self.iteration(batch, generator)
+        with contextlib.closing(phases):  # type: ignore[type-var]  # a generator
             for phase in phases:
                 self._watch(phase)
                 yield phase

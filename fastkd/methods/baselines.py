@@ -35,6 +35,8 @@ class CE(Method):
         student: the network to train; logits [B, C] or an object with `.logits`.
     """
 
+    student: nn.Module
+
     def __init__(self, student: nn.Module):
         super().__init__(learners={"student": check_network(self._name(), "student", student)})
 

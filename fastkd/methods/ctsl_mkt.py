@@ -26,7 +26,7 @@ from fastkd.methods._relations import rows_that_count, select
 from fastkd.methods.base import Batch, Phase
 from fastkd.models import Outputs
 
-Terms = dict[str, list[Tensor]]  # name of a term -> one scalar per peer
+Terms = dict[str, Tensor | list[Tensor]]  # name of a term -> one scalar per peer
 
 
 class CTSLMKT(Peers):
@@ -81,6 +81,7 @@ class CTSLMKT(Peers):
     """
 
     teaches_logits = True
+    self_teachers: nn.ModuleList
 
     def __init__(
         self,
@@ -100,24 +101,23 @@ class CTSLMKT(Peers):
         deploy: int = 0,
         mutual_temperature: float = 1.0,
         views: bool = False,
-        process_group=None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ):
         name, count = self._name(), len(check_peers(self._name(), peers))
         numbers = {"alpha": alpha, "beta": beta, "beta1": beta1, "beta2": beta2, "gamma": gamma}
         numbers = {key: check_number(name, key, value, "a number >= 0", 0) for key, value in numbers.items()}
-        switches = {"mutual_response": mutual_response, "mutual_relation": mutual_relation}
-        switches |= {"self_learning": self_learning}
-        switches = {
-            key: per_peer(name, key, value, count, partial(_check_switch, name)) for key, value in switches.items()
-        }
+        switch = partial(_check_switch, name)
+        response = per_peer(name, "mutual_response", mutual_response, count, switch)
+        relation = per_peer(name, "mutual_relation", mutual_relation, count, switch)
+        own_self = per_peer(name, "self_learning", self_learning, count, switch)
         temperature = check_temperature(name, temperature)
         mutual_temperature = check_temperature(name, mutual_temperature, "mutual_temperature")
-        own = any(switches["self_learning"])
+        own = any(own_self)
         if own:
             self_teachers = _check_self_teachers(name, self_teachers, count)
         super().__init__(peers, frozen={"self_teachers": self_teachers} if own else None, deploy=deploy, views=views)
-        for key, value in (numbers | switches).items():
-            setattr(self, key, value)
+        self.alpha, self.beta, self.beta1, self.beta2, self.gamma = numbers.values()
+        self.mutual_response, self.mutual_relation, self.self_learning = response, relation, own_self
         self.temperature, self.mutual_temperature = temperature, mutual_temperature
         self.scale_by_t2 = _check_switch(name, "scale_by_t2", scale_by_t2)
         self.process_group = process_group
@@ -138,11 +138,12 @@ class CTSLMKT(Peers):
         ]
         outputs = [self._run_peer(k, view) for k, view in enumerate(views)]
         logits = [output.logits for output in outputs]  # each [B, C]
+        features = [output.features for output in outputs]  # each [B, D_k]
         self.check_classes("peers", logits, logits[0].shape)
         self.check_classes("self_teachers", former, logits[0].shape)
         loss, terms = self._responses(logits, target)
         for more in (
-            self._relations([output.features for output in outputs], rows) if self.gives_outputs else {},
+            self._relations([f for f in features if f is not None], rows) if self.gives_outputs else {},
             self._own(logits, former, target),
         ):
             for name, values in more.items():
@@ -159,9 +160,15 @@ class CTSLMKT(Peers):
         """Cross-entropy and mutual response of all peers, in one pass."""
         weight = self.beta * self.beta2 / (len(logits) - 1)
         weights = [[weight if on else 0.0] * len(logits) for on in self.mutual_response]  # the diagonal is never read
-        options = {"temperature": self.mutual_temperature, "ce_weight": self.alpha}
-        losses, terms = functional.mutual_kd(logits, target, weights=weights, return_terms=True, **options)  # each [M]
-        parts = {"ce": self.alpha * terms.ce} if self.alpha > 0 else {}
+        losses, terms = functional.mutual_kd(
+            logits,
+            target,
+            weights=weights,
+            temperature=self.mutual_temperature,
+            ce_weight=self.alpha,
+            return_terms=True,
+        )  # each [M]
+        parts: Terms = {"ce": self.alpha * terms.ce} if self.alpha > 0 else {}
         if weight > 0 and any(self.mutual_response):
             parts["mutual"] = terms.kd
         return losses.sum(), parts
@@ -176,12 +183,13 @@ class CTSLMKT(Peers):
         ):
             if scale == 0:  # without angles
                 continue
-            terms[name] = [zero] * len(features)
+            values = [zero] * len(features)
             for k, own in enumerate(features):
                 if self.mutual_relation[k]:
                     partners = [f.detach() for i, f in enumerate(features) if i != k]
                     losses = [relation(own, partner, process_group=self.process_group) for partner in partners]
-                    terms[name][k] = scale * sum(losses)
+                    values[k] = scale * sum(losses[1:], losses[0])
+            terms[name] = values
         return terms
 
     def _own(self, logits: Sequence[Tensor], former: Sequence[Tensor | None], target: Tensor | None) -> Terms:
@@ -189,13 +197,14 @@ class CTSLMKT(Peers):
         if self.gamma == 0 or not any(self.self_learning):
             return {}
         zero = logits[0].new_zeros((), dtype=torch.float32)
-        options = {"weights": [self.gamma], "temperature": self.temperature, "scale_by_t2": self.scale_by_t2}
-        return {
-            "self": [
-                zero if t is None else functional.multi_teacher_kd(z, [t], target, **options)
-                for z, t in zip(logits, former, strict=True)
-            ]
-        }
+        distil = partial(
+            functional.multi_teacher_kd,
+            weights=[self.gamma],
+            temperature=self.temperature,
+            scale_by_t2=self.scale_by_t2,
+        )
+        pairs = zip(logits, former, strict=True)
+        return {"self": [zero if t is None else distil(z, [t], target) for z, t in pairs]}
 
     def _check_that_all_learn(self) -> None:
         response, relation = self.beta * self.beta2 > 0, self.beta > 0

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from fastkd._core.messages import wrong_value
 from fastkd.methods._checks import check_boolean, check_network, check_networks
 from fastkd.methods._standardize import distil_standardized
 from fastkd.methods.base import Batch, Method, Phase, Terms
+
+Scale = Literal["paper", "code"]
+Drop = Literal["none", "bernoulli", "fixed"]
 
 
 class DGKD(Method):
@@ -69,6 +72,8 @@ class DGKD(Method):
     """
 
     teaches_logits = True
+    student: nn.Module
+    guides: nn.ModuleList
     last_only = ("drop", "survival", "drop_num")  # the paper drops guides of the last student only (S)
 
     def __init__(
@@ -78,8 +83,8 @@ class DGKD(Method):
         *,
         temperature: float = 5.0,
         lam: float | None = None,
-        scale: str = "paper",
-        drop: str = "none",
+        scale: Scale = "paper",
+        drop: Drop = "none",
         survival: float = 0.75,
         drop_num: int = 1,
         standardize: bool = False,
@@ -88,8 +93,8 @@ class DGKD(Method):
         name = self._name()
         check_network(name, "student", student)
         guides = check_networks(name, "guides", guides)
-        check_choice(name, "scale", scale, ("paper", "code"))
-        check_choice(name, "drop", drop, ("none", "bernoulli", "fixed"))
+        check_choice(name, "scale", scale, get_args(Scale))
+        check_choice(name, "drop", drop, get_args(Drop))
         drop_num = check_integer(name, "drop_num", drop_num, 0)
         if drop == "fixed" and drop_num >= len(guides):
             expected = f"less than the number of guides, {len(guides)} (one is always kept)"

@@ -45,6 +45,8 @@ class DIST(Method):
     Errors: ValueError or TypeError in one sentence, before training; at the first batch for a teacher of other classes.
     """
 
+    student: nn.Module
+    teacher: nn.Module
     teaches_logits = True
 
     def __init__(
@@ -66,8 +68,7 @@ class DIST(Method):
             raise wrong_value(name, "ce_weight", "> 0 where beta and gamma are 0", ce_weight)
         temperature = check_temperature(name, temperature)
         super().__init__(learners={"student": student}, frozen={"teacher": teacher})
-        for key, value in numbers.items():
-            setattr(self, key, value)
+        self.beta, self.gamma, self.ce_weight = numbers.values()
         self.temperature = temperature
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
@@ -86,14 +87,15 @@ class DIST(Method):
             expected = f"a network whose logits have the student's shape {list(logits.shape)}"
             raise wrong_value(self._name(), "teacher", expected, f"logits of shape {list(taught.shape)}")
         q, p = (self._probabilities(select(z, rows)) for z in (logits, taught))  # each [N, C]
-        weight, terms = 2 * self.temperature**2, {}
+        weight = 2 * self.temperature**2
+        terms: dict[str, Tensor] = {}
         if self.ce_weight > 0:
             terms["ce"] = self.ce_weight * cross_entropy(logits, target)
         if self.beta > 0:
             terms["classes"] = weight * self.beta * decorrelation(q, p)
         if self.gamma > 0:
             terms["samples"] = weight * self.gamma * decorrelation(q.T, p.T)
-        return sum(terms.values()), {name: term.detach() for name, term in terms.items()}, logits
+        return torch.stack(list(terms.values())).sum(), {name: term.detach() for name, term in terms.items()}, logits
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         z = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ class DKD(Method):
     teacher of other classes, a missing target, and probabilities as labels.
     """
 
+    student: nn.Module
+    teacher: nn.Module
     teaches_logits = True
 
     def __init__(
@@ -69,8 +72,7 @@ class DKD(Method):
         numbers = {key: check_number(name, key, value, "a number >= 0", 0) for key, value in numbers.items()}
         temperature = check_temperature(name, temperature)
         super().__init__(learners={"student": student}, frozen={"teacher": teacher})
-        for key, value in numbers.items():
-            setattr(self, key, value)
+        self.alpha, self.beta, self.warmup, self.ce_weight = numbers.values()
         self.temperature = temperature
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
@@ -96,11 +98,11 @@ class DKD(Method):
             raise wrong_value(self._name(), "teacher", expected, f"logits of shape {list(taught.shape)}")
         ce = self.ce_weight * cross_entropy(logits, target)
         r, counts = self.warmed_up(self.epoch), counted(target)
-        options = {"temperature": self.temperature, "weights": [1.0], "mask": counts}
+        kd = partial(functional.multi_teacher_kd, temperature=self.temperature, weights=[1.0], mask=counts)
         pairs = [label_and_rest(z, target, self.temperature) for z in (logits, taught)]  # each [B, 2]
-        label = functional.multi_teacher_kd(pairs[0], pairs[1:], kd_weight=r * self.alpha, **options)
+        label = kd(pairs[0], pairs[1:], kd_weight=r * self.alpha)
         others = [without_label(z, target) for z in (logits, taught)]  # each [B, C]
-        rest = functional.multi_teacher_kd(others[0], others[1:], kd_weight=r * self.beta, **options)
+        rest = kd(others[0], others[1:], kd_weight=r * self.beta)
         return ce + label + rest, {"ce": ce.detach(), "label": label.detach(), "others": rest.detach()}, logits
 
 

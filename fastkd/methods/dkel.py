@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ from fastkd.models import Branched
 
 NEGLIGIBLE = 0.01  # a weight of the teachers' ensemble that counts as 0 (P, code)
 INIT_LR_FACTOR, INIT_WEIGHT_DECAY = 0.01, 5e-4  # of the teacher's first steps (P, code)
+Variant = Literal["intended", "released"]
 
 
 class DKEL(Method):
@@ -113,6 +114,8 @@ class DKEL(Method):
     """
 
     one_loss = False  # the average follows the step
+    student: nn.Module
+    teacher: Branched
 
     def __init__(
         self,
@@ -127,7 +130,7 @@ class DKEL(Method):
         of: float | None = 300,
         decay: float | None = 0.5,
         init: int | None = 1,
-        variant: str = "intended",
+        variant: Variant = "intended",
         ensemble_ramp: bool = False,
         momentum: float | None = None,
         seed: int = 0,
@@ -135,7 +138,7 @@ class DKEL(Method):
         name = self._name()
         self._check_branched("student", student)
         seed = check_integer(name, "seed", seed)
-        check_choice(name, "variant", variant, ("intended", "released"))
+        check_choice(name, "variant", variant, get_args(Variant))
         temperature = check_temperature(name, temperature)
         ce_weight = check_number(name, "ce_weight", ce_weight, "a finite number >= 0", 0)
         c = check_number(name, "c", c, "a finite number >= 0", 0)
@@ -313,7 +316,9 @@ class DKEL(Method):
 
 def _teaching(teachers: list[Tensor], together: float, one_by_one: float) -> tuple[list[Tensor], list[list[float]]]:
     """What the mean teacher gives to mutual_kd: columns N x [B, C] and weights [m, N]; N = 0, m or 2m."""
-    m, columns, rows = len(teachers), [], [[] for _ in teachers]
+    m = len(teachers)
+    columns: list[Tensor] = []
+    rows: list[list[float]] = [[] for _ in teachers]
     if together != 0:  # both kinds of columns in one dtype, and a mean that is not rounded to half precision
         teachers = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in teachers]
     if one_by_one != 0:
@@ -321,7 +326,8 @@ def _teaching(teachers: list[Tensor], together: float, one_by_one: float) -> tup
         for j, row in enumerate(rows):
             row += [0.0 if k == j else one_by_one / (m - 1) for k in range(m)]
     if together != 0:
-        columns += [sum(t for k, t in enumerate(teachers) if k != j) / (m - 1) for j in range(m)]
+        others = [[t for k, t in enumerate(teachers) if k != j] for j in range(m)]
+        columns += [sum(ts[1:], ts[0]) / (m - 1) for ts in others]
         for j, row in enumerate(rows):
             row += [together if k == j else 0.0 for k in range(m)]
     return columns, rows

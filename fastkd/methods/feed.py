@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as torch_functional
@@ -32,8 +32,10 @@ from fastkd.methods._map_channels import map_channels
 from fastkd.methods._signature import takes
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 from fastkd.nn import FeatureTransforms
-from fastkd.ops.feature_ensemble import NORMS
+from fastkd.ops._feature_maps import Norm
+from fastkd.ops.feature_ensemble import ELEMENTS, NORMS, Elements
 
+Mode = Literal["parallel", "sequential"]
 Channels = tuple[int, Sequence[int]]
 
 
@@ -85,17 +87,20 @@ class FEED(Method):
     """
 
     gives_outputs = True
+    student: nn.Module
+    teachers: nn.ModuleList
+    transforms: FeatureTransforms
 
     def __init__(
         self,
         student: nn.Module,
         teachers: Sequence[nn.Module],
         *,
-        mode: str = "parallel",
+        mode: Mode = "parallel",
         beta: float = 500.0,
-        reduction: str = "mean",
+        reduction: Elements = "mean",
         p: int = 1,
-        norm: str = "sample",
+        norm: Norm = "sample",
         layers: int = 3,
         negative_slope: float = 0.1,
         batch_norm: bool = False,
@@ -106,7 +111,7 @@ class FEED(Method):
         name = self._name()
         check_network(name, "student", student)
         teachers = check_networks(name, "teachers", teachers)
-        check_choice(name, "mode", mode, ("parallel", "sequential"))
+        check_choice(name, "mode", mode, get_args(Mode))
         if mode == "sequential" and len(teachers) != 1:
             expected = "exactly one network, the previous one of the chain, where mode is 'sequential'"
             raise wrong_value(name, "teachers", expected, len(teachers))
@@ -139,6 +144,7 @@ class FEED(Method):
             for n, teacher in enumerate(self.teachers)
         ]  # n x [B, c_n, H_n, W_n]
         outputs = outputs_of(self.learner("student"), inputs, self._name(), "student", "maps")
+        assert outputs.maps is not None
         self._check_maps(outputs.maps[-1], teachers)
         students = self.learner("transforms")(outputs.maps[-1])  # n x [B, c_n, H_S, W_S]
         ce = cross_entropy(outputs.logits, target)
@@ -157,7 +163,9 @@ class FEED(Method):
             mask=counted(target),
         )
 
-    def _channels(self, student, teachers, channels, example) -> tuple[int, list[int]]:
+    def _channels(
+        self, student: nn.Module, teachers: Sequence[nn.Module], channels: Channels | None, example: Any
+    ) -> tuple[int, list[int]]:
         name = self._name()
         if channels is None:
             networks = {"student": student} | {f"teachers[{n}]": teacher for n, teacher in enumerate(teachers)}
@@ -171,10 +179,10 @@ class FEED(Method):
         width = check_integer(name, "channels[0]", channels[0], 1)
         return width, [check_integer(name, f"channels[1][{n}]", c, 1) for n, c in enumerate(channels[1])]
 
-    def _check_options(self, beta: float, reduction: str, p: int, norm: str) -> None:
+    def _check_options(self, beta: float, reduction: Elements, p: int, norm: Norm) -> None:
         name = self._name()
         check_number(name, "beta", beta, "a number >= 0", 0)
-        check_choice(name, "reduction", reduction, ("mean", "sum"))
+        check_choice(name, "reduction", reduction, ELEMENTS)
         if isinstance(p, bool) or p not in (1, 2):
             raise wrong_value(name, "p", "1 or 2", repr(p))
         check_choice(name, "norm", norm, NORMS)
@@ -225,16 +233,18 @@ def of_one_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return _pooled(student, size), _pooled(teacher, size)
 
 
-def _pooled(map: Tensor, size: list[int]) -> Tensor:
-    old = list(map.shape[-2:])
+def _pooled(x: Tensor, size: list[int]) -> Tensor:
+    old = list(x.shape[-2:])
     if old == size:
-        return map
+        return x
     if all(pixels % fewer == 0 for pixels, fewer in zip(old, size, strict=True)):
         # The same numbers as adaptive pooling, whose gradient is not deterministic on a GPU.
-        return torch_functional.avg_pool2d(map, [pixels // fewer for pixels, fewer in zip(old, size, strict=True)])
-    return torch_functional.adaptive_avg_pool2d(map, size)
+        return torch_functional.avg_pool2d(x, [pixels // fewer for pixels, fewer in zip(old, size, strict=True)])
+    return torch_functional.adaptive_avg_pool2d(x, (size[0], size[1]))
 
 
 def last_map(network: nn.Module, inputs: Any, *, method_name: str, argument: str) -> Tensor:
     """The last feature map [B, c, H, W] of what `network` returns for `inputs`."""
-    return outputs_of(network, inputs, method_name, argument, "maps").maps[-1]
+    maps = outputs_of(network, inputs, method_name, argument, "maps").maps
+    assert maps is not None
+    return maps[-1]

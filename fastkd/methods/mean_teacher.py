@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -19,7 +19,8 @@ from fastkd.methods._checks import check_network
 from fastkd.methods._mean_teacher import average, check_precision, momentum_of_run
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 
-CONSISTENCIES = ("mse", "kl")
+Consistency = Literal["mse", "kl"]
+CONSISTENCIES = get_args(Consistency)
 
 
 class MeanTeacher(Method):
@@ -52,13 +53,15 @@ class MeanTeacher(Method):
     batch for inputs that are not two views.
     """
 
+    student: nn.Module
+    teacher: nn.Module
     one_loss = False  # the average follows the step
 
     def __init__(
         self,
         student: nn.Module,
         *,
-        consistency: str = "mse",
+        consistency: Consistency = "mse",
         weight: float = 100.0,
         ramp: float = 5,
         momentum: float | None = None,
@@ -127,7 +130,7 @@ class MeanTeacher(Method):
         else:
             agreement = (logits.softmax(-1) - taught.softmax(-1)).square().mean()
         agreement = weight * agreement
-        return ce + agreement, {"ce": ce.detach(), "consistency": agreement.detach()}
+        return ce + agreement, {"ce": ce.detach(), "consistency": agreement.detach()}, taught
 
     def _two(self, inputs: Any) -> tuple[Any, Any]:
         if not self.views:

@@ -24,12 +24,14 @@ from fastkd.models import Branched, Outputs
 class _Branches(Method):
     """What ONE and OKDDip share: the set-up of m branches on one stem, one image for all, and the ramp-up."""
 
-    def _set(self, student: Branched, helper: nn.Module, **numbers: float | None) -> None:
-        super().__init__(
-            learners={"student": student, "helper": beside(student, helper)}, seed=int(numbers.pop("seed"))
-        )
-        for key, value in numbers.items():
-            setattr(self, key, value)
+    student: Branched
+    helper: nn.Module
+
+    def _set(
+        self, student: Branched, helper: nn.Module, temperature: float, ramp: float, of: float | None, seed: int
+    ) -> None:
+        super().__init__(learners={"student": student, "helper": beside(student, helper)}, seed=seed)
+        self.temperature, self.ramp, self.of = temperature, ramp, of
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
         networks = [self.learner("student"), self.learner("helper")]
@@ -49,7 +51,8 @@ class _Branches(Method):
             raise wrong_value(self._name(), "target", "class indices [B]", None)
         if not isinstance(inputs, Tensor):
             raise wrong_type(self._name(), "inputs", "one image for all branches, a tensor", type(inputs).__name__)
-        return self.learner("student")(inputs)
+        outputs: tuple[Outputs, ...] = self.learner("student")(inputs)
+        return outputs
 
 
 class ONE(_Branches):
@@ -87,11 +90,11 @@ class ONE(_Branches):
         seed: int = 0,
     ):
         name = self._name()
-        numbers = _check(name, student, temperature, ramp, of, seed)
-        with weights_from(numbers["seed"]):
+        temperature, ramp, of, seed = _check(name, student, temperature, ramp, of, seed)
+        with weights_from(seed):
             m = len(student.peers)
             gate = nn.Sequential(nn.Linear(_stem_channels(name, student), m), nn.BatchNorm1d(m), nn.ReLU())
-        self._set(student, gate, **numbers)
+        self._set(student, gate, temperature, ramp, of, seed)
 
     def deployable(self) -> nn.Module:
         """The first branch: an ordinary network, image -> logits."""
@@ -100,9 +103,10 @@ class ONE(_Branches):
     def _terms(self, weight: float, inputs: Any, target: Any) -> Terms:
         outputs = self._outputs(inputs, target)
         peers = [o.logits for o in outputs]  # m x [B, C]
-        m, stem = len(peers), outputs[0].maps[-2].mean((2, 3))  # [B, c]
+        maps = outputs[0].maps or ()
+        m, stem = len(peers), maps[-2].mean((2, 3))  # [B, c]
         shares = self.learned_logits("helper", stem).softmax(1)  # [B, m]
-        joint = sum(share[:, None] * z for share, z in zip(shares.unbind(1), peers, strict=True))  # [B, C]
+        joint = torch.stack([share[:, None] * z for share, z in zip(shares.unbind(1), peers, strict=True)]).sum(0)
         losses, terms = functional.mutual_kd(
             [*(z.to(joint.dtype) for z in peers), joint],
             target,
@@ -151,14 +155,14 @@ class OKDDip(_Branches):
         seed: int = 0,
     ):
         name = self._name()
-        numbers = _check(name, student, temperature, ramp, of, seed)
+        temperature, ramp, of, seed = _check(name, student, temperature, ramp, of, seed)
         if len(student.peers) < 3:
             raise wrong_value(name, "student", "of at least 3 branches: a leader and 2 peers", len(student.peers))
         embedding = student.peer(0).features_width
         width = max(1, embedding // 8) if width is None else check_integer(name, "width", width, 1)
-        with weights_from(numbers["seed"]):
+        with weights_from(seed):
             maps = nn.Linear(embedding, 2 * width, bias=False)
-        self._set(student, maps, **numbers)
+        self._set(student, maps, temperature, ramp, of, seed)
 
     def deployable(self) -> nn.Module:
         """The leader, the first branch: an ordinary network, image -> logits."""
@@ -167,7 +171,9 @@ class OKDDip(_Branches):
     def _terms(self, weight: float, inputs: Any, target: Any) -> Terms:
         leader, *peers = self._outputs(inputs, target)
         z = torch.stack([o.logits for o in peers], 1)  # [B, m - 1, C]
-        asks, answers = self.learned_logits("helper", torch.stack([o.features for o in peers], 1)).chunk(2, -1)
+        asks, answers = self.learned_logits(
+            "helper", torch.stack([o.features for o in peers if o.features is not None], 1)
+        ).chunk(2, -1)
         targets = (asks @ answers.mT).softmax(-1).to(z.dtype) @ z  # [B, m - 1, C]
         ce = functional.cross_entropy(list(z.unbind(1)), target).sum()
         apart = mean_over_counted(_divergence(z, targets, self.temperature).sum(1), target)
@@ -194,16 +200,16 @@ def _divergence(z: Tensor, target: Tensor, temperature: float) -> Tensor:
 
 def _check(
     name: str, student: object, temperature: float, ramp: float, of: float | None, seed: int
-) -> dict[str, float | None]:
+) -> tuple[float, float, float | None, int]:
     if not isinstance(student, Branched):
         expected = "branches on a shared stem, a fastkd.models.Branched (fastkd.models.branched makes one)"
         raise wrong_type(name, "student", expected, type(student).__name__)
-    return {
-        "temperature": check_temperature(name, temperature),
-        "ramp": check_number(name, "ramp", ramp, "a finite number >= 0", 0),
-        "of": None if of is None else check_number(name, "of", of, "a number >= 1, or None", 1),
-        "seed": check_integer(name, "seed", seed),
-    }
+    return (
+        check_temperature(name, temperature),
+        check_number(name, "ramp", ramp, "a finite number >= 0", 0),
+        None if of is None else check_number(name, "of", of, "a number >= 1, or None", 1),
+        check_integer(name, "seed", seed),
+    )
 
 
 def _stem_channels(name: str, student: Branched) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ from fastkd.methods.ctsl_mkt import CTSLMKT
 from fastkd.ops._formulas import accumulate_dtype
 from fastkd.ops._inputs import check_soft_target, check_target
 
-ENSEMBLES = ("naive", "linear", "minlogit")
+Ensemble = Literal["naive", "linear", "minlogit"]
+ENSEMBLES = get_args(Ensemble)
 
 
 class DML(CTSLMKT):
@@ -104,7 +105,7 @@ class KDCL(Peers):
         self,
         peers: Sequence[nn.Module],
         *,
-        ensemble: str = "naive",
+        ensemble: Ensemble = "naive",
         temperature: float = 2.0,
         lam: float | Sequence[float] = 1.0,
         deploy: int = 0,

@@ -19,7 +19,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,12 @@ from fastkd.methods._pool import Pool, gather_pool
 from fastkd.methods._standardize import distil_standardized
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 from fastkd.ops._gather import check_process_group
-from fastkd.ops.ranking import BY
+from fastkd.ops.ranking import BY, By
+
+Intensive = Literal["pivot", "group"]
+Feedback = Literal["local", "global"]
+Combine = Literal["each", "mean"]
+Mix = Literal["mixup", "feedback", "batch"]
 
 TEACHINGS = ("intensive", "private", "group")
 
@@ -118,7 +123,10 @@ class ORC(Method):
     """
 
     one_loss = False
-    counted = {"promotions": "Steps in which a network was a temporary teacher"}
+    pivot: nn.Module
+    students: nn.ModuleList
+    promotions: Tensor
+    counted: ClassVar[dict[str, str]] = {"promotions": "Steps in which a network was a temporary teacher"}
 
     def __init__(
         self,
@@ -129,17 +137,17 @@ class ORC(Method):
         beta: float = 0.5,
         alpha: float = 1.0,
         promote: int = 1,
-        rank_by: Literal["ce", "accuracy", "top5", "fixed"] = "ce",
-        intensive: Literal["pivot", "group"] = "pivot",
+        rank_by: By | Literal["fixed"] = "ce",
+        intensive: Intensive = "pivot",
         teach: Sequence[str] = TEACHINGS,
-        combine: Literal["each", "mean"] = "each",
-        mix: Literal["mixup", "feedback", "batch"] = "mixup",
+        combine: Combine = "each",
+        mix: Mix = "mixup",
         errors_only: bool = True,
         standardize: bool = False,
         pivot_lr: float = 0.1,
         seed: int = 0,
-        process_group=None,
-        feedback: str = "local",
+        process_group: torch.distributed.ProcessGroup | None = None,
+        feedback: Feedback = "local",
     ):
         name = self._name()
         check_network(name, "pivot", pivot)
@@ -148,14 +156,14 @@ class ORC(Method):
             raise wrong_value(name, "students", "a sequence of at least two networks", "one")
         promote = check_integer(name, "promote", promote, 1, len(students) - 1)
         check_choice(name, "rank_by", rank_by, (*BY, "fixed"))
-        check_choice(name, "intensive", intensive, ("pivot", "group"))
+        check_choice(name, "intensive", intensive, get_args(Intensive))
         teach = _check_teach(name, teach)
-        check_choice(name, "combine", combine, ("each", "mean"))
-        check_choice(name, "mix", mix, ("mixup", "feedback", "batch"))
+        check_choice(name, "combine", combine, get_args(Combine))
+        check_choice(name, "mix", mix, get_args(Mix))
         errors_only = check_boolean(name, "errors_only", errors_only)
         check_process_group(name, process_group)
         _check_one_process(name, process_group)
-        check_choice(name, "feedback", feedback, ("local", "global"))
+        check_choice(name, "feedback", feedback, get_args(Feedback))
         temperature = check_temperature(name, temperature)
         beta = check_number(name, "beta", beta, "a number in [0, 1]", 0, 1)
         alpha = check_number(name, "alpha", alpha, "a finite number > 0", sys.float_info.min)
@@ -225,7 +233,7 @@ class ORC(Method):
         """Statistics [K, B] of the student group on the batch, and the number of classes."""
         if not isinstance(batch.target, Tensor):
             raise wrong_type(self._name(), "target", "class indices [B]", type(batch.target).__name__)
-        names, parts, classes = _names(range(len(self.students))), [], None
+        names, parts, classes = _names(range(len(self.students))), [], 0
         for inputs, target, _ in batch:
             logits = [self._observed(name, inputs) for name in names]  # K x [B, C]
             classes = logits[0].shape[-1]
@@ -289,7 +297,8 @@ class ORC(Method):
 
     def _intensive_terms(self, names: Sequence[str], classes: int, share: float, inputs: Any, targets: Any) -> Terms:
         own, feedback = targets  # y_t, y_F
-        share, loss = {"mixup": share, "feedback": 0.0, "batch": 1.0}[self.mix], 0
+        share = {"mixup": share, "feedback": 0.0, "batch": 1.0}[self.mix]
+        loss: Tensor = 0  # type: ignore[assignment]  # until the first network
         for name in names:
             logits = self.learned_logits(name, inputs)  # [B, C]
             self._check_logits(name, logits, [len(own), classes])
@@ -300,7 +309,9 @@ class ORC(Method):
     def _taught_terms(self, phase: str, names: Sequence[str], inputs: Any, target: Tensor) -> Terms:
         inputs, teachers = inputs
         distil = distil_standardized if self.standardize else functional.multi_teacher_kd
-        loss = ce = kd = 0
+        losses: list[Tensor] = []
+        kds: list[Tensor] = []
+        ces: list[Tensor] = []
         shipped = None
         for name in names:
             logits = self.learned_logits(name, inputs)  # [B, C]
@@ -316,8 +327,10 @@ class ORC(Method):
                 ce_weight=1 - self.beta,
                 return_terms=True,
             )
-            loss = loss + one
-            ce, kd = ce + (1 - self.beta) * terms.ce, kd + self.beta * terms.kd
+            losses.append(one)
+            ces.append((1 - self.beta) * terms.ce)
+            kds.append(self.beta * terms.kd)
+        loss, ce, kd = (sum(each[1:], each[0]) for each in (losses, ces, kds))
         parts = {f"{phase}_ce": ce, f"{phase}_kd": kd}
         return (loss, parts) if shipped is None else (loss, parts, shipped)
 
@@ -338,13 +351,14 @@ class ORC(Method):
 
 def _check_one_process(method: str, process_group: Any) -> None:
     """However the networks are made parallel, processes that rank apart would promote different ones."""
-    if process_group is None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        if torch.distributed.get_world_size() > 1:
-            expected = (
-                "given where torch.distributed has several processes, so that all promote the same networks "
-                "(torch.distributed.group.WORLD, or a group of this process alone to train apart)"
-            )
-            raise wrong_value(method, "process_group", expected, None)
+    if process_group is not None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    if torch.distributed.get_world_size() > 1:
+        expected = (
+            "given where torch.distributed has several processes, so that all promote the same networks "
+            "(torch.distributed.group.WORLD, or a group of this process alone to train apart)"
+        )
+        raise wrong_value(method, "process_group", expected, None)
 
 
 def _check_teach(method: str, teach: object) -> tuple[str, ...]:

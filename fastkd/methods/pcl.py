@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastkd.methods._signature import takes
-from fastkd.methods.dkel import DKEL
+from fastkd.methods.dkel import DKEL, Variant  # noqa: F401  # of the signature
 from fastkd.models import Branched
 
 

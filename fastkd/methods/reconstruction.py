@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,9 @@ class Reconstruction(Method):
     and are not the map's.
     """
 
+    network: nn.Module
+    autoencoder: nn.Module
+
     def __init__(self, network: nn.Module, *, seed: int = 0, channels: int | None = None, example: Any = None):
         name = self._name()
         check_network(name, "network", network)
@@ -82,36 +86,36 @@ class Reconstruction(Method):
     @torch.no_grad()
     def error(self, inputs: Any) -> ReconstructionError:
         """The error of each sample, with the auto-encoder as it is now."""
-        map = self._map(inputs)
-        absolute = _distance(self.autoencoder(map), map)
-        size = _distance(map, torch.zeros_like(map))
+        x = self._map(inputs)
+        absolute = _distance(self.autoencoder(x), x)
+        size = _distance(x, torch.zeros_like(x))
         return ReconstructionError(absolute, absolute / size)
 
     def _terms(self, inputs: Any, target: Any) -> Terms:
-        map = self._map(inputs)
-        rows = _distance(self.learner("autoencoder")(map), map)  # [B]
+        x = self._map(inputs)
+        rows = _distance(self.learner("autoencoder")(x), x)  # [B]
         loss = rows.mean() if target is None else mean_over_counted(rows, target)
         return loss, {"reconstruction": loss.detach()}
 
     def _map(self, inputs: Any) -> Tensor:
-        map = self.teach(self.network, inputs, partial(last_map, method_name=self._name(), argument="network"))
-        if map.shape[1] != self.channels:
-            expected = f"that of the last feature map, {map.shape[1]}"
+        x: Tensor = self.teach(self.network, inputs, partial(last_map, method_name=self._name(), argument="network"))
+        if x.shape[1] != self.channels:
+            expected = f"that of the last feature map, {x.shape[1]}"
             raise wrong_value(self._name(), "channels", expected, self.channels)
-        return map
+        return x
 
 
-def _distance(map: Tensor, other: Tensor) -> Tensor:
-    dtype = torch.promote_types(torch.promote_types(map.dtype, other.dtype), torch.float32)
-    return (map.to(dtype) - other.to(dtype)).abs().mean((1, 2, 3))  # [B]
+def _distance(x: Tensor, other: Tensor) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(x.dtype, other.dtype), torch.float32)
+    return (x.to(dtype) - other.to(dtype)).abs().mean((1, 2, 3))  # [B]
 
 
 def _autoencoder(channels: int) -> nn.Sequential:
     half = max(1, channels // 2)
     widths, layers = (channels, channels, half, half), []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.LeakyReLU(0.1)]
     back = widths[::-1]
-    for inputs, outputs in zip(back, back[1:], strict=False):
+    for inputs, outputs in pairwise(back):
         layers += [nn.ConvTranspose2d(inputs, outputs, 3, padding=1), nn.LeakyReLU(0.1)]
     return nn.Sequential(*layers)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastkd import functional
 from fastkd._core.checks import check_number
@@ -53,6 +53,8 @@ class RKD(Method):
     """
 
     gives_outputs = True
+    student: nn.Module
+    teacher: nn.Module
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class RKD(Method):
         distance: float = 25.0,
         angle: float = 50.0,
         ce_weight: float = 1.0,
-        process_group=None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ):
         name = self._name()
         check_network(name, "student", student)
@@ -72,8 +74,7 @@ class RKD(Method):
         if not any(numbers.values()):
             raise wrong_value(name, "ce_weight", "> 0 where distance and angle are 0", ce_weight)
         super().__init__(learners={"student": student}, frozen={"teacher": teacher})
-        for key, value in numbers.items():
-            setattr(self, key, value)
+        self.distance, self.angle, self.ce_weight = numbers.values()
         self.process_group = process_group
         self.gives_outputs = self.distance + self.angle > 0
         self.leaves_unused |= self.ce_weight == 0  # the classifier
@@ -87,12 +88,13 @@ class RKD(Method):
         return self.student
 
     def _terms(self, inputs: Any, target: Any) -> Terms:
-        terms = {}
+        terms: dict[str, Tensor] = {}
         if self.gives_outputs:
             rows = rows_that_count(target)
             run = partial(outputs_of, method_name=self._name(), argument="teacher")
             taught = select(self.teach(self.teacher, inputs, run).features, rows)  # [N, E]
             outputs = outputs_of(self.learner("student"), inputs, self._name(), "student")
+            assert outputs.features is not None
             logits, features = outputs.logits, select(outputs.features, rows)  # [B, C], [N, D]
         else:
             logits = self.learned_logits("student", inputs)
@@ -104,4 +106,5 @@ class RKD(Method):
         ):
             if weight > 0:
                 terms[name] = weight * relation(features, taught, process_group=self.process_group)
-        return sum(terms.values()), {name: term.detach() for name, term in terms.items()}, logits
+        loss: Tensor = sum(terms.values())  # type: ignore[assignment]  # of one at least
+        return loss, {name: term.detach() for name, term in terms.items()}, logits

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastkd._outputs import find_logits
 
 Norm = Callable[[int], nn.Module]
+NormName = Literal["batch", "group"]
 
 
 class Outputs(NamedTuple):
@@ -49,7 +50,7 @@ def logits_of(output: object) -> Tensor:
     )
 
 
-def call_network(network: Callable, inputs: Any) -> Any:
+def call_network(network: Callable[..., Any], inputs: Any) -> Any:
     """What a network returns for a batch: a dict goes in as keywords, anything else as the one argument.
 
     >>> inputs = {"ids": torch.tensor([3, 4]), "mask": torch.tensor([1, 0])}
@@ -107,8 +108,11 @@ class Network(nn.Module):
         """Images [B, C, H, W] -> logits [B, classes]."""
         return self.forward_features(x).logits
 
+    if TYPE_CHECKING:
+        __call__ = forward
 
-def make_norm(norm: str) -> Norm:
+
+def make_norm(norm: NormName) -> Norm:
     """The function channels -> normalisation layer for `norm` = "batch" or "group".
 
     Group normalisation (Wu and He, arXiv 1803.08494) has no buffers and does not look at the other

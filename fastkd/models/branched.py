@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -48,7 +48,8 @@ class Branched(nn.Module):
 
         Raises ValueError for another number of views.
         """
-        stem = self.peers[0].forward_stem
+        peers = cast("Sequence[Network]", self.peers)
+        stem = peers[0].forward_stem
         if isinstance(views, Tensor):
             maps = [stem(views)] * len(self.peers)
         elif len(views) == len(self.peers):
@@ -57,11 +58,14 @@ class Branched(nn.Module):
             raise ValueError(
                 f"Branched: views must be one tensor or {len(self.peers)} of them, one per peer, got {len(views)}"
             )
-        return tuple([peer.forward_branch(m) for peer, m in zip(self.peers, maps, strict=True)])
+        return tuple([peer.forward_branch(m) for peer, m in zip(peers, maps, strict=True)])
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def peer(self, i: int) -> Network:
         """Peer i as an ordinary network: image [B, C, H, W] -> logits. It shares its weights with this module."""
-        return self.peers[i]
+        return cast("Sequence[Network]", self.peers)[i]
 
     def fresh(self) -> Branched:
         """Another one of this architecture with random weights, on the CPU in the default dtype.
@@ -74,7 +78,7 @@ class Branched(nn.Module):
         return branched(name, num_classes, branches, **options)
 
 
-def branched(name: str, num_classes: int, branches: int = 3, **options) -> Branched:
+def branched(name: str, num_classes: int, branches: int = 3, **options: Any) -> Branched:
     """`branches` networks `create(name, num_classes, **options)` on one stem: all stages but the last are shared.
 
     name      a network with a stem: plain<n>, resnet<n>, resnet8x4, resnet32x4, wrn<d>_<k>, vgg<n>, densenet40_12,
@@ -91,11 +95,12 @@ def branched(name: str, num_classes: int, branches: int = 3, **options) -> Branc
     """
     if isinstance(branches, bool) or not isinstance(branches, int) or branches < 2:
         raise ValueError(f"branched: branches must be an integer of at least 2, got {branches!r}")
-    network = create(name, num_classes, **options)
-    if not isinstance(network, Network):
+    first = create(name, num_classes, **options)
+    if not isinstance(first, Network):
         known = "plain, resnet, wrn, vgg, densenet"
         raise ValueError(f"branched: name must be a network with a stem and branches ({known}), got {name!r}")
-    result = Branched([network, *(create(name, num_classes, **options) for _ in range(branches - 1))])
+    others = [create(name, num_classes, **options) for _ in range(branches - 1)]
+    result = Branched([first, *(network for network in others if isinstance(network, Network))])
     result._recipe = (name, num_classes, branches, dict(options))
     return result
 

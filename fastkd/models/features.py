@@ -60,7 +60,12 @@ class WithFeatures(nn.Module):
     def __init__(self, model: nn.Module, layer_names: Sequence[str] | None):
         super().__init__()
         self.layer_names = None if layer_names is None else list(layer_names)
-        run = model.forward_features if layer_names is None else _with_layers(model, self.layer_names)
+        run: Callable[..., Any]
+        if self.layer_names is not None:
+            run = _with_layers(model, self.layer_names)
+        else:
+            assert isinstance(model, Network)
+            run = model.forward_features
         # In a tuple, so that they are not submodules: their parameters would appear a second time under other names.
         self._private = (model, run)
         _share_state(self, model)
@@ -73,7 +78,8 @@ class WithFeatures(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Outputs:
         """Logits, features and maps of what the model makes of these arguments."""
-        return self._private[1](*args, **kwargs)
+        outputs: Outputs = self._private[1](*args, **kwargs)
+        return outputs
 
     def train(self, mode: bool = True) -> "WithFeatures":
         """Sets the mode here and in the model."""
@@ -83,7 +89,7 @@ class WithFeatures(nn.Module):
             run.train(mode)  # changes to the graph of this mode
         return super().train(mode)
 
-    def __reduce__(self):  # copy and pickle: a graph over the copied network, not a copied graph
+    def __reduce__(self) -> tuple[Any, ...]:  # copy and pickle: a graph over the copied network, not a copied graph
         return with_features, (self.source, self.layer_names)
 
 
@@ -109,7 +115,8 @@ def _with_layers(model: nn.Module, layer_names: list[str]) -> Callable[..., Outp
         return Watched(model, layer_names, _collect)
     finally:
         _restore(modes)
-    return _extractor(model, layer_names, tools, nodes)
+    extractor: Callable[..., Outputs] = _extractor(model, layer_names, tools, nodes)
+    return extractor
 
 
 def _restore(modes: dict[nn.Module, bool]) -> None:
@@ -117,11 +124,11 @@ def _restore(modes: dict[nn.Module, bool]) -> None:
         module.training = mode
 
 
-def _extractor(model: nn.Module, layer_names: list[str], tools: Any, nodes: Sequence[list[str]]) -> nn.Module:
+def _extractor(model: nn.Module, layer_names: list[str], tools: Any, nodes: Sequence[list[str]]) -> Any:
     modes = {module: module.training for module in model.modules()}
     try:
         watched = [_resolve(model, layer_names, names) for names in nodes]
-        extractor = tools.create_feature_extractor(
+        extractor: Any = tools.create_feature_extractor(
             model,
             train_return_nodes={name: name for name in (*watched[0], nodes[0][-1])},
             eval_return_nodes={name: name for name in (*watched[1], nodes[1][-1])},
@@ -172,9 +179,9 @@ def _works_in_place(model: nn.Module, node: fx.Node, user: fx.Node) -> bool:
     if not user.args or user.args[0] is not node:
         return False
     if user.op == "call_module":
-        return getattr(model.get_submodule(user.target), "inplace", False)
+        return bool(getattr(model.get_submodule(str(user.target)), "inplace", False))
     if user.op == "call_method":
-        return user.target.endswith("_") and not user.target.endswith("__")
+        return str(user.target).endswith("_") and not str(user.target).endswith("__")
     return user.target in _IN_PLACE_OPERATORS or bool(user.kwargs.get("inplace", False))
 
 

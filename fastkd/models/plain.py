@@ -6,7 +6,7 @@ Sources: Mirzadeh et al., arXiv 1902.03393 (even sizes), Son et al., arXiv 2009.
 import torch
 from torch import Tensor, nn
 
-from fastkd.models.base import Network, Outputs, make_norm, scaled
+from fastkd.models.base import Network, NormName, Outputs, make_norm, scaled
 
 # Numbers are 3x3 convolutions with so many channels, M is a 2x2 max-pooling; behind the bar the hidden linear layer.
 LAYOUTS = {
@@ -40,12 +40,13 @@ class PlainCNN(Network):
         image_size: int = 32,
         channels: int = 3,
         *,
-        norm: str = "batch",
+        norm: NormName = "batch",
         width: float = 1.0,
     ):
         super().__init__()
         convolutions, _, hidden = LAYOUTS[depth].partition("|")
-        make, size, stages = make_norm(norm), image_size, [[]]
+        make, size = make_norm(norm), image_size
+        stages: list[list[nn.Module]] = [[]]
         for item in convolutions.split():
             if item == "M":
                 if size >= 4:

@@ -5,6 +5,7 @@ import inspect
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -28,8 +29,7 @@ def _builders() -> dict[str, Callable[..., nn.Module]]:
         table[f"resnet{depth}x4"] = partial(CifarResNet, depth, widths=(32, 64, 128, 256))
     for depth in (18, 34, 50):
         table[f"resnet{depth}"] = partial(torchvision_nets.resnet, depth)
-    for name in _LISTED_WRN:
-        table[name] = _wide(name)
+    table |= {name: build for name in _LISTED_WRN if (build := _wide(name)) is not None}
     for depth in CONVOLUTIONS:
         table[f"vgg{depth}"] = partial(VGG, depth)
     table["mobilenet_v2"] = torchvision_nets.mobilenet_v2
@@ -87,7 +87,7 @@ def _check_integer(argument: str, value: int, least: int) -> None:
         raise ValueError(f"create: {argument} must be an integer of at least {least}, got {value!r}")
 
 
-def create(name: str, num_classes: int, image_size: int = 32, channels: int = 3, **options) -> nn.Module:
+def create(name: str, num_classes: int, image_size: int = 32, channels: int = 3, **options: Any) -> nn.Module:
     """A freshly initialised network that maps [B, channels, image_size, image_size] to logits [B, num_classes].
 
     name: one of `names()`, in any case, with or without `-` and `_`:

@@ -3,12 +3,17 @@
 Source: He et al., arXiv 1512.03385, section 4.2. Layers bear torchvision's names.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.models.base import Network, Norm, Outputs, global_pool, init_kaiming, make_norm, scaled
+from fastkd.models.base import Network, Norm, NormName, Outputs, global_pool, init_kaiming, make_norm, scaled
+
+Shortcut = Literal["projection", "zero-pad"]
+Block = Literal["basic", "bottleneck"]
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -28,7 +33,7 @@ class ZeroPadShortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], self.padding)
 
 
-def _shortcut(inputs: int, outputs: int, stride: int, kind: str, norm: Norm) -> nn.Module | None:
+def _shortcut(inputs: int, outputs: int, stride: int, kind: Shortcut, norm: Norm) -> nn.Module | None:
     if stride == 1 and inputs == outputs:
         return None
     if kind == "zero-pad":
@@ -41,7 +46,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, planes: int, stride: int, shortcut: str, norm: Norm):
+    def __init__(self, inputs: int, planes: int, stride: int, shortcut: Shortcut, norm: Norm):
         super().__init__()
         self.conv1 = _conv(inputs, planes, 3, stride)
         self.bn1 = norm(planes)
@@ -54,7 +59,8 @@ class BasicBlock(nn.Module):
         """[B, c, H, W] -> [B, planes, H / stride, W / stride]."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+        result: Tensor = self.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return result
 
 
 class Bottleneck(nn.Module):
@@ -62,7 +68,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, planes: int, stride: int, shortcut: str, norm: Norm, inner: int = 1):
+    def __init__(self, inputs: int, planes: int, stride: int, shortcut: Shortcut, norm: Norm, inner: int = 1):
         super().__init__()
         self.conv1 = _conv(inputs, planes * inner, 1)
         self.bn1 = norm(planes * inner)
@@ -78,7 +84,8 @@ class Bottleneck(nn.Module):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+        result: Tensor = self.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return result
 
 
 class CifarResNet(Network):
@@ -92,6 +99,10 @@ class CifarResNet(Network):
     The image shrinks twice by two and is pooled at the end, so that any size will do.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
     def __init__(
         self,
         depth: int,
@@ -99,16 +110,17 @@ class CifarResNet(Network):
         image_size: int = 32,
         channels: int = 3,
         *,
-        norm: str = "batch",
-        shortcut: str = "projection",
-        block: str = "basic",
+        norm: NormName = "batch",
+        shortcut: Shortcut = "projection",
+        block: Block = "basic",
         width: float = 1.0,
         widths: tuple[int, int, int, int] = (16, 16, 32, 64),
         inner: int = 1,
     ):
         super().__init__()
-        if shortcut not in ("projection", "zero-pad"):
+        if shortcut not in get_args(Shortcut):
             raise ValueError(f'create: shortcut must be "projection" or "zero-pad", got {shortcut!r}')
+        kinds: dict[str, tuple[Callable[..., nn.Module], int]]
         kinds = {"basic": (BasicBlock, 6), "bottleneck": (partial(Bottleneck, inner=inner), 9)}
         if block not in kinds:
             raise ValueError(f'create: block must be "basic" or "bottleneck", got {block!r}')

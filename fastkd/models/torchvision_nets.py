@@ -7,11 +7,13 @@ DenseNet-40-12 4 times. ResNets and DenseNets are `Network`s of torchvision's la
 state dicts fit both.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
 from fastkd._core.extras import require
-from fastkd.models.base import Network, Outputs, global_pool, make_norm
+from fastkd.models.base import Network, Norm, NormName, Outputs, global_pool, make_norm
 
 SMALL = 64  # largest image_size that gets the small stem
 
@@ -20,11 +22,11 @@ MOBILENET_LAYERS = ("features.3", "features.6", "features.13", "features.18", "f
 SHUFFLENET_LAYERS = ("stage2", "stage3", "stage4", "conv5", "mean")
 
 
-def _models():
+def _models() -> Any:
     return require("torchvision.models", "this network")
 
 
-def _norm_layer(norm: str):
+def _norm_layer(norm: NormName) -> Norm | None:
     return None if norm == "batch" else make_norm(norm)
 
 
@@ -32,10 +34,10 @@ def _first_conv(old: nn.Conv2d, channels: int, small: bool) -> nn.Conv2d:
     if not small:
         if channels == old.in_channels:
             return old
-        kernel, stride, padding = old.kernel_size, old.stride, old.padding
+        shape: tuple[Any, Any, Any] = (old.kernel_size, old.stride, old.padding)
     else:
-        kernel, stride, padding = 3, 1, 1
-    conv = nn.Conv2d(channels, old.out_channels, kernel, stride, padding, bias=False)
+        shape = (3, 1, 1)
+    conv = nn.Conv2d(channels, old.out_channels, *shape, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
 
@@ -46,6 +48,17 @@ def _is_small(small_stem: bool | None, image_size: int) -> bool:
 
 class StagedResNet(Network):
     """A torchvision ResNet whose last stage, of four, is the branch."""
+
+    conv1: nn.Module
+    bn1: nn.Module
+    relu: nn.Module
+    maxpool: nn.Module
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+    avgpool: nn.Module
+    fc: nn.Linear
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -74,7 +87,10 @@ class StagedResNet(Network):
 class StagedDenseNet(Network):
     """A torchvision DenseNet whose last dense block is the branch; the transition before it belongs to the stem."""
 
-    def __init__(self, model: nn.Module):
+    features: nn.Sequential
+    classifier: nn.Linear
+
+    def __init__(self, model: Any):
         super().__init__()
         self.features, self.classifier = model.features, model.classifier
         self.features_width = self.classifier.in_features
@@ -97,18 +113,24 @@ class StagedDenseNet(Network):
 
     def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
         """The last stage and the classifier."""
-        last = self.features.norm5(self.features.get_submodule(self._last)(stem[-1]))
+        last = self.features.get_submodule("norm5")(self.features.get_submodule(self._last)(stem[-1]))
         last = nn.functional.relu(last, inplace=True)  # [B, D, h, w]
         features = global_pool(last)
         return Outputs(self.classifier(features), features, (*stem[:-1], last))
 
 
 def resnet(
-    depth: int, num_classes: int, image_size: int, channels: int, *, norm: str = "batch", small_stem: bool | None = None
+    depth: int,
+    num_classes: int,
+    image_size: int,
+    channels: int,
+    *,
+    norm: NormName = "batch",
+    small_stem: bool | None = None,
 ) -> nn.Module:
     """ResNet-18/34/50, arXiv 1512.03385."""
     build = getattr(_models(), f"resnet{depth}")
-    model = build(num_classes=num_classes, norm_layer=_norm_layer(norm))
+    model: Any = build(num_classes=num_classes, norm_layer=_norm_layer(norm))
     small = _is_small(small_stem, image_size)
     model.conv1 = _first_conv(model.conv1, channels, small)
     if small:
@@ -122,7 +144,7 @@ def mobilenet_v2(
     channels: int,
     *,
     width: float = 1.0,
-    norm: str = "batch",
+    norm: NormName = "batch",
     small_stem: bool | None = None,
 ) -> nn.Module:
     """MobileNetV2, arXiv 1801.04381."""
@@ -136,25 +158,25 @@ def mobilenet_v2(
         [6, 160, 3, 2],
         [6, 320, 1, 1],
     ]
-    model = _models().MobileNetV2(
+    model: Any = _models().MobileNetV2(
         num_classes=num_classes, width_mult=width, inverted_residual_setting=setting, norm_layer=_norm_layer(norm)
     )
     model.features[0][0] = _first_conv(model.features[0][0], channels, small)
     model.feature_layers = MOBILENET_LAYERS
-    return model
+    return cast(nn.Module, model)
 
 
 def shufflenet_v2(
     size: str, num_classes: int, image_size: int, channels: int, *, small_stem: bool | None = None
 ) -> nn.Module:
     """ShuffleNetV2 of width "x0_5", "x1_0", "x1_5" or "x2_0", arXiv 1807.11164."""
-    model = getattr(_models(), f"shufflenet_v2_{size}")(num_classes=num_classes)
+    model: Any = getattr(_models(), f"shufflenet_v2_{size}")(num_classes=num_classes)
     small = _is_small(small_stem, image_size)
     model.conv1[0] = _first_conv(model.conv1[0], channels, small)
     if small:
         model.maxpool = nn.Identity()
     model.feature_layers = SHUFFLENET_LAYERS
-    return model
+    return cast(nn.Module, model)
 
 
 def densenet(
@@ -168,7 +190,7 @@ def densenet(
     small_stem: bool | None = None,
 ) -> nn.Module:
     """DenseNet-BC, arXiv 1608.06993: `blocks` layers of `growth` channels a block, `stem` channels at first."""
-    model = _models().DenseNet(growth, blocks, stem, num_classes=num_classes)
+    model: Any = _models().DenseNet(growth, blocks, stem, num_classes=num_classes)
     small = _is_small(small_stem, image_size)
     model.features.conv0 = _first_conv(model.features.conv0, channels, small)
     if small:

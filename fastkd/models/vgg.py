@@ -3,10 +3,13 @@
 Sources: Simonyan and Zisserman, arXiv 1409.1556 (11-19); Tian et al., arXiv 1910.10699 (VGG-8, small classifier).
 """
 
+from typing import Literal, get_args
+
 from torch import Tensor, nn
 
-from fastkd.models.base import Network, Outputs, global_pool, init_kaiming, make_norm, scaled
+from fastkd.models.base import Network, NormName, Outputs, global_pool, init_kaiming, make_norm, scaled
 
+Head = Literal["linear", "mlp"]
 CHANNELS = (64, 128, 256, 512, 512)
 CONVOLUTIONS = {  # in each of the five stages
     8: (1, 1, 1, 1, 1),
@@ -34,14 +37,16 @@ class VGG(Network):
         image_size: int = 32,
         channels: int = 3,
         *,
-        norm: str = "batch",
+        norm: NormName = "batch",
         width: float = 1.0,
-        head: str = "linear",
+        head: Head = "linear",
     ):
         super().__init__()
-        make, size, stages = make_norm(norm), image_size, []
+        make, size = make_norm(norm), image_size
+        stages: list[nn.Module] = []
         for outputs, count in zip(CHANNELS, CONVOLUTIONS[depth], strict=True):
-            outputs, layers = scaled(outputs, width), []
+            outputs = scaled(outputs, width)
+            layers: list[nn.Module] = []
             if stages and size > 4:
                 layers.append(nn.MaxPool2d(2))
                 size //= 2
@@ -51,7 +56,7 @@ class VGG(Network):
             stages.append(nn.Sequential(*layers))
         self.stages = nn.ModuleList(stages)
         self.features_width = channels
-        if head not in ("linear", "mlp"):
+        if head not in get_args(Head):
             raise ValueError(f'create: head must be "linear" or "mlp", got {head!r}')
         self.hidden = nn.Sequential()
         for _ in range(2 if head == "mlp" else 0):

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.models.base import Network, Norm, Outputs, global_pool, init_kaiming, make_norm
+from fastkd.models.base import Network, Norm, NormName, Outputs, global_pool, init_kaiming, make_norm
 
 
 class PreActBlock(nn.Module):
@@ -23,7 +23,8 @@ class PreActBlock(nn.Module):
         """[B, c, H, W] -> [B, planes, H / stride, W / stride]."""
         active = F.relu(self.bn1(x))
         out = self.conv2(self.dropout(F.relu(self.bn2(self.conv1(active)))))
-        return out + (x if self.shortcut is None else self.shortcut(active))
+        result: Tensor = out + (x if self.shortcut is None else self.shortcut(active))
+        return result
 
 
 class WideResNet(Network):
@@ -33,6 +34,10 @@ class WideResNet(Network):
     the two before are raw sums of residuals. `dropout` is a probability, 0 as in most papers on distillation.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
     def __init__(
         self,
         depth: int,
@@ -41,7 +46,7 @@ class WideResNet(Network):
         image_size: int = 32,
         channels: int = 3,
         *,
-        norm: str = "batch",
+        norm: NormName = "batch",
         dropout: float = 0.0,
     ):
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def host_scalars(scalars: Sequence[float | Tensor]) -> Tensor | None:
 # --- what autograd functions keep between forward and backward ------------------------------------------------------
 
 
-def save_for_backward(ctx, tensors: Sequence[Tensor | None]) -> None:
+def save_for_backward(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
     """ctx.save_for_backward, which refuses tensors made under torch.inference_mode(): ctx itself keeps these."""
     kept = None
     if not torch.compiler.is_compiling() and any([t is not None and t.is_inference() for t in tensors]):
@@ -59,7 +60,7 @@ def save_for_backward(ctx, tensors: Sequence[Tensor | None]) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def with_kept(ctx, saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+def with_kept(ctx: Any, saved: Sequence[Tensor | None]) -> Sequence[Any]:
     """The tensors that save_for_backward() was given, from ctx.saved_tensors."""
     return saved if ctx.kept is None else [ctx.kept.get(i, tensor) for i, tensor in enumerate(saved)]
 
@@ -75,7 +76,7 @@ class Inputs:
         # Not by calls of _version: this runs in every step.
         self._versions = [0 if t is None or t.is_inference() else t._version for t in tensors]
 
-    def unchanged(self, op: str) -> tuple[Tensor | None, ...]:
+    def unchanged(self, op: str) -> tuple[Any, ...]:
         for tensor, version in zip(self._tensors, self._versions, strict=True):
             if _version(tensor) != version:
                 raise RuntimeError(
@@ -94,12 +95,12 @@ def graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def hand_out(ctx, name: str) -> Tensor:
+def hand_out(ctx: Any, name: str) -> Tensor:
     """The stored gradient `ctx.<name>` as the caller's own tensor: given away with the last pass, else copied.
 
     Read ctx.saved_tensors before: it raises where the graph was freed already.
     """
-    gradient = getattr(ctx, name)
+    gradient: Tensor = getattr(ctx, name)
     if graph_is_kept():
         return gradient.clone()
     setattr(ctx, name, None)

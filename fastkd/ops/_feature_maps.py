@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastkd._core.messages import wrong_type, wrong_value
 
+Norm = Literal["sample", "position", "channel"]
 MOST_ELEMENTS = 2**31  # of one sample of a map
 
 
@@ -64,7 +66,7 @@ def check_pairs(op: str, students: object, teachers: object) -> tuple[tuple[Tens
     return students, teachers
 
 
-def normalised(x: Tensor, norm: str) -> Tensor:
+def normalised(x: Tensor, norm: Norm) -> Tensor:
     """x [B, C, ...] over its L2 norm; scaled by its largest magnitude first, so that no square over- or underflows."""
     x = x.reshape(*x.shape[:2], -1)  # [B, C, places]
     dims = {"sample": (1, 2), "position": (1,), "channel": (2,)}[norm]
@@ -75,32 +77,32 @@ def normalised(x: Tensor, norm: str) -> Tensor:
     return x * squares.masked_fill(empty, 1).rsqrt().masked_fill(empty, 0)
 
 
-def norms_of_a_sample(map: Tensor, norm: str) -> int:
+def norms_of_a_sample(x: Tensor, norm: Norm) -> int:
     places = 1
-    for size in map.shape[2:]:
+    for size in x.shape[2:]:
         places *= size
-    return {"sample": 1, "position": places, "channel": map.shape[1]}[norm]
+    return {"sample": 1, "position": places, "channel": x.shape[1]}[norm]
 
 
-def _is_dense(map: Tensor, order: Sequence[int]) -> bool:
+def _is_dense(x: Tensor, order: Sequence[int]) -> bool:
     """Whether each sample is dense with its dimensions in this order in memory, the last one fastest."""
     expected = 1
     for d in reversed(order):
-        if map.shape[d] != 1:
-            if map.stride(d) != expected:
+        if x.shape[d] != 1:
+            if x.stride(d) != expected:
                 return False
-            expected *= map.shape[d]
+            expected *= x.shape[d]
     return True
 
 
-def dense_like(map: Tensor, dtype: torch.dtype) -> Tensor:
+def dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Uninitialised, with the map's shape: channels_last where only that describes its samples, else contiguous."""
-    contiguous, last = list(range(1, map.dim())), [*range(2, map.dim()), 1]
-    order = contiguous if _is_dense(map, contiguous) or not _is_dense(map, last) else last
-    if all(size == 1 for size in map.shape[2:]):
+    contiguous, last = list(range(1, x.dim())), [*range(2, x.dim()), 1]
+    order = contiguous if _is_dense(x, contiguous) or not _is_dense(x, last) else last
+    if all(size == 1 for size in x.shape[2:]):
         order = last
-    strides, step = [0] * map.dim(), 1
+    strides, step = [0] * x.dim(), 1
     for d in reversed([0, *order]):
         strides[d] = step
-        step *= map.shape[d]
-    return map.new_empty_strided(map.shape, strides, dtype=dtype)
+        step *= x.shape[d]
+    return x.new_empty_strided(x.shape, strides, dtype=dtype)

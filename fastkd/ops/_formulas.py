@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd.ops._autograd import may_read_values
+
+Reduction = Literal["none", "sum", "mean"]
 
 
 def rows_of(logits: Tensor) -> Tensor:
@@ -24,7 +26,8 @@ def rows_of(logits: Tensor) -> Tensor:
 def _rows_merge(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether the leading dimensions of a tensor can be seen as one."""
     dims = [(n, s) for n, s in zip(shape[:-1], stride[:-1], strict=True) if n != 1]
-    return 0 in shape or all([s == inner_n * inner_s for (_, s), (inner_n, inner_s) in zip(dims, dims[1:])])  # noqa: B905
+    pairs = zip(dims, dims[1:])  # noqa: B905, RUF007  # which torch.compile traces
+    return 0 in shape or all([s == inner_n * inner_s for (_, s), (inner_n, inner_s) in pairs])
 
 
 def flat_rows(logits: Tensor) -> Tensor:
@@ -48,7 +51,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def reduce_rows(
     rows: Tensor,
     valid: Tensor | None,
-    reduction: str,
+    reduction: Reduction,
     leading: Sequence[int],
     num_items: float | Tensor | None = None,
 ) -> Tensor:
@@ -73,12 +76,21 @@ class LossTerms(NamedTuple):
     ce: Tensor
 
 
-def log_softmax(logits: Tensor, temperature) -> Tensor:
+def log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """log softmax(logits / T); masked classes (-inf) are kept from a T that learns, or its gradient would be NaN."""
     if not isinstance(temperature, Tensor):
         return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
     masked = logits == -math.inf
     return torch.log_softmax((logits.masked_fill(masked, 0) / temperature).masked_fill(masked, -math.inf), -1)
+
+
+def capped(logits: Tensor, softcap: float, scale: float, dtype: torch.dtype) -> Tensor:
+    """softcap * tanh(scale * logits / softcap), or scale * logits where softcap is 0; a masked class stays masked."""
+    if softcap == 0:
+        return logits if scale == 1 else logits.to(dtype) * scale
+    masked = logits == -math.inf
+    bounded = softcap * torch.tanh(logits.to(dtype).masked_fill(masked, 0) * (scale / softcap))
+    return bounded.masked_fill(masked, -math.inf)
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -92,7 +104,7 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return terms.masked_fill((p == 0) & ~masked & (log_q == -math.inf), math.inf).sum(-1)
 
 
-def weighted_divergence(log_p: Tensor, log_q: Tensor, weight, scale) -> Tensor:
+def weighted_divergence(log_p: Tensor, log_q: Tensor, weight: float | Tensor, scale: float | Tensor) -> Tensor:
     """weight * scale * KL(p || q), [R], for a weight that is a number or [R]."""
     kl = divergence(log_p, log_q)
     if isinstance(weight, Tensor) or weight == 0:

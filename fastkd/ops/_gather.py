@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
 from fastkd._core.messages import wrong_type, wrong_value
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def check_process_group(op: str, process_group: object) -> None:
@@ -17,7 +22,7 @@ def check_process_group(op: str, process_group: object) -> None:
 
 
 def gather_pair(
-    op: str, student: Tensor, teacher: Tensor, mask: Tensor | None, group
+    op: str, student: Tensor, teacher: Tensor, mask: Tensor | None, group: ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """[n, D], [n, E], bool [n] of each process -> [N, D], [N, E], [N] in the order of the ranks; n may differ.
 
@@ -39,7 +44,7 @@ def gather_pair(
     return student, teacher, gather_rows(mask.to(torch.uint8)[:, None], rows, group)[:, 0].bool()
 
 
-def everybodys(numbers: list[int], device: torch.device, group) -> list[list[int]]:
+def everybodys(numbers: list[int], device: torch.device, group: ProcessGroup) -> list[list[int]]:
     """These integers of each process, in the order of the ranks. Waits for the device."""
     mine = torch.tensor(numbers, device=device)
     gathered = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
@@ -47,7 +52,7 @@ def everybodys(numbers: list[int], device: torch.device, group) -> list[list[int
     return torch.stack(gathered).tolist()
 
 
-def gather_rows(x: Tensor, rows: list[int], group) -> Tensor:
+def gather_rows(x: Tensor, rows: list[int], group: ProcessGroup) -> Tensor:
     """[n, ...] of each process -> [N, ...], differentiable; rows: the n of each process.
 
     Padded to the longest part: collectives need equal shapes. A zero row that was added is cut off again.
@@ -64,14 +69,14 @@ class _AllGather(torch.autograd.Function):
     """[n, D] of each process -> [P, n, D]. The two functions are each other's backward, so any number of them works."""
 
     @staticmethod
-    def forward(ctx, x, group):
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
         parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size(group))]
         torch.distributed.all_gather(parts, x.contiguous(), group=group)
         return torch.stack(parts)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _SumMine.apply(grad, ctx.group), None
 
 
@@ -79,12 +84,12 @@ class _SumMine(torch.autograd.Function):
     """[P, n, D] of each process -> the sum over processes of what belongs to this one, [n, D]."""
 
     @staticmethod
-    def forward(ctx, x, group):
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
         total = x.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total, group=group)  # gloo has no reduce_scatter for every dtype
         return total[torch.distributed.get_rank(group)].clone()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _AllGather.apply(grad, ctx.group), None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -16,10 +17,10 @@ from fastkd import _backend
 from fastkd._core.checks import LARGEST, check_index, check_number
 from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.ops._autograd import is_transformed, may_read_values
-from fastkd.ops._formulas import rows_of
+from fastkd.ops._formulas import Reduction, rows_of
 
 MOST_CLASSES = 2**31
-REDUCTIONS = ("none", "sum", "mean")
+REDUCTIONS = get_args(Reduction)
 ONE_LOGIT = "of shape [..., C] with C >= 2 classes (a network of one logit has a sigmoid, not a softmax)"
 
 
@@ -37,7 +38,7 @@ def check_logits(op: str, name: str, value: object) -> Tensor:
 
 def check_like(op: str, name: str, value: object, student: Tensor, whose: str = "the student's") -> None:
     """`value` must be logits of the student's shape and device; messages call them `whose`."""
-    check_logits(op, name, value)
+    value = check_logits(op, name, value)
     if value.shape != student.shape:
         raise wrong_value(op, name, f"of {whose} shape {list(student.shape)}", f"shape {list(value.shape)}")
     if value.device != student.device:
@@ -81,7 +82,7 @@ def check_scalar(
     return value.reshape(()) if value.requires_grad and torch.is_grad_enabled() else number
 
 
-def check_class_dim(op: str, class_dim: object, dims: int) -> int:
+def check_class_dim(op: str, class_dim: int, dims: int) -> int:
     """The dimension of the classes of logits of `dims` dimensions, counted from the end: -1 is the last one."""
     check_index(op, "class_dim", class_dim)
     if not -dims <= class_dim < dims:
@@ -92,7 +93,7 @@ def check_class_dim(op: str, class_dim: object, dims: int) -> int:
 _warned_of_maps: set[str] = set()
 
 
-def check_layout(op: str, logits: Tensor, class_dim: object, labelled: bool, name: str = "logits") -> int:
+def check_layout(op: str, logits: Tensor, class_dim: int, labelled: bool, name: str = "logits") -> int:
     """check_class_dim() for one network's logits, and what can only be a mistake where no labels tell the layout.
 
     Without labels, a vector is refused, and maps whose classes are taken from the last dimension are warned of, once.
@@ -147,7 +148,7 @@ def with_mask(target: Tensor | None, mask: Tensor | None, ignore_index: int) -> 
     return target.masked_fill(~mask, ignore_index)
 
 
-def check_num_items(op: str, num_items: object, reduction: str) -> float | Tensor | None:
+def check_num_items(op: str, num_items: object, reduction: Reduction) -> float | Tensor | None:
     """What the sum of the rows is divided by: None for the reduction's own; a number or a 0-d tensor."""
     if num_items is None:
         return None
@@ -200,7 +201,7 @@ def check_labels(
     op: str,
     target: object,
     mask: object,
-    ignore_index: object,
+    ignore_index: int,
     student: Tensor,
     class_dim: int = -1,
     whose: str = "the student's",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from torch import Tensor
+
+from fastkd.ops._formulas import Reduction
+from fastkd.ops._multi_teacher_formula import Combine
 
 
 class Shared(TypedDict, total=False):
@@ -15,7 +18,7 @@ class Shared(TypedDict, total=False):
     ignore_index: int
     class_dim: int
     scale_by_t2: bool
-    reduction: str
+    reduction: Reduction
 
 
 class Distillation(Shared, total=False):
@@ -23,7 +26,14 @@ class Distillation(Shared, total=False):
 
     weights: Tensor | Sequence[float] | None
     temperature: float | Tensor | Sequence[float]
-    combine: str
+    combine: Combine
+    divergence: str | Mapping[str, float | Tensor]
+    divergence_beta: float | None
+    vocab_size: int | None
+    softcap: float | None
+    logit_scale: float
+    teacher_softcap: float | Sequence[float | None] | None
+    teacher_logit_scale: float | Sequence[float]
 
 
 class DistillationCall(Distillation, total=False):
@@ -33,12 +43,17 @@ class DistillationCall(Distillation, total=False):
     num_items: float | Tensor | None
 
 
-class MutualCall(Shared, total=False):
-    """Of mutual_kd."""
+class Mutual(Shared, total=False):
+    """Of MutualKD: those that do not change what it returns."""
 
     weights: Tensor | Sequence[Sequence[float]] | None
-    teachers: Tensor | Sequence[Tensor]
     teacher_weights: Tensor | Sequence[Sequence[float]] | None
     temperature: float | Tensor
+
+
+class MutualCall(Mutual, total=False):
+    """Of mutual_kd."""
+
+    teachers: Tensor | Sequence[Tensor]
     mask: Tensor | None
     num_items: float | Tensor | None

@@ -18,11 +18,12 @@ from fastkd.ops import _multi_teacher_kernels as kernels
 from fastkd.ops import _topk_formula as topk
 from fastkd.ops._formulas import flat_rows, reduce_rows
 from fastkd.ops._linear_formula import sparse_entries, weights_of_rows
-from fastkd.ops._linear_inputs import HEAD, LOGITS, SPARSE, Call, Projection
+from fastkd.ops._linear_inputs import HEAD, LOGITS, SPARSE, Call, Projection, given
 from fastkd.ops._multi_teacher_formula import Options, Tensors
 
 LEAST_ROWS, MULTIPLE = 256, 128
 BOTH_ROWS = 64  # of a chunk whose classes' weights [rows, k, H] are gathered
+BLOCK_BYTES, ROWS_PER_THREAD = 4 << 20, 8
 CONVERTED_BYTES = 16 << 20  # of a weight in half precision that is converted at a time
 
 
@@ -87,7 +88,7 @@ def _groups(call: Call) -> list[Group]:
 
 
 def _not_read(call: Call, k: int) -> bool:
-    return call.options.kd_weight == 0 or (call.weights is None and call.options.host_weights[k] == 0)
+    return bool(call.options.kd_weight == 0) or (call.weights is None and call.options.host_weights[k] == 0)
 
 
 def _counting(call: Call) -> Tensor | None:
@@ -101,9 +102,9 @@ class _Worker:
         self.call, self.gradients, self.losses = call, gradients, losses
         self.valid, self.row_scale = _counting(call), row_scale
         self.learns = any(g is not None for g in gradients)
-        self.factor = None if row_scale is not None else self._divisor().reciprocal()
+        self.factor = self.losses.new_ones(()) if row_scale is not None else self._divisor().reciprocal()
         self.place: dict[int, Tensor] = {}  # of routed teachers: the row of their hidden states, [R]
-        self.buffers: dict[tuple, Tensor] = {}
+        self.buffers: dict[tuple[object, torch.dtype], Tensor] = {}
 
     def _divisor(self) -> Tensor:
         reduction, items = self.call.options.reduction, self.call.options.num_items
@@ -144,16 +145,21 @@ class _Worker:
         call, hidden = self.call, self._hidden(rows)
         logits = self._buffer("student", count, call.dtype)
         project(hidden, call.projection, logits)
-        losses, gradient = self._rows(group, rows, logits)
-        if not losses.shape[1]:
-            return
-        self.losses[:, rows] = losses
-        if not self.learns:
-            return
-        if call.projection.softcap:
-            gradient.mul_(_softcap_slope(logits, call.projection.softcap))
-        factor = self.factor if self.row_scale is None else self.row_scale[rows].to(call.dtype)[:, None]  # [] or [n, 1]
-        self._add_gradients(gradient, hidden, rows, factor)
+        teachers = {k: self._teacher_logits(k, i, rows) for i, k in enumerate(self._dense(group))}
+        step = self._block_rows(count)
+        for start in range(0, count, step):
+            block = slice(start, min(start + step, count))
+            self._rows(group, _part(rows, block), logits[block], {k: t[block] for k, t in teachers.items()})
+        if self.learns:
+            factor = self.factor if self.row_scale is None else self.row_scale[rows].to(call.dtype)[:, None]
+            self._add_gradients(logits, hidden, rows, factor)
+
+    def _block_rows(self, count: int) -> int:
+        """Rows whose gradient is made beside their logits before it takes their place. A GPU takes all at once."""
+        if not self.call.hidden.is_cpu:
+            return max(1, count)
+        row = self.call.classes * self.call.dtype.itemsize
+        return max(ROWS_PER_THREAD * torch.get_num_threads(), BLOCK_BYTES // row)
 
     def _add_gradients(self, gradient: Tensor, hidden: Tensor, rows: slice | Tensor, factor: Tensor) -> None:
         call, (to_hidden, to_weight, to_bias) = self.call, self.gradients
@@ -166,21 +172,24 @@ class _Worker:
         if to_hidden is not None:
             to_hidden[rows] = project_back(gradient, call.projection.weight[:classes]).mul_(factor * scale)
 
-    def _rows(self, group: Group, rows: slice | Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses [L, n] and the gradient [n, V] over the logits, which stay as they are."""
-        call = self.call
-        dense = [k for k in group.teachers if call.teachers[k].kind < SPARSE]
-        options = self._options(dense)
-        teachers = tuple([self._teacher_logits(k, i, rows) for i, k in enumerate(dense)])
+    def _dense(self, group: Group) -> list[int]:
+        return [k for k in group.teachers if self.call.teachers[k].kind < SPARSE]
+
+    def _rows(self, group: Group, rows: slice | Tensor, logits: Tensor, teachers: dict[int, Tensor]) -> None:
+        """The losses of some rows, and their gradient in the place of the logits [n, V]."""
+        call, dense = self.call, list(teachers)
         soft = None if call.soft is None else flat_rows(call.soft)[rows]
         target = None if call.target is None else call.target[rows].contiguous()
-        weights = self._weights(dense, rows)
-        losses, gradient = row_kernel(Tensors(logits, teachers, target, soft, weights), options, self.learns)
+        tensors = Tensors(logits, tuple(teachers.values()), target, soft, self._weights(dense, rows))
+        losses, gradient = row_kernel(tensors, self._options(dense), self.learns)
         losses = losses.reshape(-1, logits.shape[0])
         for k in group.teachers:
             if call.teachers[k].kind >= SPARSE:
                 self._add_sparse(k, rows, logits, losses, gradient)
-        return losses, gradient
+        self.losses[:, rows] = losses
+        if self.learns:
+            slope = _softcap_slope(logits, call.projection.softcap) if call.projection.softcap else None
+            torch.mul(gradient, slope, out=logits) if slope is not None else logits.copy_(gradient)
 
     def _options(self, teachers: list[int]) -> Options:
         options, t = self.call.options, self.call.options.temperatures
@@ -200,11 +209,11 @@ class _Worker:
 
     def _teacher_logits(self, k: int, position: int, rows: slice | Tensor) -> Tensor:
         """[n, V], in a buffer where a product makes them."""
-        teacher = self.call.teachers[k]
+        teacher, first = self.call.teachers[k], given(self.call.teachers[k].first)
         if teacher.kind == LOGITS:
-            return teacher.first[rows]
-        dtype = torch.promote_types(self.call.dtype, torch.promote_types(teacher.first.dtype, teacher.second.dtype))
-        hidden = teacher.first[rows if teacher.rows is None else self._places(k)[rows]].to(dtype)
+            return first[rows]
+        dtype = torch.promote_types(self.call.dtype, torch.promote_types(first.dtype, given(teacher.second).dtype))
+        hidden = first[rows if teacher.rows is None else self._places(k)[rows]].to(dtype)
         hidden = hidden if teacher.scale == 1 else hidden * teacher.scale
         logits = self._buffer(position, hidden.shape[0], dtype)
         project(hidden, teacher.projection, logits)
@@ -212,17 +221,19 @@ class _Worker:
 
     def _places(self, k: int) -> Tensor:
         if k not in self.place:
-            spoken = self.call.teachers[k].rows
+            spoken = given(self.call.teachers[k].rows)
             place = torch.zeros(self.losses.shape[1], dtype=torch.int64, device=spoken.device)
             self.place[k] = place.index_copy_(0, spoken, torch.arange(len(spoken), device=spoken.device))
         return self.place[k]
 
-    def _add_sparse(self, k: int, rows, logits: Tensor, losses: Tensor, gradient: Tensor) -> None:
+    def _add_sparse(self, k: int, rows: slice | Tensor, logits: Tensor, losses: Tensor, gradient: Tensor) -> None:
         t = self._temperature(k)
         counts = None if self.valid is None else self.valid[rows]
         entries = sparse_entries(self.call, k, rows, counts, t)
         x = logits if t == 1 else logits / t
-        value, slope = topk.divergence_and_gradient(self.call.teachers[k].mode, entries, x)
+        mode = self.call.teachers[k].mode
+        assert mode is not None
+        value, slope = topk.divergence_and_gradient(mode, entries, x)
         weight = self._sparse_weight(k, rows, t, counts)
         self._add_losses(losses, value, weight)
         if self.learns:
@@ -231,16 +242,16 @@ class _Worker:
 
     def _temperature(self, k: int) -> float:
         temperatures = self.call.options.temperatures
-        return temperatures[k % len(temperatures)]
+        return temperatures[k % len(temperatures)]  # type: ignore[return-value]  # numbers, in kernels
 
-    def _sparse_weight(self, k: int, rows, t: float, counts: Tensor | None) -> float | Tensor:
+    def _sparse_weight(self, k: int, rows: slice | Tensor, t: float, counts: Tensor | None) -> float | Tensor:
         """kd_weight * w_k * T^2, a number or [n], without the rows that do not count."""
         options = self.call.options
         weight = options.kd_weight * (t * t if options.scale_by_t2 else 1.0) * weights_of_rows(self.call, k, rows)
-        if counts is None and not isinstance(weight, Tensor):
-            return weight
         dtype = self.losses.dtype
-        return weight.to(dtype) if counts is None else weight * counts.to(dtype)
+        if counts is not None:
+            return weight * counts.to(dtype)
+        return weight.to(dtype) if isinstance(weight, Tensor) else weight
 
     def _add_losses(self, losses: Tensor, value: Tensor, weight: float | Tensor) -> None:
         total = (value * weight).to(losses.dtype)
@@ -256,7 +267,7 @@ class _Worker:
             self._inside_of(k, rows, hidden, losses)
         self.losses[:, rows] = losses
 
-    def _inside_of(self, k: int, rows, hidden: Tensor, losses: Tensor) -> None:
+    def _inside_of(self, k: int, rows: slice | Tensor, hidden: Tensor, losses: Tensor) -> None:
         (weight, bias, softcap, scale), t = self.call.projection, self._temperature(k)
         counts = None if self.valid is None else self.valid[rows]
         entries = sparse_entries(self.call, k, rows, counts, t)
@@ -275,7 +286,7 @@ class _Worker:
         scales = self.factor if self.row_scale is None else self.row_scale[rows].to(z.dtype)[:, None]
         self._add_inside(slope * scales, entries.ids, hidden, inside, rows)
 
-    def _add_inside(self, slope: Tensor, ids: Tensor, hidden: Tensor, inside: Tensor, rows) -> None:
+    def _add_inside(self, slope: Tensor, ids: Tensor, hidden: Tensor, inside: Tensor, rows: slice | Tensor) -> None:
         (to_hidden, to_weight, to_bias), scale = self.gradients, self.call.projection.scale
         if to_hidden is not None:
             to_hidden[rows] += torch.bmm(slope.unsqueeze(1), inside).squeeze(1).mul_(scale)
@@ -289,6 +300,11 @@ def _only_inside(call: Call, teachers: tuple[int, ...]) -> bool:
     """Whether these teachers and the labels need no class but those of sparse teachers of mode "both"."""
     labelled = (call.options.labels or call.soft is not None) and (call.options.ce_weight != 0 or call.options.terms)
     return bool(teachers) and not labelled and all(call.teachers[k].mode == "both" for k in teachers)
+
+
+def _part(rows: slice | Tensor, block: slice) -> slice | Tensor:
+    """Of rows, those of a block."""
+    return rows[block] if isinstance(rows, Tensor) else slice(rows.start + block.start, rows.start + block.stop)
 
 
 def _softcap_slope(logits: Tensor, softcap: float) -> Tensor:
@@ -328,10 +344,8 @@ def row_kernel(tensors: Tensors, options: Options, learns: bool) -> tuple[Tensor
     """Losses [L, n] or [n], and the gradient of the sum of the rows' losses, [n, V]."""
     losses, rows, saved, aux = kernels._forward(tensors, options, None, learns, False)
     if learns and kernels._streams(tensors.student):  # long rows on a GPU: a second read makes the gradient
-        ops, (student, teachers, target, soft, weights) = _backend.native_ops(tensors.student), tensors
+        student = tensors.student
         ones = torch.ones(student.shape[0], dtype=losses.dtype, device=student.device)
-        numbers = kernels._numbers(options)
-        rows = ops.multi_teacher_stream_backward(
-            ones, student, teachers, target, soft, weights, None, saved, aux, *numbers
-        )  # fmt: skip
+        stream = _backend.native_ops(student).multi_teacher_stream_backward
+        rows = stream(ones, *tensors, None, saved, aux, *kernels._numbers(options))
     return losses, rows

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fastkd.ops import _multi_teacher_formula as multi_teacher
 from fastkd.ops import _topk_formula as topk
 from fastkd.ops._formulas import flat_rows, reduce_rows
-from fastkd.ops._linear_inputs import HEAD, SPARSE, Call, Projection, Teacher
+from fastkd.ops._linear_inputs import HEAD, SPARSE, Call, Projection, given
 from fastkd.ops._multi_teacher_formula import Tensors
 
 
@@ -83,17 +83,17 @@ def _cleaned(rows: Tensor, counts: Tensor | None) -> Tensor:
 
 def _member(call: Call, k: int, rows: slice) -> Tensor:
     """int64 [n]: the row of a routed teacher's hidden states for each of these rows, -1 where it does not speak."""
-    spoken = call.teachers[k].rows
+    spoken = given(call.teachers[k].rows)
     place = torch.full_like(call.hidden[:, 0], -1, dtype=torch.int64)
     return place.scatter(0, spoken, torch.arange(spoken.shape[0], device=spoken.device))[rows]
 
 
 def _teacher_logits(call: Call, k: int, rows: slice, member: Tensor | None, counts: Tensor | None) -> Tensor:
-    teacher: Teacher = call.teachers[k]
+    teacher, first = call.teachers[k], given(call.teachers[k].first)
     if teacher.kind != HEAD:
-        return teacher.first[rows]
-    dtype = torch.promote_types(call.dtype, torch.promote_types(teacher.first.dtype, teacher.second.dtype))
-    hidden = teacher.first.to(dtype)
+        return first[rows]
+    dtype = torch.promote_types(call.dtype, torch.promote_types(first.dtype, given(teacher.second).dtype))
+    hidden = first.to(dtype)
     if member is None:
         hidden = hidden[rows]
     elif hidden.shape[0] == 0:
@@ -103,7 +103,9 @@ def _teacher_logits(call: Call, k: int, rows: slice, member: Tensor | None, coun
     return logits_of(_cleaned(hidden, counts), teacher.projection, call.classes)
 
 
-def _weights(call: Call, teachers: list[int], rows: slice, members: dict[int, Tensor]):
+def _weights(
+    call: Call, teachers: list[int], rows: slice, members: dict[int, Tensor]
+) -> tuple[Tensor | None, tuple[float, ...]]:
     """(weights [k, n], ()), or (None, numbers) where they are known on the host and every teacher speaks everywhere."""
     if not teachers or (call.weights is None and not members):
         return None, tuple([call.options.host_weights[k] for k in teachers])
@@ -120,31 +122,34 @@ def weights_of_rows(call: Call, k: int, rows: slice | Tensor) -> float | Tensor:
     return call.weights[k] if call.weights.dim() == 1 else call.weights[k][rows]
 
 
-def sparse_entries(call: Call, k: int, rows: slice | Tensor, counts: Tensor | None, temperature: float):
+def sparse_entries(
+    call: Call, k: int, rows: slice | Tensor, counts: Tensor | None, temperature: float | Tensor
+) -> topk.Entries:
     """The classes of a sparse teacher in these rows, none in rows that it does not count in."""
     teacher, weight = call.teachers[k], weights_of_rows(call, k, rows)
     read = counts
     if isinstance(weight, Tensor) and weight.dim() == 1 and not weight.requires_grad:
         read = weight != 0 if read is None else read & (weight != 0)
     values, tail = (None if t is None else t[rows] for t in (teacher.first, teacher.third))
-    return topk.entries_of(teacher.mode, teacher.second[rows], values, tail, temperature, read)
+    assert teacher.mode is not None
+    return topk.entries_of(teacher.mode, given(teacher.second)[rows], values, tail, temperature, read)
 
 
 def _sparse_kd(call: Call, rows: slice, student: Tensor, counts: Tensor | None) -> Tensor:
     """The weighted divergences to the sparse teachers, float64 [n]."""
-    total, temperatures = 0, call.options.temperatures
+    total, temperatures = torch.zeros_like(student[:, 0], dtype=torch.float64), call.options.temperatures
     for k, teacher in enumerate(call.teachers):
         weight = weights_of_rows(call, k, rows)
-        if teacher.kind < SPARSE or _is_zero(weight):
+        if teacher.mode is None or _is_zero(weight):
             continue
         t = temperatures[k % len(temperatures)]
         entries = sparse_entries(call, k, rows, counts, t)
         x = student if not isinstance(t, Tensor) and t == 1 else student / t
         scale = t * t if call.options.scale_by_t2 else 1.0
         total = total + weight * (scale * topk.divergence(teacher.mode, entries, x))
-    total = torch.zeros_like(student[:, 0], dtype=torch.float64) if isinstance(total, int) else total
-    outside = call.options.labels and call.target is not None
-    if outside:  # a label that is no class makes its row's loss NaN, in the other terms as well
+    if (
+        call.options.labels and call.target is not None
+    ):  # a label that is no class makes its row's loss NaN, in the other terms as well
         target = call.target[rows]
         bad = (target != call.options.ignore_index) & ((target < 0) | (target >= call.classes))
         total = total.masked_fill(bad, math.nan)

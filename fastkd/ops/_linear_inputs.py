@@ -12,12 +12,12 @@ from torch import Tensor
 from fastkd._core.checks import check_choice, check_index, check_integer, check_number
 from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.ops._autograd import may_read_values
-from fastkd.ops._formulas import accumulate_dtype, flat_rows
+from fastkd.ops._formulas import Reduction, accumulate_dtype, flat_rows
 from fastkd.ops._inputs import REDUCTIONS, check_labels, check_like, check_num_items, check_scalar
-from fastkd.ops._multi_teacher_formula import Options
+from fastkd.ops._multi_teacher_formula import Combine, Options
 from fastkd.ops._multi_teacher_kernels import COMBINE
 from fastkd.ops._teachers import check_temperature, check_weights
-from fastkd.ops.topk import MODES, TopK, check_topk
+from fastkd.ops.topk import MODES, Mode, TopK, check_topk
 from fastkd.ops.topk import check_temperature as check_sparse_temperature
 
 OP = "linear_multi_teacher_kd"
@@ -69,12 +69,18 @@ class Teacher(NamedTuple):
     scale: float = 1.0
 
     @property
-    def mode(self) -> str | None:
+    def mode(self) -> Mode | None:
         return MODES[self.kind - SPARSE] if self.kind >= SPARSE else None
 
     @property
     def projection(self) -> Projection:
-        return Projection(self.second, self.third, self.softcap, self.scale)
+        return Projection(given(self.second), self.third, self.softcap, self.scale)
+
+
+def given(tensor: Tensor | None) -> Tensor:
+    """A tensor that teachers of this kind have, or calls with labels."""
+    assert tensor is not None
+    return tensor
 
 
 class Call(NamedTuple):
@@ -96,33 +102,34 @@ class Call(NamedTuple):
 
 
 def check_call(
-    hidden, weight, teachers, target, bias, softcap, logit_scale, chunk_rows, temperature, weights, kd_weight,
-    ce_weight, label_smoothing, ignore_index, mask, combine, vocab_size, scale_by_t2, reduction, num_items,
-    return_terms,
+    hidden: Tensor, weight: Tensor, teachers: object, target: Tensor | None, bias: Tensor | None,
+    softcap: float | None, logit_scale: float, chunk_rows: object, temperature: object, weights: object,
+    kd_weight: object, ce_weight: object, label_smoothing: object, ignore_index: int, mask: object, combine: Combine,
+    vocab_size: int | None, scale_by_t2: object, reduction: Reduction, num_items: object, return_terms: object,
 ) -> Call:  # fmt: skip
-    softcap, logit_scale = _check_projection("", hidden, weight, bias, softcap, logit_scale)
+    cap, scale = _check_projection("", hidden, weight, bias, softcap, logit_scale)
     classes = _check_vocabulary(weight, vocab_size)
     # Stands for the student's logits, with one number in memory.
     dtype = accumulate_dtype(torch.promote_types(hidden.dtype, weight.dtype))
     like = hidden.new_zeros((), dtype=dtype).expand(*hidden.shape[:-1], classes)
-    teachers = [_check_teacher(k, t, like, vocab_size) for k, t in enumerate(_listed(teachers, like, vocab_size))]
+    known = [_check_teacher(k, t, like, vocab_size) for k, t in enumerate(_listed(teachers, like, vocab_size))]
     check_choice(OP, "combine", combine, COMBINE)
     check_choice(OP, "reduction", reduction, REDUCTIONS)
-    _check_combine(combine, teachers)
+    _check_combine(combine, known)
     target, soft, labels = _check_labels(target, mask, ignore_index, like)
     label_smoothing = check_number(OP, "label_smoothing", label_smoothing, "a number in [0, 1]", 0, 1)
     ce_weight = check_scalar(OP, "ce_weight", ce_weight, "a finite number")
     if not labels and soft is None and (isinstance(ce_weight, Tensor) or ce_weight != 0):
         raise wrong_value(OP, "target", f"given where ce_weight is {ce_weight}", None)
-    temperatures = check_temperature(OP, temperature, len(teachers))
+    temperatures = check_temperature(OP, temperature, len(known))
     if len(temperatures) > 1 and combine != "losses":
         raise wrong_value(OP, "temperature", f"one number for combine={combine!r}", f"{len(temperatures)} numbers")
-    for k, teacher in enumerate(teachers):
+    for k, teacher in enumerate(known):
         if teacher.mode is not None:
             check_sparse_temperature(OP, f"teachers[{k}]", teacher.mode, temperatures[k % len(temperatures)])
-    given = _default_weights(teachers) if weights is None else weights
-    weights, host_weights = check_weights(OP, given, len(teachers), like, combine == "probs")
-    chunk_rows = 0 if chunk_rows is None else check_integer(OP, "chunk_rows", chunk_rows, 1)
+    wanted = _default_weights(known) if weights is None else weights
+    weights, host_weights = check_weights(OP, wanted, len(known), like, combine == "probs")
+    chunk = 0 if chunk_rows is None else check_integer(OP, "chunk_rows", chunk_rows, 1)
     options = Options(
         operation=OP, host_weights=host_weights, temperatures=temperatures, combine=combine,
         kd_weight=check_scalar(OP, "kd_weight", kd_weight, "a finite number"), ce_weight=ce_weight,
@@ -130,8 +137,8 @@ def check_call(
         reduction=reduction, num_items=check_num_items(OP, num_items, reduction), labels=labels,
         terms=bool(return_terms),
     )  # fmt: skip
-    projection = Projection(weight, bias, softcap, logit_scale)
-    return Call(flat_rows(hidden), projection, tuple(teachers), target, soft, weights, options, classes, chunk_rows)
+    projection = Projection(weight, bias, cap, scale)
+    return Call(flat_rows(hidden), projection, tuple(known), target, soft, weights, options, classes, chunk)
 
 
 def _check_floats(name: str, value: object, expected: str) -> None:
@@ -140,7 +147,9 @@ def _check_floats(name: str, value: object, expected: str) -> None:
         raise wrong_type(OP, name, f"a floating-point tensor {expected}", got)
 
 
-def _check_projection(prefix: str, hidden, weight, bias, softcap, logit_scale) -> tuple[float, float]:
+def _check_projection(
+    prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> tuple[float, float]:
     """The arguments of one head, whose names begin with `prefix`; softcap (0: none) and scale."""
     _check_floats(f"{prefix}hidden", hidden, "[..., H]")
     _check_floats(f"{prefix}weight", weight, "[V, H]")
@@ -171,7 +180,7 @@ def _check_vocabulary(weight: Tensor, vocab_size: object) -> int:
     return check_integer(OP, "vocab_size", vocab_size, 2, weight.shape[0])
 
 
-def _listed(teachers: object, like: Tensor, vocab_size: object) -> Sequence:
+def _listed(teachers: object, like: Tensor, vocab_size: object) -> Sequence[object]:
     if isinstance(teachers, (Head, TopK)):
         return (teachers,)
     if isinstance(teachers, Tensor):
@@ -238,7 +247,7 @@ def _check_rows(name: str, rows: object, count: int, like: Tensor) -> None:
         raise wrong_value(OP, name, "of different rows", "a row twice")
 
 
-def _check_combine(combine: str, teachers: Sequence[Teacher]) -> None:
+def _check_combine(combine: Combine, teachers: Sequence[Teacher]) -> None:
     if combine == "losses":
         return
     for k, teacher in enumerate(teachers):
@@ -247,7 +256,9 @@ def _check_combine(combine: str, teachers: Sequence[Teacher]) -> None:
             raise wrong_value(OP, "combine", f"'losses' where teachers[{k}] is {what}", repr(combine))
 
 
-def _check_labels(target, mask, ignore_index, like: Tensor) -> tuple[Tensor | None, Tensor | None, bool]:
+def _check_labels(
+    target: Tensor | None, mask: object, ignore_index: int, like: Tensor
+) -> tuple[Tensor | None, Tensor | None, bool]:
     """The target [R], probabilities [R, V], and whether the target holds classes."""
     check_index(OP, "ignore_index", ignore_index)
     if target is not None and not isinstance(target, Tensor):

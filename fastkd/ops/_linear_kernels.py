@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from fastkd.ops._multi_teacher_formula import Options
 from fastkd.ops._multi_teacher_kernels import COMBINE, LAUNCH_TEACHERS
 
 Wants = tuple[bool, bool, bool]  # gradients of hidden, weight, bias
+Static = tuple[list[Any], list[Any], list[Any], list[Any]]  # host weights, temperatures, floats, integers
 SLOTS = 4  # tensors of a teacher: first, second, third, rows
 
 
@@ -94,7 +96,7 @@ def _native(call: Call) -> Sequence[Tensor]:
 # --- a call as what an operator takes ------------------------------------------------------------------------------
 
 
-def _flat(call: Call) -> tuple[list[Tensor | None], tuple]:
+def _flat(call: Call) -> tuple[list[Tensor | None], Static]:
     """The tensors, hidden, weight and bias first, and the rest as numbers and words."""
     options, scalars = kernels._split(call.options)
     weight, bias, softcap, scale = call.projection
@@ -112,15 +114,14 @@ def _flat(call: Call) -> tuple[list[Tensor | None], tuple]:
     return tensors, (list(options.host_weights), list(options.temperatures), floats, integers)
 
 
-def _unflat(tensors: Sequence[Tensor | None], static: tuple) -> Call:
+def _unflat(tensors: Sequence[Any], static: Static) -> Call:
     """What _flat() took apart, with the numbers of `scalars` in their places."""
     hidden, weight, bias, target, soft, weights, scalars, *slots = tensors
     host_weights, temperatures, floats, integers = static
     kd_weight, ce_weight, smoothing, items, softcap, scale, *shapes = floats
     combine, ignore_index, by_t2, reduction, labels, terms, classes, chunk_rows, *kinds = integers
     teachers = [
-        Teacher(kind, *slots[SLOTS * k : SLOTS * (k + 1)], shapes[2 * k], shapes[2 * k + 1])
-        for k, kind in enumerate(kinds)
+        Teacher(kind, *slots[SLOTS * k : SLOTS * (k + 1)], *shapes[2 * k : 2 * k + 2]) for k, kind in enumerate(kinds)
     ]
     options = Options(
         operation=OP, host_weights=tuple(host_weights), temperatures=tuple(temperatures), combine=COMBINE[combine],
@@ -154,23 +155,25 @@ _LIBRARY = torch.library.Library("fastkd", "FRAGMENT")
 _LIBRARY.define(_SCHEMA)
 
 
-def _implementation(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _implementation(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *tensors, teachers, row_scale, host_weights, temperatures, floats, integers, wants = arguments
     call = _unflat([*tensors, *teachers], (host_weights, temperatures, floats, integers))
     with torch.no_grad(), torch.autocast(call.hidden.device.type, enabled=False):
         losses, gradients = chunks.forward(call, wants, row_scale)
     nothing = [call.hidden.new_empty(0, dtype=call.dtype) for g in gradients if g is None]
-    return (losses, *[nothing.pop() if g is None else g for g in gradients])
+    hidden, weight, bias = (nothing.pop() if g is None else g for g in gradients)
+    return losses, hidden, weight, bias
 
 
-def _fake(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden, weight = arguments[:2]
     integers, wants = arguments[-2:]
     reduction, terms = integers[3], integers[5]
     dtype = accumulate_dtype(torch.promote_types(hidden.dtype, weight.dtype))
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     losses = hidden.new_empty((3 if terms else 1, *(hidden.shape[:1] if reduction == 0 else ())), dtype=dtype)
-    return (losses, *[hidden.new_empty(s if w else (0,), dtype=dtype) for s, w in zip(shapes, wants, strict=True)])
+    made = [hidden.new_empty(s if w else (0,), dtype=dtype) for s, w in zip(shapes, wants, strict=True)]
+    return losses, made[0], made[1], made[2]
 
 
 _LIBRARY.impl("linear_multi_teacher_forward", _implementation, "CompositeExplicitAutograd")
@@ -182,9 +185,12 @@ def _run(call: Call, wants: Wants, row_scale: Tensor | None) -> tuple[Tensor, ..
     return _operator(tensors, static, wants, row_scale)
 
 
-def _operator(tensors: Sequence, static: tuple, wants: Wants, row_scale: Tensor | None) -> tuple[Tensor, ...]:
+def _operator(
+    tensors: Sequence[Tensor | None], static: Static, wants: Wants, row_scale: Tensor | None
+) -> tuple[Tensor, ...]:
     operator = torch.ops.fastkd.linear_multi_teacher_forward.default
-    return operator(*tensors[:7], list(tensors[7:]), row_scale, *static, list(wants))
+    out: tuple[Tensor, ...] = operator(*tensors[:7], list(tensors[7:]), row_scale, *static, list(wants))
+    return out
 
 
 class _Linear(torch.autograd.Function):
@@ -194,7 +200,9 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, static, wants, places, *once):
+    def forward(
+        ctx: Any, static: Static, wants: Wants, places: list[int], *once: Tensor | None
+    ) -> Tensor | tuple[Tensor, ...]:
         tensors, ctx.places = [once[i] for i in places], places
         ctx.static, ctx.wants = static, wants
         ctx.dtypes = [None if t is None else t.dtype for t in tensors[:3]]
@@ -213,15 +221,15 @@ class _Linear(torch.autograd.Function):
         return (loss, *terms) if terms else loss
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = with_kept(ctx, ctx.saved_tensors)  # an error where the graph was freed
         if torch.is_grad_enabled():
             once = saved[3:] if ctx.saves_inputs else ctx.inputs.unchanged(OP)
             gradients = _second_derivative(ctx, grad, [once[i] for i in ctx.places])
         elif ctx.again:
             tensors = [saved[3 + i] for i in ctx.places]
-            gradients = _operator(tensors, ctx.static, ctx.wants, grad.contiguous())[1:]
-            gradients = [g.to(d) if w else None for g, d, w in zip(gradients, ctx.dtypes, ctx.wants, strict=True)]
+            again = _operator(tensors, ctx.static, ctx.wants, grad.contiguous())[1:]
+            gradients = [g.to(d) if w else None for g, d, w in zip(again, ctx.dtypes, ctx.wants, strict=True)]
         elif ctx.saves_inputs:
             made = zip(saved[:3], ctx.dtypes, ctx.wants, strict=True)
             gradients = [(g * grad).to(d) if w else None for g, d, w in made]
@@ -230,10 +238,10 @@ class _Linear(torch.autograd.Function):
         return None, None, None, *gradients, *([None] * (len(ctx.needs_input_grad) - 6))
 
 
-def _handed_out(ctx, grad: Tensor) -> list[Tensor | None]:
+def _handed_out(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     """The stored gradients times `grad`, rounded once; given away with the last pass."""
     one = grad.device.type == "cpu" and type(grad) is Tensor and grad.item() == 1.0
-    gradients = []
+    gradients: list[Tensor | None] = []
     for name, dtype, wanted in zip(("hidden", "weight", "bias"), ctx.dtypes, ctx.wants, strict=True):
         if not wanted:
             gradients.append(None)
@@ -245,7 +253,7 @@ def _handed_out(ctx, grad: Tensor) -> list[Tensor | None]:
     return gradients
 
 
-def _second_derivative(ctx, grad: Tensor, tensors: Sequence) -> list[Tensor | None]:
+def _second_derivative(ctx: Any, grad: Tensor, tensors: Sequence[Any]) -> list[Tensor | None]:
     call = _unflat(tensors, ctx.static)
     loss = formula.recomputed(call, chunks.chunk_rows(call, len(call.teachers)))[0]
     wanted = [t for t, w in zip(tensors[:3], ctx.wants, strict=True) if w]

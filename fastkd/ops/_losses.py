@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -17,22 +18,24 @@ class Losses(Tensor):
     leaves the others' `.grad` as it is, and does not free their graphs.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # every result is a plain Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # every result is a plain Tensor
     _alone: Callable[[int], Tensor | None]
     _made: int
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Tensor:
         loss = self._of_one(index) if type(index) is int and -len(self) <= index < len(self) else None
         return super().__getitem__(index) if loss is None else loss
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Tensor]:
         return iter(self.unbind())
 
     def unbind(self, dim: int = 0) -> tuple[Tensor, ...]:
         return tuple([self[m] for m in range(len(self))]) if dim in (0, -self.dim()) else super().unbind(dim)
 
-    def __reduce_ex__(self, protocol):
-        return self.detach().requires_grad_(self.requires_grad).__reduce_ex__(protocol)
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        plain = self.detach().requires_grad_(self.requires_grad)
+        reduced: str | tuple[Any, ...] = plain.__reduce_ex__(protocol)
+        return reduced
 
     def _of_one(self, index: int) -> Tensor | None:
         if not torch.is_grad_enabled() or self._version != self._made or is_transformed():
@@ -48,7 +51,7 @@ def with_graphs(losses: Tensor, alone: Callable[[int], Tensor | None]) -> Tensor
     if torch.compiler.is_compiling() or not losses.requires_grad or is_transformed():
         return losses
     losses.__class__ = Losses
-    losses._alone, losses._made = alone, losses._version
+    losses._alone, losses._made = alone, losses._version  # type: ignore[attr-defined]
     return losses
 
 

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastkd.ops import _divergences as divergences
 from fastkd.ops._autograd import may_read_values
-from fastkd.ops._formulas import accumulate_dtype, divergence, flat_rows, log_softmax, reduce_rows, weighted_divergence
-from fastkd.ops._teachers import label_losses, mean_logits, mixture
+from fastkd.ops._divergences import Divergence
+from fastkd.ops._formulas import Reduction, accumulate_dtype, capped, divergence, flat_rows, log_softmax, reduce_rows
+from fastkd.ops._teachers import Weights, label_losses, mean_logits, mixture
+
+Combine = Literal["losses", "probs", "logits"]
 
 
 class Tensors(NamedTuple):
     """The tensors of a checked call; logits as rows_of() gives them, [R, C] where that is a view."""
 
-    student: Tensor  # [R, C]
+    student: Tensor  # [R, C], or with more columns, of which Options.classes are classes
     teachers: tuple[Tensor, ...]  # K x [R, C]
     target: Tensor | None  # int64 [R]: classes, or only which rows are ignored
     soft: Tensor | None  # [R, C], probabilities in the place of classes
     weights: Tensor | None  # [K] or [K, R] on the device, where they are not known on the host
+    shares: Tensor | None = None  # [2] or [2, R]: weights of the forward and the reverse divergence, in the same case
 
 
 class Options(NamedTuple):
@@ -29,16 +35,20 @@ class Options(NamedTuple):
     operation: str
     host_weights: tuple[float, ...]  # K numbers, unused beside a tensor of weights
     temperatures: tuple[float | Tensor, ...]  # one, or one of each teacher
-    combine: str
+    combine: Combine
     kd_weight: float | Tensor
     ce_weight: float | Tensor
     label_smoothing: float
     ignore_index: int
     scale_by_t2: bool
-    reduction: str
+    reduction: Reduction
     num_items: float | Tensor | None
     labels: bool  # the target holds classes
     terms: bool
+    divergence: Divergence = divergences.FORWARD
+    classes: int = 0  # of the student's columns; 0: all of them
+    softcaps: tuple[float, ...] = ()  # of the student, then of the teachers; 0: none. (): nobody has one, nor a scale
+    logit_scales: tuple[float, ...] = ()
 
 
 def without_zeros(tensors: Tensors, options: Options) -> tuple[Tensors, Options]:
@@ -56,7 +66,37 @@ def without_zeros(tensors: Tensors, options: Options) -> tuple[Tensors, Options]
     tensors = tensors._replace(
         teachers=tuple([tensors.teachers[k] for k in keep]), weights=tensors.weights if keep else None
     )
-    return tensors, options._replace(host_weights=weights, temperatures=temperatures)
+    return tensors, with_caps_of(options._replace(host_weights=weights, temperatures=temperatures), keep)
+
+
+def with_caps_of(options: Options, teachers: Sequence[int]) -> Options:
+    """With the softcaps and logit scales of the student and of these teachers."""
+    if not options.softcaps:
+        return options
+    networks = [0, *[k + 1 for k in teachers]]
+    softcaps, scales = ([values[n] for n in networks] for values in (options.softcaps, options.logit_scales))
+    return options._replace(softcaps=tuple(softcaps), logit_scales=tuple(scales))
+
+
+def classes_of(tensors: Tensors, options: Options) -> int:
+    return options.classes or tensors.student.shape[-1]
+
+
+def plain(tensors: Tensors, options: Options) -> Tensors:
+    """The student without its padding, and what softcaps and logit scales make of all networks."""
+    return _capped(_cut(tensors, options), options)
+
+
+def _cut(tensors: Tensors, options: Options) -> Tensors:
+    return tensors._replace(student=tensors.student[..., : options.classes]) if options.classes else tensors
+
+
+def _capped(tensors: Tensors, options: Options) -> Tensors:
+    if not options.softcaps:
+        return tensors
+    dtype, caps = accumulate_dtype(_promoted(tensors)), list(zip(options.softcaps, options.logit_scales, strict=True))
+    teachers = [capped(t, *cap, dtype) for t, cap in zip(tensors.teachers, caps[1:], strict=True)]
+    return tensors._replace(student=capped(tensors.student, *caps[0], dtype), teachers=tuple(teachers))
 
 
 def is_uniform(options: Options) -> bool:
@@ -67,33 +107,34 @@ def is_uniform(options: Options) -> bool:
 
 def _reference_kd(student: Tensor, tensors: Tensors, options: Options) -> Tensor:
     """KD of each row, [R]. A teacher is read where its weight is not 0."""
-    weights, teachers = _read_teachers(tensors, options, student.dtype)
+    weights, read = _read_teachers(tensors, options, student.dtype)
     several = len(options.temperatures) > 1
-    temperatures = [options.temperatures[k if several else 0] for k, _ in teachers]
-    teachers = [t for _, t in teachers]
+    temperatures = [options.temperatures[k if several else 0] for k, _ in read]
+    teachers = [t for _, t in read]
     if not teachers:
         return student[:, :0].sum(-1)  # 0, and so is its gradient
     t = temperatures[0]
     scales = [t * t if options.scale_by_t2 else 1.0 for t in temperatures]
     log_q = log_softmax(student, t)
     if options.combine == "losses":
-        total = 0
+        total: Tensor = 0  # type: ignore[assignment]  # until the first one
         for k, (teacher, weight, t) in enumerate(zip(teachers, weights, temperatures, strict=True)):
             log_q = log_softmax(student, t) if k > 0 and several else log_q
             weight = weight[:, 0] if isinstance(weight, Tensor) else weight
-            total = total + weighted_divergence(log_softmax(teacher, t), log_q, weight, scales[k])
+            log_p = log_softmax(teacher, t)
+            total = total + divergences.weighted(log_p, log_q, options.divergence, tensors.shares, weight, scales[k])
         return total
     if options.combine == "probs":
         log_p = mixture([log_softmax(z, t) for z in teachers], weights)
     else:
         log_p = log_softmax(mean_logits(teachers, weights, is_uniform(options)), t)
-    kd = scales[0] * divergence(log_p, log_q)
+    kd = scales[0] * divergences.unweighted(log_p, log_q, options.divergence, tensors.shares)
     if tensors.weights is None:
         return kd
-    return kd.masked_fill(sum(weight[:, 0] != 0 for weight in weights) == 0, 0)
+    return kd.masked_fill((tensors.weights != 0).sum(0) == 0, 0)
 
 
-def _read_teachers(tensors: Tensors, options: Options, dtype: torch.dtype) -> tuple[list, list[tuple[int, Tensor]]]:
+def _read_teachers(tensors: Tensors, options: Options, dtype: torch.dtype) -> tuple[Weights, list[tuple[int, Tensor]]]:
     """The weights, numbers or [1 or R, 1], and (k, teacher [R, C]) of the teachers that are read at all."""
     teachers = [(k, flat_rows(t).to(dtype)) for k, t in enumerate(tensors.teachers)]
     if tensors.weights is None:
@@ -107,19 +148,24 @@ def _read_teachers(tensors: Tensors, options: Options, dtype: torch.dtype) -> tu
 
 def reference(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
     """The specification in plain PyTorch: the loss, and with `terms` KD and CE; differentiable in all inputs."""
-    student, target, soft = flat_rows(tensors.student), tensors.target, tensors.soft
-    dtype = accumulate_dtype(_promoted(tensors))
-    valid = outside = None
+    own, dtype = accumulate_dtype(tensors.student.dtype), accumulate_dtype(_promoted(tensors))
+    tensors = _cut(tensors, options)
+    target, soft = tensors.target, tensors.soft
+    valid: Tensor | None = None
+    outside: Tensor | None = None
     if target is not None:
         valid = target != options.ignore_index  # [R]
-        outside = valid & ((target < 0) | (target >= student.shape[1]))
+        outside = valid & ((target < 0) | (target >= tensors.student.shape[-1]))
         if not (may_read_values(valid) and bool(valid.all())):
             # Ignored rows leave before any arithmetic: what they hold (NaN, say) must not reach a gradient.
-            clean = lambda z: flat_rows(z).masked_fill(~valid[:, None], 0)  # noqa: E731
-            student, soft = clean(student), None if soft is None else clean(soft)
-            tensors = tensors._replace(teachers=tuple([clean(t) for t in tensors.teachers]))
+            ignored = ~valid[:, None]
+            soft = None if soft is None else flat_rows(soft).masked_fill(ignored, 0)
+            teachers = tuple([flat_rows(t).masked_fill(ignored, 0) for t in tensors.teachers])
+            student = flat_rows(tensors.student).masked_fill(ignored, 0)
+            tensors = tensors._replace(student=student, teachers=teachers)
         target = target.where(valid & ~outside, 0)
-    student = student.to(dtype)
+    tensors = _capped(tensors, options)
+    student = flat_rows(tensors.student).to(dtype)
     no_kd = not isinstance(options.kd_weight, Tensor) and options.kd_weight == 0
     kd = _reference_kd(student, tensors._replace(teachers=()) if no_kd else tensors, options)
     loss, ce = kd if _is(options.kd_weight, 1) else options.kd_weight * kd, torch.zeros_like(kd)
@@ -127,11 +173,10 @@ def reference(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
         soft = None if soft is None else flat_rows(soft)
         ce = label_losses(student, target, soft, options.label_smoothing)
         loss = loss if _is(options.ce_weight, 0) else loss + options.ce_weight * ce
-    rows = (loss, kd.detach(), ce.detach()) if options.terms else (loss,)
-    if valid is not None:
+    rows = [loss, kd.detach(), ce.detach()] if options.terms else [loss]
+    if valid is not None and outside is not None:
         factor = torch.ones_like(kd).masked_fill(outside, math.nan)  # NaN in the gradient as well
         rows = [(row * factor).masked_fill(~valid, 0) for row in rows]
-    own = accumulate_dtype(tensors.student.dtype)
     return tuple([reduce_rows(r, valid, options.reduction, (-1,), options.num_items).to(own) for r in rows])
 
 
@@ -148,13 +193,14 @@ def _promoted(tensors: Tensors) -> torch.dtype:
 
 def reference_divergences(tensors: Tensors, options: Options) -> Tensor:
     """KL(p_k || q) of each teacher and row, [K, R]: 0 for ignored rows, NaN for labels out of range."""
-    dtype, divergences = accumulate_dtype(_promoted(tensors)), []
+    dtype, result = accumulate_dtype(_promoted(tensors)), []
+    tensors = plain(tensors, options)
     student = flat_rows(tensors.student).to(dtype)
     for k, teacher in enumerate(tensors.teachers):
         t = options.temperatures[k if len(options.temperatures) > 1 else 0]
         log_p, log_q = log_softmax(flat_rows(teacher).to(dtype), t), log_softmax(student, t)
-        divergences.append(divergence(log_p, log_q).clamp(min=0))
-    kl, target = torch.stack(divergences), tensors.target
+        result.append(divergence(log_p, log_q).clamp(min=0))
+    kl, target = torch.stack(result), tensors.target
     if target is None:
         return kl
     outside = (target < 0) | (target >= student.shape[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -23,12 +23,13 @@ from fastkd.ops._autograd import (
     save_for_backward,
     with_kept,
 )
+from fastkd.ops._divergences import FORWARD, KINDS
 from fastkd.ops._formulas import accumulate_dtype, count_rows
 from fastkd.ops._inputs import REDUCTIONS, check_range, out_of_range, why_learning
-from fastkd.ops._multi_teacher_formula import Options, Tensors
+from fastkd.ops._multi_teacher_formula import Combine, Options, Tensors, classes_of
 from fastkd.ops.group_stats import GroupStats
 
-COMBINE = ("losses", "probs", "logits")
+COMBINE = get_args(Combine)
 LAUNCH_TEACHERS = 16  # teachers of one CUDA launch; more go in groups
 # The longest row that a CUDA thread block holds in registers; a longer one is streamed twice (csrc/multi_teacher/op.h).
 ON_CHIP_CLASSES = {torch.float64: 2048}
@@ -52,7 +53,7 @@ def losses_of(tensors: Tensors, options: Options) -> Sequence[Tensor]:
     if (reason := why_reference(tensors, options)) is not None:
         _backend.note_fallback(options.operation, reason, tensors.student)
         if options.labels:
-            check_range(options.operation, tensors.target, tensors.student.shape[-1], options.ignore_index)
+            check_range(options.operation, tensors.target, classes_of(tensors, options), options.ignore_index)
         return formula.reference(tensors, options)
     return _in_groups(tensors, options) if _too_many(tensors) else _native(tensors, options, False)[0]
 
@@ -72,7 +73,7 @@ def _streams(student: Tensor) -> bool:
 
 def _in_groups(tensors: Tensors, options: Options) -> Sequence[Tensor]:
     """More teachers than one launch takes: the terms of combine="losses" add up, the cross-entropy goes first."""
-    total = []
+    total: Sequence[Tensor] = []
     for k in range(0, len(tensors.teachers), LAUNCH_TEACHERS):
         part, weights, temperatures = slice(k, k + LAUNCH_TEACHERS), tensors.weights, options.temperatures
         some = tensors._replace(teachers=tensors.teachers[part], weights=None if weights is None else weights[part])
@@ -80,6 +81,7 @@ def _in_groups(tensors: Tensors, options: Options) -> Sequence[Tensor]:
             host_weights=options.host_weights[part],
             temperatures=temperatures if len(temperatures) == 1 else temperatures[part],
         )
+        rest = formula.with_caps_of(rest, range(k, k + len(some.teachers)))
         if k > 0:
             some, rest = some._replace(soft=None), rest._replace(ce_weight=0.0)
         losses = _native(some, rest, False)[0]
@@ -104,11 +106,18 @@ def why_reference(tensors: Tensors, options: Options) -> str | None:
             return "the weights require grad"
         if tensors.soft is not None and tensors.soft.requires_grad:
             return "the target requires grad"
+        if tensors.shares is not None and tensors.shares.requires_grad:
+            return "the weights of the divergences require grad"
     for name, scalar in (("kd_weight", options.kd_weight), ("ce_weight", options.ce_weight)):
         if not on_host((scalar,)):
             return f"{name} is a tensor that requires grad or whose value is not known on the host"
     if not on_host(options.temperatures):
         return "the temperature is a tensor that requires grad or whose value is not known on the host"
+    if _backend.device_kind(student) != "cpu":
+        if options.divergence != FORWARD and _streams(student):
+            return "the CUDA kernels take divergences besides forward in rows of at most 8192 classes (float64: 2048)"
+        if options.softcaps:
+            return "the CUDA kernels take neither softcap nor logit_scale"
     if options.combine != "losses" and _too_many(tensors):
         return f"combine={options.combine!r} with more than {LAUNCH_TEACHERS} teachers"
     return None
@@ -135,43 +144,43 @@ def _joined(options: Options, scalars: Tensor | None) -> Options:
     )
 
 
-def _numbers(options: Options) -> tuple:
+def _numbers(options: Options) -> tuple[Any, ...]:
     """The arguments that forward and stream_backward share after the tensors."""
     return (
         options.host_weights, options.temperatures, COMBINE.index(options.combine), options.kd_weight,
         options.ce_weight, options.label_smoothing, options.ignore_index, options.scale_by_t2,
         REDUCTIONS.index(options.reduction), options.num_items or 0.0, formula.is_uniform(options),
-        options.labels, options.terms,
+        options.labels, options.terms, KINDS.index(options.divergence.kind), options.divergence.numbers,
+        options.classes, options.softcaps, options.logit_scales,
     )  # fmt: skip
 
 
 def _native(tensors: Tensors, options: Options, with_stats: bool) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The losses, as losses_of() gives them; with_stats also kl [K, R] and the GroupStats [K + 1, R]."""
     options, scalars = _split(options)
-    student, teachers, target, soft, weights = tensors
+    student, teachers, target, soft, weights, shares = tensors
     if torch.is_grad_enabled() and student.requires_grad:
-        out = _Native.apply(options, with_stats, student, target, soft, weights, scalars, *teachers)
+        out = _Native.apply(options, with_stats, student, target, soft, weights, shares, scalars, *teachers)
         out = (out,) if isinstance(out, Tensor) else out
     else:
         losses, _, _, _, *stats = _forward(tensors, options, scalars, False, with_stats)
         out = (*(losses.unbind(0) if options.terms else (losses,)), *stats)
-    losses = 3 if options.terms else 1
-    return out[:losses], out[losses:]
+    count = 3 if options.terms else 1
+    return out[:count], out[count:]
 
 
 def _forward(
     tensors: Tensors, options: Options, scalars: Tensor | None, need_grad: bool, with_stats: bool
 ) -> tuple[Tensor, ...]:
-    student, teachers, target, soft, weights = tensors
+    student, teachers, target, _, weights, shares = tensors
     ops, numbers = _backend.native_ops(student), _numbers(options)
+    out: tuple[Tensor, ...]
     if with_stats:
-        out = ops.multi_teacher_forward_stats(student, teachers, target, weights, scalars, *numbers, need_grad)
+        out = ops.multi_teacher_forward_stats(student, teachers, target, weights, shares, scalars, *numbers, need_grad)
     else:
-        out = ops.multi_teacher_forward(
-            student, teachers, target, soft, weights, scalars, *numbers, need_grad, _streams(student)
-        )
-    if options.labels and may_read_values(student) and out[3].tolist()[1] != 0:
-        raise out_of_range(options.operation, target, student.shape[-1], options.ignore_index)
+        out = ops.multi_teacher_forward(*tensors, scalars, *numbers, need_grad, _streams(student))
+    if target is not None and options.labels and may_read_values(student) and out[3].tolist()[1] != 0:
+        raise out_of_range(options.operation, target, classes_of(tensors, options), options.ignore_index)
     return out
 
 
@@ -183,9 +192,12 @@ class _Native(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, options, with_stats, student, target, soft, weights, scalars, *teachers):
-        tensors = Tensors(student, teachers, target, soft, weights)
-        inputs = (student, target, soft, weights, scalars, *teachers)
+    def forward(
+        ctx: Any, options: Options, with_stats: bool, student: Tensor, target: Tensor | None, soft: Tensor | None,
+        weights: Tensor | None, shares: Tensor | None, scalars: Tensor | None, *teachers: Tensor,
+    ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
+        tensors = Tensors(student, teachers, target, soft, weights, shares)
+        inputs = (student, target, soft, weights, shares, scalars, *teachers)
         losses, rows, saved, aux, *stats = _forward(tensors, options, scalars, True, with_stats)
         ctx.options, ctx.shape = options, student.shape
         ctx.saves_inputs = torch.compiler.is_compiling() or _streams(student)
@@ -202,7 +214,7 @@ class _Native(torch.autograd.Function):
         return loss, *terms, *stats
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = with_kept(ctx, ctx.saved_tensors)  # an error where the graph was freed
         if ctx.saves_inputs:
             result = _backward_of_inputs(ctx.options, grad, *tensors)
@@ -214,25 +226,34 @@ class _Native(torch.autograd.Function):
         return None, None, result, *([None] * (len(ctx.needs_input_grad) - 3))
 
 
-def _second_derivative(options, grad, student, target, soft, weights, scalars, *teachers) -> Tensor:
-    tensors = Tensors(student, teachers, target, soft, weights)
+def _second_derivative(
+    options: Options, grad: Tensor, student: Tensor, target: Tensor | None, soft: Tensor | None,
+    weights: Tensor | None, shares: Tensor | None, scalars: Tensor | None, *teachers: Tensor,
+) -> Tensor:  # fmt: skip
+    tensors = Tensors(student, teachers, target, soft, weights, shares)
     loss = formula.reference(tensors, _joined(options, scalars))[0]
     return torch.autograd.grad(loss, student, grad, create_graph=True)[0]
 
 
-def _backward_of_inputs(options, grad, saved, aux, rows, student, target, soft, weights, scalars, *teachers) -> Tensor:
+def _backward_of_inputs(
+    options: Options, grad: Tensor, saved: Tensor, aux: Tensor, rows: Tensor, student: Tensor, target: Tensor | None,
+    soft: Tensor | None, weights: Tensor | None, shares: Tensor | None, scalars: Tensor | None,
+    *teachers: Tensor,
+) -> Tensor:  # fmt: skip
     if torch.is_grad_enabled():
-        return _second_derivative(options, grad, student, target, soft, weights, scalars, *teachers)
+        return _second_derivative(options, grad, student, target, soft, weights, shares, scalars, *teachers)
     ops = _backend.native_ops(student)
     if not _streams(student):
         reduction = REDUCTIONS.index(options.reduction)
-        return ops.multi_teacher_backward(grad.contiguous(), rows, saved, aux, reduction)
-    return ops.multi_teacher_stream_backward(
-        grad.contiguous(), student, teachers, target, soft, weights, scalars, saved, aux, *_numbers(options)
+        result: Tensor = ops.multi_teacher_backward(grad.contiguous(), rows, saved, aux, reduction)
+        return result
+    result = ops.multi_teacher_stream_backward(
+        grad.contiguous(), student, teachers, target, soft, weights, shares, scalars, saved, aux, *_numbers(options)
     )
+    return result
 
 
-def _backward_of_rows(ctx, grad: Tensor, saved: Tensor, aux: Tensor) -> Tensor:
+def _backward_of_rows(ctx: Any, grad: Tensor, saved: Tensor, aux: Tensor) -> Tensor:
     """From the stored gradient, which on the CPU is the result of `loss.backward()`. The last pass frees it."""
     rows = ctx.gradient
     ready = ctx.options.reduction != "none" and rows.dtype != torch.float16 and _backend.device_kind(rows) == "cpu"
@@ -250,6 +271,8 @@ def _backward_of_rows(ctx, grad: Tensor, saved: Tensor, aux: Tensor) -> Tensor:
 def with_statistics(tensors: Tensors, options: Options) -> tuple[Sequence[Tensor], DistillationStats]:
     """The losses and the statistics of their inputs, from one pass where the row is at hand as a whole."""
     apart = why_reference(tensors, options) is not None or _too_many(tensors) or _streams(tensors.student)
+    if options.divergence != FORWARD and _backend.device_kind(tensors.student) != "cpu":
+        apart = True
     if apart or tensors.soft is not None:
         left, rest = formula.without_zeros(tensors, options)
         return losses_of(left, rest), _separate_statistics(tensors, options)
@@ -273,7 +296,8 @@ def _separate_statistics(tensors: Tensors, options: Options) -> DistillationStat
     labelled = options.labels or tensors.soft is not None
     soft = {} if tensors.soft is None else {"soft": tensors.soft.detach()}
     target = tensors.target if labelled else None
-    stats = group_stats.statistics((tensors.student, *tensors.teachers), target, options.ignore_index, **soft)
+    networks = formula.plain(tensors, options)
+    stats = group_stats.statistics((networks.student, *networks.teachers), target, options.ignore_index, **soft)
     if why_reference(tensors, options) is not None:
         with forward_ad._set_fwd_grad_enabled(False):
             kl = formula.reference_divergences(tensors, options)
@@ -287,19 +311,21 @@ def _divergences(tensors: Tensors, options: Options, k: int) -> Tensor:
     t = options.temperatures[k if len(options.temperatures) > 1 else 0]
     one = options._replace(
         host_weights=(1.0,), temperatures=(t,), combine="losses", kd_weight=1.0, ce_weight=0.0, scale_by_t2=False,
-        reduction="none", num_items=None, terms=False,
+        reduction="none", num_items=None, terms=False, divergence=FORWARD,
     )  # fmt: skip
-    return _native(tensors._replace(teachers=(tensors.teachers[k],), soft=None, weights=None), one, False)[0][0]
+    alone = tensors._replace(teachers=(tensors.teachers[k],), soft=None, weights=None, shares=None)
+    return _native(alone, formula.with_caps_of(one, [k]), False)[0][0]
 
 
 # csrc/multi_teacher/op.cpp registers, with R rows of C classes, A = float64 for float64 logits, else float32, and L = 3
 # with `terms` (the loss, KD, CE), else one loss without that dimension:
-#   forward(student, teachers, target, soft, weights, scalars, host_weights, temperatures, combine, kd_weight,
+#   forward(student, teachers, target, soft, weights, shares, scalars, host_weights, temperatures, combine, kd_weight,
 #           ce_weight, label_smoothing, ignore_index, scale_by_t2, reduction, num_items, uniform, labels, terms,
-#           need_grad, stream)
+#           divergence, divergence_numbers, classes, softcaps, logit_scales, need_grad, stream)
 #       logits [..., C], each of its own dtype and strides; `scalars` float64 [3 + temperatures] on the CPU, or None:
 #       kd_weight, ce_weight, num_items (0: none), temperatures, in the place of the numbers; `labels`: the target holds
-#       classes, not only the rows that are ignored
+#       classes, not only the rows that are ignored; `divergence`: an index of KINDS; `shares` A [2] or [2, R], or None,
+#       in the place of its numbers; `classes`: of the student's columns (0: all), whose gradient is 0 behind them
 #    -> losses A [L] or [L, R]; rows [R, C]: the row's gradient without reduction and grad_output;
 #       saved A: [R] the power of two that float16 rows were multiplied by, or [R, 3K + 2] states to stream again
 #       (3K + 3 with soft targets); aux A [2]: the factor that `rows` still lacks (1 / rows that count), targets out of
@@ -312,8 +338,11 @@ def _divergences(tensors: Tensors, options: Options, k: int) -> Tensor:
 
 
 def register_fakes(namespace: str) -> None:
-    def forward(student, teachers, target, soft, weights, scalars, *options):
-        *_, reduction, _, _, _, terms, need_grad, stream = options
+    def forward(
+        student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, soft: Tensor | None,
+        weights: Tensor | None, shares: Tensor | None, scalars: Tensor | None, *options: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        reduction, terms, (need_grad, stream) = options[8], options[12], options[-2:]
         rows, classes = count_rows(student), student.shape[-1]
         dtype, three = accumulate_dtype(student.dtype), (3,) if terms else ()
         stored, streamed = need_grad and not stream, need_grad and stream
@@ -326,17 +355,20 @@ def register_fakes(namespace: str) -> None:
             student.new_empty((2,), dtype=dtype),
         )
 
-    def forward_stats(student, teachers, target, weights, scalars, *options):
+    def forward_stats(
+        student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, weights: Tensor | None,
+        shares: Tensor | None, scalars: Tensor | None, *options: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         rows, dtype = count_rows(student), accumulate_dtype(student.dtype)
         dtypes = (dtype, torch.bool, torch.int64, dtype, dtype, dtype)
         stats = [student.new_empty((len(teachers) + 1, rows), dtype=d) for d in dtypes]
         kl = student.new_empty((len(teachers), rows), dtype=dtype)
-        return (*forward(student, teachers, target, None, weights, scalars, *options, False), kl, *stats)
+        return (*forward(student, teachers, target, None, weights, shares, scalars, *options, False), kl, *stats)
 
-    def backward(grad, rows, saved, aux, reduction):
+    def backward(grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor, reduction: int) -> Tensor:
         return torch.empty_like(rows)
 
-    def stream_backward(grad, student, *rest):
+    def stream_backward(grad: Tensor, student: Tensor, *rest: Any) -> Tensor:
         return student.new_empty((count_rows(student), student.shape[-1]))
 
     torch.library.register_fake(f"{namespace}::multi_teacher_forward", forward)

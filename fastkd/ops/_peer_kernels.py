@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +34,12 @@ def register_fakes(namespace: str) -> None:
     """`namespace` is fastkd, or the test build that runs the CUDA kernels on the host."""
 
     def forward(
-        logits, teachers, target, soft, weights, teacher_weights, scalars, host_weights, temperature, kd_weight,
-        ce_weight, num_items, cross_entropy, label_smoothing, ignore_index, scale_by_t2, reduction, with_terms,
-        learners, stream,
-    ):  # fmt: skip
+        logits: Sequence[Tensor], teachers: Sequence[Tensor], target: Tensor | None, soft: Tensor | None,
+        weights: Tensor | None, teacher_weights: Tensor | None, scalars: Tensor | None, host_weights: Sequence[float],
+        temperature: float, kd_weight: float, ce_weight: float, num_items: float, cross_entropy: bool,
+        label_smoothing: float, ignore_index: int, scale_by_t2: bool, reduction: int, with_terms: bool,
+        learners: Sequence[int], stream: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         like, rows = logits[0], count_rows(logits[0])
         dtype = accumulate_dtype(like.dtype)
         shape = (len(logits), rows) if reduction == 0 else (len(logits),)
@@ -48,14 +51,16 @@ def register_fakes(namespace: str) -> None:
             like.new_empty((2,), dtype=dtype),
         )
 
-    def backward(grad, rows, saved, aux, learners, reduction):
+    def backward(
+        grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor, learners: Sequence[int], reduction: int
+    ) -> Tensor:
         return torch.empty_like(rows)
 
     torch.library.register_fake(f"{namespace}::mutual_forward", forward)
     torch.library.register_fake(f"{namespace}::mutual_backward", backward)
 
 
-def arguments(tensors: Tensors, options: Options, learners: Sequence[int]) -> tuple:
+def arguments(tensors: Tensors, options: Options, learners: Sequence[int]) -> tuple[Any, ...]:
     """Those of mutual_forward."""
     return (
         tensors.logits, tensors.teachers, tensors.target, tensors.soft, tensors.weights, tensors.teacher_weights,
@@ -67,7 +72,7 @@ def arguments(tensors: Tensors, options: Options, learners: Sequence[int]) -> tu
 
 def forward(op: str, tensors: Tensors, options: Options, learners: Sequence[int]) -> tuple[Tensor, ...]:
     first = tensors.logits[0]
-    out = _backend.native_ops(first).mutual_forward(*arguments(tensors, options, learners))
+    out: tuple[Tensor, ...] = _backend.native_ops(first).mutual_forward(*arguments(tensors, options, learners))
     if tensors.target is not None and may_read_values(first) and out[4].tolist()[1] != 0:
         raise out_of_range(op, tensors.target, first.shape[-1], options.ignore_index)
     return out
@@ -85,11 +90,11 @@ def losses(op: str, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor 
         elif tensors.stacked.requires_grad:
             learners = list(range(len(tensors.logits)))
     if not learners:
-        loss, terms = forward(op, tensors, options, learners)[:2]
-        return loss, terms if options.return_terms else None
+        out = forward(op, tensors, options, learners)
+        return out[0], out[1] if options.return_terms else None
     given = len(tensors.logits) if tensors.stacked is None else 0
-    loss = _Native.apply(op, options, learners, given, *_flat(tensors))
-    loss, terms = loss if options.return_terms else (loss, None)
+    out = _Native.apply(op, options, learners, given, *_flat(tensors))
+    loss, terms = out if options.return_terms else (out, None)
     if not torch.compiler.is_compiling():
         state, values = loss.grad_fn.state, loss.detach()  # without its graph: no circle that only a collector frees
         loss = _losses.with_graphs(loss, lambda m: state.alone(values, m))
@@ -110,10 +115,11 @@ def _flat(tensors: Tensors) -> tuple[Tensor | None, ...]:
     )  # fmt: skip
 
 
-def _tensors(flat: Sequence[Tensor | None], given: int) -> Tensors:
+def _tensors(flat: Sequence[Any], given: int) -> Tensors:
     """From _flat(), of which `given` are the networks: all of them, or 0: one tensor that they are stacked in."""
     target, soft, weights, teacher_weights, scalars, *networks = flat
-    logits, stacked = tuple(networks[:given]), None
+    logits: tuple[Tensor, ...] = tuple(networks[:given])
+    stacked: Tensor | None = None
     if given == 0:
         stacked, given = networks[0], 1
         logits = tuple([rows_of(z) for z in stacked.unbind(0)])
@@ -123,17 +129,21 @@ def _tensors(flat: Sequence[Tensor | None], given: int) -> Tensors:
 class _State:
     """What a forward leaves for the backward of its losses: of all of them together, or of one network alone."""
 
-    def __init__(self, op, options, learners, given, flat, rows, saved, aux):
+    def __init__(
+        self, op: str, options: Options, learners: Sequence[int], given: int, flat: Sequence[Tensor | None],
+        rows: Tensor, saved: Tensor, aux: Tensor,
+    ) -> None:  # fmt: skip
         self.op, self.options, self.learners, self.given = op, options, learners, given
-        self.rows, self.saved, self.aux = rows, saved, aux
-        self.inputs = Inputs(flat)
+        self.rows: Tensor | None = rows  # None: the graph was freed
+        self.saved, self.aux = saved, aux
+        self.inputs: Inputs | None = Inputs(flat)
         self.networks = _networks(flat, given)
         self.teachers = len(flat) - BEFORE_NETWORKS - len(self.networks)
         self.graphs = [z.grad_fn for z in self.networks]
         # Whether the stored rows are the gradients of a plain `losses.sum().backward()`.
         scaled = options.reduction == "none" or rows.dtype == torch.float16
         self.ready = not scaled and _backend.device_kind(rows) == "cpu"
-        self.waiting: weakref.WeakSet | None = None  # the graphs of networks alone that were not gone through
+        self.waiting: weakref.WeakSet[Any] | None = None  # the graphs of networks alone that were not gone through
         self.done: set[int] | None = None
 
     def gradients(self, grad: Tensor) -> Sequence[Tensor]:
@@ -164,7 +174,8 @@ class _State:
             return None
         if self.waiting is None:
             self.waiting, self.done = weakref.WeakSet(), set()
-        return _Alone.apply(self, m, losses[m], z)
+        loss: Tensor = _Alone.apply(self, m, losses[m], z)
+        return loss
 
     def gradient(self, m: int, grad: Tensor) -> Tensor:
         """Of network m alone, in memory of its own."""
@@ -178,9 +189,9 @@ class _State:
         gradient[m] = result.view(gradient.shape[1:])
         return gradient
 
-    def leave(self, graph, m: int) -> None:
+    def leave(self, graph: Any, m: int) -> None:
         """After the backward of network m alone, if that was its last."""
-        if graph_is_kept():
+        if graph_is_kept() or self.waiting is None or self.done is None:
             return
         self.waiting.discard(graph)
         self.done.add(m)
@@ -190,6 +201,7 @@ class _State:
     def second(self, grad: Tensor, m: int | None = None) -> Sequence[Tensor]:
         """The gradients as functions of the inputs: of loss m, or of all."""
         self._stored()
+        assert self.inputs is not None
         return _differentiable(self.inputs.unchanged(self.op), self.given, self.options, self.learners, grad, m)
 
     def _stored(self) -> Tensor:
@@ -208,7 +220,9 @@ class _Native(torch.autograd.Function):
     """The native losses of all networks. The backward asked for with create_graph=True goes through the reference."""
 
     @staticmethod
-    def forward(ctx, op, options, learners, given, *flat):
+    def forward(
+        ctx: Any, op: str, options: Options, learners: Sequence[int], given: int, *flat: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         loss, terms, rows, saved, aux = forward(op, _tensors(flat, given), options, learners)
         if torch.compiler.is_compiling():
             ctx.state = None
@@ -224,7 +238,7 @@ class _Native(torch.autograd.Function):
         return loss, terms
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         saved_tensors, state = ctx.saved_tensors, ctx.state
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -251,14 +265,14 @@ class _Alone(torch.autograd.Function):
     """The loss of one network out of a forward of all: its graph holds this network and no other."""
 
     @staticmethod
-    def forward(ctx, state, m, value, z):
+    def forward(ctx: Any, state: _State, m: int, value: Tensor, z: Tensor) -> Tensor:
         ctx.state, ctx.m = state, m
         ctx.save_for_backward(state.aux)
-        state.waiting.add(ctx)
+        state.waiting.add(ctx)  # type: ignore[union-attr]  # made by alone()
         return value.clone()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor]:
         state, _ = ctx.state, ctx.saved_tensors
         if torch.is_grad_enabled():
             (gradient,) = state.second(grad, ctx.m)
@@ -268,13 +282,16 @@ class _Alone(torch.autograd.Function):
         return None, None, None, gradient
 
 
-def _scaled(grad, rows, saved, aux, learners, options: Options) -> Tensor:
+def _scaled(
+    grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor, learners: Sequence[int], options: Options
+) -> Tensor:
     """[S, R, C], the stored rows times what they lack."""
     reduction = REDUCTIONS.index(options.reduction)
-    return _backend.native_ops(rows).mutual_backward(grad.contiguous(), rows, saved, aux, learners, reduction)
+    result: Tensor = _backend.native_ops(rows).mutual_backward(grad.contiguous(), rows, saved, aux, learners, reduction)
+    return result
 
 
-def _networks(flat: Sequence[Tensor | None], given: int) -> Sequence[Tensor]:
+def _networks(flat: Sequence[Any], given: int) -> Sequence[Tensor]:
     return flat[BEFORE_NETWORKS : BEFORE_NETWORKS + max(1, given)]
 
 
@@ -288,10 +305,13 @@ def _as_given(result: Tensor, networks: Sequence[Tensor], learners: Sequence[int
     return [g.view(networks[m].shape) for g, m in zip(parts, learners, strict=True)]
 
 
-def _differentiable(flat, given: int, options: Options, learners, grad: Tensor, m: int | None = None):
+def _differentiable(
+    flat: Sequence[Tensor | None], given: int, options: Options, learners: Sequence[int], grad: Tensor,
+    m: int | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Through the reference. Of views, so that a network that was given twice gets each of its two gradients."""
     tensors = _tensors(flat, given)
-    inputs = [tensors.stacked]
+    inputs = [] if tensors.stacked is None else [tensors.stacked]
     if given:
         tensors = tensors._replace(logits=tuple([z.view_as(z) for z in tensors.logits]))
         inputs = [tensors.logits[k] for k in (learners if m is None else [m])]
@@ -322,11 +342,14 @@ def _of_groups(op: str, tensors: Tensors, options: Options) -> tuple[Tensor, Ten
     places = {m: (g, k) for g, group in enumerate(groups) for k, m in enumerate(group)}
     order = [list(places).index(m) for m in range(len(tensors.logits))]
     loss = torch.cat([loss for loss, _ in results])[order]
-    terms = torch.cat([terms for _, terms in results], 1)[:, order] if options.return_terms else None
+    parts = [terms for _, terms in results if terms is not None]
+    terms = torch.cat(parts, 1)[:, order] if parts else None
     return _losses.with_graphs(loss, lambda m: results[places[m][0]][0][places[m][1]]), terms
 
 
-def _of_group(op, tensors: Tensors, options: Options, group: list[int], limited: bool) -> tuple[Tensor, Tensor | None]:
+def _of_group(
+    op: str, tensors: Tensors, options: Options, group: list[int], limited: bool
+) -> tuple[Tensor, Tensor | None]:
     """More teachers than a launch takes: their terms add up; the group's own and its labels go with the first."""
     networks = (*tensors.logits, *tensors.teachers)
     others = [n for n in range(len(networks)) if n not in group and is_read(tensors, options, group, n)]
@@ -345,6 +368,15 @@ def _of_group(op, tensors: Tensors, options: Options, group: list[int], limited:
         results.append(losses(op, part, chosen))
     if len(results) == 1:
         return results[0]
-    loss = sum(loss for loss, _ in results)
-    terms = sum(terms for _, terms in results) if options.return_terms else None
-    return _losses.with_graphs(loss, lambda m: sum(loss[m] for loss, _ in results)), terms
+    terms = [terms for _, terms in results if terms is not None]
+    loss = _losses.with_graphs(
+        _total([loss for loss, _ in results]), lambda m: _total([loss[m] for loss, _ in results])
+    )
+    return loss, _total(terms) if terms else None
+
+
+def _total(tensors: Sequence[Tensor]) -> Tensor:
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd.ops import _formulas as formulas
 from fastkd.ops import _losses
-from fastkd.ops._formulas import accumulate_dtype, flat_rows, reduce_rows, weighted_divergence
+from fastkd.ops._formulas import Reduction, accumulate_dtype, flat_rows, reduce_rows, weighted_divergence
 from fastkd.ops._teachers import label_losses
 
 
@@ -40,14 +40,14 @@ class Options(NamedTuple):
     label_smoothing: float = 0.0
     ignore_index: int = -100
     scale_by_t2: bool = True
-    reduction: str = "mean"
+    reduction: Reduction = "mean"
     return_terms: bool = False
 
 
 SCALARS = ("temperature", "kd_weight", "ce_weight", "num_items")
 
 
-def weight_of(tensors: Tensors, options: Options, m: int, n: int):
+def weight_of(tensors: Tensors, options: Options, m: int, n: int) -> float | Tensor:
     """w[m, n], a number or [R] or [1]; n >= M is a teacher."""
     count, total = len(tensors.logits), len(tensors.logits) + len(tensors.teachers)
     tensor, at = (tensors.weights, n) if n < count else (tensors.teacher_weights, n - count)
@@ -60,12 +60,14 @@ def is_read(tensors: Tensors, options: Options, group: list[int], n: int) -> boo
     return any([isinstance(w, Tensor) or w != 0 for w in weights])
 
 
-def block_of(tensors: Tensors, options: Options, group: list[int], columns: list[int]):
+def block_of(
+    tensors: Tensors, options: Options, group: list[int], columns: list[int]
+) -> tuple[Tensor | None, list[list[float]]]:
     """w[group, columns]: (None, rows of numbers), or (a tensor [m, n] or [m, n, R], rows of 0)."""
     rows = [[0.0 if m == n else weight_of(tensors, options, m, n) for n in columns] for m in group]
     known = [w for row in rows for w in row if isinstance(w, Tensor)]
     if not known:
-        return None, rows
+        return None, rows  # type: ignore[return-value]  # numbers, all of them
     like = max(known, key=len).to(accumulate_dtype(tensors.logits[group[0]].dtype))  # [1] or [R]
     filled = [[torch.zeros_like(like) + w for w in row] for row in rows]
     block = torch.stack([torch.stack(row) for row in filled]).to(like.dtype)
@@ -79,11 +81,15 @@ def reference(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor | None
     """
     dtype, result_dtype = _widest(tensors.logits + tensors.teachers), _widest(tensors.logits)
     if tensors.scalars is not None:
-        options = options._replace(**dict(zip(SCALARS, tensors.scalars.unbind(0), strict=True)))
+        temperature, kd_weight, ce_weight, num_items = tensors.scalars.unbind(0)  # SCALARS
+        options = options._replace(
+            temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight, num_items=num_items
+        )
     learners = tensors.logits if tensors.stacked is None else tensors.stacked.unbind(0)
     zs = [flat_rows(z).to(dtype) for z in (*learners, *tensors.teachers)]
     target, items = tensors.target, options.num_items
-    valid = outside = None
+    valid: Tensor | None = None
+    outside: Tensor | None = None
     if target is not None:
         valid = target != options.ignore_index  # [R]
         outside = valid & ((target < 0) | (target >= zs[0].shape[1]))
@@ -91,7 +97,7 @@ def reference(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor | None
         zs = [z.masked_fill(~valid[:, None], 0) for z in zs]
 
     def reduced(rows: Tensor) -> Tensor:
-        if valid is not None:
+        if valid is not None and outside is not None:
             rows = rows * torch.ones_like(rows).masked_fill(outside, math.nan)  # NaN in the gradient as well
             rows = rows.masked_fill(~valid, 0)
         divisor = None if items is None or (not isinstance(items, Tensor) and items == 0) else items
@@ -128,7 +134,7 @@ def _divergences(zs: Sequence[Tensor], tensors: Tensors, options: Options) -> li
     def log_softmax(n: int) -> Tensor:
         if n not in log_p:
             pairs = [row[n] for row in unread] + (unread[n] if n < count else [])
-            nobody = None if any([p is False for p in pairs]) else _all([p for p in pairs if p is not True])
+            nobody = None if any([p is False for p in pairs]) else _all([p for p in pairs if isinstance(p, Tensor)])
             z = zs[n] if nobody is None else zs[n].masked_fill(nobody[:, None], 0)
             log_p[n] = formulas.log_softmax(z, t)
         return log_p[n]
@@ -153,12 +159,12 @@ def _divergences(zs: Sequence[Tensor], tensors: Tensors, options: Options) -> li
     return result
 
 
-def _as_rows(tensors: Tensors, options: Options, m: int, n: int, like: Tensor):
+def _as_rows(tensors: Tensors, options: Options, m: int, n: int, like: Tensor) -> float | Tensor:
     weight = 0.0 if m == n else weight_of(tensors, options, m, n)
     return weight.to(like.dtype) if isinstance(weight, Tensor) else weight
 
 
-def _is_zero(weight):
+def _is_zero(weight: float | Tensor) -> bool | Tensor:
     """bool; a tensor of them for weights on the device, or False where these learn: their derivative reads all."""
     if not isinstance(weight, Tensor):
         return weight == 0
@@ -175,5 +181,6 @@ def _all(conditions: Sequence[Tensor]) -> Tensor | None:
 def _cross_entropy(z: Tensor, tensors: Tensors, options: Options) -> Tensor:
     soft, labels = tensors.soft, tensors.target
     if soft is None:
+        assert labels is not None
         labels = labels.where((labels >= 0) & (labels < z.shape[1]), 0)
     return label_losses(z, labels, soft if soft is None else flat_rows(soft), options.label_smoothing)

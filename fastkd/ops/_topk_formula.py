@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops._autograd import may_read_values
-from fastkd.ops.topk import ABSENT
+from fastkd.ops.topk import ABSENT, Mode
 
 
 class Entries(NamedTuple):
@@ -23,13 +23,18 @@ class Entries(NamedTuple):
     log_p: Tensor  # float64 [R, k], -inf for an absent entry; as `mode` normalises them, at the temperature
     log_tail: Tensor | None  # float64 [R], for "tail" alone
 
+    def tail(self) -> Tensor:
+        """`log_tail` of the mode that has it."""
+        assert self.log_tail is not None
+        return self.log_tail
+
 
 def entries_of(
-    mode: str,
+    mode: Mode,
     ids: Tensor,  # [R, k]
     log_probs: Tensor | None,  # [R, k]
     tail: Tensor | None,  # [R]
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     read: Tensor | None = None,  # bool [R]: rows that are read at all
 ) -> Entries:
     """What check_topk() gave, each id once, normalised for `mode`."""
@@ -91,7 +96,7 @@ def _outside(entries: Entries, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tail_divergence(entries: Entries, log_rest: Tensor, log_z: Tensor) -> Tensor:
-    log_p, log_q = entries.log_tail, (log_rest - log_z).masked_fill(log_rest == -math.inf, 0)
+    log_p, log_q = entries.tail(), (log_rest - log_z).masked_fill(log_rest == -math.inf, 0)
     none = (log_p == -math.inf) | (log_rest == -math.inf)
     return (log_p.exp() * (log_p - log_q).masked_fill(none, 0)).masked_fill(none, 0)
 
@@ -114,7 +119,7 @@ def gradient_both(entries: Entries, x: Tensor) -> Tensor:
     return q - entries.log_p.exp()
 
 
-def divergence(mode: str, entries: Entries, x: Tensor) -> Tensor:
+def divergence(mode: Mode, entries: Entries, x: Tensor) -> Tensor:
     """The divergence of each row, float64 [R]; differentiable in x."""
     if mode == "both":
         return divergence_both(entries, x.gather(1, entries.ids))
@@ -123,14 +128,14 @@ def divergence(mode: str, entries: Entries, x: Tensor) -> Tensor:
     return value if mode != "tail" else value + _tail_divergence(entries, _outside(entries, x)[1], log_z)
 
 
-def _inside(mode: str, entries: Entries, x: Tensor, log_z: Tensor) -> Tensor:
+def _inside(mode: Mode, entries: Entries, x: Tensor, log_z: Tensor) -> Tensor:
     log_q = x.gather(1, entries.ids) - log_z[:, None]
     log_p = torch.zeros_like(entries.log_p) if mode == "sampled" else entries.log_p
     return _expected(entries.log_p.exp(), log_p, log_q.masked_fill(entries.log_p == -math.inf, 0))
 
 
 @torch.no_grad()
-def divergence_and_gradient(mode: str, entries: Entries, x: Tensor) -> tuple[Tensor, Tensor]:
+def divergence_and_gradient(mode: Mode, entries: Entries, x: Tensor) -> tuple[Tensor, Tensor]:
     """The divergence of each row, float64 [R], and its gradient in x, [R, C] of x's dtype."""
     p = entries.log_p.exp()
     if mode == "both":
@@ -143,7 +148,7 @@ def divergence_and_gradient(mode: str, entries: Entries, x: Tensor) -> tuple[Ten
     if mode == "tail":
         rest, log_rest = _outside(entries, x)
         value = value + _tail_divergence(entries, log_rest, log_z)
-        p_tail = entries.log_tail.exp().masked_fill(log_rest == -math.inf, 0)
+        p_tail = entries.tail().exp().masked_fill(log_rest == -math.inf, 0)
         outside = rest.sub_(log_rest.masked_fill(log_rest == -math.inf, 0)[:, None]).exp_()
         gradient.mul_((mass + p_tail).to(x.dtype)[:, None]).sub_(outside.mul_(p_tail.to(x.dtype)[:, None]))
     else:

@@ -15,10 +15,16 @@ from fastkd.ops._autograd import is_transformed, save_for_backward, with_kept
 from fastkd.ops._formulas import LossTerms, accumulate_dtype, flat_rows, reduce_rows
 from fastkd.ops._inputs import check_labels, check_layout, classes_last
 from fastkd.ops._teachers import check_temperature, check_weights
-from fastkd.ops.topk import TopK, check_topk
+from fastkd.ops.topk import Mode, TopK, check_topk
 from fastkd.ops.topk import check_temperature as check_sparse_temperature
 
 REASON = "TopK teachers have no kernel yet: they are plain PyTorch, the dense teachers beside them are native"
+
+# Of whole logits alone.
+DENSE_ALONE = {
+    "divergence": "forward", "divergence_beta": None, "vocab_size": None, "softcap": None, "logit_scale": 1.0,
+    "teacher_softcap": None, "teacher_logit_scale": 1.0,
+}  # fmt: skip
 
 
 def has_sparse(teachers: object) -> bool:
@@ -30,7 +36,7 @@ def has_sparse(teachers: object) -> bool:
 class _Sparse(NamedTuple):
     """One sparse teacher, checked."""
 
-    mode: str
+    mode: Mode
     ids: Tensor  # [R, k]
     log_probs: Tensor | None  # [R, k]
     tail: Tensor | None  # [R]
@@ -39,11 +45,14 @@ class _Sparse(NamedTuple):
 
 
 def checked(
-    op: str, student: Tensor, teachers, target, options: dict[str, Any]
+    op: str, student: Tensor, teachers: Any, target: Tensor | None, options: dict[str, Any]
 ) -> tuple[list[_Sparse], dict[str, Any]]:
     """The sparse teachers of a call, and the arguments of the same call without them."""
     if options["combine"] != "losses":
         raise wrong_value(op, "combine", "'losses' where a teacher is a TopK", repr(options["combine"]))
+    for name, plain in DENSE_ALONE.items():
+        if options[name] != plain:
+            raise wrong_value(op, name, f"{plain!r} where a teacher is a TopK", repr(options[name]))
     if options["return_stats"]:
         raise wrong_value(op, "return_stats", "False where a teacher is a TopK", True)
     class_dim = check_layout(op, student, options["class_dim"], target is not None, "student")
@@ -51,7 +60,14 @@ def checked(
     return sparse, {"student": student, "teachers": dense, "target": target} | options | rest
 
 
-def with_sparse(dense_kd: Callable, op: str, student: Tensor, teachers, target, options: dict[str, Any]) -> Any:
+def with_sparse(
+    dense_kd: Callable[..., Any],
+    op: str,
+    student: Tensor,
+    teachers: Any,
+    target: Tensor | None,
+    options: dict[str, Any],
+) -> Any:
     """multi_teacher_kd(student, teachers, target, **options), where `dense_kd` is it without sparse teachers."""
     sparse, arguments = checked(op, student, teachers, target, options)
     result = dense_kd(**arguments)
@@ -77,7 +93,9 @@ def _is_zero(scalar: float | Tensor) -> bool:
     return not isinstance(scalar, Tensor) and scalar == 0
 
 
-def _split(op: str, teachers, student: Tensor, rows: Tensor, options: dict) -> tuple[list[_Sparse], list[Tensor], dict]:
+def _split(
+    op: str, teachers: Any, student: Tensor, rows: Tensor, options: dict[str, Any]
+) -> tuple[list[_Sparse], list[Tensor], dict[str, Any]]:
     """The sparse teachers, the dense ones, and the weights and temperatures of these; none is a dense one of weight 0,
     which is not read."""
     teachers = [teachers] if isinstance(teachers, TopK) else list(teachers)
@@ -94,6 +112,7 @@ def _split(op: str, teachers, student: Tensor, rows: Tensor, options: dict) -> t
         sparse.append(_Sparse(teacher.mode, ids, log_probs, tail, weight, t))
     if not dense:
         return sparse, [student.detach()], {"weights": [0.0], "temperature": 1.0}
+    given: Tensor | list[float]
     if weights is None:
         given = [host[k] for k in dense]
     else:
@@ -125,26 +144,27 @@ def _is_one(t: float | Tensor) -> bool:
     return not isinstance(t, Tensor) and t == 1
 
 
-def _divergence(mode: str, entries: formula.Entries, x: Tensor) -> Tensor:
+def _divergence(mode: Mode, entries: formula.Entries, x: Tensor) -> Tensor:
     """[R] in x's dtype, with the closed-form gradient where PyTorch's autograd is not needed."""
     learns = torch.is_grad_enabled() and x.requires_grad
     if not learns or is_transformed() or entries.log_p.requires_grad:  # through a temperature that learns
         return formula.divergence(mode, entries, x).to(x.dtype)
-    return _Divergence.apply(mode, x, *entries)
+    value: Tensor = _Divergence.apply(mode, x, *entries)
+    return value
 
 
 class _Divergence(torch.autograd.Function):
     """Value and gradient in one pass; of the backward with create_graph=True, the formula."""
 
     @staticmethod
-    def forward(ctx, mode, x, *entries):
+    def forward(ctx: Any, mode: Mode, x: Tensor, *entries: Any) -> Tensor:
         value, gradient = formula.divergence_and_gradient(mode, formula.Entries(*entries), x)
         ctx.mode = mode
         save_for_backward(ctx, (gradient, x, *entries))
         return value.to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradient, x, *entries = with_kept(ctx, ctx.saved_tensors)
         if torch.is_grad_enabled():
             value = formula.divergence(ctx.mode, formula.Entries(*entries), x).to(x.dtype)

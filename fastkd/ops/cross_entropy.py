@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastkd import _backend
 from fastkd._core.messages import wrong_type
 from fastkd.ops import _losses, mutual
+from fastkd.ops._formulas import Reduction
 from fastkd.ops._inputs import check_labels
 from fastkd.ops._peer_losses import Options, Tensors
 
@@ -23,7 +25,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     mask: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     num_items: float | Tensor | None = None,
 ) -> Tensor:
     """torch.nn.functional.cross_entropy of one network or of M, each row read once for loss and gradient.
@@ -60,7 +62,10 @@ def cross_entropy(
     return _losses.the_only(losses) if isinstance(logits, Tensor) else losses
 
 
-def _check(logits, target, class_dim, label_smoothing, ignore_index, mask, reduction, num_items):
+def _check(
+    logits: Tensor | Sequence[Tensor], target: Tensor | None, class_dim: int, label_smoothing: object,
+    ignore_index: int, mask: object, reduction: Reduction, num_items: object,
+) -> tuple[Tensors, Options, torch.Size]:  # fmt: skip
     one = isinstance(logits, Tensor)
     name = "logits" if one else "logits[0]"
     given = (logits,) if one else logits

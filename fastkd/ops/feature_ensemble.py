@@ -13,7 +13,7 @@ A norm of 0 leaves its map at 0 and gives it no gradient. p=1 with norm="sample"
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -23,13 +23,14 @@ from fastkd._core.checks import check_choice
 from fastkd._core.messages import wrong_value
 from fastkd.ops import _feature_maps as maps
 from fastkd.ops._autograd import Inputs, graph_is_kept, is_transformed, save_for_backward, with_kept
-from fastkd.ops._formulas import accumulate_dtype, reduce_rows
+from fastkd.ops._feature_maps import Norm
+from fastkd.ops._formulas import Reduction, accumulate_dtype, reduce_rows
 from fastkd.ops._inputs import REDUCTIONS, check_mask, check_num_items, why_learning
 from fastkd.ops._teachers import check_weights
 
 OP = "feature_ensemble"
-NORMS = ("sample", "position", "channel")
-ELEMENTS = ("mean", "sum")
+Elements = Literal["mean", "sum"]
+NORMS, ELEMENTS = get_args(Norm), get_args(Elements)
 LAUNCH_PAIRS = 16  # pairs of one CUDA launch; more go in groups
 STATE_PLANES = 5  # numbers per norm that the backward needs (csrc/feature_ensemble/op.h)
 SUPPORTED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -49,12 +50,12 @@ class Options(NamedTuple):
 
     host_weights: tuple[float, ...]  # K numbers, empty where Tensors.weights is a tensor
     p: int
-    norm: str
-    elements: str
-    reduction: str
+    norm: Norm
+    elements: Elements
+    reduction: Reduction
     num_items: float | Tensor | None
 
-    def native(self) -> tuple:
+    def native(self) -> tuple[Any, ...]:
         """The arguments that the raw forward and backward share after the tensors."""
         norm, reduction = NORMS.index(self.norm), REDUCTIONS.index(self.reduction)
         return self.host_weights, self.p, norm, self.elements == "mean", reduction, self.num_items or 0.0
@@ -69,10 +70,10 @@ def feature_ensemble(
     *,
     weights: Tensor | Sequence[float] | None = None,
     p: int = 1,
-    norm: str = "sample",
-    elements: str = "mean",
+    norm: Norm = "sample",
+    elements: Elements = "mean",
     mask: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     num_items: float | Tensor | None = None,
 ) -> Tensor:
     """Distance of K pairs of normalised feature maps, the student's to the teachers'.
@@ -138,7 +139,8 @@ def _native(tensors: Tensors, options: Options) -> Tensor:
     if not (torch.is_grad_enabled() and any([s.requires_grad for s in tensors.students])):
         return _forward(tensors, options, False)[0]
     students, teachers, weights, mask = tensors
-    return _Native.apply(options, len(students), weights, mask, *students, *teachers)
+    loss: Tensor = _Native.apply(options, len(students), weights, mask, *students, *teachers)
+    return loss
 
 
 def _on_cpu(tensors: Tensors) -> bool:
@@ -180,33 +182,37 @@ def why_reference(tensors: Tensors) -> str | None:
                 return why_learning(f"teachers[{k}]", tensors.students)
         if tensors.weights is not None and tensors.weights.requires_grad:
             return "the weights require grad"
-    for map in (*tensors.students, *tensors.teachers):
-        if map.dtype not in SUPPORTED:
-            return f"there are no native kernels for {map.dtype}"
+    for x in (*tensors.students, *tensors.teachers):
+        if x.dtype not in SUPPORTED:
+            return f"there are no native kernels for {x.dtype}"
     return None
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check(students, teachers, weights, p, norm, elements, mask, reduction, num_items) -> tuple[Tensors, Options]:
-    students, teachers = maps.check_pairs(OP, students, teachers)
+def _check(
+    students: object, teachers: object, weights: object, p: Any, norm: Norm, elements: Elements, mask: object,
+    reduction: Reduction, num_items: object,
+) -> tuple[Tensors, Options]:  # fmt: skip
+    pairs = maps.check_pairs(OP, students, teachers)
     if isinstance(p, bool) or p not in (1, 2):
         raise wrong_value(OP, "p", "1 or 2", repr(p))
     check_choice(OP, "norm", norm, NORMS)
     check_choice(OP, "elements", elements, ELEMENTS)
     check_choice(OP, "reduction", reduction, REDUCTIONS)
-    first, k = students[0], len(teachers)
+    first, k = pairs[0][0], len(pairs[1])
     mask = check_mask(OP, mask, first.shape[:1], first.device)
     items = check_num_items(OP, num_items, reduction)
-    if weights is None:
-        weights, host_weights = None, (1.0,) * k
-    else:
-        widest = next((s for s in students if s.dtype == torch.float64), first)  # whose dtype weights are converted to
-        rows = widest[(slice(None), *[0] * (widest.dim() - 2))]  # [B, anything]: a weight per row of it
-        weights, host_weights = check_weights(OP, weights, k, rows, False)
+    known: Tensor | None = None
+    host_weights: tuple[float, ...] = (1.0,) * k
+    if weights is not None:
+        widest = next((s for s in pairs[0] if s.dtype == torch.float64), first)  # whose dtype weights are converted to
+        first_values: tuple[slice | int, ...] = (slice(None), *[0] * (widest.dim() - 2))
+        rows = widest[first_values]  # [B, anything]: a weight per row of it
+        known, host_weights = check_weights(OP, weights, k, rows, False)
     options = Options(host_weights, int(p), norm, elements, reduction, items)
-    return Tensors(students, teachers, weights, mask), options
+    return Tensors(*pairs, known, mask), options
 
 
 # --- reference ------------------------------------------------------------------------------------------------------
@@ -241,9 +247,9 @@ def reference(tensors: Tensors, options: Options) -> Tensor:
     students, teachers, weights, mask = tensors
     students = students * (len(teachers) if len(students) == 1 else 1)
     # A copy, since autograd refuses to keep a tensor made under torch.inference_mode().
-    weights = options.host_weights if weights is None else weights.clone()
-    total = 0
-    for student, teacher, weight in zip(students, teachers, weights, strict=True):
+    each: Sequence[float | Tensor] = options.host_weights if weights is None else weights.clone().unbind(0)
+    total: Tensor = 0  # type: ignore[assignment]  # until the first pair
+    for student, teacher, weight in zip(students, teachers, each, strict=True):
         pair = _pair(student, teacher, weight, mask, options)
         total = total + pair.to(accumulate_dtype(student.dtype))
     items = options.num_items
@@ -264,9 +270,12 @@ def reference(tensors: Tensors, options: Options) -> Tensor:
 
 def register_fakes(namespace: str) -> None:
     """The shapes that the raw operations of `namespace` return, for torch.compile and torch.export."""
+
     def forward(
-        students, teachers, weights, mask, host_weights, p, norm, mean_elements, reduction, items, need_grad, store
-    ):
+        students: Sequence[Tensor], teachers: Sequence[Tensor], weights: Tensor | None, mask: Tensor | None,
+        host_weights: Sequence[float], p: int, norm: int, mean_elements: bool, reduction: int, items: float,
+        need_grad: bool, store: bool,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
         student, dtype = students[0], accumulate_dtype(students[0].dtype)
         norms = sum(teacher.shape[0] * maps.norms_of_a_sample(teacher, NORMS[norm]) for teacher in teachers)
         return (
@@ -275,7 +284,7 @@ def register_fakes(namespace: str) -> None:
             [maps.dense_like(s, dtype if s.dtype == torch.float16 else s.dtype) for s in students] if store else [],
         )
 
-    def backward(grad, students, *rest):
+    def backward(grad: Tensor, students: Sequence[Tensor], *rest: Any) -> list[Tensor]:
         return [maps.dense_like(student, student.dtype) for student in students]
 
     torch.library.register_fake(f"{namespace}::feature_ensemble_forward", forward)
@@ -286,7 +295,10 @@ def _forward(
     tensors: Tensors, options: Options, need_grad: bool, store: bool = False
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     ops = _backend.native_ops(tensors.students[0])
-    return ops.feature_ensemble_forward(*tensors, *options.native(), need_grad, store)
+    out: tuple[Tensor, Tensor, list[Tensor]] = ops.feature_ensemble_forward(
+        *tensors, *options.native(), need_grad, store
+    )
+    return out
 
 
 class _Native(torch.autograd.Function):
@@ -297,7 +309,9 @@ class _Native(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, options, count, weights, mask, *both):
+    def forward(
+        ctx: Any, options: Options, count: int, weights: Tensor | None, mask: Tensor | None, *both: Tensor
+    ) -> Tensor:
         tensors = Tensors(both[:count], both[count:], weights, mask)
         store = _on_cpu(tensors) and not torch.compiler.is_compiling()
         loss, state, gradients = _forward(tensors, options, True, store)
@@ -310,7 +324,8 @@ class _Native(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept: Sequence[Any] | None
         saved = ctx.saved_tensors  # an error where the graph was freed
         wanted = ctx.needs_input_grad[4 : 4 + ctx.count]
         if ctx.inputs is None:
@@ -337,7 +352,7 @@ def _of_the_reference(tensors: Tensors, options: Options, grad: Tensor, wanted: 
     return [next(found) if learns else None for learns in wanted]
 
 
-def _stored(ctx, grad: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+def _stored(ctx: Any, grad: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
     """The stored gradients times grad_output, [] or [B]: the caller's own tensors."""
     mine = not graph_is_kept()  # nobody will see them again
     # A fake tensor has no value to look at.

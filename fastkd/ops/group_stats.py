@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,7 +130,9 @@ def group_stats(
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check(logits, target, ignore_index, mask, class_dim) -> tuple[Sequence[Tensor], Labels]:
+def _check(
+    logits: Tensor | Sequence[Tensor], target: Tensor | None, ignore_index: int, mask: object, class_dim: int
+) -> tuple[Sequence[Tensor], Labels]:
     """The networks' rows as rows_of() gives them, and their labels."""
     check_index(OP, "ignore_index", ignore_index)
     networks, class_dim = _check_networks(logits, target, class_dim)
@@ -147,7 +149,9 @@ def _check(logits, target, ignore_index, mask, class_dim) -> tuple[Sequence[Tens
     return [rows_of(z) for z in networks], Labels(target, soft, ignore_index)
 
 
-def _check_networks(logits: object, target: object, class_dim: object) -> tuple[Sequence[Tensor], int]:
+def _check_networks(
+    logits: Tensor | Sequence[Tensor], target: Tensor | None, class_dim: int
+) -> tuple[Sequence[Tensor], int]:
     """The networks with their classes last, and where those were."""
     if isinstance(logits, Tensor):
         logits = _unstacked(logits, target)
@@ -164,7 +168,7 @@ def _check_networks(logits: object, target: object, class_dim: object) -> tuple[
     return networks, class_dim
 
 
-def _unstacked(logits: Tensor, target: object) -> Sequence[Tensor]:
+def _unstacked(logits: Tensor, target: Tensor | None) -> Sequence[Tensor]:
     networks = logits.dim() - 1
     if isinstance(target, Tensor) and networks > 0:
         networks -= target.dim() - (1 if target.is_floating_point() else 0)
@@ -175,7 +179,7 @@ def _unstacked(logits: Tensor, target: object) -> Sequence[Tensor]:
     return logits.unbind(0)
 
 
-def _check_network(m: int, z: object, first: Tensor) -> None:
+def _check_network(m: int, z: Tensor, first: Tensor) -> None:
     name = f"logits[{m}]"
     if not isinstance(z, Tensor) or not z.is_floating_point():
         check_logits(OP, name, z)  # which raises
@@ -212,6 +216,7 @@ def _network_stats(logits: Tensor, target: Tensor | None, ignore_index: int, sof
         return nothing, broken & False, torch.full_like(broken, -1, dtype=torch.int64), top[:, 0], entropy, margin
     labelled = torch.ones_like(broken) if target is None else target != ignore_index
     if soft is None:
+        assert target is not None
         labelled = labelled & (target >= 0) & (target < classes)
         index = target.where(labelled, 0)[:, None]
         ce = -log_p.gather(1, index)[:, 0]
@@ -223,7 +228,7 @@ def _network_stats(logits: Tensor, target: Tensor | None, ignore_index: int, sof
     return ce.masked_fill(~labelled, math.nan), correct, rank, top[:, 0], entropy, margin
 
 
-def _promoted(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
     dtype = tensors[0].dtype
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -238,7 +243,10 @@ def _promoted(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def register_fakes(namespace: str) -> None:
     """The shapes that the raw operation of `namespace` returns, for torch.compile and torch.export."""
-    def fake(networks, target, soft, ignore_index):
+
+    def fake(
+        networks: Sequence[Tensor], target: Tensor | None, soft: Tensor | None, ignore_index: int
+    ) -> tuple[Tensor, ...]:
         first, shape = networks[0], (len(networks), count_rows(networks[0]))
         dtype = torch.float64 if any([z.dtype == torch.float64 for z in networks]) else torch.float32
         dtypes = (dtype, torch.bool, torch.int64, dtype, dtype, dtype)
@@ -272,7 +280,7 @@ def why_reference(networks: Sequence[Tensor], soft: Tensor | None = None) -> str
     return None
 
 
-def _why(arguments: dict) -> str | None:
+def _why(arguments: dict[str, Any]) -> str | None:
     networks, labels = _check(**arguments)
     return why_reference(networks, labels.soft)
 

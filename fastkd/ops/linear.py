@@ -12,13 +12,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastkd import _backend
 from fastkd.ops import _linear_kernels as kernels
+from fastkd.ops import _linear_sharded as sharded
 from fastkd.ops._autograd import on_host
-from fastkd.ops._formulas import LossTerms
+from fastkd.ops._formulas import LossTerms, Reduction
+from fastkd.ops._gather import check_process_group
 from fastkd.ops._linear_inputs import OP, Head, check_call
+from fastkd.ops._multi_teacher_formula import Combine
 from fastkd.ops.topk import TopK
 
 __all__ = ["Head", "TopK", "linear_multi_teacher_kd"]
@@ -41,12 +45,13 @@ def linear_multi_teacher_kd(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     mask: Tensor | None = None,
-    combine: str = "losses",
+    combine: Combine = "losses",
     vocab_size: int | None = None,
     scale_by_t2: bool = True,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     num_items: float | Tensor | None = None,
     return_terms: bool = False,
+    process_group: torch.distributed.ProcessGroup | None = None,
 ) -> Any:
     """`multi_teacher_kd` of a language model's last hidden states and head, without its logits in memory.
 
@@ -81,6 +86,10 @@ def linear_multi_teacher_kd(
         kd_weight, ce_weight, label_smoothing, ignore_index, mask, combine, scale_by_t2, reduction, num_items,
             return_terms: as in multi_teacher_kd. The mean is over the rows that count, also those that no teacher
             speaks about.
+        process_group: a torch.distributed.ProcessGroup whose processes have the same hidden states, labels and rows,
+            and each some classes of all heads, biases and teachers' logits (column-parallel), in the order of their
+            ranks; `target` counts all classes. The loss and the gradient of `hidden` are the same on all. Then with
+            combine="losses", class indices, no TopK and no rows=, "mean" or "sum", in eager mode, in plain PyTorch.
 
     Returns:
         The loss in float32 (float64 for float64 inputs): a scalar, or [...] for "none"; or (loss, terms). Rows that do
@@ -95,6 +104,7 @@ def linear_multi_teacher_kd(
         ValueError, TypeError: one sentence with argument, what was expected, what came. Labels, ids and rows out of
             range raise on the CPU.
     """
+    check_process_group(OP, process_group)
     call = check_call(
         hidden, weight, teachers, target, bias, softcap, logit_scale, chunk_rows, temperature, weights, kd_weight,
         ce_weight, label_smoothing, ignore_index, mask, combine, vocab_size, scale_by_t2, reduction, num_items,
@@ -105,7 +115,7 @@ def linear_multi_teacher_kd(
         call = call._replace(options=call.options._replace(reduction="sum", num_items=None))
     else:
         items = None
-    losses = kernels.losses_of(call)
+    losses = kernels.losses_of(call) if process_group is None else sharded.losses_of(call, process_group)
     if items is not None:
         losses = [loss / items for loss in losses]
     if reduction == "none":
@@ -113,9 +123,15 @@ def linear_multi_teacher_kd(
     return (losses[0], LossTerms(*[term.detach() for term in losses[1:]])) if return_terms else losses[0]
 
 
-_backend.register(
-    linear_multi_teacher_kd,
-    OP,
-    lambda arguments: kernels.why_reference(check_call(**arguments)),
-    lambda namespace: None,
-)
+def _why_reference(arguments: dict[str, Any]) -> str | None:
+    arguments = dict(arguments)
+    group = arguments.pop("process_group")
+    check_process_group(OP, group)
+    call = check_call(**arguments)
+    if group is None:
+        return kernels.why_reference(call)
+    sharded.check_sharded(call)
+    return sharded.REASON
+
+
+_backend.register(linear_multi_teacher_kd, OP, _why_reference, lambda namespace: None)

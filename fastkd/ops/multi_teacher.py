@@ -2,9 +2,10 @@
 
 Per row, with p_k = softmax(t_k / T), q = softmax(s / T) and the weights w_k (kernels: csrc/multi_teacher/README.md):
 
-    KD    combine="losses"   T^2 * sum_k w_k KL(p_k || q)                (several T: each term with its own T and T^2)
-          combine="probs"    T^2 * KL(sum_k w_k p_k || q)
-          combine="logits"   T^2 * KL(softmax(sum_k w_k t_k / T) || q)
+    KD    combine="losses"   T^2 * sum_k w_k D(p_k, q)                   (several T: each term with its own T and T^2)
+          combine="probs"    T^2 * D(sum_k w_k p_k, q)
+          combine="logits"   T^2 * D(softmax(sum_k w_k t_k / T), q)
+          D                  KL(p || q), or another divergence of _divergences.py
     CE    cross_entropy(s, target, label_smoothing)
     loss  kd_weight * KD + ce_weight * CE
 
@@ -15,7 +16,7 @@ is finite gives +inf. The reference is in _multi_teacher_formula.py, what runs t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -26,7 +27,8 @@ from fastkd._core.checks import check_choice, check_index, check_number
 from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.ops import _multi_teacher_kernels as kernels
 from fastkd.ops._autograd import on_host
-from fastkd.ops._formulas import LossTerms, rows_of
+from fastkd.ops._divergences import check_divergence
+from fastkd.ops._formulas import LossTerms, Reduction, rows_of
 from fastkd.ops._inputs import (
     REDUCTIONS,
     check_layout,
@@ -40,12 +42,13 @@ from fastkd.ops._inputs import (
     classes_last,
     with_mask,
 )
-from fastkd.ops._multi_teacher_formula import Options, Tensors, without_zeros
+from fastkd.ops._multi_teacher_formula import Combine, Options, Tensors, without_zeros
 from fastkd.ops._multi_teacher_kernels import COMBINE, DistillationStats
-from fastkd.ops._teachers import check_teachers, check_temperature, check_weights
+from fastkd.ops._teachers import check_caps, check_teachers, check_temperature, check_vocabulary, check_weights
 from fastkd.ops._topk_logits import REASON as SPARSE_REASON
 from fastkd.ops._topk_logits import checked as checked_sparse
 from fastkd.ops._topk_logits import has_sparse, with_sparse
+from fastkd.ops.topk import TopK
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -59,7 +62,7 @@ OP = "multi_teacher_kd"
 @overload
 def multi_teacher_kd(
     student: Tensor,
-    teachers: Tensor | Sequence[Tensor],
+    teachers: Tensor | TopK | Sequence[Tensor | TopK],
     target: Tensor | None = None,
     *,
     return_terms: Literal[False] = False,
@@ -69,7 +72,7 @@ def multi_teacher_kd(
 @overload
 def multi_teacher_kd(
     student: Tensor,
-    teachers: Tensor | Sequence[Tensor],
+    teachers: Tensor | TopK | Sequence[Tensor | TopK],
     target: Tensor | None = None,
     *,
     return_terms: Literal[True],
@@ -79,7 +82,7 @@ def multi_teacher_kd(
 @overload
 def multi_teacher_kd(
     student: Tensor,
-    teachers: Tensor | Sequence[Tensor],
+    teachers: Tensor | TopK | Sequence[Tensor | TopK],
     target: Tensor | None = None,
     *,
     return_terms: Literal[False] = False,
@@ -89,29 +92,46 @@ def multi_teacher_kd(
 @overload
 def multi_teacher_kd(
     student: Tensor,
-    teachers: Tensor | Sequence[Tensor],
+    teachers: Tensor | TopK | Sequence[Tensor | TopK],
     target: Tensor | None = None,
     *,
     return_terms: Literal[True],
     return_stats: Literal[True],
     **options: Unpack[DistillationCall],
 ) -> tuple[Tensor, LossTerms, DistillationStats]: ...
+@overload
 def multi_teacher_kd(
     student: Tensor,
-    teachers: Tensor | Sequence[Tensor],
+    teachers: Tensor | TopK | Sequence[Tensor | TopK],
+    target: Tensor | None = None,
+    *,
+    return_terms: bool = False,
+    return_stats: bool = False,
+    **options: Unpack[DistillationCall],
+) -> Any: ...
+def multi_teacher_kd(
+    student: Tensor,
+    teachers: Tensor | TopK | Sequence[Tensor | TopK],
     target: Tensor | None = None,
     *,
     weights: Tensor | Sequence[float] | None = None,
     kd_weight: float | Tensor = 1.0,
     temperature: float | Tensor | Sequence[float] = 4.0,
-    combine: str = "losses",
+    combine: Combine = "losses",
+    divergence: str | Mapping[str, float | Tensor] = "forward",
+    divergence_beta: float | None = None,
     ce_weight: float | Tensor = 0.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     mask: Tensor | None = None,
     class_dim: int = -1,
+    vocab_size: int | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_softcap: float | Sequence[float | None] | None = None,
+    teacher_logit_scale: float | Sequence[float] = 1.0,
     scale_by_t2: bool = True,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     num_items: float | Tensor | None = None,
     return_terms: bool = False,
     return_stats: bool = False,
@@ -142,12 +162,24 @@ def multi_teacher_kd(
             grad, all but num_items then go to plain PyTorch.
         combine: "losses" sum of the K divergences | "probs" divergence to the weighted mixture of the teachers'
             probabilities (weights >= 0) | "logits" divergence to the softmax of the weighted sum of their logits.
+        divergence: of a teacher p and the student q: "forward" KL(p || q) | "reverse" KL(q || p) | "jsd"
+            beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, TRL's | "tvd" sum |p - q| / 2 |
+            "skew_forward" KL(p || beta p + (1 - beta) q) | "skew_reverse" KL(q || (1 - beta) p + beta q), DistiLLM's |
+            {"forward": w, "reverse": w}, the sum of both by numbers or tensors [...], one weight a row.
+            The mixtures of combine="probs" and "logits" take forward, reverse, their sum, and jsd.
+        divergence_beta: of jsd (none = 0.5; 0 is forward and 1 is reverse, as in TRL) and of the two skewed ones
+            (none = 0.1, DistiLLM's lambda), in [0, 1].
         ce_weight: weight of cross_entropy(student, target), added; the KD term is not multiplied by 1 - ce_weight.
         label_smoothing: as in torch.nn.functional.cross_entropy, in [0, 1].
         ignore_index: does nothing to probabilities.
         mask: bool [...]: a row where it is False counts nowhere, as if its target were `ignore_index`.
         class_dim: the dimension of the classes in student, teachers (counted in one of them) and soft targets: 1 for
             maps [B, C, H, W], whose rows are [B, H, W]. Maps in channels_last are not copied.
+        vocab_size: classes from here on are padding, in every network: they are not read, and get a gradient of 0.
+            The teachers may then have other numbers of columns than the student. Nothing is copied.
+        softcap, logit_scale: the student's logits are softcap * tanh(logit_scale * logits / softcap) (none =
+            logit_scale * logits), as in Gemma and Cohere; a masked class stays masked.
+        teacher_softcap, teacher_logit_scale: the teachers', one for all or one per teacher.
         scale_by_t2: multiply each divergence by its temperature squared.
         reduction: "none" (per row, shape [...]; 0 for a row that does not count), "sum", or "mean" over the rows that
             count. For [B, C] the mean is torch's kl_div "batchmean"; for [B, T, V] batchmean is T times it.
@@ -167,34 +199,39 @@ def multi_teacher_kd(
     """
     if has_sparse(teachers):
         given = dict(
-            weights=weights, kd_weight=kd_weight, temperature=temperature, combine=combine, ce_weight=ce_weight,
-            label_smoothing=label_smoothing, ignore_index=ignore_index, mask=mask, class_dim=class_dim,
+            weights=weights, kd_weight=kd_weight, temperature=temperature, combine=combine, divergence=divergence,
+            divergence_beta=divergence_beta, ce_weight=ce_weight, label_smoothing=label_smoothing,
+            ignore_index=ignore_index, mask=mask, class_dim=class_dim, vocab_size=vocab_size, softcap=softcap,
+            logit_scale=logit_scale, teacher_softcap=teacher_softcap, teacher_logit_scale=teacher_logit_scale,
             scale_by_t2=scale_by_t2, reduction=reduction, num_items=num_items, return_terms=return_terms,
             return_stats=return_stats,
         )  # fmt: skip
         return with_sparse(multi_teacher_kd, OP, student, teachers, target, given)
     tensors, options = _check(
-        student, teachers, target, weights, kd_weight, temperature, combine, ce_weight, label_smoothing, ignore_index,
-        mask, class_dim, scale_by_t2, reduction, num_items, return_terms, return_stats,
+        student, teachers, target, weights, kd_weight, temperature, combine, divergence, divergence_beta, ce_weight,
+        label_smoothing, ignore_index, mask, class_dim, vocab_size, softcap, logit_scale, teacher_softcap,
+        teacher_logit_scale, scale_by_t2, reduction, num_items, return_terms, return_stats,
     )  # fmt: skip
     return _results(tensors, options, classes_last(student, class_dim).shape[:-1], return_stats)
 
 
 def cross_entropy_one(
-    logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = -100, mask=None,
-    class_dim: int = -1, reduction: str = "mean", num_items=None,
+    logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = -100,
+    mask: Tensor | None = None, class_dim: int = -1, reduction: Reduction = "mean",
+    num_items: float | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The cross-entropy of one network, which is a call without teachers."""
     tensors, options = _check_one(logits, target, label_smoothing, ignore_index, mask, class_dim, reduction, num_items)
-    return _results(tensors, options, classes_last(logits, class_dim).shape[:-1], False)
+    loss: Tensor = _results(tensors, options, classes_last(logits, class_dim).shape[:-1], False)
+    return loss
 
 
-def why_one_reference(logits: Tensor, target: Tensor, **options) -> str | None:
+def why_one_reference(logits: Tensor, target: Tensor, **options: Any) -> str | None:
     """why_reference() of cross_entropy_one(logits, target, **options), all of them given."""
     return kernels.why_reference(*_check_one(logits, target, **options))
 
 
-def _results(tensors: Tensors, options: Options, leading: torch.Size, return_stats: bool) -> Tensor | tuple:
+def _results(tensors: Tensors, options: Options, leading: torch.Size, return_stats: bool) -> Any:
     divisor = options.num_items
     if divisor is not None and not on_host((divisor,)):  # on a GPU, or differentiated
         options = options._replace(reduction="sum", num_items=None)
@@ -209,7 +246,7 @@ def _results(tensors: Tensors, options: Options, leading: torch.Size, return_sta
         losses = [loss / divisor for loss in losses]
     if options.reduction == "none":
         losses = [loss.reshape(leading) for loss in losses]
-    results = [losses[0]]
+    results: list[Any] = [losses[0]]
     if options.terms:
         results.append(LossTerms(*[term.detach() for term in losses[1:]]))
     if return_stats:
@@ -218,38 +255,52 @@ def _results(tensors: Tensors, options: Options, leading: torch.Size, return_sta
 
 
 def _check(
-    student, teachers, target, weights, kd_weight, temperature, combine, ce_weight, label_smoothing, ignore_index,
-    mask, class_dim, scale_by_t2, reduction, num_items, return_terms=False, return_stats=False,
+    student: Tensor, teachers: object, target: Tensor | None, weights: object, kd_weight: object,
+    temperature: object, combine: Combine, divergence: object, divergence_beta: object, ce_weight: object,
+    label_smoothing: object, ignore_index: int, mask: object, class_dim: int, vocab_size: object, softcap: object,
+    logit_scale: object, teacher_softcap: object, teacher_logit_scale: object, scale_by_t2: object,
+    reduction: Reduction, num_items: object, return_terms: object = False, return_stats: object = False,
 ) -> tuple[Tensors, Options]:  # fmt: skip
     _check_tensor(OP, "student", student)
     class_dim = check_layout(OP, student, class_dim, target is not None, "student")
-    teachers = check_teachers(OP, teachers, student)
+    whole = student
+    if vocab_size is not None:
+        student, teachers, target = check_vocabulary(OP, vocab_size, class_dim, student, teachers, target)
+    dense = check_teachers(OP, teachers, student)
     if class_dim != -1:
-        student, teachers = student.movedim(class_dim, -1), [t.movedim(class_dim, -1) for t in teachers]
+        whole, student, *dense = [z.movedim(class_dim, -1) for z in (whole, student, *dense)]
     tensors, options = _check_rows(
         OP, "student", student, target, label_smoothing, ignore_index, mask, class_dim, reduction, num_items
     )
-    check_not_probabilities(OP, "teachers", teachers)
+    check_not_probabilities(OP, "teachers", dense)
     check_choice(OP, "combine", combine, COMBINE)
+    which, shares = check_divergence(OP, divergence, divergence_beta, student, combine)
     kd_weight = check_scalar(OP, "kd_weight", kd_weight, "a finite number")
     ce_weight = check_scalar(OP, "ce_weight", ce_weight, "a finite number")
     if target is None and (isinstance(ce_weight, Tensor) or ce_weight != 0):
         raise wrong_value(OP, "target", f"given where ce_weight is {ce_weight}", None)
-    temperatures = check_temperature(OP, temperature, len(teachers))
+    temperatures = check_temperature(OP, temperature, len(dense))
     if len(temperatures) > 1 and combine != "losses":
         expected = f"one number for combine={combine!r}"
         raise wrong_value(OP, "temperature", expected, f"{len(temperatures)} numbers")
-    weights, host_weights = check_weights(OP, weights, len(teachers), student, combine == "probs")
-    teachers = tuple([rows_of(t) for t in teachers])
-    tensors = Tensors(tensors.student, teachers, tensors.target, tensors.soft, weights)
+    weights, host_weights = check_weights(OP, weights, len(dense), student, combine == "probs")
+    softcaps, scales = check_caps(OP, softcap, logit_scale, teacher_softcap, teacher_logit_scale, len(dense))
+    if vocab_size is not None:
+        tensors, options = tensors._replace(student=rows_of(whole)), options._replace(classes=student.shape[-1])
+    rows = tuple([rows_of(t) for t in dense])
+    tensors = Tensors(tensors.student, rows, tensors.target, tensors.soft, weights, shares)
     options = options._replace(
         host_weights=host_weights, temperatures=temperatures, combine=combine, kd_weight=kd_weight,
-        ce_weight=ce_weight, scale_by_t2=bool(scale_by_t2), terms=bool(return_terms),
+        ce_weight=ce_weight, scale_by_t2=bool(scale_by_t2), terms=bool(return_terms), divergence=which,
+        softcaps=softcaps, logit_scales=scales,
     )  # fmt: skip
     return (tensors, options) if return_stats else without_zeros(tensors, options)
 
 
-def _check_one(logits, target, label_smoothing, ignore_index, mask, class_dim, reduction, num_items):
+def _check_one(
+    logits: Tensor, target: Tensor | None, label_smoothing: object, ignore_index: int, mask: object, class_dim: int,
+    reduction: Reduction, num_items: object,
+) -> tuple[Tensors, Options]:  # fmt: skip
     op = "cross_entropy"
     _check_tensor(op, "logits", logits)
     class_dim = check_layout(op, logits, class_dim, target is not None)
@@ -261,14 +312,15 @@ def _check_one(logits, target, label_smoothing, ignore_index, mask, class_dim, r
     )
 
 
-def _check_tensor(op, name, logits) -> None:
+def _check_tensor(op: str, name: str, logits: object) -> None:
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         check_logits(op, name, logits)  # which raises
 
 
 def _check_rows(
-    op, name, student, target, label_smoothing, ignore_index, mask, class_dim, reduction, num_items
-) -> tuple[Tensors, Options]:
+    op: str, name: str, student: Tensor, target: Tensor | None, label_smoothing: object, ignore_index: int,
+    mask: object, class_dim: int, reduction: Reduction, num_items: object,
+) -> tuple[Tensors, Options]:  # fmt: skip
     """One network, its classes last, and its labels: a call without teachers."""
     check_logits(op, name, student)
     check_not_probabilities(op, name, student)
@@ -290,7 +342,7 @@ def _check_rows(
     return Tensors(rows_of(student), (), target, soft, None), options
 
 
-def _why_reference(arguments: dict) -> str | None:
+def _why_reference(arguments: dict[str, Any]) -> str | None:
     if not has_sparse(arguments["teachers"]):
         return kernels.why_reference(*_check(**arguments))
     options = {name: value for name, value in arguments.items() if name not in ("student", "teachers", "target")}

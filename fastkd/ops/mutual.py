@@ -24,7 +24,7 @@ from fastkd.ops import _formulas as formulas
 from fastkd.ops import _losses
 from fastkd.ops import _peer_kernels as kernels
 from fastkd.ops._autograd import host_scalars, is_transformed, may_read_values, on_host
-from fastkd.ops._formulas import LossTerms, accumulate_dtype
+from fastkd.ops._formulas import LossTerms, Reduction, accumulate_dtype
 from fastkd.ops._inputs import (
     REDUCTIONS,
     check_labels,
@@ -68,6 +68,14 @@ def mutual_kd(
     return_terms: Literal[True],
     **options: Unpack[MutualCall],
 ) -> tuple[Tensor, LossTerms]: ...
+@overload
+def mutual_kd(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor | None = None,
+    *,
+    return_terms: bool = False,
+    **options: Unpack[MutualCall],
+) -> Any: ...
 def mutual_kd(
     logits: Tensor | Sequence[Tensor],
     target: Tensor | None = None,
@@ -83,7 +91,7 @@ def mutual_kd(
     mask: Tensor | None = None,
     class_dim: int = -1,
     scale_by_t2: bool = True,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     num_items: float | Tensor | None = None,
     return_terms: bool = False,
 ) -> Any:
@@ -142,20 +150,20 @@ def mutual_kd(
     return dispatch(OP, tensors, options, leading)
 
 
-def dispatch(op: str, tensors: Tensors, options: Options, leading: Sequence[int]):
+def dispatch(op: str, tensors: Tensors, options: Options, leading: Sequence[int]) -> Any:
     """The losses of a checked call, and with return_terms their terms."""
     items = options.num_items
-    outside = isinstance(items, Tensor) and not on_host([items])  # divided outside of the kernels
-    if outside:
+    outside = items if isinstance(items, Tensor) and not on_host([items]) else None  # divides outside of the kernels
+    if outside is not None:
         options = options._replace(num_items=0.0, reduction="sum")
     loss, terms = _losses_and_terms(op, tensors, options)
-    if outside:
-        loss = _losses.mapped(loss, lambda x: x / items, lambda x: x / items)
+    if outside is not None:
+        loss = _losses.mapped(loss, lambda x: x / outside, lambda x: x / outside)
     if options.reduction == "none" and len(leading) != 1:
         loss = _losses.mapped(loss, lambda x: x.reshape(-1, *leading), lambda x: x.reshape(leading))
-    if not options.return_terms:
+    if terms is None:
         return loss
-    terms = (terms / items if outside else terms).detach()
+    terms = (terms if outside is None else terms / outside).detach()
     return loss, LossTerms(*[t.reshape(loss.shape) for t in terms.unbind(0)])
 
 
@@ -199,8 +207,10 @@ def why_reference(tensors: Tensors, options: Options) -> str | None:
 
 
 def _check(
-    logits, target, weights, teachers, teacher_weights, kd_weight, temperature, ce_weight, label_smoothing,
-    ignore_index, mask, class_dim, scale_by_t2, reduction, num_items, return_terms,
+    logits: Tensor | Sequence[Tensor], target: Tensor | None, weights: object, teachers: object,
+    teacher_weights: object, kd_weight: object, temperature: object, ce_weight: object, label_smoothing: object,
+    ignore_index: int, mask: object, class_dim: int, scale_by_t2: object, reduction: Reduction, num_items: object,
+    return_terms: object,
 ) -> tuple[Tensors, Options, torch.Size]:  # fmt: skip
     """Tensors, options, the leading shape of one network's logits without their classes."""
     logits, stacked, class_dim = check_networks(OP, logits, class_dim, target is not None, least=2)
@@ -236,7 +246,7 @@ def check_smoothing(op: str, label_smoothing: object) -> float:
     return check_number(op, "label_smoothing", label_smoothing, "a number in [0, 1]", 0, 1)
 
 
-def check_reduction(op: str, reduction: object, num_items: object) -> float | Tensor:
+def check_reduction(op: str, reduction: Reduction, num_items: object) -> float | Tensor:
     """What the sum of the rows is divided by, 0: the reduction's own."""
     check_choice(op, "reduction", reduction, REDUCTIONS)
     items = check_num_items(op, num_items, reduction)
@@ -244,7 +254,7 @@ def check_reduction(op: str, reduction: object, num_items: object) -> float | Te
 
 
 def check_networks(
-    op: str, logits: object, class_dim: object, labelled: bool, least: int, name: str = "logits[0]"
+    op: str, logits: object, class_dim: int, labelled: bool, least: int, name: str = "logits[0]"
 ) -> tuple[tuple[Tensor, ...], Tensor | None, int]:
     """Logits of one shape and device with their classes last; the tensor that they are stacked in; their class_dim."""
     stacked = None
@@ -267,7 +277,7 @@ def check_networks(
     if not isinstance(first, Tensor):
         check_logits(op, name, first)
     class_dim = check_layout(op, first, class_dim, labelled, name)
-    networks = logits if class_dim == -1 else [_moved(z, class_dim) for z in logits]
+    networks: Sequence[Any] = logits if class_dim == -1 else [_moved(z, class_dim) for z in logits]
     first = check_logits(op, name, networks[0])
     for k, z in enumerate(networks):
         # The usual case in one look: this runs for every network of every step.
@@ -280,8 +290,9 @@ def check_networks(
 
 
 def _moved(logits: object, class_dim: int) -> object:
-    movable = isinstance(logits, Tensor) and logits.dim() >= -class_dim
-    return classes_last(logits, class_dim) if movable else logits
+    if isinstance(logits, Tensor) and logits.dim() >= -class_dim:
+        return classes_last(logits, class_dim)
+    return logits
 
 
 def _check_teachers(teachers: object, first: Tensor, class_dim: int) -> Sequence[Tensor]:
@@ -304,7 +315,7 @@ def _check_temperature(temperature: object) -> float | Tensor:
 
 
 def _check_all_weights(
-    weights: object, teacher_weights: object, kd_weight, logits: Sequence[Tensor], teachers: Sequence[Tensor]
+    weights: object, teacher_weights: object, kd_weight: object, logits: Sequence[Tensor], teachers: Sequence[Tensor]
 ) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor], tuple[float, ...]]:
     """(weights and teacher_weights that the host does not know, the teachers that are read, the host's numbers)."""
     first, m, n = logits[0], len(logits), len(teachers)
@@ -317,7 +328,7 @@ def _check_all_weights(
         return None, None, (), (0.0,) * (m * m)
     if n == 0:
         return weights, teacher_weights, (), peers
-    rows = [frozen[i * n : i * n + n] for i in range(m)]
+    rows: list[Sequence[float]] = [frozen[i * n : i * n + n] for i in range(m)]
     if given and teacher_weights is None and 0.0 in frozen:
         read = [k for k in range(n) if any([row[k] != 0 for row in rows])]
         teachers, rows = [teachers[k] for k in read], [[row[k] for k in read] for row in rows]
@@ -367,7 +378,7 @@ def _beside(diagonal: bool) -> str:
     return "" if diagonal else " beside the diagonal"
 
 
-def _host_weights(name: str, weights: Sequence, m: int, n: int, diagonal: bool) -> tuple[float, ...]:
+def _host_weights(name: str, weights: Sequence[Any], m: int, n: int, diagonal: bool) -> tuple[float, ...]:
     """m * n numbers of nested sequences, the diagonal as 0 where it is not read."""
     lengths = [len(row) if isinstance(row, Sequence) and not isinstance(row, str) else -1 for row in weights]
     if lengths != [n] * m:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,11 +17,14 @@ from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.ops._autograd import may_read_values
 from fastkd.ops.group_stats import GroupStats
 
-BY = ("ce", "accuracy", "top5")
+By = Literal["ce", "accuracy", "top5"]
+BY = get_args(By)
 TOP = 5
 
 
-def network_scores(stats: GroupStats, by: str = "ce", process_group=None) -> Tensor:
+def network_scores(
+    stats: GroupStats, by: By = "ce", process_group: torch.distributed.ProcessGroup | None = None
+) -> Tensor:
     """Mean cross-entropy, accuracy or top-5 accuracy of each network over the samples with a label, float64 [M].
 
     >>> stats = fastkd.functional.group_stats([torch.eye(4), torch.zeros(4, 4)], torch.arange(4))
@@ -42,7 +46,9 @@ def network_scores(stats: GroupStats, by: str = "ce", process_group=None) -> Ten
     return _scores(stats, by, process_group)
 
 
-def rank_networks(stats: GroupStats, by: str = "ce", process_group=None) -> Tensor:
+def rank_networks(
+    stats: GroupStats, by: By = "ce", process_group: torch.distributed.ProcessGroup | None = None
+) -> Tensor:
     """The order of the networks, best first, by `network_scores`: lowest mean CE, highest accuracy or top-5 accuracy.
 
     Ties are broken by index, networks that gave NaN come last, samples without a label do not count. `order[:k]` are
@@ -61,7 +67,7 @@ def rank_networks(stats: GroupStats, by: str = "ce", process_group=None) -> Tens
     return (scores if by == "ce" else -scores).sort(stable=True).indices  # NaN sorts last
 
 
-def _scores(stats: GroupStats, by: str, process_group) -> Tensor:
+def _scores(stats: GroupStats, by: By, process_group: torch.distributed.ProcessGroup | None) -> Tensor:
     counted = stats.labelled()
     value = stats.ce if by == "ce" else stats.correct if by == "accuracy" else stats.label_rank < TOP
     value = value.double().masked_fill(stats.ce.isnan(), math.nan).masked_fill(~counted, 0)

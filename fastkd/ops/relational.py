@@ -13,7 +13,8 @@ CPU, where nothing but distances is wanted, from the differences.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as torch_functional
@@ -24,7 +25,7 @@ from fastkd._core.checks import check_choice, check_number
 from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.ops import _gather
 from fastkd.ops._autograd import Inputs, graph_is_kept, is_transformed, save_for_backward, with_kept
-from fastkd.ops._formulas import accumulate_dtype, reduce_rows
+from fastkd.ops._formulas import Reduction, accumulate_dtype, reduce_rows
 from fastkd.ops._inputs import REDUCTIONS, check_mask, check_num_items, why_learning
 
 DISTANCE, ANGLE = "rkd_distance", "rkd_angle"
@@ -45,7 +46,7 @@ class Options(NamedTuple):
 
     op: str
     eps: float
-    reduction: str
+    reduction: Reduction
 
 
 # --- public functions -----------------------------------------------------------------------------------------------
@@ -56,9 +57,9 @@ def rkd_distance(
     teacher: Tensor,  # [N, E]
     *,
     mask: Tensor | None = None,  # [N]
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     num_items: float | Tensor | None = None,
-    process_group=None,
+    process_group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """Distance-wise relational distillation: Huber loss between the distances in a batch, each network's over its mean.
 
@@ -102,10 +103,10 @@ def rkd_angle(
     teacher: Tensor,  # [N, E]
     *,
     mask: Tensor | None = None,  # [N]
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     num_items: float | Tensor | None = None,
     eps: float = 1e-6,
-    process_group=None,
+    process_group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """Angle-wise relational distillation: Huber loss between the cosines of the angles in all triplets of a batch.
 
@@ -128,7 +129,12 @@ def rkd_angle(
     return _run(*_check(ANGLE, student, teacher, mask, reduction, num_items, process_group, eps), process_group)
 
 
-def _run(tensors: Tensors, options: Options, num_items: float | Tensor | None, process_group) -> Tensor:
+def _run(
+    tensors: Tensors,
+    options: Options,
+    num_items: float | Tensor | None,
+    process_group: torch.distributed.ProcessGroup | None,
+) -> Tensor:
     if process_group is not None:
         tensors = Tensors(*_gather.gather_pair(options.op, *tensors, process_group))
     if num_items is not None:
@@ -176,8 +182,9 @@ def why_reference(tensors: Tensors) -> str | None:
 
 
 def _check(
-    op: str, student, teacher, mask, reduction, num_items, process_group, eps: object = 0.0
-) -> tuple[Tensors, Options, float | Tensor | None]:
+    op: str, student: Tensor, teacher: Tensor, mask: object, reduction: Reduction, num_items: object,
+    process_group: object, eps: object = 0.0,
+) -> tuple[Tensors, Options, float | Tensor | None]:  # fmt: skip
     for name, value in (("student", student), ("teacher", teacher)):
         if not isinstance(value, Tensor):
             raise wrong_type(op, name, "a floating-point tensor [N, D]", type(value).__name__)
@@ -238,6 +245,7 @@ def _over_all_rows(tensors: Tensors, options: Options) -> Tensor:
     dtype, (student, teacher, mask) = result_dtype(tensors), tensors
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = student.to(dtype), teacher.to(dtype)
+        others: int | tuple[int, int]
         if options.op == DISTANCE:
             pair, others = (_relative_distances(student, mask), _relative_distances(teacher, mask)), 1
         else:
@@ -272,23 +280,27 @@ def _padded(n: int) -> int:
 
 def register_fakes(namespace: str) -> None:
     """The shapes that the raw operations of `namespace` return, for torch.compile and torch.export."""
-    def sides(x, gram, mask, kind, eps):
+
+    def sides(x: Tensor, gram: Tensor, mask: Tensor | None, kind: int, eps: float) -> tuple[Tensor, ...]:
         n = x.shape[0]
         dtype = torch.float32 if kind == KIND_SINGLE else torch.float64
         planes = {KIND_DISTANCE: 1, KIND_SINGLE: 3, KIND_FULL: 2}[kind]
         return x.new_empty((planes, n, _padded(n)), dtype=dtype), x.new_empty((2,))
 
-    def loss(student, teacher, mean, weight, kind, reduction, need_grad):
+    def loss(
+        student: Tensor, teacher: Tensor, mean: Tensor, weight: Tensor | None, kind: int, reduction: int,
+        need_grad: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         n = student.shape[1]
         square = (n, n) if need_grad else (0, 0)
         return mean.new_empty((n,) if reduction == 0 else ()), mean.new_empty(square)
 
-    def distances(x, mask):
+    def distances(x: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
         n, width = x.shape[0], (x.shape[1] + 15) // 16 * 16
         planes = x.new_empty((1, n, _padded(n)), dtype=torch.float64)
         return planes, x.new_empty((3,), dtype=torch.float64), x.new_empty((n, width))
 
-    def pull(laplacian, rows, mean, columns):
+    def pull(laplacian: Tensor, rows: Tensor, mean: Tensor, columns: int) -> Tensor:
         return rows.new_empty((rows.shape[0], columns))
 
     torch.library.register_fake(f"{namespace}::relational_distances", distances)
@@ -339,7 +351,7 @@ class _Native(torch.autograd.Function):
     """The native loss. The backward asked for with create_graph=True goes through the reference formula."""
 
     @staticmethod
-    def forward(ctx, options, student, teacher, mask):
+    def forward(ctx: Any, options: Options, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
         tensors = Tensors(student, teacher, mask)
         # The gradient of N losses with N factors is known in the backward only, which computes all again.
         loss, grad = _forward(tensors, options, None, options.reduction != "none")
@@ -351,25 +363,27 @@ class _Native(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[None, Tensor | None, None, None]:
+        tensors: Sequence[Any]
+        result: Tensor | None
         saved = ctx.saved_tensors  # an error where the graph was freed
         if ctx.inputs is None:
             grad, *tensors = with_kept(ctx, saved)
         else:
-            grad, tensors = ctx.grad, ctx.inputs.unchanged(ctx.options.op) if torch.is_grad_enabled() else ()
+            grad, tensors = ctx.grad, ctx.inputs.unchanged(ctx.options.op) if torch.is_grad_enabled() else []
             if not graph_is_kept():
                 ctx.grad = ctx.inputs = None
         if torch.is_grad_enabled():
             loss = _over_all_rows(Tensors(*tensors), ctx.options)
             (result,) = torch.autograd.grad(loss, tensors[0], grad_loss, create_graph=True)
         elif grad is None:
-            result = _forward(Tensors(*tensors), ctx.options, grad_loss.double(), True)[1]
+            _, result = _forward(Tensors(*tensors), ctx.options, grad_loss.double(), True)
         else:
             result = grad * grad_loss
-        return None, result.to(ctx.dtype), None, None
+        return None, None if result is None else result.to(ctx.dtype), None, None
 
 
-def _why(op: str):
+def _why(op: str) -> Callable[[dict[str, Any]], str | None]:
     return lambda arguments: why_reference(_check(op, **arguments)[0])
 
 

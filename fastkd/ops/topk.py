@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from fastkd._core.checks import check_choice
 from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.ops._autograd import may_read_values
 
-MODES = ("tail", "truncate", "teacher", "both", "sampled")
+Mode = Literal["tail", "truncate", "teacher", "both", "sampled"]
+MODES = get_args(Mode)
 RETEMPERED = ("teacher", "both")  # the others need the teacher's normaliser, which is not known at another temperature
 ABSENT = -1e3  # a log-probability of at most this, or a negative id, is no entry
 ROUNDING = 1e-2  # by which a log-probability in half precision may be above 0
@@ -50,7 +52,7 @@ class TopK:
     ids: Tensor
     log_probs: Tensor | None = None
     _: KW_ONLY
-    mode: str = "tail"
+    mode: Mode = "tail"
     tail_log_prob: Tensor | None = None
 
 
@@ -66,7 +68,7 @@ def check_topk(op: str, name: str, teacher: TopK, like: Tensor) -> tuple[Tensor,
         raise wrong_value(op, f"{name}.ids", f"of shape {[*leading, 'k']}, k >= 1", f"shape {list(ids.shape)}")
     _check_ids(op, name, ids, like.shape[-1])
     if values is not None or teacher.mode != "sampled":
-        _check_floats(op, f"{name}.log_probs", values, ids.shape)
+        values = _check_floats(op, f"{name}.log_probs", values, ids.shape)
         _check_values(op, f"{name}.log_probs", values, teacher.mode)
         values = values.reshape(-1, ids.shape[-1])
     if tail is not None:
@@ -83,7 +85,7 @@ def check_topk(op: str, name: str, teacher: TopK, like: Tensor) -> tuple[Tensor,
     return ids.reshape(-1, ids.shape[-1]), values, tail
 
 
-def check_temperature(op: str, name: str, mode: str, temperature: float | Tensor) -> None:
+def check_temperature(op: str, name: str, mode: Mode, temperature: float | Tensor) -> None:
     """The divergence of `mode` at this temperature, a number or a 0-d tensor on the host."""
     if mode in RETEMPERED:
         return
@@ -96,12 +98,13 @@ def check_temperature(op: str, name: str, mode: str, temperature: float | Tensor
         raise wrong_value(op, "temperature", expected, temperature)
 
 
-def _check_floats(op: str, name: str, value: object, shape: torch.Size) -> None:
+def _check_floats(op: str, name: str, value: object, shape: torch.Size) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise wrong_type(op, name, "a floating-point tensor of log-probabilities", got)
     if value.shape != shape:
         raise wrong_value(op, name, f"of shape {list(shape)}", f"shape {list(value.shape)}")
+    return value
 
 
 def _check_ids(op: str, name: str, ids: Tensor, classes: int) -> None:
@@ -109,7 +112,7 @@ def _check_ids(op: str, name: str, ids: Tensor, classes: int) -> None:
         raise wrong_value(op, f"{name}.ids", f"below {classes}, the number of classes", int(ids.max()))
 
 
-def _check_values(op: str, name: str, values: Tensor, mode: str) -> None:
+def _check_values(op: str, name: str, values: Tensor, mode: Mode) -> None:
     if not may_read_values(values) or values.numel() == 0:
         return
     top = float(values.detach().max())  # NaN where one value is

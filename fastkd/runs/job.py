@@ -61,7 +61,10 @@ class Job(Setup):
     @cached_property
     def recipes(self) -> dict[str, Recipe]:
         """Of the stages, by the stages' names."""
-        return {name: recipe(stage.method) for name, stage in self.stages.items()}
+        known = {self.config.method: self.recipe}
+        for stage in self.stages.values():
+            known[stage.method] = known.get(stage.method) or recipe(stage.method)
+        return {name: known[stage.method] for name, stage in self.stages.items()}
 
     def teaches_logits(self, stage: Stage) -> bool:
         """Whether the stage's frozen networks teach by their logits of each image alone: these may be kept."""

@@ -110,9 +110,7 @@ def _job(run: Job | TrainConfig) -> Job:
     return run if isinstance(run, Job) else Job.of(run, world())
 
 
-def stage_key(
-    run: Job | TrainConfig, stage: Stage, stages: dict[str, Stage], data: datasets.Data | None = None
-) -> str:
+def stage_key(run: Job | TrainConfig, stage: Stage, stages: dict[str, Stage], data: datasets.Data | None = None) -> str:
     """Changes with all that determines the weights of this stage's network, the keys of what it needs among it.
 
     data: those of the run; loaded where they are not given.

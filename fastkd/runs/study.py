@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastkd._core.messages import UserError
+from fastkd._core.messages import UserError, guess
 from fastkd.runs.config import TrainConfig, differences, read_yaml
 from fastkd.runs.plans import check_options, plan, recipe
 from fastkd.train.settings import Settings
@@ -75,9 +74,8 @@ def find(name: str) -> Path:
     asked = name.removesuffix(".yaml")
     if asked in known:
         return RECIPES / f"{asked}.yaml"
-    close = difflib.get_close_matches(asked, known, n=1)
-    guess = f"did you mean {close[0]}? " if close else ""
-    raise UserError(f"there is no study {name}, neither a file nor in the package: {guess}known are {', '.join(known)}")
+    near = guess(asked, known)
+    raise UserError(f"there is no study {name}, neither a file nor in the package: {near}known are {', '.join(known)}")
 
 
 def read(path: Path, overrides: dict[str, Any] | None = None) -> Study:
@@ -158,10 +156,9 @@ def _check(runs: list[Run], path: Path) -> None:
     for run in runs:
         for name in run.options:
             if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                guess = f"did you mean {close[0]}? " if close else ""
+                near = guess(str(name), known)
                 why = "belongs to the study itself" if name in FORBIDDEN else "is unknown"
-                raise UserError(f"the study {path}: the option {name!r} {why}: {guess}see fastkd train --help")
+                raise UserError(f"the study {path}: the option {name!r} {why}: {near}see fastkd train --help")
         plan(run.config(path.parent))
     names = [run.name for run in runs]
     twice = [name for name in names if names.count(name) > 1]

@@ -164,7 +164,7 @@ def _check_values(config: Settings) -> None:
     wrong = settle(config)
     if wrong:
         raise UserError(wrong)
-    if not (0 <= config.validation < 1 or config.validation > 1 and config.validation % 1 == 0):
+    if not (0 <= config.validation < 1 or (config.validation > 1 and config.validation % 1 == 0)):
         raise UserError(
             f"--validation must be a fraction from 0 to below 1 or a number of images, got {config.validation!r}"
         )

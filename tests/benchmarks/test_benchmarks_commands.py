@@ -123,8 +123,8 @@ def test_sanitizers_see_our_kernels_alone_and_every_allocation(tmp_path, monkeyp
         command = list(steps[name].command)
         assert command[0] == "/cuda/compute-sanitizer" and command[command.index("--tool") + 1] == name
         assert command[command.index("--kernel-name") + 1] == "kns=fastkd" and not steps[name].skip
-    assert steps["memcheck"].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    assert list(steps["bytes"].command)[0] == "/cuda/ncu"
+    assert dict(steps["memcheck"].environment) == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    assert steps["bytes"].command[0] == "/cuda/ncu"
 
 
 def test_a_steps_environment_reaches_it(tmp_path):

@@ -69,7 +69,7 @@ def test_it_writes_its_file_and_chart_and_prints_the_tables(tmp_path, tiny, caps
         assert times["networks"] == pytest.approx(max(0, times["fused"] - times["fused loss"]), rel=1e-2, abs=1e-2)
         assert entry["losses"] >= 1 and entry["extra_bytes"]["fused"] > 0
     sizes = {axis: {m: list(own) for m, own in scaling.series(result, axis)} for axis in scaling.AXES}
-    assert sizes["networks"] == dict.fromkeys(scaling.GROWS, [2, 3]) and sizes["batch"]["FEED"] == [4, 6]
+    assert sizes["networks"] == {key: [2, 3] for key in scaling.GROWS} and sizes["batch"]["FEED"] == [4, 6]
     peers = dict(scaling.series(result, "networks"))["CTSL-MKT"]  # all of them learn: memory is that of all
     assert peers[3]["extra_bytes"]["fused"] > 1.3 * peers[2]["extra_bytes"]["fused"]
     picture = file.with_suffix(".png").read_bytes()

@@ -219,7 +219,7 @@ def test_training_steps_write_their_file_and_chart(tmp_path, tiny_steps, capsys,
     assert [entry["method"] for entry in result["steps"]] == list(steps.METHODS)
     for entry in result["steps"]:
         assert entry["losses"] >= 1 and set(entry["milliseconds"]) >= {"fused", "reference", "fused loss"}
-        assert 0 < entry["loss_share"]["fused"] and entry["images_per_second"]["fused"] > 0
+        assert entry["loss_share"]["fused"] > 0 and entry["images_per_second"]["fused"] > 0
     assert is_png(file.with_suffix(".png"))
 
 
@@ -248,7 +248,7 @@ def test_backends_that_differ_are_not_measured(method, monkeypatch):
 
     for name in ("multi_teacher_kd", "mutual_kd", "feature_ensemble"):
         monkeypatch.setattr(functional, name, wrong(getattr(functional, name)))
-    with pytest.raises(AssertionError, match="fused .*, reference"):
+    with pytest.raises(AssertionError, match=r"fused .*, reference"):
         steps.require_same(step)
 
 

@@ -91,7 +91,7 @@ def of_loads(*steps):
 
 
 @pytest.mark.parametrize(
-    ("steps", "repeats", "expected"),
+    "steps, repeats, expected",
     [
         (("l1", "l2", "u1", "u2"), False, 32),  # both arrive together
         (("l1", "u1", "l2", "u2"), False, 16),  # one after the other

@@ -53,7 +53,7 @@ def test_train_size_is_stratified_and_nested():
     assert counts.min() >= 9 and counts.max() <= 11
 
 
-@pytest.mark.parametrize(("validation", "count"), [(0.1, 126), (200, 200)])
+@pytest.mark.parametrize("validation, count", [(0.1, 126), (200, 200)])
 def test_validation_split(validation, count):
     plain = data.load("digits", validation=validation, augment=False)
     other = data.load("digits", validation=validation, train_size=50, augment=True, views=2)
@@ -205,7 +205,7 @@ def test_workers_of_other_datasets_are_seeded_by_the_epoch():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    "options, words",
     [
         ({"batch_size": 0}, ["batch_size", "0"]),
         ({"batch_size": 4, "workers": -1}, ["workers", "-1"]),
@@ -214,7 +214,7 @@ def test_workers_of_other_datasets_are_seeded_by_the_epoch():
     ],
 )
 def test_wrong_loaders(digits, options, words):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"^loader: ") as caught:
         data.loader(digits, shuffle=True, **options)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 

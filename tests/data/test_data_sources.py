@@ -44,7 +44,7 @@ def test_augmentation_leaves_the_global_generators_alone(folder):
     assert (torch.rand(1), np.random.rand()) == expected
 
 
-@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
+@pytest.mark.parametrize("name, classes", [("cifar10", 10), ("cifar100", 100)])
 def test_cifar(tmp_path, monkeypatch, name, classes):
     import torchvision
 
@@ -137,7 +137,7 @@ def test_names_and_spellings(tiny):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "error", "words"),
+    "name, options, error, words",
     [
         ("cifra10", {}, ValueError, ["cifra10", "did you mean cifar10", "imagefolder:DIR"]),
         ("digits:x", {}, ValueError, ["digits:x"]),
@@ -202,7 +202,7 @@ def damaged(folder):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "error", "words"),
+    "spoil, error, words",
     [
         (no_train, FileNotFoundError, ["train/", "test/ or val/"]),
         (no_test, FileNotFoundError, ["train/", "test/ or val/"]),
@@ -222,7 +222,7 @@ def test_bad_image_folders(folder, spoil, error, words):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "error", "words"),
+    "spoil, error, words",
     [
         (
             lambda d: (d / "val" / "val_annotations.txt").unlink(),
@@ -245,12 +245,12 @@ def test_no_network(tmp_path, monkeypatch):
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
-    with pytest.raises(FileNotFoundError, match="could not be downloaded .*Network is unreachable.*connect"):
+    with pytest.raises(FileNotFoundError, match=r"could not be downloaded .*Network is unreachable.*connect"):
         data.load("cifar10", root=tmp_path, download=True)
 
 
 @pytest.mark.parametrize(
-    ("package", "name", "shown"), [("sklearn", "digits", "scikit-learn"), ("PIL", "imagefolder:", "pillow")]
+    "package, name, shown", [("sklearn", "digits", "scikit-learn"), ("PIL", "imagefolder:", "pillow")]
 )
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, folder, package, name, shown):
     real = importlib.import_module

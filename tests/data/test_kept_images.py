@@ -52,7 +52,7 @@ def test_a_file_that_cannot_be_read_is_left_out_in_each_epoch(folder):
         assert [len(target) for _, target in batches] == [3, 4, 4]
         assert [*batches.unreadable] == [str(folder / "train" / "dark" / "0.png")]
     strict = data.load(f"imagefolder:{folder}", image_size=8, keep_images=True)
-    with pytest.raises(ValueError, match="0.png cannot be read"):
+    with pytest.raises(ValueError, match=r"0.png cannot be read"):
         [*data.loader(strict.train, 4, shuffle=False)]
 
 

@@ -145,7 +145,7 @@ def test_chunks_that_are_closed_late_do_not_hide_the_next_batch():
     assert asked == ["guides.0", "guides.1"]
 
 
-@pytest.mark.parametrize(("make", "taught", "message"), [
+@pytest.mark.parametrize("make, taught, message", [
     (lambda: CE(mlp(1)), {}, "CE: taught must be None: .* or has none, got dict"),
     (lambda: ctsl([mlp(1), mlp(2)], (), self_learning=False), {}, "CTSLMKT: taught must be None"),
     (lambda: ctsl([mlp(1), mlp(2)], [mlp(3), mlp(4)], views=True), {}, "CTSLMKT: taught must be None"),
@@ -203,7 +203,7 @@ def test_variants_repeat_the_augmentation():
         assert torch.equal(seen[-1], torch.stack([image for image, _ in other.train]))
     assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
     for wrong in (-1, True, 1.5):
-        with pytest.raises(ValueError, match="^load: variants must be an integer of at least 0"):
+        with pytest.raises(ValueError, match=r"^load: variants must be an integer of at least 0"):
             images_of(variants=wrong)
 
 
@@ -411,7 +411,7 @@ def test_size_says_what_is_there(tmp_path):
     assert cache_of(tmp_path / "none", dtype="float16").size([0]) == (IMAGES * (2 * CLASSES + 4), 0)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
+@pytest.mark.parametrize("arguments, message", [
     (lambda: (images_of().with_views(2).train, {}), "one view each, got 2 views"),
     (lambda: (Part(images_of().train, 0, 2), {}), "a data set of fastkd.data, .* got Part"),
     (lambda: (images_of().train, {"dtype": "int8"}), "dtype must be 'float32' or 'float16', got 'int8'"),
@@ -438,7 +438,7 @@ def test_a_disk_that_gets_full(tmp_path, monkeypatch):
     resource.setrlimit(resource.RLIMIT_FSIZE, (128 + 10 * 4 * CLASSES + 6, before[1]))  # 10 rows, and a piece
     try:
         assert ask(cache, [5, 9], VALUES)[1]
-        with pytest.raises(OSError, match="v0000.npy") as caught:
+        with pytest.raises(OSError, match=r"v0000.npy") as caught:
             ask(cache, [7, 10], VALUES)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -97,7 +97,7 @@ def test_what_is_recorded_is_not_yet_computed():
 
 def test_warm_ups_leave_no_trace():
     network, wrapper, _ = pair()
-    x, y = images()
+    x, _y = images()
     for _ in range(2):  # the second call is captured
         before = torch.get_rng_state(), random.getstate()
         network(x), wrapper(x)
@@ -199,7 +199,7 @@ def test_a_second_backward_pass_is_an_error():
     with pytest.raises(RuntimeError, match="once only"):
         loss.backward()
     (output,) = torch.autograd.grad(wrapper(x).sum(), wrapper.network[0].weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
         output.sum().backward()
 
 
@@ -526,7 +526,7 @@ def test_the_number_of_kinds_is_bounded():
 
 
 def test_copies_have_no_graphs():
-    _, wrapper, shared = pair()
+    _, wrapper, _shared = pair()
     x, y = images()
     step(wrapper, x, y), step(wrapper, x, y)
     twin = copy.deepcopy(wrapper)

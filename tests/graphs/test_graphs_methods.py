@@ -57,7 +57,7 @@ def test_the_same_weights(case, how):
 
 
 def test_roles_that_change_are_replayed_in_their_order():
-    method, graphs = graphed(method_of("ORC"))
+    method, _graphs = graphed(method_of("ORC"))
     train(method, "ORC", rows=(12,) * 8)
     assert int((method.promotions > 0).sum()) > 1
     calls = {wrapper.name: wrapper.replays for wrapper in wrappers(method)}
@@ -96,7 +96,7 @@ def test_teachers_are_run_as_they_were_wrapped():
     train(method, "CTSLMKT", rows=(12,))
     assert seen == list(method.self_teachers) and list(method.state_dict()) == names
     assert method_of("DKEL").teacher_names == ("teacher",) and method_of("CE").teacher_names == ()
-    with pytest.raises(TypeError, match="wrap must be a function that returns a callable network for self_teachers.0"):
+    with pytest.raises(TypeError, match=r"wrap must be a function that returns a callable network for self_teachers.0"):
         method.map_teachers(lambda network: None)
 
 

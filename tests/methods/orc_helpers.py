@@ -108,7 +108,7 @@ def plain_feedback(ces, wrongs, errors_only):
         counts[(quotas - counts).argmax()] += 1
     picked = []
     for ce, some, count in zip(ces, allowed, counts.tolist(), strict=True):
-        hardest = sorted(some, key=lambda b: -ce[b])  # noqa: B023
+        hardest = sorted(some, key=lambda b: -ce[b])
         picked += [hardest[n % len(hardest)] for n in range(int(count))]
     return torch.tensor(picked)
 

@@ -80,9 +80,11 @@ CASES = {
         lambda: methods.AVER(net(0), [net(1)], weights="confidence"),
     ),
     "MeanTeacher": Case(
-        lambda n, t: methods.MeanTeacher(n(0), momentum=0.9), lambda: methods.MeanTeacher(nn.Linear), views=2,
+        lambda n, t: methods.MeanTeacher(n(0), momentum=0.9),
+        lambda: methods.MeanTeacher(nn.Linear),
+        views=2,
         chunks="parts",  # an image without a label agrees, too, and a chunk weighs as its labelled ones
-    ),  # fmt: skip
+    ),
     "ONE": Case(  # its gate normalises the batch
         lambda n, t: methods.ONE(n(0)), lambda: methods.ONE(net(0)), **branches, chunks="parts"
     ),

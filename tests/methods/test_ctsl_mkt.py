@@ -130,7 +130,7 @@ def test_a_peer_whose_switches_are_off_learns_by_cross_entropy():
     x, y = batch()
     names = ("mutual_response", "mutual_relation", "self_learning")
     networks, others = peers(3), peers(3)
-    run(CTSLMKT(networks, former(3), **dict.fromkeys(names, [True, False, True])), x, y)
+    run(CTSLMKT(networks, former(3), **{key: [True, False, True] for key in names}), x, y)
     run(CTSLMKT(others, former(3)), x, y)
     alone = peers(3)[1]
     run(CE(alone), x, y)
@@ -235,9 +235,9 @@ def test_every_peer_has_its_view():
     assert abs(loss - expected) < 1e-10
     method = CTSLMKT(networks, selves, views=True, mutual_relation=False)
     assert abs(run(method, (x, x2), y, chunks=3) - run(method, (x, x2), y)) < 1e-12
-    with pytest.raises(ValueError, match="^CTSLMKT: inputs must be a tuple or list of 2 views, .*, got 3 of them$"):
+    with pytest.raises(ValueError, match=r"^CTSLMKT: inputs must be a tuple or list of 2 views, .*, got 3 of them$"):
         next(method.phases((x, x, x), y))
-    with pytest.raises(TypeError, match="^CTSLMKT: inputs must be a tuple or list of 2 views, .*, got Tensor$"):
+    with pytest.raises(TypeError, match=r"^CTSLMKT: inputs must be a tuple or list of 2 views, .*, got Tensor$"):
         next(method.phases(x, y))
 
 

@@ -312,7 +312,7 @@ def test_wrong_set_ups(call, error, message):
 
 def test_a_network_shared_with_the_teacher_is_refused():
     student = bn_student()
-    with pytest.raises(ValueError, match="^DKEL: teacher must be a network of its own"):
+    with pytest.raises(ValueError, match=r"^DKEL: teacher must be a network of its own"):
         DKEL(student, teacher=student)
 
 

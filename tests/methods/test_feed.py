@@ -24,30 +24,30 @@ def assert_same_gradients(found, expected, tolerance, strict=True):
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}")  # noqa: B023
 
 
-def plain_pool(map, size):
+def plain_pool(x, size):
     """The mean of the pixels that each place of the smaller map covers."""
-    height, width = map.shape[-2:]
+    height, width = x.shape[-2:]
     rows = []
     for i in range(size[0]):
         top, bottom = i * height // size[0], -((i + 1) * height // -size[0])
         cells = []
         for j in range(size[1]):
             left, right = j * width // size[1], -((j + 1) * width // -size[1])
-            cells.append(map[:, :, top:bottom, left:right].mean((2, 3)))
+            cells.append(x[:, :, top:bottom, left:right].mean((2, 3)))
         rows.append(torch.stack(cells, -1))
     return torch.stack(rows, -2)
 
 
-def plain_transform(layers, map, slope):
+def plain_transform(layers, x, slope):
     for layer in layers:
         if isinstance(layer, nn.Conv2d):
-            map = torch_functional.conv2d(map, layer.weight, layer.bias, padding=1)
+            x = torch_functional.conv2d(x, layer.weight, layer.bias, padding=1)
         elif isinstance(layer, nn.BatchNorm2d):
-            mean, variance = map.mean((0, 2, 3), keepdim=True), map.var((0, 2, 3), unbiased=False, keepdim=True)
-            map = (map - mean) / (variance + layer.eps).sqrt() * layer.weight[:, None, None] + layer.bias[:, None, None]
+            mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), unbiased=False, keepdim=True)
+            x = (x - mean) / (variance + layer.eps).sqrt() * layer.weight[:, None, None] + layer.bias[:, None, None]
         else:
-            map = torch.where(map > 0, map, slope * map)
-    return map
+            x = torch.where(x > 0, x, slope * x)
+    return x
 
 
 def plain_feed(method, x, y, beta, mean=True, p=1, dims=(1, 2, 3), slope=0.1):
@@ -230,9 +230,9 @@ def test_layouts_give_the_same():
 def test_the_larger_map_is_pooled(size, other):
     a, b = torch.randn(2, 3, *size), torch.randn(2, 3, *other)
     goal = [min(pair) for pair in zip(size, other, strict=True)]
-    for found, map in zip(of_one_size(a, b), (a, b), strict=True):
-        torch.testing.assert_close(found, plain_pool(map, goal))
-        assert found is map or found.shape != map.shape
+    for found, x in zip(of_one_size(a, b), (a, b), strict=True):
+        torch.testing.assert_close(found, plain_pool(x, goal))
+        assert found is x or found.shape != x.shape
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])

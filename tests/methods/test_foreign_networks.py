@@ -125,8 +125,8 @@ class OwnFeatures(nn.Module):
         return self.network[:3](x)
 
     def forward(self, x):
-        map = self.forward_features(x)
-        return Outputs(self.network[3:](map), map.flatten(1), (map,))
+        features = self.forward_features(x)
+        return Outputs(self.network[3:](features), features.flatten(1), (features,))
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -202,7 +202,7 @@ def test_a_frozen_base_may_be_shared():
     KD(Adapted(base, 2), teacher)
     student = Adapted(base, 5)
     for other in (student, nn.Sequential(base, student.adapter)):
-        with pytest.raises(ValueError, match="^KD: guides.* must be .* shares parameters with student: .*be shared"):
+        with pytest.raises(ValueError, match=r"^KD: guides.* must be .* shares parameters with student: .*be shared"):
             KD(student, other)
     assert all(p.requires_grad for p in student.adapter.parameters())  # nothing was frozen
 

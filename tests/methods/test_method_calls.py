@@ -75,7 +75,7 @@ def test_forward_is_the_loss_of_a_method_of_one_phase(case):
 
 def test_forward_of_a_method_that_does_not_say_that_it_has_phases():
     method = Roles(mlp(1), guides_of(2))
-    with pytest.raises(ValueError, match="^Roles: forward must be"):
+    with pytest.raises(ValueError, match=r"^Roles: forward must be"):
         method(*rows())
     assert method.iterations == 0 and method.order == []
 

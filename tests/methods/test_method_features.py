@@ -140,7 +140,7 @@ def test_a_network_without_them_is_one_sentence(case):
 def test_a_forward_features_that_returns_a_tensor_is_refused():
     network = mlp(1)
     network.forward_features = network.forward  # as in timm
-    with pytest.raises(TypeError, match="^M: student must be .*with_features.*, got Tensor instead of Outputs$"):
+    with pytest.raises(TypeError, match=r"^M: student must be .*with_features.*, got Tensor instead of Outputs$"):
         outputs_of(network, batch()[0], "M", "student")
 
 
@@ -185,7 +185,7 @@ def test_data_parallel_sees_the_call(tmp_path):
         method.map_learners(nn.parallel.DistributedDataParallel)
         for i in range(2):  # a hook that runs only where DDP's own backward does
             method.learner(f"networks.{i}").register_comm_hook(calls, twice)
-        loss, grads = step(method)
+        _loss, grads = step(method)
         assert len(calls) == 2
         for grad, other in zip(grads, expected[1], strict=True):
             torch.testing.assert_close(grad, 2 * other, rtol=0, atol=1e-12)

@@ -61,5 +61,5 @@ def test_what_is_no_state_is_one_sentence(wrong):
     method = DGKD(mlp(1), guides_of(2))
     state = copy.deepcopy(method.state_dict())
     state["_extra_state"] = wrong(state["_extra_state"])
-    with pytest.raises(ValueError, match="^DGKD: _extra_state must be the uint8 tensor .* got .*leave it out"):
+    with pytest.raises(ValueError, match=r"^DGKD: _extra_state must be the uint8 tensor .* got .*leave it out"):
         method.load_state_dict(state)

@@ -172,7 +172,7 @@ def test_map_learners_wraps_and_composes():
     train(method, x, y, steps=1)
     twin = copy.deepcopy(method)
     assert twin.learner("pivot").module.module is twin.pivot is not method.pivot
-    with pytest.raises(TypeError, match="^Roles: wrap must be a function .*, got NoneType$"):
+    with pytest.raises(TypeError, match=r"^Roles: wrap must be a function .*, got NoneType$"):
         method.map_learners(lambda network: None)
     assert isinstance(method.learner("pivot"), Wrapper)
 
@@ -263,7 +263,7 @@ def test_learners_must_be_apart():
         Roles(mlp(2), [body, nn.Sequential(body, nn.Identity())])
     with pytest.raises(ValueError, match=r"^Roles: students\.1 must be a network of its own"):
         Roles(mlp(2), [body] * 3)
-    with pytest.raises(ValueError, match="^Roles: students must be a sequence of at least one network"):
+    with pytest.raises(ValueError, match=r"^Roles: students must be a sequence of at least one network"):
         Roles(mlp(2), [])
 
 
@@ -279,7 +279,7 @@ def test_a_method_without_its_parts_says_so():
         pass
 
     method = Empty(learners={"student": mlp(1)})
-    with pytest.raises(NotImplementedError, match="^Empty must define iteration"):
+    with pytest.raises(NotImplementedError, match=r"^Empty must define iteration"):
         list(method.phases(*batch()))
-    with pytest.raises(NotImplementedError, match="^Empty must define deployable"):
+    with pytest.raises(NotImplementedError, match=r"^Empty must define deployable"):
         method.deployable()

@@ -44,7 +44,7 @@ def test_a_chunk_runs_when_it_is_asked_for():
 
 def test_the_loss_of_a_batch_in_chunks_is_refused():
     (phase,) = CE(mlp(1)).phases(*batch(), chunks=2)
-    with pytest.raises(ValueError, match="^Phase: loss must be asked for with chunks=1, got chunks=2: .*losses"):
+    with pytest.raises(ValueError, match=r"^Phase: loss must be asked for with chunks=1, got chunks=2: .*losses"):
         _ = phase.loss
 
 

@@ -268,7 +268,7 @@ def test_every_peer_has_its_view(make):
     assert_gradients(networks, [gradients(network) for network in seen], 0)
     if method.__class__ is DML or method.ensemble != "linear":
         assert abs(run(method, (x, x2), y, chunks=3) - run(method, (x, x2), y)) < 1e-12
-    with pytest.raises(ValueError, match="inputs must be a tuple or list of 2 views, .*, got 1 of them$"):
+    with pytest.raises(ValueError, match=r"inputs must be a tuple or list of 2 views, .*, got 1 of them$"):
         next(method.phases([x], y))
 
 
@@ -373,7 +373,7 @@ def test_wrong_set_up_is_one_sentence(make, case):
 def test_a_label_out_of_range_is_told(ensemble):
     x, y = batch()
     y[3] = 7
-    with pytest.raises(ValueError, match="target must be class indices in .*, got index 7"):
+    with pytest.raises(ValueError, match=r"target must be class indices in .*, got index 7"):
         next(KDCL(peers(), ensemble=ensemble).phases(x, y))
 
 

@@ -30,9 +30,9 @@ def test_loss_and_gradients_are_the_formula(labels, chunks):
     x, y = batch()
     y[[0, 4]] = -100
     method = Reconstruction(Net(1))
-    twin, map = copy.deepcopy(method), Net(1)(x).maps[-1].detach()
+    twin, target = copy.deepcopy(method), Net(1)(x).maps[-1].detach()
     loss, grads = step(method, x, y if labels else None, chunks)
-    rows = (plain_autoencoder(twin.autoencoder, map) - map).abs().mean((1, 2, 3))
+    rows = (plain_autoencoder(twin.autoencoder, target) - target).abs().mean((1, 2, 3))
     value = rows[y != -100].mean() if labels else rows.mean()
     expected = torch.autograd.grad(value, list(twin.autoencoder.parameters()))
     assert abs(loss - value) < 1e-12
@@ -40,7 +40,7 @@ def test_loss_and_gradients_are_the_formula(labels, chunks):
         torch.testing.assert_close(grad, other, rtol=0, atol=1e-12)
     error = method.error(x)
     torch.testing.assert_close(error.absolute, rows.detach())
-    torch.testing.assert_close(error.relative, rows.detach() / map.abs().mean((1, 2, 3)))
+    torch.testing.assert_close(error.relative, rows.detach() / target.abs().mean((1, 2, 3)))
 
 
 def test_the_published_widths():
@@ -68,7 +68,7 @@ def test_wrong_set_ups():
     maps = r"a network that gives its feature maps \(fastkd.models.with_features"
     with pytest.raises(ValueError, match=f"^Reconstruction: network must be {maps}.*, got one without a Conv2d"):
         Reconstruction(mlp(1))
-    with pytest.raises(ValueError, match="^Reconstruction: channels must be an integer of at least 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^Reconstruction: channels must be an integer of at least 1, got 0$"):
         Reconstruction(Net(1), channels=0)
-    with pytest.raises(ValueError, match="^Reconstruction: channels must be that of the last feature map, 4, got 5$"):
+    with pytest.raises(ValueError, match=r"^Reconstruction: channels must be that of the last feature map, 4, got 5$"):
         next(Reconstruction(Net(1), channels=5).phases(batch()[0]))

@@ -29,7 +29,7 @@ def test_defaults_and_given_arguments_arrive():
     assert methods.PCL(tiny(0)).init is None
 
 
-@pytest.mark.parametrize(("make", "unknown"), [
+@pytest.mark.parametrize("make, unknown", [
     (lambda: methods.PCL(tiny(0), decay=0.5), "decay"), (lambda: methods.PCL(tiny(0), init=2), "init"),
     (lambda: methods.FT(nn.Linear(1, 1), nn.Linear(1, 1), mode="parallel"), "mode"),
 ])  # fmt: skip

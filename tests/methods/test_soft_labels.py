@@ -58,5 +58,5 @@ def test_an_ensemble_relative_to_the_label_refuses_probabilities(ensemble):
     method = methods.KDCL([method_of("CE").student, method_of("CE", 1).student], ensemble=ensemble)
     inputs, target = batch("KDCL")
     one_hot = torch.nn.functional.one_hot(target, CLASSES).float()
-    with pytest.raises(TypeError, match="KDCL: target must be class indices for ensemble=.*, got probabilities"):
+    with pytest.raises(TypeError, match=r"KDCL: target must be class indices for ensemble=.*, got probabilities"):
         next(method.phases(inputs, one_hot))

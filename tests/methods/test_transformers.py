@@ -56,5 +56,5 @@ def test_steps_in_chunks_and_by_relations():
 
 def test_orc_says_that_tokens_cannot_be_mixed():
     inputs, target = encoded()
-    with pytest.raises(TypeError, match="^ORC: inputs must be a floating-point tensor"):
+    with pytest.raises(TypeError, match=r"^ORC: inputs must be a floating-point tensor"):
         next(ORC(bert(1), [bert(2), bert(3)]).phases(inputs, target))

@@ -41,7 +41,7 @@ def test_native_features(name, size):
 
 
 @pytest.mark.parametrize(
-    ("name", "shapes"),
+    "name, shapes",
     [
         ("resnet20", [(16, 32), (32, 16), (64, 8)]),
         ("wrn16_2", [(32, 32), (64, 16), (128, 8)]),
@@ -76,7 +76,7 @@ def test_with_features_without_names(name):
 CASES = [("resnet8", None), ("resnet8", ["layer2", "layer3"]), ("resnet18", ["layer2", "layer4", "flatten"])]
 
 
-@pytest.mark.parametrize(("name", "layers"), CASES)
+@pytest.mark.parametrize("name, layers", CASES)
 def test_with_features_shares_everything_with_the_network(name, layers):
     model = models.create(name, 5, 8)
     watched = models.with_features(model, layers)
@@ -90,7 +90,7 @@ def test_with_features_shares_everything_with_the_network(name, layers):
     assert model(images(2).double()).dtype == torch.float64
 
 
-@pytest.mark.parametrize(("name", "layers"), CASES)
+@pytest.mark.parametrize("name, layers", CASES)
 def test_with_features_follows_modes_and_agrees(name, layers):
     model = models.create(name, 5, 8).eval()
     model.layer1.train()
@@ -103,7 +103,7 @@ def test_with_features_follows_modes_and_agrees(name, layers):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-@pytest.mark.parametrize(("name", "layers"), CASES)
+@pytest.mark.parametrize("name, layers", CASES)
 def test_with_features_is_copied_with_its_mode(name, layers, copied):
     watched = models.with_features(models.create(name, 5, 8), layers).eval()
     other = copied(watched)
@@ -174,7 +174,7 @@ class Branching(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "words"),
+    "make, error, words",
     [
         (lambda: models.with_features(models.create("resnet8", 5), ["layer4"]), ValueError, ["layer4", "layer3"]),
         (lambda: models.with_features(nn.Sequential(nn.Flatten())), ValueError, ["layer_names", "Sequential"]),
@@ -196,7 +196,7 @@ def test_with_features_errors(make, error, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "layers"), [("plain2", None), ("plain2", ["stages.0", "fc"]), *CASES])
+@pytest.mark.parametrize("name, layers", [("plain2", None), ("plain2", ["stages.0", "fc"]), *CASES])
 def test_outputs_pass_through_compile(name, layers):
     watched = models.with_features(models.create(name, 5, 8), layers).eval()
     compiled = torch.compile(watched, backend="eager", fullgraph=True)

@@ -34,7 +34,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "size", "channels"), SIZES)
+@pytest.mark.parametrize("name, size, channels", SIZES)
 def test_every_network_maps_images_to_logits(name, size, channels):
     model = models.create(name, 7, size, channels).eval()
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_torchvision_networks_keep_their_own_stem_on_large_images():
         assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}, name
 
 
-@pytest.mark.parametrize(("name", "layers"), [("resnet18", "layer{}"), ("densenet121", "features.denseblock{}")])
+@pytest.mark.parametrize("name, layers", [("resnet18", "layer{}"), ("densenet121", "features.denseblock{}")])
 def test_staged_networks_compute_what_torchvision_computes(name, layers):
     import torchvision
     from torchvision.models.feature_extraction import create_feature_extractor
@@ -75,7 +75,7 @@ def test_staged_networks_compute_what_torchvision_computes(name, layers):
 
 
 @pytest.mark.parametrize(
-    ("name", "stride"),
+    "name, stride",
     [("resnet18", 8), ("mobilenet_v2", 8), ("shufflenet_v2_x0_5", 8), ("densenet121", 8), ("densenet40_12", 4)],
 )
 def test_small_stem_shrinks_less(name, stride):
@@ -92,7 +92,7 @@ def test_a_vgg_with_a_classifier_of_three_layers():
     assert not torch.equal(first, second) and first.shape == (64, 64)
     outputs = model.forward_features(images(2, 16))
     assert torch.equal(model.fc(outputs.features), outputs.logits) and (outputs.features >= 0).all()
-    with pytest.raises(ValueError, match='create: head must be "linear" or "mlp", got .big.'):
+    with pytest.raises(ValueError, match=r'create: head must be "linear" or "mlp", got .big.'):
         models.create("vgg8", 7, 16, head="big")
 
 
@@ -116,7 +116,7 @@ PUBLISHED = [  # name, classes, options, parameters
 ]
 
 
-@pytest.mark.parametrize(("name", "classes", "options", "parameters"), PUBLISHED)
+@pytest.mark.parametrize("name, classes, options, parameters", PUBLISHED)
 def test_parameters_are_the_published_ones(name, classes, options, parameters):
     assert models.parameters_count(models.create(name, classes, **options)) == parameters
 
@@ -240,7 +240,7 @@ def test_same_seed_same_network():
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize(("name", "half"), [("plain4", 16), ("resnet8", 8), ("vgg8", 32)])
+@pytest.mark.parametrize("name, half", [("plain4", 16), ("resnet8", 8), ("vgg8", 32)])
 def test_width_multiplier(name, half):
     first = next(m for m in models.create(name, 5, width=0.5).modules() if isinstance(m, nn.Conv2d))
     assert first.out_channels == half
@@ -260,7 +260,7 @@ def test_other_spellings():
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "words"),
+    "call, error, words",
     [
         (lambda: models.create("resnet21", 10), ValueError, ["resnet21", "did you mean", "resnet20"]),
         (lambda: models.create("zzz", 10), ValueError, ["zzz", "known are", "plain2"]),

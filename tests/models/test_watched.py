@@ -54,7 +54,7 @@ def test_outputs_of_a_network_that_cannot_be_traced():
 
 
 def test_its_gradients_and_modes_are_the_networks():
-    x, y = batch()
+    x, _y = batch()
     network = Branches()
     watched = with_features(network, ["block"])
     torch.manual_seed(3)
@@ -103,7 +103,7 @@ def test_a_block_that_returns_a_tuple_is_its_first_tensor():
     assert torch.equal(with_features(Net(None), ["pair"])(x).features, 2 * x)
     network = Net(None)
     network.pair.forward = lambda x: {"a": x, 0: x}
-    with pytest.raises(ValueError, match="^with_features: layer 'pair' must give a tensor, got dict"):
+    with pytest.raises(ValueError, match=r"^with_features: layer 'pair' must give a tensor, got dict"):
         with_features(network, ["pair"])(x)
 
 

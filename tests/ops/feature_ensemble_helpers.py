@@ -10,18 +10,18 @@ F = fastkd.functional
 PLACES = ("cpu", "simt", "cuda")
 
 
-def channels_last(map):
-    return map.movedim(1, -1).contiguous().movedim(-1, 1)
+def channels_last(x):
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 LAYOUTS = {
-    "contiguous": lambda map: map,
+    "contiguous": lambda x: x,
     "channels_last": channels_last,
-    "every other sample": lambda map: map.repeat_interleave(2, 0)[::2],
-    "one of more channels": lambda map: torch.cat([map, map], 1)[:, : map.shape[1]],  # dense samples, far apart
-    "transposed": lambda map: map.transpose(1, -1).contiguous().transpose(1, -1),
-    "every other channel": lambda map: map.repeat_interleave(2, 1)[:, ::2],
-    "offset": lambda map: torch.cat([map.flatten()[:1], map.flatten()])[1:].view(map.shape),
+    "every other sample": lambda x: x.repeat_interleave(2, 0)[::2],
+    "one of more channels": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],  # dense samples, far apart
+    "transposed": lambda x: x.transpose(1, -1).contiguous().transpose(1, -1),
+    "every other channel": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "offset": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
 }
 
 
@@ -32,14 +32,13 @@ def make(shapes, dtype=torch.float32, teacher_dtype=None, layouts=("contiguous",
     """
     of_students, of_teachers = (d if isinstance(d, tuple) else (d,) for d in (dtype, teacher_dtype or dtype))
     g = torch.Generator().manual_seed(seed)
-    maps, layout = [], 0
-    for shape in (*shapes, *shapes):
-        map = (torch.randn(shape, generator=g, dtype=torch.float64) * scale).relu_() + 0.01 * scale
+    maps = []
+    for layout, shape in enumerate((*shapes, *shapes)):
+        x = (torch.randn(shape, generator=g, dtype=torch.float64) * scale).relu_() + 0.01 * scale
         teacher = len(maps) >= len(shapes)
         dtypes, k = of_teachers if teacher else of_students, len(maps) % len(shapes)
-        map = map.to(device, dtypes[k % len(dtypes)])
-        maps.append(LAYOUTS[layouts[layout % len(layouts)]](map))
-        layout += 1
+        x = x.to(device, dtypes[k % len(dtypes)])
+        maps.append(LAYOUTS[layouts[layout % len(layouts)]](x))
     students, teachers = maps[: len(shapes)], maps[len(shapes) :]
     return [s.requires_grad_() for s in students], teachers
 

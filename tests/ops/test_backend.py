@@ -72,9 +72,8 @@ def test_another_reason_is_told_too():
 @each
 def test_native_raises_where_it_would_fall_back(operation):
     call, reason = FALLBACKS[operation]
-    with fastkd.use_backend("native"):
-        with pytest.raises(RuntimeError) as caught:
-            call()
+    with fastkd.use_backend("native"), pytest.raises(RuntimeError) as caught:
+        call()
     text = str(caught.value)
     assert text.startswith(f"{operation}: the native backend was chosen") and reason in text and "\n" not in text
 

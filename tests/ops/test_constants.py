@@ -33,8 +33,10 @@ def saved_columns(soft: bool) -> int:
     """Of the states that a streamed row of 5 teachers keeps, as the fake kernel says it."""
     with FakeTensorMode():
         z = torch.empty(3, 7)
-        numbers = ([0.2] * 5, [1.0], 0, 1.0, 0.0, 0.0, -100, True, 2, 0.0, True, False, False, True, True)
-        out = torch.ops.fastkd.multi_teacher_forward(z, [z] * 5, None, z if soft else None, None, None, *numbers)
+        numbers = ([0.2] * 5, [1.0], 0, 1.0, 0.0, 0.0, -100, True, 2, 0.0, True, False, False, 0, [], 0, [], [])
+        out = torch.ops.fastkd.multi_teacher_forward(
+            z, [z] * 5, None, z if soft else None, None, None, None, *numbers, True, True
+        )
     return out[2].shape[1]
 
 
@@ -52,7 +54,7 @@ def test_multi_teacher():
         "on_chip_classes_float64": multi_teacher.ON_CHIP_CLASSES[torch.float64],
         "saved_columns_5": saved_columns(soft=False),
         "saved_columns_5_soft": saved_columns(soft=True),
-        **numbered(multi_teacher.COMBINE, REDUCTIONS),
+        **numbered(multi_teacher.COMBINE, REDUCTIONS, multi_teacher.KINDS),
     }
 
 

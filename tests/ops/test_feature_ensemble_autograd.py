@@ -238,7 +238,7 @@ def test_maps_may_be_changed_in_place_before_the_backward(dtype, options):
         for changed in (*teachers, *students, weights):
             changed.zero_()
         mask.fill_(True)
-    with pytest.raises(RuntimeError, match="feature_ensemble: a second derivative .* changed in place"):
+    with pytest.raises(RuntimeError, match=r"feature_ensemble: a second derivative .* changed in place"):
         torch.autograd.grad(loss, students, create_graph=True)
     for grad, wanted in zip(torch.autograd.grad(loss, students), expected, strict=True):
         assert torch.equal(grad, wanted)

@@ -1,5 +1,7 @@
 """linear_multi_teacher_kd: right values, in chunks as with whole logits, in every place and dtype."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as torch_functional
@@ -66,7 +68,11 @@ def test_combinations_soft_labels_and_no_labels(combine):
 
 
 @pytest.mark.parametrize("kind", ["both", "crossed"])
-def test_weights_of_teachers_and_rows(kind):
+def test_weights_of_teachers_and_rows(kind, monkeypatch):
+    from fastkd.ops import _linear_chunks
+
+    monkeypatch.setattr(_linear_chunks, "BLOCK_BYTES", 0)
+    monkeypatch.setattr(_linear_chunks, "ROWS_PER_THREAD", 2)  # several blocks in a chunk
     teachers = teachers_of(kind)
     weights = torch.rand(len(teachers), ROWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     weights[0, ::2] = weights[1, :5] = 0
@@ -165,7 +171,7 @@ def test_no_row_counts():
 
 
 def test_routing_is_each_head_on_its_rows():
-    hidden, weight, bias = student()
+    hidden, weight, _bias = student()
     first, second = teachers_of("routed")
     total = 0
     for head in (first, second):
@@ -250,3 +256,19 @@ def test_the_default_chunk_holds_one_weight_gradient():
 
     assert [rows(2048, k) for k in (1, 2, 3)] == [1024, 640, 512]
     assert rows(512, 3) == 256 and rows(2048, 1, torch.float64) == 512 and rows(2048, 1, torch.bfloat16) == 1024
+
+
+def test_the_module_is_the_function():
+    (hidden, weight, bias), target = student(), labels()
+    options = {
+        "softcap": 4.0, "logit_scale": 0.5, "chunk_rows": 5, "weights": [0.3, 0.7], "temperature": 2.0,
+        "kd_weight": 0.9, "ce_weight": 0.4, "label_smoothing": 0.1, "vocab_size": CLASSES, "scale_by_t2": False,
+        "reduction": "sum",
+        "return_terms": True,
+    }  # fmt: skip
+    call = {"bias": bias, "mask": torch.arange(ROWS) > 2, "num_items": 7}
+    got = fastkd.LinearMultiTeacherKD(**options)(hidden, weight, teachers_of("both"), target, **call)
+    expected = linear_multi_teacher_kd(hidden, weight, teachers_of("both"), target, **call, **options)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1].kd, expected[1].kd)
+    mine, whole = (set(inspect.signature(f).parameters) for f in (fastkd.LinearMultiTeacherKD, linear_multi_teacher_kd))
+    assert whole - mine == {"hidden", "weight", "teachers", "target", *call}

@@ -56,7 +56,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("message", "change"), CASES, ids=[message[:50] for message, _ in CASES])
+@pytest.mark.parametrize("message, change", CASES, ids=[message[:50] for message, _ in CASES])
 def test_is_refused_in_one_sentence(message, change):
     arguments = {"hidden": HIDDEN, "weight": WEIGHT, "teachers": [(TEACHER, HEAD)]} | change
     with pytest.raises((ValueError, TypeError)) as error:

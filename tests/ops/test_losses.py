@@ -18,6 +18,7 @@ MODULES = {
     "MultiTeacherKD": (fastkd.MultiTeacherKD, {"weights": [0.25, 0.75], "temperature": 3.0}),
     "MutualKD": (fastkd.MutualKD, {"weights": [[0.0, 0.5], [0.75, 0.0]], "temperature": 3.0}),
     "FeatureEnsemble": (fastkd.FeatureEnsemble, {"weights": [0.25, 0.75]}),
+    "LinearMultiTeacherKD": (fastkd.LinearMultiTeacherKD, {"weights": [0.25, 0.75], "temperature": 3.0}),
 }
 EVERY = pytest.mark.parametrize("name", MODULES)
 
@@ -32,6 +33,8 @@ def value(name, module):
         a, b, c = tensors((6, 2, 3, 3))
         return module([a, b], [c, a])
     z, a, b = tensors()
+    if name == "LinearMultiTeacherKD":
+        return module(z, b[:4], [a[:, :4], (a, a[:4])])
     return module(z, [a, b]) if name == "MultiTeacherKD" else module([z, a])
 
 

@@ -107,7 +107,7 @@ def test_weights_per_row_that_learn():
 
 
 def test_explain_names_the_reason():
-    student, teachers, target = make(dtype=torch.float32)
+    student, teachers, _target = make(dtype=torch.float32)
     explain = lambda *a, **k: fastkd.explain(F.multi_teacher_kd, *a, **k)  # noqa: E731
     assert explain(student, teachers).backend == "native"
     reasons = {
@@ -328,7 +328,7 @@ def test_inputs_may_change_between_the_loss_and_its_backward(changed):
     loss = F.multi_teacher_kd(student, teachers, target, ce_weight=0.5)
     with torch.no_grad():
         (student, teachers[0], target)[changed].add_(1)
-    with pytest.raises(RuntimeError, match="multi_teacher_kd: a second derivative .* changed in place"):
+    with pytest.raises(RuntimeError, match=r"multi_teacher_kd: a second derivative .* changed in place"):
         torch.autograd.grad(loss, student, create_graph=True)
     (actual,) = torch.autograd.grad(loss, student)
     assert torch.equal(actual, expected)

@@ -119,9 +119,9 @@ def test_cross_entropy_of_one_network(dtype, place, at):
     expected = torch_functional.cross_entropy(student[mask].double(), target[mask], reduction="sum") / 7
     loss = op.cross_entropy_one(student, target, mask=mask, num_items=7)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
-    with pytest.raises(ValueError, match="^cross_entropy: target must be class indices"):
+    with pytest.raises(ValueError, match=r"^cross_entropy: target must be class indices"):
         op.cross_entropy_one(student, target + 200)
-    with pytest.raises(TypeError, match="^cross_entropy: target must be class indices or probabilities, got None"):
+    with pytest.raises(TypeError, match=r"^cross_entropy: target must be class indices or probabilities, got None"):
         op.cross_entropy_one(student, None)
 
 

@@ -123,7 +123,7 @@ def test_num_items_accumulates_as_one_batch(reduction, place, at):
     whole, grad = loss_and_grad(student, teachers, target, ce_weight=0.5)
     for items in (5, torch.tensor(5)):
         for parts in both(
-            lambda: [  # noqa: B023
+            lambda: [
                 loss_and_grad(
                     student[i:j].detach().requires_grad_(), [t[i:j] for t in teachers], target[i:j], ce_weight=0.5,
                     num_items=items, reduction=reduction,  # noqa: B023
@@ -160,7 +160,7 @@ def test_a_teacher_of_weight_0_is_not_read(form, combine, place, at):
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("combine", COMBINE)
 def test_a_row_that_no_teacher_speaks_about_has_no_distillation(combine, place, at):
-    student, teachers, target = make(4, 40, 2, device=at(place))
+    student, teachers, _target = make(4, 40, 2, device=at(place))
     weights = torch.full((2, 4), 0.5, device=student.device)
     weights[:, 2] = 0
     for t in teachers:

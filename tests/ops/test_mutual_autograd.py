@@ -364,7 +364,7 @@ def test_inputs_may_change_between_loss_and_backward_but_not_before_a_second_der
         z.detach().add_(1)
     for a, b in zip(torch.autograd.grad(losses[1].sum(), logits), expected, strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(RuntimeError, match="mutual_kd: a second derivative .* needs the inputs as they were"):
+    with pytest.raises(RuntimeError, match=r"mutual_kd: a second derivative .* needs the inputs as they were"):
         torch.autograd.grad(losses[2].sum(), logits, create_graph=True)
 
 

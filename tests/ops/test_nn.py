@@ -16,27 +16,27 @@ def make(form, norm="none", out_channels=(6, 6, 6), seed=0):
 
 
 def test_three_convolutions_with_leaky_relu_typed_again():
-    module, map = make("loop", out_channels=(6, 4)), torch.randn(2, 5, 7, 6, dtype=torch.float64)
-    for k, output in enumerate(module(map)):
-        x, state = map, module.state_dict()
+    module, inputs = make("loop", out_channels=(6, 4)), torch.randn(2, 5, 7, 6, dtype=torch.float64)
+    for k, output in enumerate(module(inputs)):
+        x, state = inputs, module.state_dict()
         for layer in (0, 2, 4):
             weight, bias = state[f"transforms.{k}.{layer}.weight"], state[f"transforms.{k}.{layer}.bias"]
             x = torch_functional.conv2d(x, weight, bias, padding=1)
             x = torch.where(x > 0, x, 0.1 * x)
         torch.testing.assert_close(output, x)
-    assert [tuple(o.shape) for o in module(map)] == [(2, 6, 7, 6), (2, 4, 7, 6)]
+    assert [tuple(o.shape) for o in module(inputs)] == [(2, 6, 7, 6), (2, 4, 7, 6)]
 
 
 @pytest.mark.parametrize("form", ["loop", "grouped"])
 def test_layers_and_slope_are_what_was_asked_for(form):
     torch.manual_seed(0)
     module = FeatureTransforms(5, (4, 4), layers=2, negative_slope=0.3, form=form).double()
-    map = torch.randn(2, 5, 4, 4, dtype=torch.float64)
+    inputs = torch.randn(2, 5, 4, 4, dtype=torch.float64)
     assert module.state_dict().keys() == {
         f"transforms.{k}.{layer}.{name}" for k in range(2) for layer in (0, 2) for name in ("weight", "bias")
     }
-    for transform, output in zip(module.transforms, module(map), strict=True):
-        x = map
+    for transform, output in zip(module.transforms, module(inputs), strict=True):
+        x = inputs
         for layer in (0, 2):
             x = torch_functional.conv2d(x, transform[layer].weight, transform[layer].bias, padding=1)
             x = torch.where(x > 0, x, 0.3 * x)
@@ -50,8 +50,8 @@ def test_both_forms_are_equal_in_outputs_gradients_and_statistics(norm, layout, 
     loop, grouped = make("loop", norm).train(training), make("grouped", norm, seed=1).train(training)
     grouped.load_state_dict(loop.state_dict())
     maps = [torch.randn(4, 5, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) for _ in range(2)]
-    maps = [map.to(memory_format=layout).requires_grad_() for map in maps]
-    outputs = [module(map) for module, map in zip((loop, grouped), maps, strict=True)]
+    maps = [each.to(memory_format=layout).requires_grad_() for each in maps]
+    outputs = [module(each) for module, each in zip((loop, grouped), maps, strict=True)]
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-12, atol=1e-12)
     teachers = [torch.randn(4, 6, 6, 6, dtype=torch.float64) for _ in range(3)]
     for output in outputs:
@@ -81,24 +81,24 @@ def test_transforms_share_no_parameter():
 
 
 def test_the_form_that_is_chosen():
-    map = torch.zeros(2, 5, 4, 4)
-    assert chosen_form(map, (8, 8, 8)) == "grouped" and chosen_form(map, (16, 16)) == "grouped"
+    inputs = torch.zeros(2, 5, 4, 4)
+    assert chosen_form(inputs, (8, 8, 8)) == "grouped" and chosen_form(inputs, (16, 16)) == "grouped"
     for widths in ((8, 16), (17, 17), (8,)):
-        assert chosen_form(map, widths) == "loop"
-    assert chosen_form(map, (8, 8), normalised=True) == "loop"
-    assert chosen_form(map.to("meta"), (8, 8)) == "loop"
+        assert chosen_form(inputs, widths) == "loop"
+    assert chosen_form(inputs, (8, 8), normalised=True) == "loop"
+    assert chosen_form(inputs.to("meta"), (8, 8)) == "loop"
     module, calls = make("auto"), []
-    module._grouped = lambda map: calls.append(map) or []
-    module(map.double())
+    module._grouped = lambda inputs: calls.append(inputs) or []
+    module(inputs.double())
     assert len(calls) == 1
-    make("auto", "batch")(map.double())
+    make("auto", "batch")(inputs.double())
 
 
 def test_compiles_without_a_break():
-    module, map = make("auto"), torch.randn(2, 5, 4, 4, dtype=torch.float64)
+    module, inputs = make("auto"), torch.randn(2, 5, 4, 4, dtype=torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(map), module(map))
+    torch.testing.assert_close(compiled(inputs), module(inputs))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.inputs import Embeddings, Logits, Maps, Networks  # noqa: E402
-from benchmarks.registry import OPERATIONS  # noqa: E402
+from benchmarks.inputs import Embeddings, Logits, Maps, Networks, Projections
+from benchmarks.registry import OPERATIONS
 
 pytestmark = pytest.mark.gpu
 # Each on chip and, where an operation has one, by the kernels for long rows.
@@ -26,8 +26,9 @@ SHAPES = {
     "feature_ensemble": [Maps(3, 5, 4, 4, 2)],
     "rkd_distance": [Embeddings(40, 8)],
     "rkd_angle": [Embeddings(40, 8)],
+    "linear_multi_teacher": [Projections(9, 8, 100, 2)],
 }
-EACH = pytest.mark.parametrize(("name", "shape"), [(n, s) for n, shapes in SHAPES.items() for s in shapes], ids=str)
+EACH = pytest.mark.parametrize("name, shape", [(n, s) for n, shapes in SHAPES.items() for s in shapes], ids=str)
 
 
 class Call:
@@ -176,7 +177,7 @@ LARGE = [
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 4e-3}
 
 
-@pytest.mark.parametrize(("name", "shape"), LARGE, ids=str)
+@pytest.mark.parametrize("name, shape", LARGE, ids=str)
 @pytest.mark.parametrize("dtype", BOUND)
 def test_gradients_of_large_inputs_against_float64(name, shape, dtype, device):
     if dtype not in OPERATIONS[name].dtypes:

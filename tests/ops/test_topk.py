@@ -53,7 +53,7 @@ def gradients(loss, inputs):
     return torch.autograd.grad((loss * weight).sum(), inputs)
 
 
-@pytest.mark.parametrize(("mode", "temperature"), [*((mode, 1.0) for mode in MODES), ("teacher", 2.0), ("both", 0.5)])
+@pytest.mark.parametrize("mode, temperature", [*((mode, 1.0) for mode in MODES), ("teacher", 2.0), ("both", 0.5)])
 def test_is_what_its_definition_says(mode, temperature):
     z = randn(ROWS, CLASSES).requires_grad_()
     ids, values = top(randn(ROWS, CLASSES, seed=1))
@@ -224,7 +224,7 @@ def test_second_derivative(mode):
 def test_layouts_and_statistics_that_do_not_go_with_it():
     z, teacher = randn(ROWS, CLASSES), TopK(*top(randn(ROWS, CLASSES, seed=1)))
     for options in ({"return_stats": True}, {"combine": "probs"}, {"temperature": 4.0}):
-        with pytest.raises(ValueError, match="^multi_teacher_kd: "):
+        with pytest.raises(ValueError, match=r"^multi_teacher_kd: "):
             multi_teacher_kd(z, [teacher], **{"temperature": 1.0} | options)
     explained = fastkd.explain(multi_teacher_kd, z, [teacher], temperature=1.0)
     assert explained.backend == "reference" and "TopK" in explained.reason

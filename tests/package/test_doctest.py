@@ -52,7 +52,7 @@ def test_example(example, capsys):
     assert result.failed == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "thing"), [pytest.param(*each, id=each[0]) for each in public_objects()])
+@pytest.mark.parametrize("name, thing", [pytest.param(*each, id=each[0]) for each in public_objects()])
 def test_everything_public_has_an_example(name, thing):
     assert ">>> " in (thing.__doc__ or ""), f"{name} has no example in its docstring"
 

@@ -119,7 +119,7 @@ def test_lane_that_the_block_lacks(simt):
 
 def test_exception_leaves_nothing_behind(simt):
     before = simt.destroyed_objects()
-    with pytest.raises(RuntimeError, match="^thrown by a kernel$"):
+    with pytest.raises(RuntimeError, match=r"^thrown by a kernel$"):
         simt.faulty("exception", 64)
     assert simt.destroyed_objects() - before == 8  # threads 0 to 6 wait at a barrier, thread 7 throws
     np.testing.assert_array_equal(simt.faulty("none", 64), np.arange(64) ^ 1)
@@ -219,7 +219,7 @@ def test_lost_updates_are_races_and_atomics_are_not(simt):
     x = np.random.default_rng(4).integers(0, 100, 96).astype(np.int32)
     for out in in_every_schedule(simt, lambda: simt.histogram(x, True)):
         np.testing.assert_array_equal(out, np.bincount(x % 4, minlength=4))
-    with pytest.raises(simt.Error, match="data race in shared memory: thread .* of shared array 'count'"):
+    with pytest.raises(simt.Error, match=r"data race in shared memory: thread .* of shared array 'count'"):
         simt.histogram(x, False)
 
 

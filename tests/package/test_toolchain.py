@@ -70,7 +70,7 @@ def test_an_old_nvcc_builds_what_it_knows_of_the_default(toolchain, monkeypatch,
 
 @pytest.mark.parametrize("text", ["Hopper", "90", "9.0;sm_80", "7.5", "9.0+ptx"])
 def test_bad_architecture_list(toolchain, text):
-    with pytest.raises(toolchain.ConfigurationError, match="TORCH_CUDA_ARCH_LIST: expected .* got "):
+    with pytest.raises(toolchain.ConfigurationError, match=r"TORCH_CUDA_ARCH_LIST: expected .* got "):
         toolchain.architectures(text)
 
 

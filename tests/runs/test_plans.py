@@ -119,7 +119,7 @@ def test_what_cannot_be_planned(method, options, message):
 
 def test_guides_are_dropped_for_the_student_only():
     config = TrainConfig(method="dgkd", assistants=["A"], options={"drop": "bernoulli", "temperature": 2.0})
-    teacher, assistant, student = plan(config)
+    _teacher, assistant, student = plan(config)
     assert assistant.options == {"temperature": 2.0}
     assert student.options == {"drop": "bernoulli", "temperature": 2.0}
 

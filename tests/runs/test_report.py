@@ -122,7 +122,9 @@ def test_files_of_a_comparison(tmp_path):
     assert results[0] == (
         "method,seed,epoch,test_loss,test_accuracy,seconds_per_step_native,seconds_per_step_reference"
     )
-    assert results[1:] == ["ce,0,1,1,0.8,0.001,0.002", "ce,1,1,1,0.9,0.001,0.002"] + [
+    assert results[1:] == [
+        "ce,0,1,1,0.8,0.001,0.002",
+        "ce,1,1,1,0.9,0.001,0.002",
         "kd,0,1,1,0.7,0.001,0.002",
         "kd,1,1,1,0.6,0.001,0.002",
     ]

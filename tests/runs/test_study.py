@@ -70,7 +70,7 @@ def test_a_methods_options_go_over_those_of_all_and_a_settings_over_both(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes, message",
     [
         ({"methods": ["ce", "kdd"]}, "there is no method 'kdd'"),
         ({"methods": "gone"}, "methods must be a list of names"),

@@ -86,7 +86,7 @@ def test_unreadable_file_is_named(folder, damage):
     with pytest.raises(ValueError, match=path.name):
         found.train[2]
     for workers in (0, 1):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match="cannot be read") as error:
             batches_of(data.loader(found.train, 8, shuffle=True, workers=workers))
         # The same sentence out of a worker: no traceback of its own in the message.
         assert str(error.value).startswith(f"image {path} cannot be read (") and "\n" not in str(error.value)
@@ -144,7 +144,7 @@ def test_nothing_readable_is_an_error(folder):
     for path in train_files(folder):
         no_image(path)
     found = data.load(f"imagefolder:{folder}", bad_images="skip", image_size=12).train
-    with pytest.raises(ValueError, match="none of the 26 images of an epoch could be used: .*cannot identify"):
+    with pytest.raises(ValueError, match=r"none of the 26 images of an epoch could be used: .*cannot identify"):
         batches_of(data.loader(found, 8, shuffle=True))
     with pytest.raises(ValueError, match="cannot be read"):  # the first image tells the size
         data.load(f"imagefolder:{folder}", bad_images="skip")
@@ -153,7 +153,7 @@ def test_nothing_readable_is_an_error(folder):
 def test_size_is_that_of_the_first_image_that_can_be_read(folder):
     no_image(train_files(folder)[0])
     assert data.load(f"imagefolder:{folder}", bad_images="skip").image_size == 12
-    with pytest.raises(ValueError, match="000.png cannot be read"):
+    with pytest.raises(ValueError, match=r"000.png cannot be read"):
         data.load(f"imagefolder:{folder}")
     with pytest.raises(ValueError, match="bad_images must be 'error' or 'skip', got 'ignore'"):
         data.load(f"imagefolder:{folder}", bad_images="ignore")
@@ -275,7 +275,7 @@ class Net(torch.nn.Sequential):
         super().__init__(torch.nn.Flatten(), torch.nn.Linear(64, 3))
 
 
-@pytest.mark.parametrize(("train", "test"), [([0, 1, 3, 2], [0]), ([0, 1, -1, 2], [0]), ([0, 1, 2, 2], [0, 3])])
+@pytest.mark.parametrize("train, test", [([0, 1, 3, 2], [0]), ([0, 1, -1, 2], [0]), ([0, 1, 2, 2], [0, 3])])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_label_out_of_range_in_somebodys_data(tmp_path, train, test, workers):
     settings = config(tmp_path, workers=workers)
@@ -294,7 +294,7 @@ def test_label_out_of_range_in_our_data(folder):
     labels = found.train.labels.copy()
     labels[[5, 7]] = 2
     found.train.labels = labels
-    with pytest.raises(ValueError, match="2 of 26 train images have a label .* 2 classes .* image 5 with label 2"):
+    with pytest.raises(ValueError, match=r"2 of 26 train images have a label .* 2 classes .* image 5 with label 2"):
         data.Data(found.train, None, found.test, 2, 12, 3, ("dark", "light"))
 
 

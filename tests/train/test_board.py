@@ -7,6 +7,7 @@ import sys
 import threading
 import types
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ STEPS = list(range(1, 13))
 class StandIn:
     """Keeps what it is asked for, as SummaryWriter would write it."""
 
-    made: list["StandIn"] = []
+    made: ClassVar[list["StandIn"]] = []
 
     def __init__(self, log_dir, purge_step):
         self.folder, self.purge_step = Path(log_dir), purge_step
@@ -111,7 +112,7 @@ class Killed(BaseException):
     """As SIGKILL: nothing catches it."""
 
 
-@pytest.mark.parametrize(("every", "step", "goes_on"), [(3, 7, 7), (0, 6, 5), (0, 2, 1), (0, 8, 5)])
+@pytest.mark.parametrize("every, step, goes_on", [(3, 7, 7), (0, 6, 5), (0, 2, 1), (0, 8, 5)])
 def test_a_killed_run_goes_on_without_doubled_steps(tmp_path, writers, monkeypatch, every, step, goes_on):
     """Killed after a step that was written and not saved; step 8 is the end of an epoch, its row written."""
     run(config(tmp_path, out=str(tmp_path / "whole"), tensorboard=True, **OPTIONS))

@@ -121,7 +121,7 @@ def test_damaged_file_is_refused_by_name_and_the_one_before_is_used(tmp_path, da
     assert checkpoint.epochs(tmp_path) == [1, 2]  # the damaged one is not counted when old ones are deleted
     for epoch in (1, 2):
         checkpoint.path_of(tmp_path, epoch).write_bytes(b"")
-    with pytest.raises(checkpoint.DamagedError, match="no checkpoint in .* can be used; .*epoch-0002.pt .*empty"):
+    with pytest.raises(checkpoint.DamagedError, match=r"no checkpoint in .* can be used; .*epoch-0002.pt .*empty"):
         checkpoint.newest(tmp_path, notes.append)
     assert checkpoint.epochs(tmp_path) == [1, 2] and len(notes) == 1
 
@@ -152,7 +152,7 @@ def test_plain_state_dict_of_somebody_else(tmp_path):
     assert torch.equal(checkpoint.load(path, sealed=False)["w"], torch.ones(3))
     content = path.read_bytes()
     path.write_bytes(content.replace(torch.ones(3).numpy().tobytes(), torch.zeros(3).numpy().tobytes()))
-    with pytest.raises(UserError, match="checksum of .* is wrong"):
+    with pytest.raises(UserError, match=r"checksum of .* is wrong"):
         checkpoint.load(path, sealed=False)
 
 
@@ -165,7 +165,7 @@ def test_code_in_a_checkpoint_is_refused(tmp_path):
     for save in (torch.save, lambda state, path: checkpoint.save(path, state)):
         save({"w": Evil()}, path)
         for sealed in (True, False):
-            with pytest.raises(UserError, match="damaged or no checkpoint|whole, but cannot be read"):
+            with pytest.raises(UserError, match=r"damaged or no checkpoint|whole, but cannot be read"):
                 checkpoint.load(path, sealed)
     assert not (tmp_path / "made").exists()
 
@@ -219,7 +219,7 @@ def test_write_beyond_the_limit_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_other_failure_names_the_file(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError) as error:
+    with pytest.raises(OSError, match="file") as error:
         write_atomic(tmp_path / "file" / "x.pt", b"")
     assert error.value.filename == str(tmp_path / "file")
 

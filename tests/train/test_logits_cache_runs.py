@@ -55,7 +55,7 @@ def assert_same_results(one, other):
 
 
 @pytest.mark.parametrize(
-    ("method", "how"),
+    "method, how",
     [
         *((method, {"variants": 1}) for method in METHODS),
         *((method, {"augment": False, "accumulate": 2}) for method in ("kd", "dgkd", "ctsl-mkt")),
@@ -200,7 +200,7 @@ def test_a_disk_without_room(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=8447)  # 3 * 64 * (10 * 4 + 4) are 8448
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     options = OPTIONS | {"method": "kd", "logits_cache": True}
-    with pytest.raises(StorageError, match="need 8.4 kB more in .*, where 8.4 kB are free: make room, or take fewer"):
+    with pytest.raises(StorageError, match=r"need 8.4 kB more in .*, where 8.4 kB are free: make room, or take fewer"):
         run(config(tmp_path, **options))
     run(config(tmp_path, logits_dtype="float16", resume=True, **options))  # half as much
     check = KeptLogits._check_room
@@ -227,7 +227,7 @@ def test_a_disk_that_gets_full(tmp_path, monkeypatch):
         original(path, *arguments)
 
     monkeypatch.setattr(files, "_write", write)
-    with pytest.raises(StorageError, match="v0000.npy cannot be written, the disk is full: make room and .* --resume"):
+    with pytest.raises(StorageError, match=r"v0000.npy cannot be written, the disk is full: make room and .* --resume"):
         run(config(tmp_path, **options))
     run(config(tmp_path, resume=True, **options))
 

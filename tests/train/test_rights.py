@@ -80,7 +80,7 @@ def test_an_unfinished_or_damaged_network_in_a_cache_that_may_only_be_read(tmp_p
     (file,) = (tmp_path / "cache").rglob("epoch-0001.pt")
     content = file.read_bytes()
     file.write_bytes(content[:-200])
-    with read_only(tmp_path / "cache"), pytest.raises(UserError, match="epoch-0001.pt is damaged"):
+    with read_only(tmp_path / "cache"), pytest.raises(UserError, match=r"epoch-0001.pt is damaged"):
         run(config(tmp_path, out=str(tmp_path / "second"), **options))
     file.rename(file.with_name("partial.pt"))
     with read_only(tmp_path / "cache"), pytest.raises(NotWritable, match="does not hold the trained teacher"):

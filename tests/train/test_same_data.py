@@ -158,7 +158,7 @@ def test_files_are_read_only_where_they_are_few(monkeypatch, folder):
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    "options, expected",
     [
         ({"seed": 1}, ["the split: other images are in train and validation"]),
         ({"validation": 4}, ["the split: other images are in train and validation"]),
@@ -238,7 +238,7 @@ def test_changes_of_cifar(tmp_path, monkeypatch, name, change):
     assert changes(before, described(name, root=tmp_path)) == expected[change]
 
 
-@pytest.mark.parametrize(("change", "expected"), [("images", "train: the pixels are others"), ("target", "")])
+@pytest.mark.parametrize("change, expected", [("images", "train: the pixels are others"), ("target", "")])
 def test_digits_of_another_version_of_their_package(monkeypatch, change, expected):
     """Another label may also put other images into the test part."""
     import sklearn.datasets

@@ -204,11 +204,11 @@ def test_compiled_networks(tmp_path, method, monkeypatch):
     compiled = []
     original = torch.compile
 
-    def compile(network, **options):
+    def compile_eagerly(network, **options):
         compiled.append(network)
         return original(network, backend="eager")
 
-    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
     rows = []
     for name, on in (("compiled", True), ("plain", False)):
         runner = Runner(config(tmp_path / name, method=method, compile=on, epochs=2))

@@ -50,7 +50,7 @@ def checkpoints(folder):
     return sorted(os.listdir(folder / "checkpoints"))
 
 
-@pytest.mark.parametrize(("every", "step", "left"), [(3, 7, "partial"), (1, 6, "partial"), (4, 6, ""), (2, 3, "first")])
+@pytest.mark.parametrize("every, step, left", [(3, 7, "partial"), (1, 6, "partial"), (4, 6, ""), (2, 3, "first")])
 def test_save_every_loses_little_and_changes_nothing(tmp_path, monkeypatch, every, step, left):
     run(config(tmp_path, out=str(tmp_path / "whole"), **OPTIONS))
     run_until(step, monkeypatch, config(tmp_path, save_every=every, **OPTIONS))

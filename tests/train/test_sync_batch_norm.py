@@ -108,7 +108,7 @@ def test_one_process_has_no_use_for_it(tmp_path):
 def test_processes_on_cpus_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "world", TwoOf)
     monkeypatch.setattr(runner, "load_data", lambda config: pytest.fail("data were loaded"))
-    with pytest.raises(UserError, match="^--sync-batch-norm with 2 processes needs GPUs.*norm=group$"):
+    with pytest.raises(UserError, match=r"^--sync-batch-norm with 2 processes needs GPUs.*norm=group$"):
         Runner(config(tmp_path, sync_batch_norm=True))
     batch_norm.check(config(tmp_path, sync_batch_norm=True), torch.device("cuda", 1), World(1, 2))
     batch_norm.check(config(tmp_path), CPU, World(1, 2))

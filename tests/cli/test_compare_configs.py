@@ -1,0 +1,56 @@
+"""`fastkd compare --config NAME`: the recipe of one method compares it, with everything that it says."""
+
+import pytest
+
+from fastkd.cli.options import RECIPE_FOLDER, parse
+from fastkd.runs.config import read_yaml
+from fastkd.train import UserError, plan
+
+NAMES = sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
+
+
+def compared(*argv):
+    return parse("compare", list(argv))
+
+
+def trained(*argv):
+    return parse("train", [*argv, "--out", "x"])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "digits"])
+def test_the_method_of_a_recipe_is_compared_with_ce(name):
+    method = read_yaml(RECIPE_FOLDER / f"{name}.yaml")["method"]
+    config, alone = compared("--config", name), trained("--config", name)
+    assert config.methods == ["ce", method] and config.options == alone.options
+    one = config.run(method, 0, config.options)
+    # Networks, optimisation, data: each stage as in the run of the method itself.
+    assert plan(one) == plan(alone)
+    for option in ("data", "batch_size", "optimizer", "lr", "schedule", "milestones", "weight_decay", "epochs"):
+        assert getattr(one, option) == getattr(alone, option), option
+
+
+def test_digits_is_the_recipe_of_every_method():
+    config, plain = compared("--config", "digits"), compared()
+    assert config.methods == plain.methods and config.epochs == plain.epochs == 80 and config.guide_epochs == 30
+
+
+def test_other_methods_may_be_asked_for(capfd):
+    config = compared("--config", "dgkd_cifar100", "--methods", "ce,kd,dgkd", "--epochs", "3", "--options.lam", "0.5")
+    assert config.methods == ["ce", "kd", "dgkd"] and config.epochs == 3
+    assert config.options["lam"] == 0.5 and config.options["drop"] == "fixed"
+    assert "the options that the config has for dgkd hold for kd, too" in capfd.readouterr().err
+    assert compared("--config", "dgkd_cifar100", "--methods", "all").methods == ["all"]
+
+
+def test_options_of_a_method_that_is_not_asked_for_are_left_out(capfd):
+    config = compared("--config", "dgkd_cifar100", "--methods", "ce,kd")
+    assert config.methods == ["ce", "kd"] and config.options == {} and config.data == "cifar100"
+    assert capfd.readouterr().err == ""
+
+
+def test_what_a_comparison_has_not_is_one_sentence(tmp_path):
+    (tmp_path / "one.yaml").write_text("method: kd\nseed: 3\n")
+    with pytest.raises(UserError, match=r"^the config .*one.yaml has an unknown option 'seed': did you mean seeds\? "):
+        compared("--config", str(tmp_path / "one.yaml"))
+    with pytest.raises(UserError, match=r"no such file or recipe: did you mean dgkd_cifar100\? the recipes are "):
+        compared("--config", "dgkd_cifar1000")
