@@ -16,7 +16,7 @@ THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-asan test-slow bench gpu-check lint clean FORCE
+.PHONY: help venv build demo test test-asan test-slow coverage bench gpu-check lint clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,10 @@ test-asan: $(INSTALLED) ## the operations' CPU tests under the address and undef
 
 test-slow: $(BUILT) ## the slow tests: the wheel under other versions of torch (needs 15 GB of disk), installations
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -m slow
+
+coverage: $(BUILT) ## which lines of fastkd the tests run, in one process (30 minutes; needs `pip install coverage`)
+	$(THREADS) $(PY) -m coverage run --source=fastkd -m pytest -q -m "not slow"
+	$(PY) -m coverage report --skip-covered --show-missing
 
 bench: $(BUILT) ## time the operations against eager PyTorch and torch.compile (BENCH=--quick, --sweep, --steps, --scaling, --all)
 	$(PY) -m benchmarks $(BENCH)

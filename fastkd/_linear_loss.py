@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,9 @@ class LinearMultiTeacherKD(Fixed):
 
     _tensors = ("weights", "temperature")
     _shown = (
-        "softcap", "logit_scale", "chunk_rows", "weights", "temperature", "combine", "kd_weight", "ce_weight",
-        "label_smoothing", "ignore_index", "vocab_size", "scale_by_t2", "reduction", "return_terms",
+        "softcap", "logit_scale", "chunk_rows", "weights", "temperature", "combine", "divergence", "divergence_beta",
+        "kd_weight", "ce_weight", "label_smoothing", "ignore_index", "vocab_size", "scale_by_t2", "reduction",
+        "return_terms",
     )  # fmt: skip
 
     def __init__(
@@ -43,6 +44,8 @@ class LinearMultiTeacherKD(Fixed):
         kd_weight: float | Tensor = 1.0,
         temperature: float | Tensor | Sequence[float] = 1.0,
         combine: Combine = "losses",
+        divergence: str | Mapping[str, float] = "forward",
+        divergence_beta: float | None = None,
         ce_weight: float | Tensor = 0.0,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
@@ -55,6 +58,7 @@ class LinearMultiTeacherKD(Fixed):
         super().__init__(reduction=reduction)
         self.softcap, self.logit_scale, self.chunk_rows = softcap, logit_scale, chunk_rows
         self.weights, self.temperature, self.combine = weights, temperature, combine
+        self.divergence, self.divergence_beta = divergence, divergence_beta
         self.kd_weight, self.ce_weight, self.label_smoothing = kd_weight, ce_weight, label_smoothing
         self.ignore_index, self.vocab_size, self.scale_by_t2 = ignore_index, vocab_size, scale_by_t2
         self.return_terms, self.process_group = return_terms, process_group

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastkd import functional
+from fastkd._core.typed import like
 from fastkd._fixed import Fixed
 from fastkd._linear_loss import LinearMultiTeacherKD
 from fastkd._outputs import find_logits
@@ -156,7 +157,10 @@ class MultiTeacherKD(Fixed, Generic[Loss]):
         return loss
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @like(forward)
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            """As `forward`."""
 
 
 class MutualKD(Fixed, Generic[Loss]):
@@ -241,7 +245,10 @@ class MutualKD(Fixed, Generic[Loss]):
         return losses
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @like(forward)
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            """As `forward`."""
 
 
 class RKDDistance(Fixed):
@@ -279,7 +286,10 @@ class RKDDistance(Fixed):
         )
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @like(forward)
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            """As `forward`."""
 
 
 class RKDAngle(Fixed):
@@ -322,7 +332,10 @@ class RKDAngle(Fixed):
         )
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @like(forward)
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            """As `forward`."""
 
 
 class FeatureEnsemble(Fixed):
@@ -375,7 +388,10 @@ class FeatureEnsemble(Fixed):
         )
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @like(forward)
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            """As `forward`."""
 
 
 def _logits(output: Logits) -> Any:

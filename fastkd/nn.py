@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor, nn
+
+from fastkd._core.typed import like
 
 Form = Literal["auto", "loop", "grouped"]
 FORMS = get_args(Form)
@@ -71,7 +73,10 @@ class FeatureTransforms(nn.Module):
         return [transform(map) for transform in self.transforms]
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @like(forward)
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            """As `forward`."""
 
     def _grouped(self, x: Tensor) -> list[Tensor]:
         count, first = len(self.transforms), x

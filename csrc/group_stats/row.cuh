@@ -8,7 +8,7 @@
 namespace fastkd::group_stats {
 inline namespace FASTKD_TARGET {
 
-// Of one launch, by value, so that it lies in constant memory: networks of one type, and which of the M each is.
+// One launch, by value, so that it lies in constant memory: networks of one type, and which of the M each is.
 struct Params {
   int64_t rows, classes, ignore_index;
   Network network[kMaxLaunchNetworks];

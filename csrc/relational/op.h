@@ -79,7 +79,7 @@ struct LossArgs {
   double* row_sums = nullptr;   // distances: [N]
 
   FASTKD_HD double weight_of(int64_t a) const { return weight ? weight[a] : 1.; }
-  // Of the sum of the row losses in the result, by which their gradients are multiplied as well.
+  // The factor of the sum of the row losses in the result, by which their gradients are multiplied as well.
   FASTKD_HD double factor() const { return reduction == Reduction::mean && n > 1 ? 1. / double(n) : 1.; }
 };
 

@@ -1,4 +1,4 @@
-"""One process a folder."""
+"""A lock: one process at a time in a folder."""
 
 from __future__ import annotations
 

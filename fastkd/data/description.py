@@ -42,7 +42,7 @@ def _part(images: Dataset[Any], classes: Sequence[str]) -> dict[str, Any]:
 
 
 def _files(images: ImageSet, store: Files, classes: Sequence[str]) -> dict[str, Any]:
-    """Of each class: how many files its folder has, their names, and of those in use the sizes and the contents."""
+    """For each class: how many files its folder has, their names, and of those in use the sizes and the contents."""
     paths, used = store.paths, np.zeros(len(store), dtype=bool)
     used[images.rows] = True
     stats = {row: _stat(paths[row]) for row in images.rows.tolist()}

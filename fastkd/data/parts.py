@@ -66,7 +66,7 @@ class Part(Dataset[Any]):
         return [(image, IGNORE_INDEX) for image, _ in self._read(indices[:LEAST])]
 
     def read(self, indices: Sequence[int]) -> tuple[list[Any], list[int]]:
-        """Of an ImageSet: the items of a batch, and the index of each, -1 for an image that counts nowhere."""
+        """For an ImageSet: the items of a batch, and the index of each, -1 for an image that counts nowhere."""
         mine = part_of(len(indices), self.rank, self.ranks)
         rows = [] if mine is None else list(indices[mine])
         assert isinstance(self.dataset, ImageSet)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten
 
-from fastkd.graphs.capture import Capture, Flights, NotCapturedError, TrainingCapture
+from fastkd.graphs.capture import Capture, NotCapturedError, PendingBackward, TrainingCapture
 from fastkd.graphs.recorder import CudaRecorder, Recorder
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Graphed", "Graphs"]
 
-KINDS = 8  # so many kinds of calls of one network have graphs
-SEEN = 256  # so many are remembered after their first call
-STARTS = 8  # so often the graphs of a network are made anew where its tensors moved
+KINDS = 8  # captured call signatures per network, at most
+SEEN = 256  # signatures that are remembered after their first call
+STARTS = 8  # re-captures of a network whose tensors moved, at most
 
 
 class Graphs:
@@ -120,7 +120,7 @@ class Graphed(nn.Module):
             capture = state.captures.get(kind)
             if capture is None and not state.due(kind):
                 return None
-            if kind.trains and state.flights.any():
+            if kind.trains and state.pending.any():
                 return None
             if capture is None:
                 capture = state.captures[kind] = self._make(kind, layout, leaves, form)
@@ -136,12 +136,12 @@ class Graphed(nn.Module):
         if elsewhere:
             raise NotCapturedError(f"it or its inputs are on {' and '.join(sorted(elsewhere))}, not {recorder.device}")
         if not kind.trains:
-            return Capture(self.network, leaves, form, recorder, self._graphs.pool, state.flights)
+            return Capture(self.network, leaves, form, recorder, self._graphs.pool, state.pending)
         if any(buffer.requires_grad for buffer in self.network.buffers()):
             raise NotCapturedError("it has buffers that require grad")
         # Not the pool of all: activations live on until the backward pass, and other networks run in between.
         state.pool = recorder.pool() if state.pool is None else state.pool
-        return TrainingCapture(self.network, leaves, form, recorder, state.pool, state.flights)
+        return TrainingCapture(self.network, leaves, form, recorder, state.pool, state.pending)
 
     def _refuse(self, error: Exception) -> None:
         self._state = _State()
@@ -161,7 +161,7 @@ class _State:
         self.captures: dict[_Kind, Capture] = {}
         self.seen: set[_Kind] = set()
         self.pool: Any = None
-        self.flights = Flights()
+        self.pending = PendingBackward()
 
     def __reduce__(self) -> tuple[type[_State], tuple[()]]:
         return _State, ()
@@ -187,7 +187,7 @@ class _State:
 
 
 class _Layout:
-    """Of which tensors a network consists, and where they are."""
+    """The tensors that a network consists of, and where they are."""
 
     def __init__(self, network: nn.Module) -> None:
         self.modules = list(network.modules())

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastkd.graphs.recorder import Recorder, Recording
 
-CHOICES = 4  # so many recordings has the backward pass of one capture
+CHOICES = 4  # at most this many recorded backward passes per capture
 
 _Choice = tuple[tuple[int, ...] | None, ...]  # the strides of the outputs' gradients, None for those without
 
@@ -28,7 +28,7 @@ class NotCapturedError(RuntimeError):
     """Why a network has no graph."""
 
 
-class Flights:
+class PendingBackward:
     """Whether activations of a network wait for their backward pass: the next replay would overwrite them."""
 
     def __init__(self) -> None:
@@ -40,18 +40,18 @@ class Flights:
 
     def start(self) -> object:
         """What the autograd graph of the caller keeps: where it is given up, so is the backward pass."""
-        flight = _Flight()
-        self._last = weakref.ref(flight)
-        return flight
+        token = _Token()
+        self._last = weakref.ref(token)
+        return token
 
-    def land(self, flight: object) -> None:
-        """Ends the wait of `flight`; RuntimeError where its activations are gone."""
-        if self._last() is not flight:
+    def finish(self, token: object) -> None:
+        """Ends the wait of `token`; RuntimeError where its activations are gone."""
+        if self._last() is not token:
             raise RuntimeError("a backward pass through a CUDA graph can be made once only: its activations are gone")
         self._last = lambda: None
 
 
-class _Flight:
+class _Token:
     pass
 
 
@@ -62,15 +62,21 @@ class Capture:
         network: what is captured, in its present modes, under the present autocast.
         leaves: the tensors of a call, `form` what it is made of.
         pool: where the recording has its memory.
-        flights: of the network.
+        pending: of the network.
     """
 
     trains = False
 
     def __init__(
-        self, network: nn.Module, leaves: Sequence[Tensor], form: Any, recorder: Recorder, pool: Any, flights: Flights
+        self,
+        network: nn.Module,
+        leaves: Sequence[Tensor],
+        form: Any,
+        recorder: Recorder,
+        pool: Any,
+        pending: PendingBackward,
     ) -> None:
-        self.network, self.form, self.recorder, self.pool, self.flights = network, form, recorder, pool, flights
+        self.network, self.form, self.recorder, self.pool, self.pending = network, form, recorder, pool, pending
         self.needs = [self.trains and leaf.requires_grad for leaf in leaves]
         with torch.no_grad():
             self.inputs = [torch.empty_like(leaf).copy_(leaf) for leaf in leaves]
@@ -172,19 +178,19 @@ class TrainingCapture(Capture):
     def __call__(self, leaves: Sequence[Tensor]) -> Any:
         """The outputs for `leaves`, which backward passes can follow."""
         self._replay(leaves)
-        return self._output(_HandOver.apply(self, *leaves, *self.parameters))
+        return self._output(_Replayed.apply(self, *leaves, *self.parameters))
 
     def prepare(self) -> None:
         """Records the backward passes that have been asked for and not replayed so far."""
         # Not in the backward pass, which runs in a thread of autograd's.
-        for choice, slopes in self.wanted.items():
-            recording = self.recorder.record(partial(self._backward, choice, slopes), self.pool)
-            self.backwards[choice] = slopes, recording
+        for choice, grad_outputs in self.wanted.items():
+            recording = self.recorder.record(partial(self._backward, choice, grad_outputs), self.pool)
+            self.backwards[choice] = grad_outputs, recording
         self.wanted.clear()
 
-    def gradients(self, slopes: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Of the leaves and the parameters, for the gradients of the outputs."""
-        choice, given = _choice(slopes), [slope for slope in slopes if slope is not None]
+    def gradients(self, grad_outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients of leaves and parameters, given those of the outputs."""
+        choice, given = _choice(grad_outputs), [grad for grad in grad_outputs if grad is not None]
         if choice in self.backwards:
             own, recording = self.backwards[choice]
             torch._foreach_copy_(own, given)
@@ -192,15 +198,17 @@ class TrainingCapture(Capture):
             copied = iter(copies([r for r in recording.results if r is not None]))
             found = iter([None if r is None else next(copied) for r in recording.results])
         else:
-            self._want(slopes)
+            self._want(grad_outputs)
             found = iter(self._backward(choice, given))
             self.recorder.join()
         return [*[next(found) if needed else None for needed in self.needs], *found]
 
-    def _want(self, slopes: Sequence[Tensor | None]) -> None:
+    def _want(self, grad_outputs: Sequence[Tensor | None]) -> None:
         if len(self.backwards) < CHOICES:
             with torch.no_grad():
-                self.wanted[_choice(slopes)] = [torch.zeros_like(slope) for slope in slopes if slope is not None]
+                self.wanted[_choice(grad_outputs)] = [
+                    torch.zeros_like(grad) for grad in grad_outputs if grad is not None
+                ]
 
     def _run(self) -> list[Tensor | None]:
         # What autograd saves is written again by every replay and by the optimiser. Its check of that does not look at
@@ -212,30 +220,32 @@ class TrainingCapture(Capture):
         results = [r for r in self._run() if r is not None and r.requires_grad]
         if not results:
             raise NotCapturedError("its outputs have no gradient")
-        slopes = self._slopes_of(results, [*self._sources(), *self.parameters], [torch.zeros_like(r) for r in results])
-        if any(slope is not None for slope in slopes[len(self._sources()) :]):
+        grad_outputs = self._gradients_of(
+            results, [*self._sources(), *self.parameters], [torch.zeros_like(r) for r in results]
+        )
+        if any(grad is not None for grad in grad_outputs[len(self._sources()) :]):
             raise NotCapturedError("it has its parameters from elsewhere than its modules")
 
     def _sources(self) -> list[Tensor]:
         return [*[own for own, needed in zip(self.inputs, self.needs, strict=True) if needed], *self.aliases.values()]
 
-    def _backward(self, choice: _Choice, slopes: Sequence[Tensor]) -> list[Tensor | None]:
+    def _backward(self, choice: _Choice, grad_outputs: Sequence[Tensor]) -> list[Tensor | None]:
         results = [result for result, strides in zip(self.results(), choice, strict=True) if strides is not None]
-        return self._slopes_of(results, self._sources(), slopes)
+        return self._gradients_of(results, self._sources(), grad_outputs)
 
-    def _slopes_of(
-        self, results: Sequence[Tensor], sources: Sequence[Tensor], slopes: Sequence[Tensor]
+    def _gradients_of(
+        self, results: Sequence[Tensor], sources: Sequence[Tensor], grad_outputs: Sequence[Tensor]
     ) -> list[Tensor | None]:
         # A recording is made under the autocast of a forward pass.
         with torch.autocast(self.recorder.device.type, enabled=False):
-            return list(torch.autograd.grad(results, sources, slopes, retain_graph=True, allow_unused=True))
+            return list(torch.autograd.grad(results, sources, grad_outputs, retain_graph=True, allow_unused=True))
 
 
-def _choice(slopes: Sequence[Tensor | None]) -> _Choice:
-    return tuple([None if slope is None else slope.stride() for slope in slopes])
+def _choice(grad_outputs: Sequence[Tensor | None]) -> _Choice:
+    return tuple([None if grad is None else grad.stride() for grad in grad_outputs])
 
 
-class _HandOver(torch.autograd.Function):
+class _Replayed(torch.autograd.Function):
     """Copies of a capture's results to the caller, and the gradients back."""
 
     @staticmethod
@@ -243,7 +253,7 @@ class _HandOver(torch.autograd.Function):
         # Not for their values: autograd refuses to go back where they were written to in between.
         ctx.save_for_backward(*capture.parameters)
         ctx.set_materialize_grads(False)
-        ctx.capture, ctx.flight = capture, capture.flights.start()
+        ctx.capture, ctx.token = capture, capture.pending.start()
         results = capture.results()
         copied = copies(results)
         without = [copy for copy, result in zip(copied, results, strict=True) if not result.requires_grad]
@@ -252,10 +262,10 @@ class _HandOver(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.capture.flights.land(ctx.flight)
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.capture.pending.finish(ctx.token)
         ctx.saved_tensors  # noqa: B018
-        return None, *ctx.capture.gradients(slopes)
+        return None, *ctx.capture.gradients(grad_outputs)
 
 
 @torch.no_grad()

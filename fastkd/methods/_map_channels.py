@@ -31,7 +31,7 @@ def map_channels(network: nn.Module, example: Any, method_name: str, argument: s
     if inputs is None:
         raise _no_maps(method_name, argument, "one without a Conv2d that tells which images it takes")
     try:
-        with _looking_at(network):
+        with _evaluating(network):
             output = call_network(partial(full_output, network), inputs)
     except Exception as error:  # whatever a network raises for inputs that it was not made for
         what = f"inputs of shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else "the example"
@@ -55,7 +55,7 @@ def black_image(network: nn.Module) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def _looking_at(network: nn.Module) -> Iterator[None]:
+def _evaluating(network: nn.Module) -> Iterator[None]:
     """Eval mode, no graph; afterwards every module in its own mode again."""
     modes = {module: module.training for module in network.modules()}
     try:

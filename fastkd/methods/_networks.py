@@ -67,17 +67,17 @@ class Networks(nn.Module):
 
     @property
     def learner_names(self) -> tuple[str, ...]:
-        """Of the learning networks: "student", "students.0", ..."""
+        """The names of the learning networks: "student", "students.0", ..."""
         return self._learner_names
 
     @property
     def frozen_names(self) -> tuple[str, ...]:
-        """Of the networks that never change: "teacher", "guides.0", ..."""
+        """The names of the networks that never change: "teacher", "guides.0", ..."""
         return self._teaching_names
 
     @property
     def teacher_names(self) -> tuple[str, ...]:
-        """Of the networks that teach without learning by gradients: the frozen ones, and a subclass's mean teachers."""
+        """The names of those that teach and have no gradients: the frozen networks, and a subclass's mean teachers."""
         return self.frozen_names
 
     def learner(self, name: str) -> Any:

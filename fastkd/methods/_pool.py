@@ -11,7 +11,7 @@ from torch import Tensor
 from fastkd.functional import GroupStats
 from fastkd.methods._batch import Batch, map_tree
 from fastkd.methods._relations import rows_that_count, select
-from fastkd.ops._gather import everybodys, gather_rows
+from fastkd.ops._gather import all_gather_integers, gather_rows
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Pool:
     size: int  # B, rows of its batch
 
     def mine(self, feedback: Tensor) -> Tensor:
-        """Of feedback int64 [N], one for each sample of the pool, that of this process's batch: [B]."""
+        """The feedback of this process's batch [B], from that of every sample of the pool, int64 [N]."""
         own = feedback.new_zeros(self.size)  # a row without a label takes anything
         own[self.rows] = feedback[self.start : self.start + len(self.rows)]
         return own
@@ -46,7 +46,7 @@ def gather_pool(batch: Batch, stats: GroupStats, group: Any) -> Pool | None:
     target = batch.target.long()
     kept = rows_that_count(target)
     rows = torch.arange(len(target), device=target.device) if kept is None else kept
-    counts = [count for (count,) in everybodys([len(rows)], target.device, group)]
+    counts = [count for (count,) in all_gather_integers([len(rows)], target.device, group)]
     if sum(counts) == 0:
         return None
 

@@ -28,7 +28,7 @@ from fastkd.methods.feed import last_map
 
 
 class ReconstructionError(NamedTuple):
-    """Of each sample, float32 (float64 for float64 maps)."""
+    """The errors of each sample, float32 (float64 for float64 maps)."""
 
     absolute: Tensor  # [B], the mean over the map's elements of |x - x^|
     relative: Tensor  # [B], that divided by the mean of |x|: it compares maps of different scale

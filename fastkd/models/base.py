@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastkd._core.typed import like
 from fastkd._outputs import find_logits
 
 Norm = Callable[[int], nn.Module]
@@ -109,7 +110,10 @@ class Network(nn.Module):
         return self.forward_features(x).logits
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @like(forward)
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            """As `forward`."""
 
 
 def make_norm(norm: NormName) -> Norm:

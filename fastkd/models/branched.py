@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from fastkd._core.typed import like
 from fastkd.models.base import Network, Outputs
 from fastkd.models.registry import create
 
@@ -61,7 +62,10 @@ class Branched(nn.Module):
         return tuple([peer.forward_branch(m) for peer, m in zip(peers, maps, strict=True)])
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @like(forward)
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            """As `forward`."""
 
     def peer(self, i: int) -> Network:
         """Peer i as an ordinary network: image [B, C, H, W] -> logits. It shares its weights with this module."""

@@ -70,6 +70,11 @@ class LossTerms(NamedTuple):
     """What `return_terms=True` adds: the two parts of kd_weight * kd + ce_weight * ce, without these weights.
 
     Detached, reduced as the loss, in its dtype. ce is 0 without labels; kd is 0 where kd_weight is: no teacher is read.
+
+    >>> logits, target = torch.zeros(2, 3), torch.tensor([0, 1])
+    >>> loss, terms = fastkd.functional.multi_teacher_kd(logits, [logits], target, ce_weight=0.5, return_terms=True)
+    >>> [round(value.item(), 4) for value in (terms.kd, terms.ce, loss)]  # 0, log 3, half of it
+    [0.0, 1.0986, 0.5493]
     """
 
     kd: Tensor

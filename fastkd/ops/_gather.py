@@ -30,7 +30,7 @@ def gather_pair(
     the sizes of the others must be known to the host.
     """
     masked = 0 if mask is None else 1
-    sizes = everybodys([student.shape[0], masked, student.shape[1], teacher.shape[1]], student.device, group)
+    sizes = all_gather_integers([student.shape[0], masked, student.shape[1], teacher.shape[1]], student.device, group)
     for rank, (_, _, *widths) in enumerate(sizes):
         for name, width, own in zip(("student", "teacher"), widths, (student, teacher), strict=True):
             if width != own.shape[1]:
@@ -44,7 +44,7 @@ def gather_pair(
     return student, teacher, gather_rows(mask.to(torch.uint8)[:, None], rows, group)[:, 0].bool()
 
 
-def everybodys(numbers: list[int], device: torch.device, group: ProcessGroup) -> list[list[int]]:
+def all_gather_integers(numbers: list[int], device: torch.device, group: ProcessGroup) -> list[list[int]]:
     """These integers of each process, in the order of the ranks. Waits for the device."""
     mine = torch.tensor(numbers, device=device)
     gathered = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]

@@ -22,7 +22,7 @@ class Shared(TypedDict, total=False):
 
 
 class Distillation(Shared, total=False):
-    """Of MultiTeacherKD: those that do not change what it returns."""
+    """Arguments of MultiTeacherKD that do not change what it returns."""
 
     weights: Tensor | Sequence[float] | None
     temperature: float | Tensor | Sequence[float]
@@ -37,14 +37,14 @@ class Distillation(Shared, total=False):
 
 
 class DistillationCall(Distillation, total=False):
-    """Of multi_teacher_kd."""
+    """Arguments of multi_teacher_kd."""
 
     mask: Tensor | None
     num_items: float | Tensor | None
 
 
 class Mutual(Shared, total=False):
-    """Of MutualKD: those that do not change what it returns."""
+    """Arguments of MutualKD that do not change what it returns."""
 
     weights: Tensor | Sequence[Sequence[float]] | None
     teacher_weights: Tensor | Sequence[Sequence[float]] | None
@@ -52,7 +52,7 @@ class Mutual(Shared, total=False):
 
 
 class MutualCall(Mutual, total=False):
-    """Of mutual_kd."""
+    """Arguments of mutual_kd."""
 
     teachers: Tensor | Sequence[Tensor]
     mask: Tensor | None

@@ -7,7 +7,6 @@ factors of rows (1 / rows that count, the gradient of each row's loss) go into h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,13 +17,14 @@ from fastkd.ops import _multi_teacher_kernels as kernels
 from fastkd.ops import _topk_formula as topk
 from fastkd.ops._formulas import flat_rows, reduce_rows
 from fastkd.ops._linear_formula import sparse_entries, weights_of_rows
-from fastkd.ops._linear_inputs import HEAD, LOGITS, SPARSE, Call, Projection, given
+from fastkd.ops._linear_inputs import HEAD, LOGITS, SPARSE, Call, given
+from fastkd.ops._linear_products import project, project_back
 from fastkd.ops._multi_teacher_formula import Options, Tensors
 
 LEAST_ROWS, MULTIPLE = 256, 128
 BOTH_ROWS = 64  # of a chunk whose classes' weights [rows, k, H] are gathered
+STRIP_ROWS = 128  # of the half of a chunk whose teachers' logits are in memory
 BLOCK_BYTES, ROWS_PER_THREAD = 4 << 20, 8
-CONVERTED_BYTES = 16 << 20  # of a weight in half precision that is converted at a time
 
 
 class Gradients(NamedTuple):
@@ -145,11 +145,12 @@ class _Worker:
         call, hidden = self.call, self._hidden(rows)
         logits = self._buffer("student", count, call.dtype)
         project(hidden, call.projection, logits)
-        teachers = {k: self._teacher_logits(k, i, rows) for i, k in enumerate(self._dense(group))}
-        step = self._block_rows(count)
-        for start in range(0, count, step):
-            block = slice(start, min(start + step, count))
-            self._rows(group, _part(rows, block), logits[block], {k: t[block] for k, t in teachers.items()})
+        for strip in _cut(slice(0, count), max(STRIP_ROWS, -(-count // 2))):
+            part = _part(rows, strip)
+            teachers = {k: self._teacher_logits(k, i, part) for i, k in enumerate(self._dense(group))}
+            for block in _cut(strip, self._block_rows(count)):
+                inside = slice(block.start - strip.start, block.stop - strip.start)
+                self._rows(group, _part(rows, block), logits[block], {k: t[inside] for k, t in teachers.items()})
         if self.learns:
             factor = self.factor if self.row_scale is None else self.row_scale[rows].to(call.dtype)[:, None]
             self._add_gradients(logits, hidden, rows, factor)
@@ -302,42 +303,18 @@ def _only_inside(call: Call, teachers: tuple[int, ...]) -> bool:
     return bool(teachers) and not labelled and all(call.teachers[k].mode == "both" for k in teachers)
 
 
+def _cut(rows: slice, step: int) -> list[slice]:
+    return [slice(i, min(i + step, rows.stop)) for i in range(rows.start, rows.stop, step)]
+
+
 def _part(rows: slice | Tensor, block: slice) -> slice | Tensor:
-    """Of rows, those of a block."""
+    """The rows of a block."""
     return rows[block] if isinstance(rows, Tensor) else slice(rows.start + block.start, rows.start + block.stop)
 
 
 def _softcap_slope(logits: Tensor, softcap: float) -> Tensor:
     """d softcap * tanh(z / softcap) / dz from its value, over which it is written."""
     return logits.div_(softcap).square_().neg_().add_(1)
-
-
-def project(hidden: Tensor, projection: Projection, out: Tensor) -> None:
-    """Logits [n, V] into `out`, of hidden states [n, H] that carry the projection's scale."""
-    weight, bias, softcap, scale = projection
-    for classes, block in _converted(weight[: out.shape[1]], out.dtype):
-        torch.mm(hidden, block.t(), out=out[:, classes])
-    if bias is not None:
-        out.add_(bias[: out.shape[1]].to(out.dtype) * scale)
-    if softcap:
-        out.div_(softcap).tanh_().mul_(softcap)
-
-
-def project_back(gradient: Tensor, weight: Tensor) -> Tensor:  # [n, V], [V, H] -> [n, H]
-    out = gradient.new_zeros(gradient.shape[0], weight.shape[1])
-    for classes, block in _converted(weight, gradient.dtype):
-        out.addmm_(gradient[:, classes], block)
-    return out
-
-
-def _converted(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """A weight in this dtype, in blocks of classes where it has to be converted: never all of it at once."""
-    step = weight.shape[0]
-    if weight.dtype != dtype:
-        step = max(1, CONVERTED_BYTES // (weight.shape[1] * dtype.itemsize))
-    for start in range(0, weight.shape[0], step):
-        classes = slice(start, min(start + step, weight.shape[0]))
-        yield classes, weight[classes].to(dtype)
 
 
 def row_kernel(tensors: Tensors, options: Options, learns: bool) -> tuple[Tensor, Tensor]:

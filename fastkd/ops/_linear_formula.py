@@ -49,7 +49,7 @@ def _reduced(call: Call, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _row_losses(call: Call, rows: slice) -> tuple[Tensor, ...]:
-    """Of these rows: the loss [n], with `terms` KD and CE; 0 where a row does not count."""
+    """The loss of these rows [n], with `terms` KD and CE; 0 where a row does not count."""
     target = None if call.target is None else call.target[rows]
     counts = None if target is None else target != call.options.ignore_index
     hidden = _cleaned(call.hidden[rows].to(call.dtype), counts)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastkd._core.checks import check_choice, check_index, check_integer, check_number
 from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.ops._autograd import may_read_values
+from fastkd.ops._divergences import FORWARD, Divergence, check_divergence
 from fastkd.ops._formulas import Reduction, accumulate_dtype, flat_rows
 from fastkd.ops._inputs import REDUCTIONS, check_labels, check_like, check_num_items, check_scalar
 from fastkd.ops._multi_teacher_formula import Combine, Options
@@ -106,6 +107,7 @@ def check_call(
     softcap: float | None, logit_scale: float, chunk_rows: object, temperature: object, weights: object,
     kd_weight: object, ce_weight: object, label_smoothing: object, ignore_index: int, mask: object, combine: Combine,
     vocab_size: int | None, scale_by_t2: object, reduction: Reduction, num_items: object, return_terms: object,
+    divergence: object = "forward", divergence_beta: object = None,
 ) -> Call:  # fmt: skip
     cap, scale = _check_projection("", hidden, weight, bias, softcap, logit_scale)
     classes = _check_vocabulary(weight, vocab_size)
@@ -116,6 +118,7 @@ def check_call(
     check_choice(OP, "combine", combine, COMBINE)
     check_choice(OP, "reduction", reduction, REDUCTIONS)
     _check_combine(combine, known)
+    which = _check_divergence(divergence, divergence_beta, like, combine, known)
     target, soft, labels = _check_labels(target, mask, ignore_index, like)
     label_smoothing = check_number(OP, "label_smoothing", label_smoothing, "a number in [0, 1]", 0, 1)
     ce_weight = check_scalar(OP, "ce_weight", ce_weight, "a finite number")
@@ -135,7 +138,7 @@ def check_call(
         kd_weight=check_scalar(OP, "kd_weight", kd_weight, "a finite number"), ce_weight=ce_weight,
         label_smoothing=label_smoothing, ignore_index=ignore_index, scale_by_t2=bool(scale_by_t2),
         reduction=reduction, num_items=check_num_items(OP, num_items, reduction), labels=labels,
-        terms=bool(return_terms),
+        terms=bool(return_terms), divergence=which,
     )  # fmt: skip
     projection = Projection(weight, bias, cap, scale)
     return Call(flat_rows(hidden), projection, tuple(known), target, soft, weights, options, classes, chunk)
@@ -254,6 +257,18 @@ def _check_combine(combine: Combine, teachers: Sequence[Teacher]) -> None:
         if teacher.rows is not None or teacher.mode is not None:
             what = "with rows" if teacher.rows is not None else "a TopK"
             raise wrong_value(OP, "combine", f"'losses' where teachers[{k}] is {what}", repr(combine))
+
+
+def _check_divergence(
+    name: object, beta: object, like: Tensor, combine: Combine, teachers: Sequence[Teacher]
+) -> Divergence:
+    which, shares = check_divergence(OP, name, beta, like, combine)
+    if shares is not None:
+        raise wrong_value(OP, "divergence", "a name, or a dict of numbers", "a dict with a tensor")
+    sparse = [k for k, teacher in enumerate(teachers) if teacher.mode is not None]
+    if sparse and which != FORWARD:
+        raise wrong_value(OP, "divergence", f"'forward' where teachers[{sparse[0]}] is a TopK", repr(name))
+    return which
 
 
 def _check_labels(

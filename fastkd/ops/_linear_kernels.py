@@ -13,6 +13,7 @@ from fastkd.ops import _linear_chunks as chunks
 from fastkd.ops import _linear_formula as formula
 from fastkd.ops import _multi_teacher_kernels as kernels
 from fastkd.ops._autograd import Inputs, graph_is_kept, hand_out, is_transformed, on_host, save_for_backward, with_kept
+from fastkd.ops._divergences import KINDS, Divergence
 from fastkd.ops._formulas import accumulate_dtype
 from fastkd.ops._inputs import REDUCTIONS, check_range, why_learning
 from fastkd.ops._linear_inputs import OP, SPARSE, Call, Projection, Teacher
@@ -105,10 +106,12 @@ def _flat(call: Call) -> tuple[list[Tensor | None], Static]:
     floats = [
         options.kd_weight, options.ce_weight, options.label_smoothing, options.num_items or 0.0, softcap, scale,
         *[number for teacher in call.teachers for number in (teacher.softcap, teacher.scale)],
+        *options.divergence.numbers,
     ]  # fmt: skip
     integers = [
         COMBINE.index(options.combine), options.ignore_index, int(options.scale_by_t2),
         REDUCTIONS.index(options.reduction), int(options.labels), int(options.terms), call.classes, call.chunk_rows,
+        KINDS.index(options.divergence.kind),
         *[teacher.kind for teacher in call.teachers],
     ]  # fmt: skip
     return tensors, (list(options.host_weights), list(options.temperatures), floats, integers)
@@ -119,15 +122,15 @@ def _unflat(tensors: Sequence[Any], static: Static) -> Call:
     hidden, weight, bias, target, soft, weights, scalars, *slots = tensors
     host_weights, temperatures, floats, integers = static
     kd_weight, ce_weight, smoothing, items, softcap, scale, *shapes = floats
-    combine, ignore_index, by_t2, reduction, labels, terms, classes, chunk_rows, *kinds = integers
+    combine, ignore_index, by_t2, reduction, labels, terms, classes, chunk_rows, kind, *kinds = integers
     teachers = [
-        Teacher(kind, *slots[SLOTS * k : SLOTS * (k + 1)], *shapes[2 * k : 2 * k + 2]) for k, kind in enumerate(kinds)
+        Teacher(its, *slots[SLOTS * k : SLOTS * (k + 1)], *shapes[2 * k : 2 * k + 2]) for k, its in enumerate(kinds)
     ]
     options = Options(
         operation=OP, host_weights=tuple(host_weights), temperatures=tuple(temperatures), combine=COMBINE[combine],
         kd_weight=kd_weight, ce_weight=ce_weight, label_smoothing=smoothing, ignore_index=ignore_index,
         scale_by_t2=bool(by_t2), reduction=REDUCTIONS[reduction], num_items=items or None, labels=bool(labels),
-        terms=bool(terms),
+        terms=bool(terms), divergence=Divergence(KINDS[kind], tuple(shapes[2 * len(kinds) :])),
     )  # fmt: skip
     options = kernels._joined(options, scalars)
     projection = Projection(weight, bias, softcap, scale)

@@ -22,10 +22,12 @@ from fastkd import _backend
 from fastkd._core.messages import wrong_value
 from fastkd.ops import _linear_chunks as chunks
 from fastkd.ops._autograd import is_transformed, on_host
+from fastkd.ops._divergences import FORWARD
 from fastkd.ops._formulas import reduce_rows
-from fastkd.ops._gather import everybodys
+from fastkd.ops._gather import all_gather_integers
 from fastkd.ops._linear_formula import weights_of_rows
 from fastkd.ops._linear_inputs import HEAD, LOGITS, OP, Call, Projection, Teacher, given
+from fastkd.ops._linear_products import project, project_back
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,6 +40,8 @@ def check_sharded(call: Call) -> None:
     options = call.options
     if options.combine != "losses":
         raise wrong_value(OP, "combine", "'losses' with process_group", repr(options.combine))
+    if options.divergence != FORWARD:
+        raise wrong_value(OP, "divergence", "'forward' with process_group", options.divergence.kind)
     if options.reduction == "none":
         raise wrong_value(OP, "reduction", "'mean' or 'sum' with process_group", "'none'")
     if call.soft is not None:
@@ -122,7 +126,7 @@ class _Shards:
 
     def _place(self) -> tuple[int, int]:
         """The first class of this shard, and the number of classes of all."""
-        sizes = [size for (size,) in everybodys([self.call.classes], self.call.hidden.device, self.group)]
+        sizes = [size for (size,) in all_gather_integers([self.call.classes], self.call.hidden.device, self.group)]
         return sum(sizes[: torch_distributed.get_rank(self.group)]), sum(sizes)
 
     def run(self) -> tuple[list[Tensor], chunks.Gradients]:
@@ -156,7 +160,7 @@ class _Shards:
 
     def _logits(self, hidden: Tensor, projection: Projection) -> Tensor:
         out = hidden.new_empty(hidden.shape[0], self.call.classes)
-        chunks.project(hidden if projection.scale == 1 else hidden * projection.scale, projection, out)
+        project(hidden if projection.scale == 1 else hidden * projection.scale, projection, out)
         return out
 
     def _teacher(self, teacher: Teacher, rows: Tensor) -> Tensor:
@@ -223,4 +227,4 @@ class _Shards:
         if to_bias is not None:
             to_bias.add_(gradient.sum(0), alpha=factor * scale)
         if to_hidden is not None:
-            to_hidden[rows] = chunks.project_back(gradient, weight).mul_(factor * scale)
+            to_hidden[rows] = project_back(gradient, weight).mul_(factor * scale)

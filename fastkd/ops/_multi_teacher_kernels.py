@@ -41,6 +41,11 @@ class DistillationStats(NamedTuple):
 
     kl: [K], the mean over the rows that count of KL(p_k || q) at the temperature, without weight and T^2.
     student: GroupStats of the student, each [1, R]. teachers: GroupStats of the teachers, each [K, R].
+
+    >>> student, teacher = torch.zeros(1, 2), torch.tensor([[0.0, 1e4]])
+    >>> loss, stats = fastkd.functional.multi_teacher_kd(student, [teacher], temperature=1.0, return_stats=True)
+    >>> round(stats.kl.item(), 4), stats.teachers.confidence.item()  # a sure teacher, a student without a clue: log 2
+    (0.6931, 1.0)
     """
 
     kl: Tensor
@@ -307,7 +312,7 @@ def _separate_statistics(tensors: Tensors, options: Options) -> DistillationStat
 
 
 def _divergences(tensors: Tensors, options: Options, k: int) -> Tensor:
-    """Of teacher k, [R], by the kernels."""
+    """KL(p_k || q) of each row, [R], by the kernels."""
     t = options.temperatures[k if len(options.temperatures) > 1 else 0]
     one = options._replace(
         host_weights=(1.0,), temperatures=(t,), combine="losses", kd_weight=1.0, ce_weight=0.0, scale_by_t2=False,

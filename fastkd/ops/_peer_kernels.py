@@ -147,7 +147,7 @@ class _State:
         self.done: set[int] | None = None
 
     def gradients(self, grad: Tensor) -> Sequence[Tensor]:
-        """Of the networks that learn; the stored rows themselves where nobody will ask for them again."""
+        """The gradients of the networks that learn; the stored rows themselves where nobody will ask for them again."""
         rows = self.rows if self.rows is not None else self._stored()
         kept = graph_is_kept() or bool(self.waiting)
         if self.ready and type(grad) is Tensor and all([g == 1.0 for g in grad.tolist()]):
@@ -178,7 +178,7 @@ class _State:
         return loss
 
     def gradient(self, m: int, grad: Tensor) -> Tensor:
-        """Of network m alone, in memory of its own."""
+        """The gradient of network m alone, in memory of its own."""
         rows, slot = self._stored(), self.learners.index(m)
         saved = self.saved[slot : slot + 1] if len(self.saved) else self.saved
         grad = grad.reshape(1, *grad.shape)

@@ -79,7 +79,7 @@ class GroupStats(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """Of R rows: classes, or probabilities. Without any, no row has a label."""
+    """The labels of R rows: classes, or probabilities. Without any, no row has a label."""
 
     target: Tensor | None  # int64 [R]: classes; beside probabilities, `ignore_index` where a row has no label
     soft: Tensor | None  # [R, C], as rows of rows_of()

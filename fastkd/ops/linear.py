@@ -9,7 +9,7 @@ autograd in _linear_kernels.py; sparse teachers in topk.py and _topk_formula.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,8 @@ def linear_multi_teacher_kd(
     ignore_index: int = -100,
     mask: Tensor | None = None,
     combine: Combine = "losses",
+    divergence: str | Mapping[str, float] = "forward",
+    divergence_beta: float | None = None,
     vocab_size: int | None = None,
     scale_by_t2: bool = True,
     reduction: Reduction = "mean",
@@ -83,6 +85,8 @@ def linear_multi_teacher_kd(
             per row of the student. Not normalised. A teacher of weight 0 is not read.
         vocab_size: classes from here on are padding in every network that has more: their weights are not read and get
             gradient 0. None: all have the student's V.
+        divergence, divergence_beta: as in multi_teacher_kd, with numbers as weights; with TopK, and with process_group,
+            "forward" alone.
         kd_weight, ce_weight, label_smoothing, ignore_index, mask, combine, scale_by_t2, reduction, num_items,
             return_terms: as in multi_teacher_kd. The mean is over the rows that count, also those that no teacher
             speaks about.
@@ -95,7 +99,7 @@ def linear_multi_teacher_kd(
         The loss in float32 (float64 for float64 inputs): a scalar, or [...] for "none"; or (loss, terms). Rows that do
         not count are left out before the products (on a GPU their products are made of zeros, not to wait for it).
 
-    Memory beyond inputs and gradients: (K + 2) * chunk_rows * V * 4 bytes for K heads. Time: that of the products.
+    Memory beyond inputs and gradients: (1 + K / 2) * chunk_rows * V * 4 bytes for K heads. Time: that of the products.
     reduction="none" makes the gradients in the backward, from the logits made again. Second derivatives, and teachers,
     weights or temperatures that require grad, are plain PyTorch by chunks, recomputed in the backward. With the same
     number of threads the same bits, as the matrix products give them. Routing reads `rows` on the host.
@@ -108,7 +112,7 @@ def linear_multi_teacher_kd(
     call = check_call(
         hidden, weight, teachers, target, bias, softcap, logit_scale, chunk_rows, temperature, weights, kd_weight,
         ce_weight, label_smoothing, ignore_index, mask, combine, vocab_size, scale_by_t2, reduction, num_items,
-        return_terms,
+        return_terms, divergence, divergence_beta,
     )  # fmt: skip
     items = call.options.num_items
     if items is not None and not on_host((items,)):  # on a GPU, or differentiated

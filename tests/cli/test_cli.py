@@ -42,7 +42,7 @@ def no_traceback(monkeypatch):
 @pytest.mark.parametrize("method", RECIPES)
 def test_every_method_runs_with_the_defaults(tmp_path, method, capsys):
     out = tmp_path / "run"
-    assert main(["train", "--method", method, "--epochs", "1", "--out", str(out)]) == 0
+    assert main(["train", "--method", method, "--epochs", "1", "--train-size", "256", "--out", str(out)]) == 0
     assert {"checkpoints", "config.yaml", "metrics.csv", "curves.png", "report.md"} <= set(os.listdir(out))
     assert os.listdir(out / "checkpoints") == ["epoch-0001.pt"]
     state = torch.load(out / "checkpoints" / "epoch-0001.pt", weights_only=True)

@@ -5,6 +5,7 @@ import datetime
 import torch
 from methods_helpers import batch, same, snapshot, train
 from orc_helpers import Mixed, bn_mlp, optimizer_of, orc, rows_of_table, table
+from processes_helpers import together
 from torch import nn
 
 
@@ -103,15 +104,4 @@ def refuse_local_rankings():
 
 
 def test_two_processes(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    failures = context.SimpleQueue()
-    processes = [context.Process(target=worker, args=(rank, tmp_path / "store", failures)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-    assert failures.empty(), failures.get()
-    assert [process.exitcode for process in processes] == [0, 0]
+    together(worker, 2, tmp_path / "store")

@@ -6,9 +6,9 @@ from fractions import Fraction
 
 import pytest
 import torch
-import torch.multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes_helpers import together
 from test_group_stats import PLACES, make
 from torch._subclasses import FakeTensorMode
 
@@ -218,7 +218,7 @@ def test_proportions_that_cannot_be_checked():
 # --- a process group --------------------------------------------------------------------------------------------------
 
 
-def _worker(rank: int, folder: str) -> None:
+def _worker(rank: int, folder: str, failures) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     try:
         logits, target = make(25, 12, 4)
@@ -254,7 +254,7 @@ def _worker(rank: int, folder: str) -> None:
 
 
 def test_every_rank_gets_the_order_of_the_global_batch(tmp_path):
-    torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
+    together(_worker, 2, str(tmp_path))
 
 
 # --- no wait for the device, no gradient, transforms, compile ---------------------------------------------------------

@@ -10,6 +10,7 @@ from linear_helpers import CLASSES, ROWS, gradients, labels, randn, results, stu
 import fastkd
 from fastkd import Head
 from fastkd.functional import linear_multi_teacher_kd, multi_teacher_kd
+from fastkd.ops._linear_inputs import Projection
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -250,7 +251,7 @@ def test_the_default_chunk_holds_one_weight_gradient():
     def rows(width, heads, dtype=torch.float32):
         call = chunks.Call(*[None] * 9)._replace(
             hidden=torch.empty(1, width, dtype=dtype), chunk_rows=0,
-            projection=chunks.Projection(torch.empty(1, 1, dtype=dtype), None, 0.0, 1.0),
+            projection=Projection(torch.empty(1, 1, dtype=dtype), None, 0.0, 1.0),
         )  # fmt: skip
         return chunks.chunk_rows(call, heads)
 
@@ -272,3 +273,28 @@ def test_the_module_is_the_function():
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1].kd, expected[1].kd)
     mine, whole = (set(inspect.signature(f).parameters) for f in (fastkd.LinearMultiTeacherKD, linear_multi_teacher_kd))
     assert whole - mine == {"hidden", "weight", "teachers", "target", *call}
+
+
+@pytest.mark.parametrize("place", ["cpu", "simt"])
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        ("reverse", None),
+        ("jsd", 0.3),
+        ("tvd", None),
+        ("skew_forward", 0.2),
+        ("skew_reverse", None),
+        ({"forward": 0.3, "reverse": 0.6}, None),
+    ],
+    ids=lambda d: str(d[0]),
+)
+def test_divergences_are_those_of_whole_logits(divergence, place, at):
+    at(place)
+    name, beta = divergence
+    options = {"divergence": name, "divergence_beta": beta, "temperature": 2.0}
+    (hidden, weight, _), (logits, (teacher, head)) = student(), teachers_of("both")
+    expected = multi_teacher_kd(hidden @ weight.T, [logits, teacher @ head.T], labels(), **options)
+    loss = linear_multi_teacher_kd(hidden, weight, [logits, (teacher, head)], labels(), chunk_rows=5, **options)
+    torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-13)
+    for a, b in zip(gradients(loss, [hidden, weight]), gradients(expected, [hidden, weight]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

@@ -46,6 +46,8 @@ CASES = [
      {"teachers": [TopK(IDS, VALUES, mode="both", tail_log_prob=VALUES[:, 0])]}),
     ("teachers[0].tail_log_prob must be of shape [4]", {"teachers": [TopK(IDS, VALUES, tail_log_prob=VALUES[:2, 0])]}),
     ("temperature must be 1 for teachers[0] with mode='tail'", {"teachers": [TopK(IDS, VALUES)], "temperature": 2.0}),
+    ("divergence must be 'forward' where teachers[0] is a TopK",
+     {"teachers": [TopK(IDS, VALUES)], "divergence": "reverse"}),
     ("vocab_size must be an integer in [2, 7]", {"vocab_size": 8}),
     ("num_items must be a finite number > 0", {"num_items": 0}),
     ("target must be given where ce_weight is 0.5", {"ce_weight": 0.5}),

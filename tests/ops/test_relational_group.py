@@ -4,6 +4,7 @@ import datetime
 import gc
 
 import torch
+from processes_helpers import together
 from relational_helpers import FUNCTIONS, embeddings
 
 PARTS = {"even": (6, 6), "uneven": (7, 4), "one row": (5, 1), "none on one process": (6, 0), "no rows at all": (0, 0)}
@@ -109,15 +110,4 @@ def refuse_other_widths(name, function, rank, group):
 
 def test_two_processes(tmp_path, at):
     at("cpu")
-    context = torch.multiprocessing.get_context("spawn")
-    failures = context.SimpleQueue()
-    processes = [context.Process(target=worker, args=(rank, tmp_path / "store", failures)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-    assert failures.empty(), failures.get()
-    assert [process.exitcode for process in processes] == [0, 0]
+    together(worker, 2, tmp_path / "store")

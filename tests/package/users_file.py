@@ -80,8 +80,8 @@ def network(name: str = "plain2", **options: Any) -> nn.Module:
     return models.create(name, 3, image_size=8, width=0.1, **options)
 
 
-def branches() -> models.Branched:
-    return models.branched("plain4", 3, branches=2, image_size=8, width=0.1)
+def branches(count: int = 2) -> models.Branched:
+    return models.branched("plain4", 3, branches=count, image_size=8, width=0.1)
 
 
 def networks() -> None:
@@ -130,7 +130,7 @@ def all_methods() -> dict[str, Method]:
         "DKD": methods.DKD(network(), network(), warmup=2.0),
         "MeanTeacher": methods.MeanTeacher(network(), consistency="kl", views=False),
         "ONE": methods.ONE(branches(), temperature=3.0),
-        "OKDDip": methods.OKDDip(branches(), width=8),
+        "OKDDip": methods.OKDDip(branches(3), width=8),
         "DKEL": methods.DKEL(branches(), variant="intended", init=None),
         "PCL": methods.PCL(branches(), c=0.5),
     }

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import torch
+from processes_helpers import together
 
 from fastkd.train import Runner, TrainConfig
 
@@ -42,24 +43,10 @@ def train(folder, method: str, **options):
 
 def processes(function, number: int, folder: Path, *arguments, seconds: float = 120.0) -> None:
     """function(rank, folder, *arguments) in `number` processes of one gloo group; raises what one of them raised."""
-    context = torch.multiprocessing.get_context("spawn")
-    failures = context.SimpleQueue()
-    started = [
-        context.Process(target=_process, args=(function, rank, number, folder, failures, arguments))
-        for rank in range(number)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(seconds)
-    for process in started:
-        if process.is_alive():
-            process.kill()
-    assert failures.empty(), failures.get()
-    assert [process.exitcode for process in started] == [0] * number
+    together(_process, number, function, number, folder, arguments, seconds=seconds)
 
 
-def _process(function, rank, number, folder, failures, arguments):
+def _process(rank, function, number, folder, arguments, failures):
     torch.set_num_threads(1)
     os.environ["FASTKD_TRACEBACK"] = "1"
     torch.distributed.init_process_group(

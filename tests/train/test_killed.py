@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes_helpers import forking
 from train_helpers import assert_same, config, last_state, one_thread, rows_without_times, run  # noqa: F401
 
 from fastkd._core import files as whole_files
@@ -22,10 +23,7 @@ PIECES = 8
 
 @pytest.fixture(scope="module")
 def processes():
-    """Processes forked from one that has imported what a run needs: they start in no time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastkd.train", "sklearn.datasets", "torch._dynamo"])
-    return context
+    return forking()
 
 
 def slow_down(step: float, piece: float) -> None:

@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kScaleThreads)
   }
 }
 
-// Of an operation's forward; `type` is that of the learners, `losses` as for forward_over_rows() in core/torch/run.h.
+// Reduces the row losses after a forward pass; `type` is that of the learners, `losses` as for forward_over_rows() in
+// core/torch/run.h.
 template <class Args>
 void launch_reduce(const Args& args, DType type, int losses, cudaStream_t stream) {
   const auto reduce = [&]<class A>(A) {

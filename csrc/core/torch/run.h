@@ -15,7 +15,8 @@
 
 namespace fastkd {
 
-// grad_output of L losses, or with Reduction::none of those of their rows, beside what the forward left (`like`).
+// Checks that grad_loss has one element per loss, or with Reduction::none per row, of the dtype that the forward left
+// (`like`).
 inline void check_grad_loss(const Tensor& grad_loss, int64_t losses, int64_t rows, Reduction reduction, const Tensor& like) {
   const int64_t expected = losses * (reduction == Reduction::none ? rows : 1);
   STD_TORCH_CHECK(grad_loss.numel() == expected && grad_loss.scalar_type() == like.scalar_type() && grad_loss.is_contiguous(),
