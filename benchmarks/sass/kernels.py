@@ -182,6 +182,7 @@ MAKERS: dict[str, Callable[[list[str]], Spec]] = {
     "stream_rows_kernel": functools.partial(_stream_vectors, gradient=False),
     "stream_gradient_kernel": functools.partial(_stream_vectors, gradient=True),
     "on_chip_kernel": _on_chip,
+    "divergence_kernel": _on_chip,
     "scale_kernel": _scale,
     "mutual_kernel": _mutual,
     "row_kernel": _group_stats,

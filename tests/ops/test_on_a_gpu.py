@@ -20,6 +20,8 @@ pytestmark = pytest.mark.gpu
 # Each on chip and, where an operation has one, by the kernels for long rows.
 SHAPES = {
     "multi_teacher": [Logits(9, 100, 3), Logits(3, 9000, 2)],
+    "multi_teacher_reverse": [Logits(9, 100, 3)],
+    "multi_teacher_jsd": [Logits(9, 100, 3)],
     "mutual": [Networks(9, 100, 3), Networks(2, 9000, 2)],
     "cross_entropy": [Networks(9, 100, 3), Networks(2, 9000, 2)],
     "group_stats": [Networks(9, 100, 3), Networks(2, 9000, 2)],
