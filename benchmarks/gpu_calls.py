@@ -18,6 +18,7 @@ SMALL = {
     "multi_teacher": [Logits(3, 37, 2), Logits(2, 2, 1), Logits(2, 5003, 3), Logits(1, 40003, 1)],
     "multi_teacher_reverse": [Logits(3, 37, 2)],
     "multi_teacher_jsd": [Logits(3, 37, 2)],
+    "multi_teacher_kd_with_gradient": [Logits(3, 37, 2)],
     "mutual": [Networks(3, 37, 3), Networks(2, 5003, 2)],
     "cross_entropy": [Networks(3, 37, 3), Networks(2, 5003, 2)],
     "group_stats": [Networks(3, 37, 3), Networks(2, 5003, 2)],

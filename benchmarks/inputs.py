@@ -112,6 +112,12 @@ def multi_teacher(shape: Logits, dtype: torch.dtype, device: str, seed: int) -> 
     return Inputs((student, teachers, target, weights, TEMPERATURE, CE_WEIGHT), (student,))
 
 
+def multi_teacher_alone(shape: Logits, dtype: torch.dtype, device: str, seed: int) -> Inputs:
+    """The same without a graph: of what gives its gradient back itself."""
+    student, *rest = multi_teacher(shape, dtype, device, seed).arguments
+    return Inputs((student.detach(), *rest), ())
+
+
 def mutual(shape: Networks, dtype: torch.dtype, device: str, seed: int) -> Inputs:
     networks, target = _group(shape, [6.0] * shape.networks, dtype, device, seed)
     networks = [z.requires_grad_() for z in networks]
@@ -183,6 +189,11 @@ def multi_teacher_bytes(shape: Logits, itemsize: int, passes: str) -> int:
     """K + 1 logits read, one gradient written when training, the targets read."""
     tensors = shape.teachers + 1 + (passes == TRAINING)
     return tensors * shape.rows * shape.classes * itemsize + _labels(shape.rows)
+
+
+def multi_teacher_alone_bytes(shape: Logits, itemsize: int, passes: str) -> int:
+    """K + 1 logits and the targets read, the gradient and a loss written."""
+    return multi_teacher_bytes(shape, itemsize, TRAINING) + max(4, itemsize)
 
 
 def mutual_bytes(shape: Networks, itemsize: int, passes: str) -> int:

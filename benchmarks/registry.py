@@ -134,6 +134,12 @@ def multi_teacher(student, teachers, target, weights, temperature, ce_weight) ->
     )
 
 
+def multi_teacher_with_gradient(student, teachers, target, weights, temperature, ce_weight) -> tuple[Tensor, ...]:
+    return functional.multi_teacher_kd_with_gradient(
+        student, teachers, target, weights=weights, temperature=temperature, ce_weight=ce_weight
+    )
+
+
 def divergence_of(name: str) -> Callable[..., Tensor]:
     """multi_teacher with another divergence than forward."""
 
@@ -191,6 +197,19 @@ OPERATIONS = {
             )
             for name, eager in (("reverse", multi_teacher_eager.reverse), ("jsd", multi_teacher_eager.jsd))
         ],
+        Operation(
+            name="multi_teacher_kd_with_gradient",
+            shapes=(Logits(128, 100, 4), Logits(256, 1000, 4)),
+            passes=(FORWARD,),
+            make_inputs=inputs.multi_teacher_alone,
+            fused=multi_teacher_with_gradient,
+            baselines={
+                "eager": lambda: multi_teacher_eager.with_gradient,
+                "compile": lambda: compiled(multi_teacher_eager.gradient_and_value),
+            },
+            bytes_floor=inputs.multi_teacher_alone_bytes,
+            tests="tests/ops/test_multi_teacher*.py",
+        ),
         Operation(
             name="mutual",
             shapes=(Networks(128, 100, 4), Networks(256, 1000, 4)),

@@ -27,6 +27,20 @@ def multi_teacher(
     return loss
 
 
+@torch.enable_grad()
+def with_gradient(student: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient to the student, by autograd."""
+    student = student.detach().requires_grad_()
+    loss = multi_teacher(student, *rest)
+    return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+
+def gradient_and_value(student: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """The same as torch.compile takes it."""
+    gradient, loss = torch.func.grad_and_value(multi_teacher)(student, *rest)
+    return loss, gradient
+
+
 def reverse(student, teachers, target, weights, temperature, ce_weight) -> Tensor:
     """KL(q || p) of each teacher, as TRL's generalised JSD at beta 1."""
     loss = ce_weight * F.cross_entropy(student, target)

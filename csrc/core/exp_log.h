@@ -1,4 +1,5 @@
-// exp and log without branches and calls, so that `#pragma omp simd` vectorises them on the CPU; CUDA has its own.
+// exp and log without branches and calls, so that `#pragma omp simd` vectorises them on the CPU; CUDA has its own, which the
+// host's run of the kernels (tests/simt) follows.
 // The compiler flags matter: with -fassociative-math the rounding constants below would be optimised away.
 #pragma once
 
@@ -19,15 +20,40 @@ constexpr A kLowestExponent = A(-708);
 template <>
 constexpr float kLowestExponent<float> = -87.f;
 
-// e^x for x <= 0 (or NaN): 1 ulp. Exactly 0 for -inf; a finite x gives at least the smallest normal number, so that a
-// product with an infinite factor stays infinite.
-FASTKD_HD float exp_negative(float x) {
-  const float bounded = x < kLowestExponent<float> ? kLowestExponent<float> : x;
+constexpr float kLog2E = 1.44269504f;
+
+#if defined(__CUDACC__) || defined(FASTKD_BACKEND_SIMT)
+// 2^y within 2^-22, one instruction; 0 where that is no normal number. The host's is off as the device's may be: smoothly
+// between the 64 points of a table, by 2^-24, since expf(), that instruction and a shift, is documented within 1 ulp.
+FASTKD_HD float exp2_approximate(float y) {
 #if defined(__CUDA_ARCH__)
-  return x == -kInf ? 0.f : expf(bounded);
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(y));
+  return result;
 #else
+  if (y < -126.f) return 0.f;
+  const double place = (y - ::floor(double(y))) * 64, u = 2 * (place - ::floor(place)) - 1;
+  return float(::exp2(double(y)) * (1 + 2.6 * 0x1p-24 * (u * u * u - u)));
+#endif
+}
+#endif
+
+// e^x for x <= 0 (or NaN): 1 ulp, on CUDA 2^-22 + |x| 2^-24, what x itself is rounded by. Exactly 0 for -inf; a finite x gives
+// at least the smallest normal number, so that a product with an infinite factor stays infinite.
+FASTKD_HD float exp_negative(float x) {
+#if defined(__CUDACC__) || defined(FASTKD_BACKEND_SIMT)
+#if defined(__CUDA_ARCH__)
+  float bounded;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(bounded) : "f"(x), "f"(kLowestExponent<float>));
+#else
+  const float bounded = x < kLowestExponent<float> ? kLowestExponent<float> : x;
+#endif
+  const float e = exp2_approximate(bounded * kLog2E);
+  return x == -kInf ? 0.f : e;
+#else
+  const float bounded = x < kLowestExponent<float> ? kLowestExponent<float> : x;
   const float magic = 12583039.f;  // 1.5 * 2^23 + 127: adding it rounds to an integer, which lands biased in the low bits
-  const float shifted = bounded * 1.44269504f + magic, n = shifted - magic;
+  const float shifted = bounded * kLog2E + magic, n = shifted - magic;
   const float r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;  // n * the first part of log(2) is exact
   float p = 1.39262508315e-3f;  // (e^r - 1 - r) / r^2 within 1e-8 for |r| <= log(2) / 2
   p = p * r + 8.36323288368e-3f;

@@ -67,8 +67,12 @@ __device__ __forceinline__ void finish_group(const Params<A>& p, int64_t group, 
   save_state(p.state, p.total_groups, group, f, squares_a, inner_of(p.p, f.inverse, sums.v[1]));
 }
 
+// Blocks of a multiprocessor: two of 512 threads, which one register more than 64 would forbid; a double needs them.
+template <class A, class Policy>
+constexpr int kRowBlocks = sizeof(A) == 4 && Policy::kBlock == 512 ? 2 : 1;
+
 template <class S, class T, class A, class Policy>
-__global__ void __launch_bounds__(Policy::kBlock, 1) rows_kernel(const __grid_constant__ Params<A> p) {
+__global__ void __launch_bounds__(Policy::kBlock, (kRowBlocks<A, Policy>)) rows_kernel(const __grid_constant__ Params<A> p) {
   using Threads = RowThreads<A, Policy::kThreads>;
   SIMT_SHARED(A, buffer, 2 * Threads::kWarps * Threads::kMost);
   Threads threads{int(threadIdx.x) % Policy::kThreads, 0, buffer};

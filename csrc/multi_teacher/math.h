@@ -13,11 +13,12 @@ struct RunningTeacher {
   A max, z, a;
 
   // New maximum of the teacher, and the growth of the student's base: x_s falls by it, so that `a` gains z times it.
-  // Both in one sum: it is exactly 0 where student and teacher are the same.
+  // Both in one sum: it is exactly 0 where student and teacher are the same. What was so far below that its exponentials are 0
+  // is gone, however far it moved: a part masked by the most negative finite number.
   FASTKD_HD void rebase(A new_max, A student_growth, A inv_t) {
-    const A fall = base_of(max) - base_of(new_max);
-    const A factor = z == 0 ? A(0) : exp_negative(fall < 0 ? fall * inv_t : A(0));
-    a = factor * (z == 0 ? a : a + z * (fall + student_growth) * inv_t);
+    const A fall = base_of(max) - base_of(new_max), down = fall < 0 ? fall * inv_t : A(0);
+    const A factor = z == 0 || down < kLowestExponent<A> ? A(0) : exp_negative(down);
+    a = factor == 0 ? A(0) : factor * (a + z * (fall + student_growth) * inv_t);
     z = rounded_product(z, factor);
     max = new_max;
   }

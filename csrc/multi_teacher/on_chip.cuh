@@ -296,17 +296,19 @@ __device__ __forceinline__ void on_chip_row(const Params<A>& p, A* buffer, int* 
   student_exponentials(row, p.inv_t[0], threads);
 
   A kd;
-  if constexpr (Other)
+  if constexpr (Other) {
     kd = distill_otherwise<kWidth>(p, row, index, threads);
-  else
+    restore_exponentials(p, row);
+  } else {
     kd = distill<kWidth>(p, row, index, threads, stats);
+  }
   LabelTerm<A> term;
   if (p.cross_entropy) term = label_term<kWidth>(p, row, index, student, max_student, threads);
   if (p.need_grad) store_gradient<S, kWidth, Other>(p, row, index, term, threads);
   if (threads.thread == 0) p.store_losses(index, kd, term.loss);
 }
 
-// A least number of blocks with statistics: without one ptxas aims at 96 registers and spills one of them (sm_80).
+// A least number of blocks: without one ptxas aims at 96 registers and spills some.
 template <class S, class A, class Policy, bool WithStats>
 __global__ void __launch_bounds__(Policy::kBlock, WithStats ? 1 : 0) on_chip_kernel(const __grid_constant__ Params<A> p) {
   using Threads = RowThreads<A, Policy::kThreads>;
@@ -316,7 +318,7 @@ __global__ void __launch_bounds__(Policy::kBlock, WithStats ? 1 : 0) on_chip_ker
 }
 
 template <class S, class A, class Policy>
-__global__ void __launch_bounds__(Policy::kBlock) divergence_kernel(const __grid_constant__ Params<A> p) {
+__global__ void __launch_bounds__(Policy::kBlock, 1) divergence_kernel(const __grid_constant__ Params<A> p) {
   using Threads = RowThreads<A, Policy::kThreads>;
   SIMT_SHARED(A, buffer, 2 * Threads::kWarps * Threads::kMost);
   on_chip_row<S, A, Policy, false, true>(p, buffer, nullptr);

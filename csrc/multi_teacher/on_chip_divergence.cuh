@@ -62,6 +62,24 @@ __device__ __forceinline__ A teacher_sum(RowState<A, kItems>& row, A inv_t, Thre
   return threads.sum(z).v[0];
 }
 
+// With many items there are no registers for the student's exponentials beside everything else: they are made again.
+template <int kItems>
+constexpr bool kMakesExponentialsAgain = kItems > 8;
+
+template <class A, int kItems>
+__device__ __forceinline__ A student_exponential(const RowState<A, kItems>& row, int i, A inv_t) {
+  return kMakesExponentialsAgain<kItems> ? exp_negative(row.x_s[i] * inv_t) : row.e_s[i];
+}
+
+// row.e_s for the labels, at the first temperature.
+template <class A, int kItems>
+__device__ __forceinline__ void restore_exponentials(const Params<A>& p, RowState<A, kItems>& row) {
+  if constexpr (kMakesExponentialsAgain<kItems>) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) row.e_s[i] = exp_negative(row.x_s[i] * p.inv_t[0]);
+  }
+}
+
 // The teacher in row.t, or a mixture of logits.
 template <class A, int kItems, class Threads>
 __device__ __forceinline__ A teach_otherwise(const Params<A>& p, RowState<A, kItems>& row, int64_t index, A inv_t, A weight,
@@ -69,11 +87,12 @@ __device__ __forceinline__ A teach_otherwise(const Params<A>& p, RowState<A, kIt
   const A ratio = row.z_s / teacher_sum(row, inv_t, threads), log_ratio = natural_log(ratio);
   const auto of = [&](int i) {
     const A x_t = row.t[i] * inv_t;
-    return ClassOfTwo<A>{x_t, ratio * exp_negative(x_t), row.x_s[i] * inv_t, row.e_s[i],
+    return ClassOfTwo<A>{x_t, ratio * exp_negative(x_t), row.x_s[i] * inv_t, student_exponential(row, i, inv_t),
                          (row.t[i] - row.x_s[i]) * inv_t + log_ratio};
   };
   const A factor = weight * scale.grad / row.z_s;
-  const auto result = diverge(p, row, index, A(1), row.z_s, factor, threads, of, [&](int i) { return row.e_s[i]; });
+  const auto result = diverge(p, row, index, A(1), row.z_s, factor, threads, of,
+                              [&](int i) { return student_exponential(row, i, inv_t); });
   row.bound += magnitude(weight * scale.grad) * result.bound;
   return weight * scale.loss * result.value;
 }

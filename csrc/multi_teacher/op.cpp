@@ -182,6 +182,9 @@ void run_stream_backward(const Args&, const Tensor&, const Tensor&) {
 
 void run_forward(Args& args, const Tensor& like) {
   STD_TORCH_CHECK(args.teachers <= kMaxLaunchTeachers, "fastkd: too many teachers for one launch");
+  const int64_t numbers = scratch_numbers_cuda(args);
+  const Tensor scratch = empty_like_device(like, {numbers}, ScalarType::Float);
+  args.scratch = numbers > 0 ? scratch.data_ptr() : nullptr;
   on_stream("multi_teacher", like, [&](void* stream) { return forward_cuda(args, stream); });
 }
 

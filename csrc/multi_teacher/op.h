@@ -67,6 +67,7 @@ struct Args {
   void* loss = nullptr;      // A [L], null for Reduction::none
   void* grad = nullptr;      // student's type [R, columns], contiguous: see README.md for its scale
   void* saved = nullptr;     // A [R] inverse scale of float16 gradients, or A [R, saved_columns()] states of streamed rows
+  void* scratch = nullptr;   // CUDA: float [scratch_numbers_cuda()], or null
   void* aux = nullptr;       // A [2]: factor that the stored gradient still lacks, targets out of range
   void* kl = nullptr;        // A [K, R], each teacher's divergence, or null: no statistics are wanted
   group_stats::Output stats; // with kl: of the student, then of the teachers, each [K + 1, R]; not with soft targets
@@ -103,6 +104,7 @@ extern const CpuKernels cpu_kernels_level1, cpu_kernels_level3, cpu_kernels_leve
 
 // CUDA: enqueue on a stream; an error string, or null. Statistics: not of rows that are streamed.
 const char* forward_cuda(const Args&, void* stream);
+int64_t scratch_numbers_cuda(const Args&);
 const char* backward_cuda(const BackwardArgs&, void* stream);
 const char* stream_backward_cuda(const Args&, const void* grad_loss, void* stream);
 

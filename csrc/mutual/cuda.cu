@@ -11,9 +11,12 @@ namespace {
 using Warp = Policy<32, 4, 4, true>;
 using Small = Policy<128, 1, 8, true>;
 using Medium = Policy<512, 1, 8, true>;
+// Of few networks, whose tiles leave room for several blocks; in double it lacks registers.
+using Wide = Policy<256, 1, 8, false>;
+constexpr int64_t kWideBytes = 100 << 10;
 // In shared memory at most 32 networks' tiles: 64 KiB, which every supported GPU has.
 template <class A>
-using Stream = Policy<sizeof(A) == 8 ? 64 : 128, 1, 2, false>;
+using Stream = Policy<sizeof(A) == 8 ? 32 : 64, 1, 4, false>;
 
 constexpr int64_t kStaticBytes = 4 << 10;  // beside the dynamic shared memory: reductions, and what CUDA reserves
 
@@ -38,7 +41,8 @@ bool try_launch(const Args& args, int64_t most_bytes, cudaStream_t stream) {
   const bool soft = args.soft && args.cross_entropy;
   const int64_t bytes =
       P::kRows * P::template numbers<A>(args.learners, args.learners + args.teachers, soft) * int64_t(sizeof(A));
-  if (P::kOnChip && (args.stream || args.classes > P::kTile || bytes > most_bytes)) return false;
+  if (P::kOnChip && (args.stream || args.classes > P::kTile)) return false;
+  if (bytes > most_bytes) return false;
   launch<S, A, P>(args, bytes, stream);
   return true;
 }
@@ -46,8 +50,13 @@ bool try_launch(const Args& args, int64_t most_bytes, cudaStream_t stream) {
 template <class S, class A>
 void launch_forward(const Args& args, cudaStream_t stream) {
   const int64_t most = most_shared_bytes();
-  try_launch<S, A, Warp>(args, most, stream) || try_launch<S, A, Small>(args, most, stream) ||
-      try_launch<S, A, Medium>(args, most, stream) || try_launch<S, A, Stream<A>>(args, most, stream);
+  if (try_launch<S, A, Warp>(args, most, stream) || try_launch<S, A, Small>(args, most, stream) ||
+      try_launch<S, A, Medium>(args, most, stream))
+    return;
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (try_launch<S, A, Wide>(args, most < kWideBytes ? most : kWideBytes, stream)) return;
+  }
+  try_launch<S, A, Stream<A>>(args, most, stream);
 }
 
 }  // namespace

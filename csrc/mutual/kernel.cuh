@@ -2,189 +2,10 @@
 // passes, so that each tensor is read once. Streamed: tile by tile, each tensor read twice.
 #pragma once
 
-#include "core/cuda/block.cuh"
-#include "mutual/launch.cuh"
+#include "mutual/row.cuh"
 
 namespace fastkd::mutual {
 inline namespace FASTKD_TARGET {
-
-// OnChip: one tile holds the row.
-template <int ThreadsPerRow, int RowsPerBlock, int Items, bool OnChip>
-struct Policy : RowPolicy<ThreadsPerRow, RowsPerBlock, Items> {
-  using Spread = RowPolicy<ThreadsPerRow, RowsPerBlock, Items>;
-  static constexpr int kWarps = ThreadsPerRow / 32;
-  static constexpr bool kOnChip = OnChip;
-  static constexpr int kBlocks = 512 / Spread::kBlock;  // of a multiprocessor: lets a thread have 128 registers
-
-  // Classes that lie together in a thread, whatever a network's dtype: the widest vector of a learner.
-  template <class S>
-  static constexpr int kWidth = kVector<S, S> < Items ? kVector<S, S> : Items;
-
-  // Dynamic shared memory of a row, in numbers: x and e of each network's tile, and the tile of a soft target.
-  template <class A>
-  static FASTKD_HD int64_t numbers(int learners, int networks, bool soft) {
-    return RowMemory<A>::numbers(learners, networks, kWarps) + (2 * networks + (soft ? 1 : 0)) * Spread::kTile;
-  }
-};
-
-template <class S, class A, class P>
-struct Row {
-  static constexpr int kItems = P::kItems, kWidth = P::template kWidth<S>;
-  using Items = A[kItems];
-  const Params<A>& p;
-  RowThreads<A, P::kThreads>& threads;
-  RowMemory<A> memory;
-  A* tile;  // [networks][x, e][item][thread]: a thread reads what it wrote itself
-  int64_t index;
-  unsigned read;  // a bit per network: by a learner, or for its own cross-entropy
-  A mass;         // sum of the soft target
-
-  __device__ __forceinline__ A& x(int n, int i) const { return tile[((2 * n) * kItems + i) * P::kThreads + threads.thread]; }
-  __device__ __forceinline__ A& e(int n, int i) const { return tile[((2 * n + 1) * kItems + i) * P::kThreads + threads.thread]; }
-  __device__ __forceinline__ A& soft(int i) const { return x(p.networks(), i); }
-
-  __device__ __forceinline__ void sync() const {
-    if constexpr (P::kWarps > 1)
-      __syncthreads();
-    else
-      __syncwarp();
-  }
-
-  __device__ __forceinline__ int64_t class_of(int64_t first, int i) const {
-    return item_class<kWidth>(first, i, P::kThreads, threads.thread);
-  }
-
-  // The first network from n on that is read.
-  __device__ __forceinline__ int next_read(int n) const {
-    while (n < p.networks() && !(read >> n & 1u)) ++n;
-    return n;
-  }
-
-  template <class T>
-  __device__ __forceinline__ void load_scalars(int n, int64_t first, A pad, Items& to) const {
-    const T* row = static_cast<const T*>(memory.data(n));
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int64_t c = class_of(first, i);
-      to[i] = c < p.classes ? A(load_as(row[c])) : pad;
-    }
-  }
-
-  __device__ __forceinline__ void load_any(int n, DType type, int64_t first, A pad, Items& to) const {
-    switch (type) {
-      case DType::f64: return load_scalars<double>(n, first, pad, to);
-      case DType::f16: return load_scalars<Half>(n, first, pad, to);
-      case DType::bf16: return load_scalars<BFloat16>(n, first, pad, to);
-      default: return load_scalars<float>(n, first, pad, to);
-    }
-  }
-
-  // The classes past the end load as -inf, like masked ones.
-  __device__ __forceinline__ void load(int n, int64_t first, Items& to) const {
-    if (!(p.vectors >> n & 1u)) return load_any(n, p.network[n].type, first, -A(kInf), to);
-    const S* row = static_cast<const S*>(memory.data(n));
-#pragma unroll
-    for (int j = 0; j < kItems / kWidth; ++j) {
-      const int64_t c = class_of(first, j * kWidth);
-      Vec<S, kWidth> part{};
-      if (c < p.classes) part = load_vec<S, kWidth>(row + c);
-#pragma unroll
-      for (int v = 0; v < kWidth; ++v) to[j * kWidth + v] = c < p.classes ? A(load_as(part.v[v])) : -A(kInf);
-    }
-  }
-
-  // A tile of the soft target, smoothed, to shared memory; 0 past the end.
-  __device__ __forceinline__ void load_soft(int64_t first) const {
-    Items probability;
-    load_any(p.networks(), p.soft.type, first, A(0), probability);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i)
-      soft(i) = class_of(first, i) < p.classes ? smoothed(probability[i], p.smoothing, p.classes) : A(0);
-  }
-
-  // The logit of a learner's label.
-  __device__ __forceinline__ A label_logit(int m) const {
-    return A(load_as(static_cast<const S*>(memory.data(m))[p.target[index]]));
-  }
-};
-
-template <class S, class A, class P>
-__device__ __forceinline__ A soft_mass(const Row<S, A, P>& row) {
-  Numbers<A, 1> mass{{0}};
-  for (int64_t first = 0; first < row.p.classes; first += P::kTile) {
-    row.load_soft(first);
-#pragma unroll
-    for (int i = 0; i < P::kItems; ++i) mass.v[0] += row.soft(i);
-  }
-  return row.threads.sum(mass).v[0];
-}
-
-// {z, z at T = 1, sum of (logit - max), weighted by a soft target} of a tile relative to `base`; on chip x and e go to
-// shared memory.
-template <bool Keep, class S, class A, class P>
-__device__ __forceinline__ Numbers<A, 3> exponentials(const Row<S, A, P>& row, int n, int64_t first, A base,
-                                                      const A (&logits)[P::kItems]) {
-  const Params<A>& p = row.p;
-  const bool cross_entropy = p.cross_entropy && n < p.learners;
-  Numbers<A, 3> sums{{0, 0, 0}};
-#pragma unroll
-  for (int i = 0; i < P::kItems; ++i) {
-    const A above = logits[i] - base, x = above * p.inv_t, e = exp_negative(x);
-    if constexpr (Keep) {
-      row.x(n, i) = x;
-      row.e(n, i) = e;
-    }
-    sums.v[0] += e;
-    if (cross_entropy) {
-      sums.v[1] += exponential_at_one(p.integer_t, above, e);
-      if (p.smoothing > 0 && !p.soft.data && row.class_of(first, i) < p.classes) sums.v[2] += above;
-    }
-  }
-  if (cross_entropy && p.soft.data) {
-#pragma unroll
-    for (int i = 0; i < P::kItems; ++i) sums.v[2] += soft_part(row.soft(i), logits[i] - base);
-  }
-  return sums;
-}
-
-// Of a network whose row lies in one tile.
-template <class S, class A, class P>
-__device__ __forceinline__ void keep_network(const Row<S, A, P>& row, int n, const A (&logits)[P::kItems]) {
-  const A max = row.threads.max(max_item(-A(kInf), logits));
-  const Numbers<A, 3> sums = row.threads.sum(exponentials<true>(row, n, 0, max, logits));
-  if (row.threads.thread == 0) {
-    row.memory.stat(n, kMax) = max;
-    row.memory.stat(n, kZ) = sums.v[0];
-    row.memory.stat(n, kZOne) = sums.v[1];
-    row.memory.stat(n, kSum) = sums.v[2];
-  }
-}
-
-// The same over tiles: the maximum first, then the sums, so that equal networks have equal sums.
-template <class S, class A, class P>
-__device__ __forceinline__ void stream_network(const Row<S, A, P>& row, int n) {
-  A logits[P::kItems], max = -A(kInf);
-  for (int64_t first = 0; first < row.p.classes; first += P::kTile) {
-    row.load(n, first, logits);
-    max = max_item(max, logits);
-  }
-  max = row.threads.max(max);
-  Numbers<A, 3> sums{{0, 0, 0}};
-  for (int64_t first = 0; first < row.p.classes; first += P::kTile) {
-    row.load(n, first, logits);
-    if (row.p.soft.data) row.load_soft(first);
-    const Numbers<A, 3> part = exponentials<false>(row, n, first, max, logits);
-#pragma unroll
-    for (int i = 0; i < 3; ++i) sums.v[i] += part.v[i];
-  }
-  sums = row.threads.sum(sums);
-  if (row.threads.thread == 0) {
-    row.memory.stat(n, kMax) = max;
-    row.memory.stat(n, kZ) = sums.v[0];
-    row.memory.stat(n, kZOne) = sums.v[1];
-    row.memory.stat(n, kSum) = sums.v[2];
-  }
-}
 
 // Where the rows lie and their weights, each found once.
 template <class S, class A, class P>
@@ -219,14 +40,14 @@ __device__ __forceinline__ void read_networks(const Row<S, A, P>& row) {
   const int networks = row.p.networks();
   int n = row.next_read(0);
   if constexpr (P::kOnChip) {
-    A next[P::kItems], now[P::kItems];
-    if (n < networks) row.load(n, 0, next);
+    A now[P::kItems];
+    typename Row<S, A, P>::Held next;
+    if (n < networks) row.ask(n, 0, next);
 #pragma unroll 1
     while (n < networks) {
-#pragma unroll
-      for (int i = 0; i < P::kItems; ++i) now[i] = next[i];
+      row.take(n, 0, next, now);
       const int after = row.next_read(n + 1);
-      if (after < networks) row.load(after, 0, next);  // in flight during the reductions of this network
+      if (after < networks) row.ask(after, 0, next);  // in flight during the reductions of this network
       keep_network(row, n, now);
       n = after;
     }
@@ -405,13 +226,22 @@ __global__ void __launch_bounds__(P::kBlock, P::kBlocks) mutual_kernel(const __g
   row.sync();  // the statistics
   compute_pulls(row);
   row.sync();
+  typename Row<S, A, P>::Held next;
+  const int lead = row.next_read(0);
+  if (!P::kOnChip && lead < networks) row.ask(lead, 0, next);
+#pragma unroll 1
   for (int64_t first = 0; first < p.classes; first += P::kTile) {
     if constexpr (!P::kOnChip) {
       if (p.soft.data) row.load_soft(first);
 #pragma unroll 1
-      for (int n = row.next_read(0); n < networks; n = row.next_read(n + 1)) {
+      for (int n = lead; n < networks; n = row.next_read(n + 1)) {
         A logits[P::kItems];
-        row.load(n, first, logits);
+        row.take(n, first, next, logits);
+        const int after = row.next_read(n + 1);
+        if (after < networks)
+          row.ask(after, first, next);
+        else if (first + P::kTile < p.classes)
+          row.ask(lead, first + P::kTile, next);  // in flight while the learners learn
         exponentials<true>(row, n, first, row.memory.stat(n, kMax), logits);
       }
     }

@@ -188,11 +188,16 @@ __global__ void __launch_bounds__(kAngleThreads) angle_kernel(const __grid_const
   constexpr int kVertices = Staging<A>::kVertices;
   const Division d(p.n);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  int64_t square_i = 0;
-  while (Division::pair_index(square_i + 1, 0) <= int64_t(blockIdx.x)) ++square_i;
-  const int64_t square_k = int64_t(blockIdx.x) - Division::pair_index(square_i, 0), chunk = blockIdx.y;
+  const int64_t chunk = blockIdx.x, off_diagonal = d.pairs() - d.squares;
+  // Squares on the diagonal, which are half the work, come last: while they end, few blocks wait for one.
+  int64_t square_i = int64_t(blockIdx.y) - off_diagonal, square_k = square_i;
+  if (square_i < 0) {
+    square_i = 1;
+    while (Division::pair_index(square_i, 0) <= int64_t(blockIdx.y)) ++square_i;
+    square_k = int64_t(blockIdx.y) - Division::pair_index(square_i - 1, 0);
+  }
   const int64_t begin = p.n * chunk / kChunks, end = p.n * (chunk + 1) / kChunks;
-  const Targets<A> to{p.losses + blockIdx.x * p.n, p.by_side + square_k * p.n * d.padded,
+  const Targets<A> to{p.losses + Division::pair_index(square_i, square_k) * p.n, p.by_side + square_k * p.n * d.padded,
                       p.by_side + square_i * p.n * d.padded};
   const int64_t last_i = min(d.tiles, (square_i + 1) * d.tiles_per_square);
   for (int64_t tile_i = square_i * d.tiles_per_square; tile_i < last_i; ++tile_i) {

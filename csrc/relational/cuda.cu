@@ -184,7 +184,7 @@ void launch_angles(const LossArgs& args, cudaStream_t stream) {
                          partial + d.opposite_at()};
   const int64_t cleared = args.need_grad ? d.opposite_at() : d.sides_at();
   (void)cudaMemsetAsync(partial, 0, size_t(cleared) * sizeof(A), stream);  // a failure shows in launch_error
-  const dim3 grid(unsigned(d.pairs()), unsigned(kChunks)), rows(unsigned(args.n));
+  const dim3 grid(unsigned(kChunks), unsigned(d.pairs())), rows(unsigned(args.n));
   if (args.need_grad)
     SIMT_LAUNCH((angle_kernel<true, A>), grid, dim3(kAngleThreads), 0, stream, p);
   else

@@ -73,8 +73,10 @@ class Inputs:
 
     def __init__(self, tensors: Sequence[Tensor | None]):
         self._tensors = tuple(tensors)
-        # Not by calls of _version: this runs in every step.
-        self._versions = [0 if t is None or t.is_inference() else t._version for t in tensors]
+        try:  # not by calls of _version: this runs in every step
+            self._versions = [0 if t is None else t._version for t in tensors]
+        except RuntimeError:  # an inference tensor has none
+            self._versions = [_version(t) for t in tensors]
 
     def unchanged(self, op: str) -> tuple[Any, ...]:
         for tensor, version in zip(self._tensors, self._versions, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args
 
@@ -15,7 +16,6 @@ from fastkd.ops import group_stats
 from fastkd.ops._autograd import (
     Inputs,
     graph_is_kept,
-    hand_out,
     host_scalars,
     is_transformed,
     may_read_values,
@@ -74,6 +74,11 @@ def _streams(student: Tensor) -> bool:
     if _backend.machine.stream_always:
         return True
     return student.shape[-1] > ON_CHIP_CLASSES.get(student.dtype, ON_CHIP_CLASSES_DEFAULT)
+
+
+def runs_apart(tensors: Tensors) -> bool:
+    """Whether one launch does not take the call, or leaves states in the place of a gradient."""
+    return _too_many(tensors) or _streams(tensors.student)
 
 
 def _in_groups(tensors: Tensors, options: Options) -> Sequence[Tensor]:
@@ -160,11 +165,16 @@ def _numbers(options: Options) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+_remembered_numbers = functools.lru_cache(maxsize=128)(_numbers)
+
+
 def _native(tensors: Tensors, options: Options, with_stats: bool) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The losses, as losses_of() gives them; with_stats also kl [K, R] and the GroupStats [K + 1, R]."""
     options, scalars = _split(options)
     student, teachers, target, soft, weights, shares = tensors
     if torch.is_grad_enabled() and student.requires_grad:
+        if not (torch.compiler.is_compiling() or _streams(student)):
+            return _stored(tensors, options, scalars, with_stats)
         out = _Native.apply(options, with_stats, student, target, soft, weights, shares, scalars, *teachers)
         out = (out,) if isinstance(out, Tensor) else out
     else:
@@ -178,7 +188,8 @@ def _forward(
     tensors: Tensors, options: Options, scalars: Tensor | None, need_grad: bool, with_stats: bool
 ) -> tuple[Tensor, ...]:
     student, teachers, target, _, weights, shares = tensors
-    ops, numbers = _backend.native_ops(student), _numbers(options)
+    ops = _backend.native_ops(student)
+    numbers = _numbers(options) if torch.compiler.is_compiling() else _remembered_numbers(options)
     out: tuple[Tensor, ...]
     if with_stats:
         out = ops.multi_teacher_forward_stats(student, teachers, target, weights, shares, scalars, *numbers, need_grad)
@@ -192,8 +203,8 @@ def _forward(
 class _Native(torch.autograd.Function):
     """The native loss, with `terms` KD and CE, and with_stats its statistics: kl [K, R], those of GroupStats.
 
-    Inputs are saved only where the backward reads them: in rows that stream. A compiled graph prunes what it does not
-    need. The backward asked for with create_graph=True goes through the reference formula.
+    For rows that stream, whose backward reads the inputs, and for compiled graphs, which prune what they do not need.
+    The backward asked for with create_graph=True goes through the reference formula.
     """
 
     @staticmethod
@@ -205,12 +216,7 @@ class _Native(torch.autograd.Function):
         inputs = (student, target, soft, weights, shares, scalars, *teachers)
         losses, rows, saved, aux, *stats = _forward(tensors, options, scalars, True, with_stats)
         ctx.options, ctx.shape = options, student.shape
-        ctx.saves_inputs = torch.compiler.is_compiling() or _streams(student)
-        if ctx.saves_inputs:
-            save_for_backward(ctx, (saved, aux, rows, *inputs))
-        else:
-            save_for_backward(ctx, (saved, aux))
-            ctx.gradient, ctx.inputs = rows, Inputs(inputs)
+        save_for_backward(ctx, (saved, aux, rows, *inputs))
         if not (options.terms or with_stats):
             return losses
         # Clones: views of one tensor could not be changed in place.
@@ -221,14 +227,63 @@ class _Native(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = with_kept(ctx, ctx.saved_tensors)  # an error where the graph was freed
-        if ctx.saves_inputs:
-            result = _backward_of_inputs(ctx.options, grad, *tensors)
-        elif torch.is_grad_enabled():
-            result = _second_derivative(ctx.options, grad, *ctx.inputs.unchanged(ctx.options.operation))
-        else:
-            result = _backward_of_rows(ctx, grad, *tensors)
+        result = _backward_of_inputs(ctx.options, grad, *tensors)
         result = result if result.shape == ctx.shape else result.view(ctx.shape)
         return None, None, result, *([None] * (len(ctx.needs_input_grad) - 3))
+
+
+def _stored(
+    tensors: Tensors, options: Options, scalars: Tensor | None, with_stats: bool
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """_native() of a student that learns, with a gradient that the kernels store."""
+    beside: list[Tensor] = []
+    loss: Tensor = Stored.apply(tensors.student, (tensors, options, scalars, with_stats), beside)
+    terms = 2 if options.terms else 0
+    return (loss, *beside[:terms]), beside[terms:]
+
+
+class Stored(torch.autograd.Function):
+    """_Native as a call at a time pays least for it: one tensor in, one out; what has no gradient goes to `beside`.
+
+    The last pass through the graph gives the stored gradient away. A second derivative goes through the reference
+    formula, from inputs that may have changed in place if nobody asks for one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, call: tuple[Any, ...], beside: list[Tensor]) -> Tensor:
+        tensors, options, scalars, with_stats = call
+        out = _forward(tensors, options, scalars, True, with_stats)
+        loss = keep(ctx, tensors, options, scalars, out, beside)
+        beside.extend(out[4:])
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.stored is None:
+            raise RuntimeError(
+                f"{ctx.options.operation}: Trying to backward through the graph a second time; say retain_graph=True "
+                "the first time"
+            )
+        if torch.is_grad_enabled():
+            result = _second_derivative(ctx.options, grad, *ctx.inputs.unchanged(ctx.options.operation))
+        else:
+            result = _backward_of_rows(ctx, grad, *ctx.stored)
+        return result if result.shape == ctx.shape else result.view(ctx.shape), None, None
+
+
+def keep(
+    ctx: Any, tensors: Tensors, options: Options, scalars: Tensor | None, out: Sequence[Tensor], beside: list[Tensor]
+) -> Tensor:
+    """For Stored.backward, from what the operation returned; the loss. Its terms go to `beside`."""
+    losses, *stored = out[:4]
+    ctx.options, ctx.shape, ctx.stored = options, tensors.student.shape, stored
+    student, teachers, *rest = tensors
+    ctx.inputs = Inputs((student, *rest, scalars, *teachers))
+    if not options.terms:
+        return losses
+    loss, *terms = [z.clone() for z in losses.unbind(0)]  # views of one tensor could not be changed in place
+    beside.extend(terms)
+    return loss
 
 
 def _second_derivative(
@@ -258,19 +313,25 @@ def _backward_of_inputs(
     return result
 
 
-def _backward_of_rows(ctx: Any, grad: Tensor, saved: Tensor, aux: Tensor) -> Tensor:
-    """From the stored gradient, which on the CPU is the result of `loss.backward()`. The last pass frees it."""
-    rows = ctx.gradient
-    ready = ctx.options.reduction != "none" and rows.dtype != torch.float16 and _backend.device_kind(rows) == "cpu"
+def gradient_from(options: Options, grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor) -> Tensor:
+    """The student's gradient [R, C], for a gradient of the losses, from what the forward stored: maybe `rows`."""
+    # On the CPU the mean's factor is in the stored rows.
+    ready = options.reduction != "none" and rows.dtype != torch.float16 and _backend.device_kind(rows) == "cpu"
     # A fake tensor has no value to look at.
     if ready and type(grad) is Tensor and grad.item() == 1.0:
-        result = hand_out(ctx, "gradient")
-    else:
-        reduction = REDUCTIONS.index(ctx.options.reduction)
-        result = _backend.native_ops(rows).multi_teacher_backward(grad.contiguous(), rows, saved, aux, reduction)
-    if not graph_is_kept():
-        ctx.gradient = ctx.inputs = None
+        return rows
+    reduction = REDUCTIONS.index(options.reduction)
+    result: Tensor = _backend.native_ops(rows).multi_teacher_backward(grad.contiguous(), rows, saved, aux, reduction)
     return result
+
+
+def _backward_of_rows(ctx: Any, grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor) -> Tensor:
+    """From the stored gradient. The last pass through the graph gives it away, or frees it."""
+    kept = graph_is_kept()
+    if not kept:
+        ctx.stored = ctx.inputs = None
+    result = gradient_from(ctx.options, grad, rows, saved, aux)
+    return result.clone() if kept and result is rows else result
 
 
 def with_statistics(tensors: Tensors, options: Options) -> tuple[Sequence[Tensor], DistillationStats]:

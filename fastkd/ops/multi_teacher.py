@@ -26,6 +26,7 @@ from fastkd import _backend
 from fastkd._core.checks import check_choice, check_index, check_number
 from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.ops import _multi_teacher_kernels as kernels
+from fastkd.ops import _multi_teacher_usual as usual
 from fastkd.ops._autograd import on_host
 from fastkd.ops._divergences import check_divergence
 from fastkd.ops._formulas import LossTerms, Reduction, rows_of
@@ -57,6 +58,11 @@ if TYPE_CHECKING:
 
 __all__ = ["DistillationStats", "LossTerms", "cross_entropy_one", "multi_teacher_kd"]
 OP = "multi_teacher_kd"
+USUAL = (
+    "kd_weight", "temperature", "combine", "divergence", "divergence_beta", "ce_weight", "label_smoothing",
+    "ignore_index", "class_dim", "softcap", "logit_scale", "teacher_softcap", "teacher_logit_scale", "scale_by_t2",
+    "reduction", "return_terms",
+)  # fmt: skip
 
 
 @overload
@@ -197,6 +203,14 @@ def multi_teacher_kd(
             on the CPU; on a GPU, where reading it would wait for the device, and under torch.compile, its row's loss
             and gradient are NaN (FASTKD_CHECKS=1 makes it raise there too, without compile).
     """
+    if mask is None and num_items is None and vocab_size is None and not return_stats:
+        values = (
+            kd_weight, temperature, combine, divergence, divergence_beta, ce_weight, label_smoothing, ignore_index,
+            class_dim, softcap, logit_scale, teacher_softcap, teacher_logit_scale, scale_by_t2, reduction, return_terms,
+        )  # fmt: skip
+        losses = usual.losses(_check, student, teachers, target, weights, USUAL, values)
+        if losses is not None:
+            return (losses[0], LossTerms(*losses[1:])) if return_terms else losses[0]
     if has_sparse(teachers):
         given = dict(
             weights=weights, kd_weight=kd_weight, temperature=temperature, combine=combine, divergence=divergence,

@@ -53,8 +53,12 @@ def check_data(config: CompareConfig) -> None:
             same_data.go_on(folders, load_data(runs[0], note=lambda text: None).description)
 
 
-def run(job: CompareJob, say: Callable[[str], None]) -> Comparison:
-    """Run what is not there yet; what several methods share is trained once a seed."""
+def run(asked: CompareJob | CompareConfig, say: Callable[[str], None]) -> Comparison:
+    """Run what is not there yet; what several methods share is trained once a seed.
+
+    asked: what the command found out, or its options alone.
+    """
+    job = asked if isinstance(asked, CompareJob) else CompareJob.of(asked)
     config, runs = job.config, job.runs()  # what cannot be planned shows before anything is trained
     comparison = Comparison(config, {method: {} for method in config.methods})
     for number, seed in enumerate(config.seeds):

@@ -250,8 +250,8 @@ def test_the_mean_of_the_teachers_is_not_rounded():
     assert {column.dtype for column in columns} == {torch.float32} and len(columns) == 6
     assert torch.equal(columns[3], (teachers[1].float() + teachers[2].float()) / 2)
     assert weights[0] == [0, 0.1875, 0.1875, 0.125, 0, 0]
-    assert _teaching(teachers, 0.5, 0.0)[0] == teachers  # in their own dtype, three columns to read
-    assert len(_teaching(teachers, 0.5, 1.0)[0]) == 3 and _teaching(teachers, 0.0, 0.5)[0] == []
+    assert _teaching(teachers, 0.0, 0.5)[0] == teachers  # in their own dtype, three columns to read
+    assert len(_teaching(teachers, 0.5, 0.0)[0]) == 3 and _teaching(teachers, 0.0, 0.0)[0] == []
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

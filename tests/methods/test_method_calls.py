@@ -14,7 +14,7 @@ from test_all_methods import CASES, EVERY, batch, iterate, method_of, optimizer_
 
 from fastkd import methods
 
-SEVERAL = ("ORC", "DKEL", "PCL")  # of several phases, or with something after the step
+SEVERAL = ("ORC", "DKEL", "PCL", "MeanTeacher")  # of several phases, or with something after the step
 
 
 @pytest.mark.parametrize("chunks", [1, 3])

@@ -280,6 +280,21 @@ def test_labels_terms_and_statistics(name, place, at):
     torch.testing.assert_close(stats.kl, forward.kl, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("place", ["cpu", "simt", "cuda"])
+@pytest.mark.parametrize("classes", [31, 300, 1500, 5000])
+def test_rows_of_each_length_beside_labels(classes, place, at):
+    """CUDA has a kernel for each; temperatures differ, so that the labels' exponentials are made anew or are powers."""
+    student, teachers, target = make(3, classes, 2, device=at(place))
+    for options in (dict(divergence="reverse", temperature=[2.0, 3.5]), dict(divergence="jsd", temperature=3.0)):
+        options |= dict(ce_weight=0.7, label_smoothing=0.1)
+        assert fastkd.explain(F.multi_teacher_kd, student, teachers, target, **options).backend == "native"
+        results = []
+        for loss in both(lambda o=options: F.multi_teacher_kd(student, teachers, target, **o)):
+            results.append((loss.detach(), *torch.autograd.grad(loss, student)))
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
 WRONG = [
     (dict(divergence="kl"), ValueError, "divergence must be one of 'forward', 'reverse', 'jsd', .*got 'kl'"),
     (dict(divergence=3), TypeError, "divergence must be a name or a dict .*got int"),

@@ -8,16 +8,21 @@ LOGITS, LABELS, PROBABILITIES = torch.zeros(4, 5), torch.zeros(4, dtype=torch.in
 MATRIX, PLANES = torch.zeros(4, 4, dtype=torch.float64), torch.zeros(1, 4, 32, dtype=torch.float64)
 ONES, MEAN = torch.ones(4, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
 MASK, SCALE, AUX = torch.ones(4, dtype=torch.bool), torch.empty(0), torch.ones(2)
-NUMBERS = ([0.5, 0.5], [1.0], 0, 1.0, 0.0, 0.0, -100, True, 2, 0.0, True, False, False, True)
+NUMBERS = ([0.5, 0.5], [1.0], 0, 1.0, 0.0, 0.0, -100, True, 2, 0.0, True, False, False)
+FORWARD = (0, [1.0, 0.0], 0, [], [])  # the divergence and its numbers; classes, softcaps and logit scales
 
 # Operation, arguments as a kernel accepts them, and the places of the operands beside the first one.
 CALLS = [
     (
         "multi_teacher_forward",
-        (LOGITS, [LOGITS, LOGITS], LABELS, PROBABILITIES, torch.ones(2), None, *NUMBERS, False),
+        (LOGITS, [LOGITS] * 2, LABELS, PROBABILITIES, *[torch.ones(2)] * 2, None, *NUMBERS, *FORWARD, True, False),
+        (1, 2, 3, 4, 5),
+    ),
+    (
+        "multi_teacher_forward_stats",
+        (LOGITS, [LOGITS, LOGITS], LABELS, torch.ones(2), torch.ones(2), None, *NUMBERS, *FORWARD, True),
         (1, 2, 3, 4),
     ),
-    ("multi_teacher_forward_stats", (LOGITS, [LOGITS, LOGITS], LABELS, torch.ones(2), None, *NUMBERS), (1, 2, 3)),
     ("multi_teacher_backward", (torch.ones(()), LOGITS, SCALE, AUX, 2), (0, 2, 3)),
     (
         "mutual_forward",

@@ -67,12 +67,17 @@ struct RowThreads {
     return x;
   }
 
-  __device__ __forceinline__ A max(A x) {
-    return reduce(Numbers<A, 1>{{x}}, [](const Numbers<A, 1>& a, const Numbers<A, 1>& b) {
-             return Numbers<A, 1>{{a.v[0] < b.v[0] ? b.v[0] : a.v[0]}};
-           })
-        .v[0];
+  template <int N>
+  __device__ __forceinline__ Numbers<A, N> max(const Numbers<A, N>& x) {
+    return reduce(x, [](const Numbers<A, N>& a, const Numbers<A, N>& b) {
+      Numbers<A, N> c;
+#pragma unroll
+      for (int i = 0; i < N; ++i) c.v[i] = a.v[i] < b.v[i] ? b.v[i] : a.v[i];
+      return c;
+    });
   }
+
+  __device__ __forceinline__ A max(A x) { return max(Numbers<A, 1>{{x}}).v[0]; }
 
   template <int N>
   __device__ __forceinline__ Numbers<A, N> sum(const Numbers<A, N>& x) {

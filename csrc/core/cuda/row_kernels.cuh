@@ -14,22 +14,63 @@ constexpr int kReduceThreads = 512, kScaleThreads = 256;
 constexpr unsigned kScaleVectors = 1024;  // of a block, four of a thread
 constexpr int kMostLearners = 16;         // of one launch
 
-// Block l: the sum of the losses row_loss[l, :] in double. The first one also counts rows: aux = {factor that the stored
-// gradients lack, targets out of range}. `items` > 0 divides instead of the rows that count.
+// What a sum over rows gathers: the losses in double, the rows that count, the targets out of range.
+using RowCounts = Numbers<double, 3>;
+
+template <class A>
+__device__ __forceinline__ RowCounts count_rows(const A* losses, const int64_t* target, int64_t begin, int64_t end,
+                                                int64_t classes, int64_t ignore_index) {
+  RowCounts sums{{0, 0, 0}};
+  for (int64_t r = begin + threadIdx.x; r < end; r += kReduceThreads) {
+    const Label kind = label_kind(target, r, ignore_index, classes);
+    sums.v[0] += double(losses[r]);
+    sums.v[1] += kind == Label::ignored ? 0 : 1;
+    sums.v[2] += kind == Label::outside ? 1 : 0;
+  }
+  return sums;
+}
+
+// Many rows are summed by many blocks, each of which leaves its sums where the first of its losses were, which are read no
+// more; then one block sums these.
+constexpr int64_t kPartRows = 8192;
+
+FASTKD_HD int64_t parts_of_rows(int64_t rows) { return (rows + kPartRows - 1) / kPartRows; }
+FASTKD_HD int64_t part_begin(int64_t rows, int64_t part) { return rows * part / parts_of_rows(rows); }
+
+// Of a part, on double's border.
+template <class A>
+__device__ __forceinline__ double* part_sums(A* losses, int64_t rows, int64_t part) {
+  return reinterpret_cast<double*>((reinterpret_cast<uintptr_t>(losses + part_begin(rows, part)) + 7) / 8 * 8);
+}
+
+// Block (part, l).
 template <class A>
 __global__ void __launch_bounds__(kReduceThreads)
-    reduce_kernel(const A* row_loss, const int64_t* target, int64_t rows, int64_t classes, int64_t ignore_index, bool mean,
-                  double items, A* loss, A* aux) {
+    reduce_parts_kernel(A* row_loss, const int64_t* target, int64_t rows, int64_t classes, int64_t ignore_index) {
   using Threads = RowThreads<double, kReduceThreads>;
   SIMT_SHARED(double, buffer, 2 * Threads::kWarps * Threads::kMost);
   Threads threads{int(threadIdx.x), 0, buffer};
-  const A* mine = row_loss + int64_t(blockIdx.x) * rows;
-  Numbers<double, 3> sums{{0, 0, 0}};
-  for (int64_t r = threadIdx.x; r < rows; r += kReduceThreads) {
-    const Label kind = label_kind(target, r, ignore_index, classes);
-    sums.v[0] += double(mine[r]);
-    sums.v[1] += kind == Label::ignored ? 0 : 1;
-    sums.v[2] += kind == Label::outside ? 1 : 0;
+  A* mine = row_loss + int64_t(blockIdx.y) * rows;
+  const int64_t begin = part_begin(rows, blockIdx.x), end = part_begin(rows, int64_t(blockIdx.x) + 1);
+  const RowCounts sums = threads.sum(count_rows(mine, target, begin, end, classes, ignore_index));
+  if (threadIdx.x < 3) part_sums(mine, rows, blockIdx.x)[threadIdx.x] = sums.v[threadIdx.x];
+}
+
+// Block l: the sum of the losses row_loss[l, :], or of the parts'. The first one also counts rows: aux = {factor that the
+// stored gradients lack, targets out of range}. `items` > 0 divides instead of the rows that count.
+template <class A>
+__global__ void __launch_bounds__(kReduceThreads)
+    reduce_kernel(A* row_loss, const int64_t* target, int64_t rows, int64_t classes, int64_t ignore_index, bool mean,
+                  double items, bool parts, A* loss, A* aux) {
+  using Threads = RowThreads<double, kReduceThreads>;
+  SIMT_SHARED(double, buffer, 2 * Threads::kWarps * Threads::kMost);
+  Threads threads{int(threadIdx.x), 0, buffer};
+  A* mine = row_loss + int64_t(blockIdx.x) * rows;
+  RowCounts sums{{0, 0, 0}};
+  if (!parts) sums = count_rows(mine, target, 0, rows, classes, ignore_index);
+  for (int64_t i = threadIdx.x; parts && i < parts_of_rows(rows); i += kReduceThreads) {
+#pragma unroll
+    for (int v = 0; v < 3; ++v) sums.v[v] += part_sums(mine, rows, i)[v];
   }
   sums = threads.sum(sums);
   if (threadIdx.x != 0) return;
@@ -80,9 +121,15 @@ __global__ void __launch_bounds__(kScaleThreads)
 template <class Args>
 void launch_reduce(const Args& args, DType type, int losses, cudaStream_t stream) {
   const auto reduce = [&]<class A>(A) {
-    SIMT_LAUNCH((reduce_kernel<A>), dim3(unsigned(losses)), dim3(kReduceThreads), 0, stream,
-                static_cast<const A*>(args.row_loss), args.target, args.rows, args.classes, args.ignore_index,
-                args.reduction == Reduction::mean, args.items, static_cast<A*>(args.loss), static_cast<A*>(args.aux));
+    A* row_loss = const_cast<A*>(static_cast<const A*>(args.row_loss));
+    // Where the rows' losses are themselves the result they stay.
+    const bool parts = args.reduction != Reduction::none && args.rows >= 2 * kPartRows;
+    if (parts)
+      SIMT_LAUNCH((reduce_parts_kernel<A>), dim3(unsigned(parts_of_rows(args.rows)), unsigned(losses)), dim3(kReduceThreads), 0,
+                  stream, row_loss, args.target, args.rows, args.classes, args.ignore_index);
+    SIMT_LAUNCH((reduce_kernel<A>), dim3(unsigned(losses)), dim3(kReduceThreads), 0, stream, row_loss, args.target, args.rows,
+                args.classes, args.ignore_index, args.reduction == Reduction::mean, args.items, parts,
+                static_cast<A*>(args.loss), static_cast<A*>(args.aux));
   };
   type == DType::f64 ? reduce(double()) : reduce(float());
 }

@@ -1,0 +1,144 @@
+// What the kernels of long rows in whole vectors share (stream_rows.cuh, stream_gradient.cuh): all networks in the student's
+// dtype, float or shorter, and on 16-byte borders; combine="losses" with at most four teachers at one temperature; labels that
+// are classes, without smoothing. streaming.cuh takes everything else, from and to the same states.
+#pragma once
+
+#include "core/cuda/raw.cuh"
+#include "multi_teacher/launch.cuh"
+
+namespace fastkd::multi_teacher {
+inline namespace FASTKD_TARGET {
+
+constexpr int kVectorThreads = 256, kVectorTeachers = 4;
+
+// How exp(s - max) comes from e = exp((s - max) / T): it is not wanted or T = 1; T is 2 or 4; by an exponential of its own.
+enum class AtOne { same, power, exponential };
+
+inline AtOne at_one_of(int integer_t, bool cross_entropy) {
+  if (!cross_entropy || integer_t == 1) return AtOne::same;
+  return integer_t == 2 || integer_t == 4 ? AtOne::power : AtOne::exponential;
+}
+
+// The factors of exponents and, for AtOne::power, exp(s - max) = e^2 (second + fourth e^2).
+struct Exponents {
+  float scale, second, fourth;
+};
+
+template <class A>
+__device__ __forceinline__ Exponents exponents_of(const Params<A>& p) {
+  return {p.inv_t[0] * kLog2E, p.integer_t == 2 ? 1.f : 0.f, p.integer_t == 4 ? 1.f : 0.f};
+}
+
+// exp(s - max), from s - max and e.
+template <AtOne One>
+__device__ __forceinline__ float at_one(const Exponents& c, float above_max, float e) {
+  if constexpr (One == AtOne::same) return e;
+  if constexpr (One == AtOne::exponential) return exp2_approximate(above_max * kLog2E);
+  const float e2 = e * e;
+  return e2 * (c.second + c.fourth * e2);
+}
+
+// A row's networks. A place without a teacher repeats the student, whose cached vectors cost no traffic; what comes of it is
+// dropped.
+template <int K>
+struct RowOf {
+  const void *student, *teacher[K];
+  int slot[K];  // which teacher, or kNoTeacher
+};
+
+template <int K, class A>
+__device__ __forceinline__ RowOf<K> row_of_vectors(const Params<A>& p, int64_t row) {
+  RowOf<K> at;
+  at.student = any_row(p.network[0], row).data;
+  unsigned rest = p.reads_of(row);
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    at.slot[k] = rest ? __ffs(int(rest)) - 1 : kNoTeacher;
+    at.teacher[k] = rest ? any_row(p.network[at.slot[k] + 1], row).data : at.student;
+    rest &= rest - 1;
+  }
+  return at;
+}
+
+template <int K>
+struct Vectors {
+  uint4 student, teacher[K];
+};
+
+template <int K>
+__device__ __forceinline__ Vectors<K> load_vectors(const RowOf<K>& row, unsigned vector) {
+  Vectors<K> loaded;
+  loaded.student = load_raw(row.student, vector);
+#pragma unroll
+  for (int k = 0; k < K; ++k) loaded.teacher[k] = load_raw(row.teacher[k], vector);
+  return loaded;
+}
+
+// Calls f(vector, its contents) for this thread's vectors from `begin` to `end`, the next one's loads in flight meanwhile.
+template <int K, class F>
+__device__ __forceinline__ void over_vectors(const RowOf<K>& row, unsigned begin, unsigned end, const F& f) {
+  unsigned vector = begin + threadIdx.x;
+  if (vector >= end) return;
+  Vectors<K> next = load_vectors(row, vector);
+#pragma unroll 1
+  for (; vector < end; vector += kVectorThreads) {
+    const Vectors<K> now = next;
+    if (vector + kVectorThreads < end) next = load_vectors(row, vector + kVectorThreads);
+    f(vector, now);
+  }
+}
+
+struct Range {
+  unsigned begin, end;
+};
+
+// The vectors of one of a row's parts.
+__device__ __forceinline__ Range part_of_row(unsigned vectors, unsigned part, unsigned parts) {
+  const unsigned length = (vectors + parts - 1) / parts, begin = min(part * length, vectors);
+  return {begin, min(begin + length, vectors)};
+}
+
+template <int N>
+__device__ __forceinline__ float largest(float top, const float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) top = fmaxf(top, x[i]);  // not of NaN, which the exponentials show
+  return top;
+}
+
+constexpr int kMostParts = 32;
+
+// Parts of a row for `blocks` blocks in all, where rows are few, with at least two vectors of a thread in each.
+template <class S>
+unsigned parts_of_row(const Args& args, int64_t blocks) {
+  constexpr int64_t kLeast = 2 * kVectorThreads * kRawItems<S>;
+  const int64_t wanted = (blocks + args.rows - 1) / args.rows, most = args.classes / kLeast;
+  const int64_t parts = wanted < most ? wanted : most;
+  return unsigned(parts < 1 ? 1 : parts < kMostParts ? parts : kMostParts);
+}
+
+// f(dtype, places for teachers, AtOne) as template arguments, for what these kernels take.
+template <class S, class F>
+bool with_vectors(const Args& args, const F& f) {
+  bool fits = sizeof(S) <= sizeof(float) && args.combine == Combine::losses &&
+              args.divergence == Divergence::forward && !args.softcap && !args.several_temperatures && !args.soft.data &&
+              args.teachers <= kVectorTeachers && (!args.cross_entropy || args.label_smoothing == 0) &&
+              args.classes / kRawItems<S> < int64_t(1) << 31 && rows_aligned<kRawItems<S>>(args.student, args.classes) &&
+              rows_aligned<kRawItems<S>>(args.grad, args.columns, args.classes, sizeof(S));
+  for (int k = 0; k < args.teachers; ++k)
+    fits = fits && args.teacher[k].type == args.student.type && rows_aligned<kRawItems<S>>(args.teacher[k], args.classes);
+  if (!fits) return false;
+  const auto of_teachers = [&]<AtOne One>() {
+    if (args.teachers <= 1) return f.template operator()<1, One>();
+    if (args.teachers == 2) return f.template operator()<2, One>();
+    f.template operator()<4, One>();
+  };
+  switch (at_one_of(integer_temperature(args.temperature[0]), args.cross_entropy)) {
+    case AtOne::same: of_teachers.template operator()<AtOne::same>(); break;
+    case AtOne::power: of_teachers.template operator()<AtOne::power>(); break;
+    case AtOne::exponential: of_teachers.template operator()<AtOne::exponential>(); break;
+  }
+  return true;
+}
+
+}  // namespace FASTKD_TARGET
+}  // namespace fastkd::multi_teacher
