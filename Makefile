@@ -45,9 +45,9 @@ bench: $(BUILT) ## time the operations against eager PyTorch and torch.compile (
 	$(PY) -m benchmarks $(BENCH)
 
 # With the python that is there: a machine with a GPU has its own torch, and nothing is installed.
-gpu-check: ## on a machine with a GPU: build, CUDA tests, benchmarks, compute-sanitizer; results in OUT=folder (8 minutes)
+gpu-check: ## on a machine with a GPU: correctness, times, bytes; results in OUT=folder (24 minutes; PART=times LIMIT=10 CHECK=...)
 	$(if $(OUT),,$(error name a folder for the results: make gpu-check OUT=gpu-check))
-	$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.gpu_check $(OUT)
+	$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.gpu_check $(OUT) $(addprefix --part ,$(PART)) $(addprefix --limit ,$(LIMIT)) $(CHECK)
 
 lint: $(INSTALLED) ## check style, types, and that no layer imports from above (under a minute)
 	$(PY) -m ruff check .

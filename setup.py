@@ -70,6 +70,7 @@ class BuildNative(build_ext):
             "FASTKD_TORCH_INCLUDE": str(torch / "include"),
             "FASTKD_TORCH_LIB": str(torch / "lib"),
             "FASTKD_WITH_CUDA": "OFF",
+            "FASTKD_JOBS": str(toolchain.jobs()),
         }
         if toolchain.flag("FASTKD_SANITIZE"):
             if self._package() == ROOT / "fastkd":

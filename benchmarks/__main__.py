@@ -26,6 +26,8 @@ def parser() -> argparse.ArgumentParser:
     add("--large", action="store_true", help="of --steps: the groups that are measured on a GPU only, too")
     add("--brief", action="store_true", help="all sizes, few rounds, and only the tests of the device that is measured")
     add("--quick", action="store_true", help="as --brief, small sizes only, and no file is written")
+    add("--untested", metavar="FILE", help="run no tests: all is reported beside what FILE says of them")
+    add("--tiny", action="store_true", help="small shapes against eager alone: whether everything runs")
     add("--deadline", type=float, help="seconds, after which no further case is begun; what was measured is reported")
     add("--device", help="cpu or cuda; default: cuda where there is one")
     add("--dtypes", default="float32", help="of the operations, comma-separated: float32,bfloat16,float64")
@@ -62,8 +64,9 @@ def operations(options: argparse.Namespace) -> int:
     arguments += ["--benchmark-warmup=on", "--benchmark-warmup-iterations=3", "--benchmark-disable-gc"]
     arguments += ["--benchmark-columns=min,median,iqr,rounds", "--benchmark-group-by=group", "--benchmark-sort=name"]
     arguments += ["--benchmark-max-time=0.5", "--benchmark-min-rounds=5"]
-    arguments += [f"--{name}" for name in ("quick", "brief") if getattr(options, name)]
+    arguments += [f"--{name}" for name in ("quick", "brief", "tiny") if getattr(options, name)]
     arguments += [f"--deadline={options.deadline}"] if options.deadline else []
+    arguments += [f"--untested={options.untested}"] if options.untested else []
     arguments += [f"--bench-device={options.device}"] if options.device else []
     arguments += [f"--results={options.results}"] if options.results else []
     arguments += ["-k", options.keyword] if options.keyword else []

@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-from benchmarks import measure
+import fastkd
+from benchmarks import measure, report
 from benchmarks.inputs import Embeddings, Heads, Logits, Maps, Networks, Projections
 from benchmarks.registry import OPERATIONS, Case
 from fastkd import _backend
@@ -15,6 +16,9 @@ from fastkd import _backend
 # Odd sizes: rows that no vector width divides, more than a block's, and of two numbers.
 SMALL = {
     "multi_teacher": [Logits(3, 37, 2), Logits(2, 2, 1), Logits(2, 5003, 3), Logits(1, 40003, 1)],
+    "multi_teacher_reverse": [Logits(3, 37, 2)],
+    "multi_teacher_jsd": [Logits(3, 37, 2)],
+    "multi_teacher_kd_with_gradient": [Logits(3, 37, 2)],
     "mutual": [Networks(3, 37, 3), Networks(2, 5003, 2)],
     "cross_entropy": [Networks(3, 37, 3), Networks(2, 5003, 2)],
     "group_stats": [Networks(3, 37, 3), Networks(2, 5003, 2)],
@@ -52,32 +56,42 @@ def make(cases: list[Case], device: str, profiled: bool = False) -> None:
     for case in cases:
         inputs = case.operation.make_inputs(case.shape, case.dtype, device, 0)
         step = measure.Step(case.operation.fused, inputs, case.passes)
+        on_gpu = torch.device(device).type == "cuda"
         if profiled:
             step()
+        if profiled and on_gpu:
             torch.cuda.synchronize()
             torch.cuda.profiler.start()
         step()
-        if torch.device(device).type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize()
-        if profiled:
+        if profiled and on_gpu:
             torch.cuda.profiler.stop()
         print(f"{case}: floor {case.bytes_floor} bytes", flush=True)
 
 
-def machine() -> int:
-    print(f"torch {torch.__version__}, CUDA {torch.version.cuda}")
-    if not torch.cuda.is_available():
+def machine(device: str) -> int:
+    """Which device, its copy rate, and whether the kernels take it."""
+    print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, commit {report.commit()}")
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu and not torch.cuda.is_available():
         print("no GPU")
         return 1
-    properties = torch.cuda.get_device_properties(0)
-    copy = measure.Copy(2**33, "cuda")
+    moved = 2**33 if on_gpu else 2**24
+    copy = measure.Copy(moved, device)
     copy()
-    seconds = sorted(measure.timed(copy, "cuda")[0] for _ in range(9))[4]
-    print(
-        f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 1e9:.0f} GB, "
-        f"copy {2**33 / seconds / 1e12:.2f} TB/s"
-    )
-    return 0
+    seconds = sorted(measure.timed(copy, device)[0] for _ in range(9))[4]
+    facts, memory = report.device_facts(device), ""
+    if on_gpu:
+        memory = f", {torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB"
+    print(f"{facts['name']}, {facts['level']}{memory}, copy {moved / seconds / 1e12:.3g} TB/s")
+    return without_kernels(device)
+
+
+def without_kernels(device: str) -> int:
+    reason = _backend.why_not_native(torch.empty(0, device=device))
+    print(f"no native kernels: {reason}" if reason is not None else f"kernels of {fastkd.__version__} take {device}")
+    return int(reason is not None)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,12 +103,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(argv)
     if options.machine:
-        return machine()
-    reason = _backend.why_not_native(torch.empty(0, device=options.device))
-    if reason is not None:
-        print(f"no native kernels: {reason}")
+        return machine(options.device)
+    if without_kernels(options.device):
         return 1
-    make((large if options.profiled else small)(), options.device, options.profiled)
+    few = small if options.device == "cpu" or not options.profiled else large
+    make(few(), options.device, options.profiled)
     return 0
 
 

@@ -1,69 +1,106 @@
-"""`make gpu-check OUT=folder`: what a machine with a GPU is needed for, in one command of under 8 minutes.
+"""`make gpu-check OUT=folder`: what a machine with a GPU is needed for, in three parts that keep their minutes.
 
-It builds the CUDA kernels where they are missing and runs all CUDA tests, the benchmarks and compute-sanitizer. Each
-step has its own limit and a failed one does not stop the next. OUT gets log.txt, a file per step, results/ and
-summary.json; the last lines and the exit status say what failed.
+correctness: the library, every operation once, the tests marked `gpu`, memory checked. times: the benchmarks, the
+largest case of each operation first. bytes: DRAM traffic, races, training steps. Each step writes as it goes, has its
+own limit, and a failed one does not stop the next. OUT gets a folder for each part with log.txt, summary.json and a
+file per step; the last lines and the exit status say what failed.
+
+The libraries may be carried in (--libraries), built elsewhere for this GPU's architecture: TORCH_CUDA_ARCH_LIST=9.0.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-TOTAL = 460  # seconds for all steps
-LEAST = 5  # seconds, under which a step is not begun
+from benchmarks import gpu_steps
+from benchmarks.gpu_steps import ROOT, Step
 
-
-class Step(NamedTuple):
-    """One command. `needed`: its failure is the run's. `skip`: why it is left out, or ""."""
-
-    name: str
-    command: Sequence[str]
-    seconds: int
-    needed: bool = True
-    skip: str = ""
+PARTS = {"correctness": 8.0, "times": 10.0, "bytes": 6.0}  # minutes
+SPARE = 20.0  # seconds that a step with a deadline needs after it
 
 
-class Outcome(NamedTuple):
-    name: str
-    status: str  # passed | failed | timed out | skipped
-    seconds: float
-    detail: str = ""
+def tests(out: Path, stand_in: bool) -> list[str]:
+    """Those marked gpu, by several processes where pytest-xdist is."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider"]
+    command += [f"--junitxml={out / 'tests.xml'}"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "1" if stand_in else "8", "--dist", "worksteal"]
+    return [*command, "tests/ops/test_mutual_alone.py" if stand_in else "tests"]
 
 
-def steps(out: Path) -> list[Step]:
-    """By what it would cost to be without: build, tests, times, then the sanitizers."""
-    python = sys.executable
-    bench = [python, "-m", "benchmarks", "--device", "cuda", "--brief", "--results", str(out / "results")]
-    sanitizer = shutil.which("compute-sanitizer") or _beside_nvcc("compute-sanitizer")
-    missing = "" if sanitizer else "compute-sanitizer is not there"
-    calls = [python, "-m", "benchmarks.gpu_calls"]
-    tests = [python, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-k", "cuda", "tests"]
-    built = (ROOT / "fastkd" / "libfastkd_cuda.so").exists()
-    check = [str(sanitizer), "--error-exitcode", "9", "--target-processes", "all"]
-    hardware = shutil.which("ncu") or _beside_nvcc("ncu")
-    counters = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
-    ncu = [str(hardware), "--clock-control", "none", "--metrics", counters, "--csv", "--profile-from-start", "off"]
+def correctness(out: Path, seconds: float, device: str) -> list[Step]:
+    stand_in = device == "cpu"
+    calls = [sys.executable, "-m", "benchmarks.gpu_calls", "--device", device]
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]  # for the GPU that is here
+    library = ROOT / "fastkd" / ("libfastkd_cpu.so" if stand_in else "libfastkd_cuda.so")
+    memcheck, missing = sanitizer("memcheck", stand_in)
     return [
-        Step("machine", [python, "-m", "benchmarks.gpu_calls", "--machine"], 40),
-        Step("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 200, skip="built before" if built else ""),
-        Step("tests", tests, 130),
-        Step("bench", [*bench, "--deadline", "110"], 170),
-        Step("steps", [*bench, "--steps", "--deadline", "40"], 90, needed=False),
-        Step("memcheck", [*check, "--tool", "memcheck", *calls], 60, skip=missing),
-        Step("racecheck", [*check, "--tool", "racecheck", *calls], 60, skip=missing),
-        Step("bytes", [*ncu, *calls, "--profiled"], 60, needed=False, skip="" if hardware else "ncu is not there"),
+        Step("build", build, seconds / 2, skip="built before" if library.exists() else ""),
+        Step("machine", [*calls, "--machine"], 60),
+        Step("calls", calls, 90),
+        Step("tests", tests(out, stand_in), 0.6 * seconds),
+        Step("memcheck", [*memcheck, *calls], 120, skip=missing, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
     ]
+
+
+def times(out: Path, seconds: float, device: str) -> list[Step]:
+    command = [*benchmark(out, device), "--brief", "--deadline", str(max(1.0, seconds - 4 * SPARE))]
+    return [Step("bench", [*command, "--tiny"] if device == "cpu" else command, seconds)]
+
+
+def bytes_(out: Path, seconds: float, device: str) -> list[Step]:
+    stand_in = device == "cpu"
+    calls = [sys.executable, "-m", "benchmarks.gpu_calls", "--device", device]
+    racecheck, missing = sanitizer("racecheck", stand_in)
+    ncu, without = profiler(stand_in)
+    steps = [*benchmark(out, device), "--steps", "--deadline", str(max(1.0, 0.4 * seconds - SPARE))]
+    steps += ["--quick", "-k", "resnet20 feed"] if stand_in else ["--brief"]
+    return [
+        Step("bytes", [*ncu, *calls, "--profiled"], 0.3 * seconds, needed=False, skip=without),
+        Step("racecheck", [*racecheck, *calls], 120, skip=missing),
+        Step("steps", steps, 0.4 * seconds, needed=False),
+    ]
+
+
+MAKE = {"correctness": correctness, "times": times, "bytes": bytes_}
+
+
+def benchmark(out: Path, device: str) -> list[str]:
+    """Beside the times stands what the tests said in the part before, or that they were not run."""
+    results, said = str(out.parent / "results"), str(out.parent / "tests.json")
+    return [sys.executable, "-m", "benchmarks", "--device", device, "--results", results, "--untested", said]
+
+
+def sanitizer(tool: str, stand_in: bool) -> tuple[list[str], str]:
+    """What stands before a command, and why it is left out. Only our kernels: PyTorch's take minutes."""
+    program = shutil.which("compute-sanitizer") or _beside_nvcc("compute-sanitizer")
+    if stand_in or program is None:
+        return [], "" if stand_in else "compute-sanitizer is not there"
+    return [
+        program,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        "--target-processes",
+        "all",
+        "--kernel-name",
+        "kns=fastkd",
+    ], ""
+
+
+def profiler(stand_in: bool) -> tuple[list[str], str]:
+    program = shutil.which("ncu") or _beside_nvcc("ncu")
+    if stand_in or program is None:
+        return [], "" if stand_in else "ncu is not there"
+    counters = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
+    return [program, "--clock-control", "none", "--metrics", counters, "--csv", "--profile-from-start", "off"], ""
 
 
 def _beside_nvcc(tool: str) -> str | None:
@@ -74,92 +111,62 @@ def _beside_nvcc(tool: str) -> str | None:
     return next((str(folder / tool) for folder in folders if (folder / tool).exists()), None)
 
 
-def run(steps: Sequence[Step], out: Path, total: float = TOTAL, say: Callable[[str], object] = print) -> list[Outcome]:
-    """Runs the steps one after another, each within its limit and what is left of `total` seconds."""
+def carry_in(folder: Path) -> None:
+    """Libraries that were built elsewhere, to where the package looks for them."""
+    found = sorted(folder.glob("libfastkd_*.so"))
+    if not found:
+        raise SystemExit(f"--libraries: expected libfastkd_*.so in it, got {folder}")
+    for library in found:
+        shutil.copy2(library, ROOT / "fastkd" / library.name)
+
+
+def note_tests(out: Path) -> None:
+    """tests.json: what the tests of each operation said, for the times; that they were not run where they were not."""
+    from benchmarks import guard, registry
+
+    patterns = {name: operation.tests for name, operation in registry.OPERATIONS.items()}
+    found = out / "correctness" / "tests.xml"
+    said = guard.read(found, patterns) if found.is_file() else dict.fromkeys(patterns, "not run")
     out.mkdir(parents=True, exist_ok=True)
-    end, outcomes = time.monotonic() + total, []
-    for step in steps:
-        left = end - time.monotonic()
-        if step.skip:
-            outcome = Outcome(step.name, "skipped", 0.0, step.skip)
-        elif left < min(LEAST, total / 2):
-            outcome = Outcome(step.name, "skipped", 0.0, "no time was left")
-        else:
-            outcome = _run(step, out / f"{step.name}.txt", min(step.seconds, left))
-        outcomes.append(outcome)
-        say(_line(outcome))
-        _note(out, steps, outcomes)
-    return outcomes
+    (out / "tests.json").write_text(json.dumps(said, indent=1) + "\n")
 
 
-def _run(step: Step, log: Path, limit: float) -> Outcome:
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "FASTKD_REQUIRE_NATIVE": "1", "MPLBACKEND": "Agg"}
-    begin = time.monotonic()
-    with log.open("w") as stream:
-        stream.write("$ " + " ".join(step.command) + "\n")
-        stream.flush()
-        try:
-            process = subprocess.Popen(
-                step.command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        except OSError as error:
-            return Outcome(step.name, "failed", 0.0, str(error))
-        try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its children too: it is a session of its own
-            process.wait()
-            return Outcome(step.name, "timed out", time.monotonic() - begin, f"after {limit:.0f} s")
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    seconds = time.monotonic() - begin
-    last = _last_line(log)
-    return Outcome(step.name, "passed" if code == 0 else "failed", seconds, last if code == 0 else f"{code}: {last}")
-
-
-def _last_line(log: Path) -> str:
-    lines = [line.strip("= \n") for line in log.read_text(errors="replace").splitlines()[1:]]
-    return next((line for line in reversed(lines) if line), "")[:200]
-
-
-def _line(outcome: Outcome) -> str:
-    return f"{outcome.name:10} {outcome.status:9} {outcome.seconds:6.1f} s  {outcome.detail}"
-
-
-def failed(steps: Sequence[Step], outcomes: Sequence[Outcome]) -> list[str]:
-    """The needed steps that did not pass: one that no time was left for too, one whose tool is missing not."""
-    needed = {step.name for step in steps if step.needed and not step.skip}
-    return [outcome.name for outcome in outcomes if outcome.status != "passed" and outcome.name in needed]
-
-
-def _note(out: Path, steps: Sequence[Step], outcomes: Sequence[Outcome]) -> None:
-    """After every step, so that a run that is cut off leaves what it found."""
-    whole = len(outcomes) == len(steps)
-    found = {"finished": whole, "failed": failed(steps, outcomes), "steps": [o._asdict() for o in outcomes]}
-    (out / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
-    (out / "log.txt").write_text("\n".join(map(_line, outcomes)) + "\n")
+def parser() -> argparse.ArgumentParser:
+    parse = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parse.add_argument
+    add("out", type=Path, help="folder for a folder of each part, and results/")
+    add("--part", default="all", choices=[*PARTS, "all"], help="one of the three, or all, one after another")
+    minutes = ", ".join(f"{name} {minutes:.0f}" for name, minutes in PARTS.items())
+    add("--limit", type=float, help=f"minutes of a part (default: {minutes})")
+    add("--libraries", type=Path, help="folder of libfastkd_*.so built elsewhere, which are taken instead of building")
+    add("--stand-in", action="store_true", help="on the CPU in place of a GPU: whether every step goes through")
+    add("--dry-run", action="store_true", help="say the steps and their limits, run nothing")
+    add("--only", default="", help="comma-separated names of steps")
+    return parse
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, help="folder for log.txt, summary.json, results/ and a file per step")
-    parser.add_argument("--dry-run", action="store_true", help="say the steps and their limits, run nothing")
-    parser.add_argument("--only", default="", help="comma-separated names of steps")
-    options = parser.parse_args(argv)
-    out = options.out.resolve()
-    chosen = [step for step in steps(out) if not options.only or step.name in options.only.split(",")]
-    if options.dry_run:
-        for step in chosen:
-            print(
-                f"{step.name:10} {step.seconds:4} s  {f'skipped: {step.skip}' if step.skip else ' '.join(step.command)}"
-            )
-        return 0
-    outcomes = run(chosen, out)
-    wrong = failed(chosen, outcomes)
-    print(f"FAILED: {', '.join(wrong)}; see {out}" if wrong else f"all needed steps passed; see {out}")
+    options = parser().parse_args(argv)
+    out, wrong = options.out.resolve(), []
+    if options.libraries and not options.dry_run:
+        carry_in(options.libraries)
+    for part in PARTS if options.part == "all" else [options.part]:
+        seconds = 60 * (options.limit or PARTS[part])
+        steps = MAKE[part](out / part, seconds, "cpu" if options.stand_in else "cuda")
+        steps = [step for step in steps if not options.only or step.name in options.only.split(",")]
+        if options.dry_run:
+            print("\n".join(map(gpu_steps.planned, steps)))
+            continue
+        if part != "correctness":
+            note_tests(out)
+        print(f"{part}: at most {seconds / 60:.0f} minutes", flush=True)
+        environment = {"FASTKD_GPU_STAND_IN": "1"} if options.stand_in else {}
+        outcomes = gpu_steps.run(steps, out / part, seconds, environment=environment)
+        wrong += gpu_steps.failed(steps, outcomes)
+    if not options.dry_run:
+        print(f"FAILED: {', '.join(wrong)}; see {out}" if wrong else f"all needed steps passed; see {out}")
     return 1 if wrong else 0
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,6 +35,24 @@ def require_passing(name: str, tests: str, root: Path | None = None, keyword: st
         again = f"python -m pytest {' '.join(files)}"
         raise Refused(f"{name}: no speed-up is reported while its tests fail ({last}); see `{again}`.")
     return last
+
+
+def read(file: Path, patterns: dict[str, str]) -> dict[str, str]:
+    """From pytest's junit XML, what each name's tests (a pattern of files) said: "312 passed", "FAILED: 3 of 315"."""
+    cases = list(ElementTree.parse(file).getroot().iter("testcase"))
+    return {name: _said([case for case in cases if _comes_from(case, pattern)]) for name, pattern in patterns.items()}
+
+
+def _comes_from(case: ElementTree.Element, pattern: str) -> bool:
+    parts = case.get("classname", "").split(".")  # a package's path, and maybe a class
+    paths = ("/".join(parts[:n]) + ".py" for n in range(len(parts), 0, -1))
+    return any(fnmatch.fnmatch(path, pattern) for path in paths)
+
+
+def _said(cases: list[ElementTree.Element]) -> str:
+    failed = sum(case.find("failure") is not None or case.find("error") is not None for case in cases)
+    ran = sum(case.find("skipped") is None for case in cases)
+    return f"FAILED: {failed} of {ran}" if failed else f"{ran} passed" if ran else "not run"
 
 
 def keyword(device: str, less: bool) -> str:

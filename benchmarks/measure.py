@@ -84,18 +84,40 @@ def candidates(case: Case, device: str, seed: int = 0) -> dict[str, Step]:
     return {name: Step(function, inputs, case.passes) for name, function in functions.items()}
 
 
-def results(steps: dict[str, Step]) -> dict[str, Result]:
-    """What each returns, but for those that do not fit in the GPU's memory; the fused operation must."""
-    found = {}
+def results(steps: dict[str, Step], apart: dict[str, float] | None = None) -> dict[str, Result]:
+    """What each returns, but for those that do not fit in the GPU's memory; the fused operation must.
+
+    apart: filled with how far each one's gradients are from the fused operation's, |difference| / |gradient|, the worst
+    of them; NaN where one was not written, since fresh memory is filled with NaN before each call.
+    """
+    found, fused = {}, []
     for name, step in steps.items():
         try:
+            step.clear()
+            if apart is not None:
+                _poison(step)
             found[name] = step()
+            if apart is not None and step.trains:
+                own = [tensor.grad for tensor in step.inputs.learning]
+                fused = [grad.clone() for grad in own] if name == FUSED else fused
+                apart[name] = max(map(_apart, own, fused))
         except torch.OutOfMemoryError:
             if name == FUSED:
                 raise
             step.clear()
             torch.cuda.empty_cache()
     return found
+
+
+def _poison(step: Step) -> None:
+    """What the allocator gives next for a gradient of this size is then full of NaN."""
+    for tensor in step.inputs.learning:
+        torch.full_like(tensor, float("nan"), requires_grad=False)
+
+
+def _apart(grad: Tensor, fused: Tensor) -> float:
+    difference = torch.linalg.vector_norm(grad - fused, dtype=torch.float64)
+    return float(difference / torch.linalg.vector_norm(fused, dtype=torch.float64))
 
 
 class Clock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,8 @@ def run(kind: str, options: argparse.Namespace) -> int:
     if not names:
         print(f"-k {options.keyword}: no {kind} has this in its name")
         return 2
-    said = _tested(kind, names, device, less)
+    before = getattr(options, "untested", None)
+    said = json.loads(Path(before).read_text()) if before else _tested(kind, names, device, less)
     kinds = {"sweep": _sweep, "steps": _steps, "scaling": _scaling}
     result = kinds[kind](names, device, options) | report.header(device, said)
     layout = MODULES[kind].LAYOUT

@@ -79,6 +79,18 @@ class Case(NamedTuple):
         return self.operation.baselines | {name: partial(_itself, function) for name, function in others.items()}
 
 
+def in_turn(cases: Sequence[Case]) -> list[Case]:
+    """The first case of each operation, then the second of each: what a deadline leaves out is of all alike. An
+    operation's large cases of a GPU come before its others.
+    """
+    queues: dict[str, list[Case]] = {}
+    for case in sorted(cases, key=lambda case: (case.shape, case.dtype) not in case.operation.gpu):
+        queues.setdefault(case.operation.name, []).append(case)
+    names = list(dict.fromkeys(case.operation.name for case in cases))
+    return [queues[name][i] for i in range(max(map(len, queues.values()), default=0)) for name in names
+            if i < len(queues[name])]  # fmt: skip
+
+
 def _itself(function: Callable) -> Callable:
     return function
 

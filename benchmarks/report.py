@@ -64,16 +64,25 @@ def comparisons(
     seconds: float,
     least: int = 7,
     caches: Sequence[str] = (measure.COLD, measure.WARM),
+    wrong: list[str] | None = None,
 ) -> list[dict]:
     """One case measured with cold and with warm caches: times of all candidates and the floor, ratios, memory, counts.
 
     At least `least` rounds. Where a call takes as long as measure.SLOW, only with cold caches.
+    wrong: where candidates do not compute the same, it is noted here and measured all the same; None: an error.
     """
     reason = _backend.why_not_native(torch.empty(0, device=device))
     if reason is not None:
         raise RuntimeError(f"{case.operation.name}: no native kernels to measure: {reason}")
-    results = measure.results(steps)
-    require_same(results, case.dtype)
+    apart: dict[str, float] = {}
+    results = measure.results(steps, apart)
+    try:
+        require_same(results, case.dtype)
+        require_same_gradients(apart, case.dtype)
+    except AssertionError as error:
+        if wrong is None:
+            raise
+        wrong.append(f"{case}: {error}")
     steps = {name: steps[name] for name in results}
     counted = {"extra_bytes": {name: measure.extra_bytes(step, device) for name, step in steps.items()}}
     counted |= _counts(steps, device)
@@ -136,6 +145,13 @@ def require_same(results: dict[str, Result], dtype: torch.dtype) -> None:
                 raise AssertionError(f"{name} computes something else: {tensor}, fused {fused}")
 
 
+def require_same_gradients(apart: dict[str, float], dtype: torch.dtype) -> None:
+    """Each within the square root of the dtype's eps of the fused operation's, by their norms."""
+    for name, distance in apart.items():
+        if not distance <= torch.finfo(dtype).eps ** 0.5:
+            raise AssertionError(f"{name} has other gradients: {distance:.2g} of the fused operation's norm away")
+
+
 def _tensors(result: Result) -> list[torch.Tensor]:
     return [t.detach() for t in ((result,) if isinstance(result, torch.Tensor) else result)]
 
@@ -195,14 +211,26 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of the source tree, with "+changes" where files differ from it; "unknown" outside of git."""
+    """The commit of the source tree, with "+changes" where files differ from it.
+
+    Outside of git what the file COMMIT beside README.md says, or FASTKD_COMMIT; else "unknown".
+    """
     git = ["git", "-C", str(FOLDER.parent)]
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    except OSError:  # no git at all
+        return _noted_commit()
     if head.returncode != 0:
-        return "unknown"
+        return _noted_commit()
     sources = [str(FOLDER.parents[1] / name) for name in ("fastkd", "csrc")]
     changes = subprocess.run([*git, "status", "--porcelain", "--", *sources], capture_output=True, text=True)
     return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def _noted_commit() -> str:
+    file = FOLDER.parents[1] / "COMMIT"
+    noted = os.environ.get("FASTKD_COMMIT") or (file.read_text().strip() if file.is_file() else "")
+    return noted or "unknown"
 
 
 def validate(value: object, layout: object = LAYOUT, where: str = "result") -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.sass.listing import Block, Place
+from benchmarks.sass.toolkit import CSRC
 
 # Source lines that a usual call does not come to: class labels, losses of teachers at one temperature, weights of the
 # host, rows in vectors, no smoothing, norms that need no rescue.
@@ -140,7 +141,7 @@ def _mutual(given: list[str]) -> Spec:
     on_chip, size, number = given[2].endswith("true>"), size_of(given[0]), size_of(given[1])
     classes, m = (threads * items, 4) if on_chip else (32000, 3)
     shared = rows * number * (2 * m * threads * items + 7 * m + (3 + threads // 32) * m * m)
-    read = m * size * (1 if on_chip else 3)
+    read = m * size * (1 if on_chip else 2)
     case = Case(f"[{ROWS}, {classes}] M={m}", m, ROWS * classes, read, m * size, 2 * m * size, shared)
     return Spec(threads * rows, "" if on_chip else "passes", items, [case])
 
@@ -181,6 +182,7 @@ MAKERS: dict[str, Callable[[list[str]], Spec]] = {
     "stream_rows_kernel": functools.partial(_stream_vectors, gradient=False),
     "stream_gradient_kernel": functools.partial(_stream_vectors, gradient=True),
     "on_chip_kernel": _on_chip,
+    "divergence_kernel": _on_chip,
     "scale_kernel": _scale,
     "mutual_kernel": _mutual,
     "row_kernel": _group_stats,
@@ -192,8 +194,13 @@ MAKERS: dict[str, Callable[[list[str]], Spec]] = {
 
 @functools.cache
 def _source(file: str) -> tuple[list[str], list[str]]:
-    """The lines of a file, and of each the device function that it lies in."""
+    """The lines of a file, and of each the device function that it lies in.
+
+    A library that a compiler's cache had made from another checkout names that one's files: then those here.
+    """
     path = Path(file)
+    if not path.is_file():
+        path = CSRC / file.rpartition("csrc/")[2]
     lines = path.read_text().splitlines() if path.is_file() else []
     functions, current = [], ""
     for at, line in enumerate(lines):

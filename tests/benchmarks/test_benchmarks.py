@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import fastkd
 
@@ -22,6 +23,8 @@ SMALL = Logits(6, 37, 3)
 # Shapes that compute quickly, of every operation.
 SMALL_SHAPES = {
     "multi_teacher": [SMALL, Logits(1, 2, 1), Logits(5, 130, 2)],
+    "multi_teacher_reverse": [SMALL, Logits(1, 2, 1), Logits(5, 130, 2)],
+    "multi_teacher_jsd": [SMALL, Logits(1, 2, 1), Logits(5, 130, 2)],
     "multi_teacher_kd_with_gradient": [SMALL, Logits(1, 2, 1), Logits(5, 130, 2)],
     "mutual": [Networks(6, 37, 4), Networks(1, 2, 2), Networks(5, 130, 3)],
     "cross_entropy": [Networks(6, 37, 4), Networks(1, 2, 2), Networks(5, 130, 3)],
@@ -56,7 +59,8 @@ def assert_same(operation, shape, name):
 def test_every_operation_of_the_library_is_benchmarked():
     measured = {"multi_teacher": "multi_teacher_kd", "mutual": "mutual_kd"}
     measured["linear_multi_teacher"] = "linear_multi_teacher_kd"
-    own = set(OPERATIONS) - {"linear_kd"}  # of heads and multi_teacher_kd
+    options = {"multi_teacher_reverse", "multi_teacher_jsd"}  # of multi_teacher_kd
+    own = set(OPERATIONS) - {"linear_kd"} - options  # linear_kd: of heads and multi_teacher_kd
     assert {measured.get(name, name) for name in own} == set(fastkd.backend_info()) - {"backend", "cpu", "cuda"}
     assert set(SMALL_SHAPES) == set(OPERATIONS)
 
@@ -129,8 +133,7 @@ def test_the_floor_is_the_tensors_read_and_written(name, dtype):
     if dtype not in operation.dtypes:
         pytest.skip(f"{name} is not measured in {dtype}")
     inputs = operation.make_inputs(shape, dtype, "cpu", seed=0)
-    nested = [a if isinstance(a, (list, tuple)) else [a] for a in inputs.arguments]
-    read = sum(t.nbytes for tensors in nested for t in tensors if isinstance(t, torch.Tensor))
+    read = sum(t.nbytes for t in tree_leaves(inputs.arguments) if isinstance(t, torch.Tensor))
     result = operation.fused(*inputs.arguments)
     written = sum(t.nbytes for t in (inputs.learning or result))
     assert floor(name, shape, dtype, operation.passes[-1]) == read + written
@@ -385,3 +388,58 @@ def test_the_committed_results_are_complete():
         result = json.loads(path.read_text())
         report.validate(result, report.layout_of(result))
         assert path.stem == result["device"]["slug"]
+
+
+def wrong_gradient(student, teachers, *rest):
+    """The loss's value, and the gradient of twice the loss."""
+    loss = OPERATIONS["multi_teacher"].fused(student, teachers, *rest)
+    return loss.detach() + 2 * (loss - loss.detach())
+
+
+def candidates_of(case, **functions):
+    inputs = case.operation.make_inputs(case.shape, case.dtype, "cpu", 0)
+    functions = {measure.FUSED: case.operation.fused} | functions
+    return {name: measure.Step(function, inputs, case.passes) for name, function in functions.items()}
+
+
+def test_gradients_are_compared_not_only_losses():
+    case = Case(OPERATIONS["multi_teacher"], SMALL, torch.float32, TRAINING)
+    steps = candidates_of(case, eager=case.operation.baselines["eager"](), wrong=wrong_gradient)
+    apart = {}
+    report.require_same(measure.results(steps, apart), case.dtype)
+    assert apart["fused"] == 0 and apart["eager"] < 1e-6 and apart["wrong"] == pytest.approx(1)
+    with pytest.raises(AssertionError, match="wrong has other gradients: 1 of"):
+        report.require_same_gradients(apart, case.dtype)
+    with pytest.raises(AssertionError, match="unwritten"):
+        report.require_same_gradients({"unwritten": float("nan")}, case.dtype)
+
+
+def test_where_all_is_reported_a_wrong_candidate_is_noted_and_timed():
+    case = Case(OPERATIONS["multi_teacher"], SMALL, torch.float32, TRAINING)
+    steps, noted = candidates_of(case, wrong=wrong_gradient), []
+    (found,) = report.comparisons(case, steps, "cpu", seconds=0, least=2, caches=[measure.COLD], wrong=noted)
+    assert "wrong has other gradients" in noted[0] and noted[0].startswith(str(case))
+    assert {"fused", "wrong", "floor"} == set(found["microseconds"])
+    with pytest.raises(AssertionError, match="wrong has other gradients"):
+        report.comparisons(case, candidates_of(case, wrong=wrong_gradient), "cpu", seconds=0, least=2)
+
+
+def test_cases_in_turn_begin_with_one_of_each_operation():
+    cases = [c for op in OPERATIONS.values() for c in registry.cases(op, [torch.float32], device="cuda")]
+    planned = registry.in_turn(cases)
+    first = planned[: len(OPERATIONS)]
+    assert [c.operation.name for c in first] == list(OPERATIONS) and sorted(map(str, planned)) == sorted(
+        map(str, cases)
+    )
+    assert all((c.shape, c.dtype) in c.operation.gpu for c in first if c.operation.gpu)
+    assert registry.in_turn([]) == []
+
+
+def test_the_commit_of_a_tree_without_git(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "FOLDER", tmp_path / "benchmarks" / "results")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert report.commit() == "unknown"
+    (tmp_path / "COMMIT").write_text("0123456789ab\n")
+    assert report.commit() == "0123456789ab"
+    monkeypatch.setenv("FASTKD_COMMIT", "ba9876543210")
+    assert report.commit() == "ba9876543210"

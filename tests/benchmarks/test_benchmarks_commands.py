@@ -14,8 +14,8 @@ from fastkd.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_calls, gpu_check  # noqa: E402
-from benchmarks.gpu_check import Outcome, Step  # noqa: E402
+from benchmarks import gpu_calls, gpu_check, gpu_steps  # noqa: E402
+from benchmarks.gpu_steps import Outcome, Step  # noqa: E402
 
 
 def step(name, code, seconds=20, **rest):
@@ -61,12 +61,12 @@ def test_a_failed_step_does_not_stop_the_next(tmp_path):
         step("last", "print('went on')"),
     ]
     said = []
-    outcomes = gpu_check.run(steps, tmp_path, say=said.append)
+    outcomes = gpu_steps.run(steps, tmp_path, 60, say=said.append)
     assert [(o.status, o.detail) for o in outcomes[:3]] == [
         ("passed", "two"), ("failed", "3: why"), ("skipped", "not there"),
     ]  # fmt: skip
     assert [o.status for o in outcomes[3:]] == ["failed", "passed"] and len(said) == 5
-    assert gpu_check.failed(steps, outcomes) == ["wrong"]
+    assert gpu_steps.failed(steps, outcomes) == ["wrong"]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["finished"] and summary["failed"] == ["wrong"] and len(summary["steps"]) == 5
     assert "one\ntwo\n" in (tmp_path / "first.txt").read_text()
@@ -76,34 +76,121 @@ def test_a_failed_step_does_not_stop_the_next(tmp_path):
 def test_a_step_is_ended_at_its_limit_with_its_children(tmp_path):
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; print(1); time.sleep(60)'])"
     begin = time.monotonic()
-    (outcome,) = gpu_check.run([step("slow", child, 1.0)], tmp_path, say=str)
+    (outcome,) = gpu_steps.run([step("slow", child, 1.0)], tmp_path, 60, say=str)
     assert outcome.status == "timed out" and "after 1 s" in outcome.detail and time.monotonic() - begin < 20
 
 
 def test_what_is_left_of_the_whole_time_is_the_limit(tmp_path):
     steps = [step("slow", "import time; time.sleep(60)"), step("late", "print(1)")]
-    outcomes = gpu_check.run(steps, tmp_path, total=1.0, say=str)
+    outcomes = gpu_steps.run(steps, tmp_path, total=1.0, say=str)
     assert [(o.status, o.detail) for o in outcomes][1] == ("skipped", "no time was left")
-    assert outcomes[0].status == "timed out" and gpu_check.failed(steps, outcomes) == ["slow", "late"]
+    assert outcomes[0].status == "timed out" and gpu_steps.failed(steps, outcomes) == ["slow", "late"]
 
 
-def test_the_real_steps_fit_and_their_commands_exist(tmp_path, capsys):
-    steps = gpu_check.steps(tmp_path)
-    assert [s.name for s in steps] == ["machine", "build", "tests", "bench", "steps", "memcheck", "racecheck", "bytes"]
-    assert gpu_check.TOTAL < 8 * 60 and all(0 < s.seconds <= 200 for s in steps)
-    assert gpu_check.main([str(tmp_path / "out"), "--dry-run", "--only", "tests,bench"]) == 0
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("limit", [None, 2.0])
+def test_the_steps_of_each_part(limit, device, tmp_path, capsys):
+    wanted = {
+        "correctness": ["build", "machine", "calls", "tests", "memcheck"],
+        "times": ["bench"],
+        "bytes": ["bytes", "racecheck", "steps"],
+    }
+    arguments = [str(tmp_path / "out"), "--dry-run"] + ["--stand-in"] * (device == "cpu")
+    arguments += ["--limit", str(limit)] if limit else []
+    assert gpu_check.main(arguments) == 0 and not (tmp_path / "out").exists()
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and "-k cuda tests" in said[0] and "benchmarks --device cuda --brief" in said[1]
-    assert not (tmp_path / "out").exists()
+    assert [line.split()[0] for line in said] == [name for names in wanted.values() for name in names]
+    for part, names in wanted.items():
+        seconds = 60 * (limit or gpu_check.PARTS[part])
+        steps = gpu_check.MAKE[part](tmp_path, seconds, device)
+        assert [s.name for s in steps] == names and all(0 < s.seconds <= max(seconds, 120) for s in steps)
+        for s in steps:
+            deadline = float(s.command[s.command.index("--deadline") + 1]) if "--deadline" in s.command else 0
+            assert deadline < s.seconds and ("cuda" in s.command) <= (device == "cuda")
+
+
+def test_tests_are_chosen_by_the_marker_and_run_by_several_processes(tmp_path, monkeypatch):
+    command = gpu_check.tests(tmp_path, stand_in=False)
+    assert command[command.index("-m", 3) + 1] == "gpu and not slow" and "-k" not in command
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    assert set(command) - set(gpu_check.tests(tmp_path, stand_in=False)) == {"-n", "8", "--dist", "worksteal"}
+
+
+def test_sanitizers_see_our_kernels_alone_and_every_allocation(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/cuda/{name}")
+    steps = {s.name: s for part in gpu_check.PARTS for s in gpu_check.MAKE[part](tmp_path, 400, "cuda")}
+    for name in ("memcheck", "racecheck"):
+        command = list(steps[name].command)
+        assert command[0] == "/cuda/compute-sanitizer" and command[command.index("--tool") + 1] == name
+        assert command[command.index("--kernel-name") + 1] == "kns=fastkd" and not steps[name].skip
+    assert dict(steps["memcheck"].environment) == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    assert steps["bytes"].command[0] == "/cuda/ncu"
+
+
+def test_a_steps_environment_reaches_it(tmp_path):
+    code = "import os; print(os.environ['ONE'], os.environ['TWO'])"
+    steps = [step("says", code, environment={"TWO": "2"})]
+    (outcome,) = gpu_steps.run(steps, tmp_path, 60, say=str, environment={"ONE": "1", "TWO": "1"})
+    assert (
+        outcome.detail == "1 2"
+        and gpu_steps.planned(steps[0]).startswith("says")
+        and "TWO=2" in gpu_steps.planned(steps[0])
+    )
 
 
 def test_the_exit_status_says_what_failed(tmp_path, monkeypatch, capsys):
-    outcomes = [Outcome("tests", "failed", 1.0, "1: 3 failed")]
-    monkeypatch.setattr(gpu_check, "run", lambda steps, out: outcomes)
-    assert gpu_check.main([str(tmp_path), "--only", "tests"]) == 1
+    outcomes, given = [Outcome("tests", "failed", 1.0, "1: 3 failed")], []
+    monkeypatch.setattr(gpu_steps, "run", lambda steps, out, total, environment: given.append((out, total)) or outcomes)
+    arguments = [str(tmp_path), "--part", "correctness", "--only", "tests", "--limit", "3"]
+    assert gpu_check.main(arguments) == 1 and given == [(tmp_path / "correctness", 180.0)]
     assert "FAILED: tests" in capsys.readouterr().out
     outcomes[0] = Outcome("tests", "passed", 1.0, "3 passed")
-    assert gpu_check.main([str(tmp_path), "--only", "tests"]) == 0
+    assert gpu_check.main(arguments) == 0
+
+
+def test_libraries_are_carried_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path / "tree")
+    (tmp_path / "tree" / "fastkd").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="expected libfastkd"):
+        gpu_check.main([str(tmp_path / "out"), "--only", "nothing", "--libraries", str(tmp_path)])
+    (tmp_path / "libfastkd_cuda.so").write_text("of another machine")
+    assert gpu_check.main([str(tmp_path / "out"), "--only", "nothing", "--libraries", str(tmp_path)]) == 0
+    assert (tmp_path / "tree" / "fastkd" / "libfastkd_cuda.so").read_text() == "of another machine"
+
+
+JUNIT = """<testsuites><testsuite>
+<testcase classname="tests.ops.test_mutual" name="a"/><testcase classname="tests.ops.test_mutual_rows" name="b"/>
+<testcase classname="tests.ops.test_mutual.TestClass" name="c"><failure message="no"/></testcase>
+<testcase classname="tests.ops.test_multi_teacher_rows" name="d"/>
+<testcase classname="tests.ops.test_group_stats" name="e"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_times_stand_beside_what_the_tests_said(tmp_path):
+    gpu_check.note_tests(tmp_path)
+    assert set(json.loads((tmp_path / "tests.json").read_text()).values()) == {"not run"}
+    (tmp_path / "correctness").mkdir()
+    (tmp_path / "correctness" / "tests.xml").write_text(JUNIT)
+    gpu_check.note_tests(tmp_path)
+    said = json.loads((tmp_path / "tests.json").read_text())
+    assert said["mutual"] == "FAILED: 1 of 3" and said["multi_teacher"] == said["linear_kd"] == "1 passed"
+    assert said["group_stats"] == said["rkd_angle"] == "not run"
+
+
+@pytest.mark.slow
+def test_every_step_goes_through_on_a_stand_in(tmp_path):
+    """All three parts on the CPU: the commands, the files, and tests of CUDA places on the emulator."""
+    command = [sys.executable, "-m", "benchmarks.gpu_check", str(tmp_path), "--stand-in"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout.replace("build      skipped", "")
+    for part in gpu_check.PARTS:
+        assert json.loads((tmp_path / part / "summary.json").read_text())["failed"] == []
+    assert " passed" in (tmp_path / "correctness" / "tests.txt").read_text().splitlines()[-1]
+    (written,) = (tmp_path / "results").glob("*.json")
+    result = json.loads(written.read_text())
+    assert {c["operation"] for c in result["comparisons"]} == set(gpu_calls.SMALL)
+    assert result["tests"]["mutual"].endswith(" passed")
 
 
 @pytest.mark.parametrize("name", gpu_calls.SMALL)
@@ -116,4 +203,5 @@ def test_the_calls_for_the_sanitizer_run(name, monkeypatch, capsys):
 
 
 def test_large_calls_are_of_every_operation_of_its_own():
-    assert [case.operation.name for case in gpu_calls.large()] == list(gpu_calls.SMALL)[:-1]
+    own = [name for name in gpu_calls.SMALL if not name.startswith("linear")]  # of the others' kernels and of products
+    assert [case.operation.name for case in gpu_calls.large()] == own

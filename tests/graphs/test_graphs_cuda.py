@@ -13,7 +13,10 @@ from fastkd.models import branched, create
 from fastkd.train.steps import Steps
 
 DEVICE = torch.device("cuda")
-pytestmark = pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="no GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="no GPU"),
+]
 CLASSES = 10
 
 

@@ -165,6 +165,7 @@ def test_nothing_is_read_before_private_teaching(errors_only):
         next(phases)
 
 
+@pytest.mark.gpu
 def test_on_a_gpu_it_is_the_same_without_waiting():
     if not torch.cuda.is_available():
         pytest.skip("no GPU")

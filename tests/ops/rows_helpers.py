@@ -13,6 +13,11 @@ LAYOUTS = {
 }
 
 
+def beside(tensor, options):
+    """Options whose tensors are on the device of `tensor`, as weights of rows must be."""
+    return {k: v.to(tensor.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+
+
 def weighted_sum(loss):
     """Of all elements, each with another weight: a gradient that went to another row would show."""
     weights = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype, device=loss.device).reshape(loss.shape)

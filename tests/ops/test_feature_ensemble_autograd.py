@@ -5,6 +5,7 @@ import torch
 from feature_ensemble_helpers import LAYOUTS, PLACES, F, check, in_float64, loss_and_grads, make, sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows_helpers import beside
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fastkd
@@ -34,6 +35,7 @@ def call(options, count=2):
 @pytest.mark.parametrize("layouts", [("contiguous",), ("channels_last", "contiguous", "contiguous")])
 def test_gradcheck(layouts, options, place, at):
     students, teachers = make(SHAPES, torch.float64, layouts=layouts, device=at(place))
+    options = beside(students[0], options)
     assert fastkd.explain(F.feature_ensemble, students, teachers, **options).backend == "native"
     assert gradcheck(lambda *s: F.feature_ensemble(s, teachers, **options), students)
     one, others = make(SHAPES[:1] * 2, torch.float64, layouts=layouts, device=students[0].device)

@@ -297,6 +297,7 @@ def test_export():
     assert torch.equal(program.module()(*logits, target), F.rank_networks(F.group_stats(logits, target)))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_nothing_waits_for_the_gpu():
     logits, target = make(64, 100, 4, device="cuda")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as torch_functional
 from conftest import PLACES
 from multi_teacher_helpers import raw
+from rows_helpers import beside
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fastkd
@@ -38,6 +39,7 @@ def make(rows=4, classes=6, k=3, dtype=torch.float64, device="cpu", requires_gra
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(o) or "plain")
 def test_gradcheck(options, place, at):
     student, teachers, target = make(device=at(place))
+    options = beside(student, options)
     assert fastkd.explain(F.multi_teacher_kd, student, teachers, target, **options).backend == "native"
     assert gradcheck(lambda s: F.multi_teacher_kd(s, teachers, target, **options), student)
 
@@ -46,6 +48,7 @@ def test_gradcheck(options, place, at):
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(o) or "plain")
 def test_double_backward(options, place, at):
     student, teachers, target = make(device=at(place))
+    options = beside(student, options)
     assert gradgradcheck(lambda s: F.multi_teacher_kd(s, teachers, target, **options), student)
 
 

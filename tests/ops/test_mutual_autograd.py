@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import PLACES
+from rows_helpers import beside
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fastkd
@@ -59,7 +60,7 @@ def own_loss(logits, m, target, **options):
 @pytest.mark.parametrize("options", OPTIONS, **IDS)
 def test_gradcheck(options, place, at):
     logits, teachers, target = make(device=at(place))
-    options = resolve(options, teachers)
+    options = beside(logits[0], resolve(options, teachers))
     assert fastkd.explain(F.mutual_kd, logits, target, **options).backend == "native"
     for m in range(3):
         assert gradcheck(own_loss(logits, m, target, **options), logits[m])
@@ -69,7 +70,8 @@ def test_gradcheck(options, place, at):
 @pytest.mark.parametrize("options", OPTIONS, **IDS)
 def test_double_backward(options, place, at):
     logits, teachers, target = make(device=at(place))
-    assert gradgradcheck(own_loss(logits, 1, target, **resolve(options, teachers)), logits[1])
+    options = beside(logits[0], resolve(options, teachers))
+    assert gradgradcheck(own_loss(logits, 1, target, **options), logits[1])
 
 
 @pytest.mark.parametrize("stacked", [False, True])

@@ -170,6 +170,19 @@ def resource_usage(library: Path) -> list[tuple[str, str, dict[str, int]]]:
     return found
 
 
+@pytest.mark.parametrize("operation", operations())
+def test_a_cuda_source_needs_no_more_than_its_include_folder(operation):
+    """No -D: `nvcc -I csrc` alone takes each file, for a look at its code.
+
+    Preprocessed here; `python -m benchmarks.sass` compiles them so.
+    """
+    flags = ["-std=c++20", "--expt-relaxed-constexpr", "-I", ROOT / "csrc", "-E"]
+    text = output(tool("nvcc"), *flags, ROOT / "csrc" / operation / "cuda.cu")
+    assert "forward_cuda" in text or "angles_cuda" in text
+    left = set(re.findall(r"\bFASTKD_[A-Z_]+\b", re.sub(r'"[^"\n]*"', "", text)))
+    assert left == set()  # a name that only the build would define
+
+
 def test_kernels_have_no_stack_no_spill_and_few_registers(toolchain):
     """A spilled register lies in local memory, so it shows as a stack frame."""
     usage = resource_usage(require_cuda(toolchain))
