@@ -22,6 +22,8 @@ SMALL = Logits(6, 37, 3)
 # Shapes that compute quickly, of every operation.
 SMALL_SHAPES = {
     "multi_teacher": [SMALL, Logits(1, 2, 1), Logits(5, 130, 2)],
+    "multi_teacher_reverse": [SMALL, Logits(5, 130, 2)],
+    "multi_teacher_jsd": [SMALL, Logits(5, 130, 2)],
     "multi_teacher_kd_with_gradient": [SMALL, Logits(1, 2, 1), Logits(5, 130, 2)],
     "mutual": [Networks(6, 37, 4), Networks(1, 2, 2), Networks(5, 130, 3)],
     "cross_entropy": [Networks(6, 37, 4), Networks(1, 2, 2), Networks(5, 130, 3)],
@@ -56,6 +58,7 @@ def assert_same(operation, shape, name):
 def test_every_operation_of_the_library_is_benchmarked():
     measured = {"multi_teacher": "multi_teacher_kd", "mutual": "mutual_kd"}
     measured["linear_multi_teacher"] = "linear_multi_teacher_kd"
+    measured |= dict.fromkeys(("multi_teacher_reverse", "multi_teacher_jsd"), "multi_teacher_kd")
     own = set(OPERATIONS) - {"linear_kd"}  # of heads and multi_teacher_kd
     assert {measured.get(name, name) for name in own} == set(fastkd.backend_info()) - {"backend", "cpu", "cuda"}
     assert set(SMALL_SHAPES) == set(OPERATIONS)
