@@ -20,15 +20,29 @@ struct Policies {
 };
 static_assert(Policies<float>::Large::kTile == kMaxOnChip<float> && Policies<double>::Medium::kTile == kMaxOnChip<double>);
 
+template <class Policy>
+unsigned blocks_of(int64_t rows) {
+  return unsigned((rows + Policy::kRows - 1) / Policy::kRows);
+}
+
+template <class S, class A, class Policy>
+void launch_divergence(const Params<A>& p, cudaStream_t stream) {
+  SIMT_LAUNCH((divergence_kernel<S, A, Policy>), dim3(blocks_of<Policy>(p.rows)), dim3(Policy::kBlock), 0, stream, p);
+}
+
 template <class S, class A, class Policy>
 void launch_on_chip(const Params<A>& p, cudaStream_t stream) {
-  const unsigned blocks = unsigned((p.rows + Policy::kRows - 1) / Policy::kRows);
-  if (p.divergence != Divergence::forward)
-    SIMT_LAUNCH((divergence_kernel<S, A, Policy>), dim3(blocks), dim3(Policy::kBlock), 0, stream, p);
-  else if (p.kl)
+  const unsigned blocks = blocks_of<Policy>(p.rows);
+  if (p.divergence != Divergence::forward) {
+    if constexpr (sizeof(A) == 8)  // half as much in a thread: with 8 items it would need over 168 registers
+      launch_divergence<S, A, RowPolicy<Policy::kTile / 4, 1, 4>>(p, stream);
+    else
+      launch_divergence<S, A, Policy>(p, stream);
+  } else if (p.kl) {
     SIMT_LAUNCH((on_chip_kernel<S, A, Policy, true>), dim3(blocks), dim3(Policy::kBlock), 0, stream, p);
-  else
+  } else {
     SIMT_LAUNCH((on_chip_kernel<S, A, Policy, false>), dim3(blocks), dim3(Policy::kBlock), 0, stream, p);
+  }
 }
 
 // Two rounds of blocks on the largest GPUs.

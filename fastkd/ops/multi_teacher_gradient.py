@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fastkd import _backend
 from fastkd.ops import _multi_teacher_kernels as kernels
 from fastkd.ops import _multi_teacher_usual as usual
 from fastkd.ops import multi_teacher
+from fastkd.ops._keywords import DistillationCall
 from fastkd.ops.multi_teacher import USUAL, multi_teacher_kd
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from fastkd.ops._keywords import DistillationCall
 
 OP = "multi_teacher_kd_with_gradient"
 _WHOLE = inspect.signature(multi_teacher_kd)

@@ -34,6 +34,7 @@ def calls() -> None:
     assert_type(functional.multi_teacher_kd(Z, Z, return_stats=True), tuple[Tensor, DistillationStats])
     both = functional.multi_teacher_kd(Z, Z, return_terms=True, return_stats=True)
     assert_type(both, tuple[Tensor, LossTerms, DistillationStats])
+    assert_type(functional.multi_teacher_kd_with_gradient(Z, teachers, temperature=2.0), tuple[Tensor, Tensor])
     losses_of_all, terms = functional.mutual_kd(
         teachers, Y, weights=[[0.0, 1.0], [1.0, 0.0]], teachers=[Z], teacher_weights=[[0.5], [0.5]], kd_weight=1.0,
         temperature=2.0, ce_weight=1.0, label_smoothing=0.0, reduction="none", return_terms=True,
