@@ -21,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
     add = parse.add_argument
     add("sources", nargs="*", type=Path, help="the .cu files to compile; default: all under csrc")
     add("--arch", default="sm_90", help="what is compiled for (default: sm_90)")
+    add("--built", action="store_true", help="instead of compiling: the objects of the last build, in build/native")
     add("--library", type=Path, help="instead of compiling: a built libfastkd_cuda.so that has code for --arch")
     add("-k", dest="keyword", default="", help="only kernels that have this in their name")
     add(
@@ -39,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
 
 def collect(options: argparse.Namespace) -> list[toolkit.Code]:
     with tempfile.TemporaryDirectory() as folder:
+        if options.built:
+            return toolkit.from_objects(options.arch, Path(folder))
         if options.library:
             return toolkit.from_library(options.library.resolve(), options.arch, Path(folder))
         sources = [source.resolve() for source in options.sources] or toolkit.sources()

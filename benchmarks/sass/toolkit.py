@@ -68,8 +68,21 @@ def from_source(source: Path, architecture: str, folder: Path) -> Code:
     return from_cubin(source.parent.name, cubin)
 
 
+OBJECTS = Path(__file__).resolve().parents[2] / "build" / "native" / "CMakeFiles" / "fastkd_cuda.dir"
+
+
+def from_objects(architecture: str, folder: Path) -> list[Code]:
+    """The code of that architecture of the library that was built last, from its object files."""
+    found = []
+    for path in sorted(OBJECTS.glob("csrc/*/*.cu.o")):
+        own = folder / path.parent.name
+        own.mkdir()
+        found += from_library(path, architecture, own)
+    return found
+
+
 def from_library(library: Path, architecture: str, folder: Path) -> list[Code]:
-    """Every cubin of that architecture in a built library."""
+    """Every cubin of that architecture in a built library, or an object file."""
     subprocess.run(
         [require("cuobjdump"), "-xelf", "all", str(library)], cwd=folder, capture_output=True, text=True, check=True
     )
@@ -78,6 +91,9 @@ def from_library(library: Path, architecture: str, folder: Path) -> list[Code]:
         raise Missing(
             f"{library} has no code for {architecture}: build it with that architecture, or leave out --library"
         )
+    names = output(require("cuobjdump"), "-lelf", library).count(f".{architecture}.cubin")
+    if names > len(cubins):
+        raise Missing(f"{library} has {names} files of one name, of which cuobjdump keeps one: leave out --library")
     return [from_cubin("", cubin) for cubin in cubins]
 
 
