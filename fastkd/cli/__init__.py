@@ -100,7 +100,7 @@ def _dispatch(argv: list[str]) -> int:
     if command == "analyze":
         from fastkd.runs import analyze
 
-        return analyze.main(argv[1:], _command_line(argv))
+        return analyze.main(argv[1:])
     config = parse(command, argv[1:])
     if config is None:
         return 0

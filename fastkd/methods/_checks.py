@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 
+from fastkd._core.checks import check_number
 from fastkd._core.messages import wrong_type, wrong_value
 
 
@@ -21,6 +22,18 @@ def check_boolean(method: str, argument: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise wrong_type(method, argument, "True or False", type(value).__name__)
     return value
+
+
+def check_weights(method: str, **weights: float) -> list[float]:
+    """The weights of a loss's terms, each a number of at least 0, in their order."""
+    return [check_number(method, name, value, "a number >= 0", 0) for name, value in weights.items()]
+
+
+def check_same_shape(method: str, argument: str, taught: Tensor, logits: Tensor) -> None:
+    """The logits of the network `argument`, beside the student's."""
+    if taught.shape != logits.shape:
+        expected = f"a network whose logits have the student's shape {list(logits.shape)}"
+        raise wrong_value(method, argument, expected, f"logits of shape {list(taught.shape)}")
 
 
 def is_sequence(value: object) -> TypeGuard[Sequence[Any]]:

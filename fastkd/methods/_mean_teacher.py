@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.methods._fresh import beside
+from fastkd.methods.base import Method, Phase
 from fastkd.models import Branched
 
 
@@ -30,6 +34,50 @@ def check_precision(method: str, teacher: nn.Module) -> None:
     if dtype.itemsize < 4:
         expected = "of float32 or float64 parameters, since lower ones round an average away (use torch.autocast)"
         raise wrong_type(method, "student", expected, dtype)
+
+
+class Averaging(Method):
+    """Methods whose `teacher` is the moving average of their `student`: its steps, also in the state dict."""
+
+    student: nn.Module
+    teacher: nn.Module
+    one_loss = False  # the average follows the step
+    momentum: float | None
+    steps: int  # of the average
+
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        """The networks that are moving averages."""
+        return ("teacher",)
+
+    def momentum_at(self, step: int) -> float:
+        """a, the teacher's share in itself after step 0, 1, ... that was taken: it warms up."""
+        return min(1 - 1 / (step + 1), self.whole_momentum())
+
+    def whole_momentum(self) -> float:
+        """a without its warm-up: as given, or by the length of the run."""
+        return momentum_of_run(self.run_steps) if self.momentum is None else self.momentum
+
+    def follow(self, phase: Phase) -> None:
+        """The average's step after the optimiser's, where the loop took one."""
+        if not phase.skipped:
+            average(self.teacher, self.student, self.momentum_at(self.steps))
+            self.steps += 1
+
+    def extra(self) -> dict[str, Any]:
+        """With the steps of the average."""
+        return super().extra() | {"steps": self.steps}
+
+    def set_extra(self, extra: dict[str, Any]) -> None:
+        """The way back of `extra`."""
+        super().set_extra(extra)
+        self.steps = extra["steps"]
+
+
+def ramp_up(epoch: int, length: float) -> float:
+    """exp(-5 (1 - epoch / length)^2) up to that epoch, then 1."""
+    left = 0.0 if epoch >= length else 1 - epoch / length
+    return math.exp(-5 * left * left)
 
 
 def momentum_of_run(steps: int | None) -> float:

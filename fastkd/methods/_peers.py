@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastkd._core.checks import check_integer
 from fastkd._core.messages import wrong_type, wrong_value
-from fastkd.methods._checks import check_networks
+from fastkd.methods._checks import check_boolean, check_networks
 from fastkd.methods.base import Method
 
 Value = TypeVar("Value")
@@ -37,8 +37,7 @@ class Peers(Method):
         views: bool = False,
     ):
         deploy = check_integer(self._name(), "deploy", deploy, 0, len(check_peers(self._name(), peers)) - 1)
-        if not isinstance(views, bool):
-            raise wrong_type(self._name(), "views", "True or False", type(views).__name__)
+        check_boolean(self._name(), "views", views)
         super().__init__(learners={"peers": peers}, frozen=frozen)
         self.deploy, self.views = deploy, views
 

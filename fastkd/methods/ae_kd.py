@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastkd import functional
 from fastkd._core.checks import check_integer, check_number
 from fastkd._core.labels import counted
 from fastkd._core.messages import wrong_value
 from fastkd.methods._checks import check_networks
-from fastkd.methods.base import Terms
 from fastkd.methods.dgkd import DGKD
 
 
@@ -66,23 +63,15 @@ class AEKD(DGKD):
     def _argument(self, guide: int) -> str:
         return f"teachers[{guide}]"
 
-    def _terms(self, kept: list[int], inputs: Any, target: Any) -> Terms:
-        taught, logits = self._logits(kept, inputs)
+    def weights(self, classes: int) -> tuple[float, float]:
+        """The weight of the teachers' divergences, each times its own of them, and that of the cross-entropy."""
+        return self.lam, 1 - self.lam
+
+    def teachers_weights(self, logits: Tensor, taught: list[Tensor], target: Tensor | None) -> Tensor:
+        """[K]: those whose gradients agree best on this batch."""
         if target is None and self.lam < 1:
             raise wrong_value(self._name(), "target", "class indices where lam is below 1", None)
-        weights = agreeing_weights(logits, taught, target, self.temperature, self.cap, self.search_steps)
-        loss, terms = functional.multi_teacher_kd(
-            logits,
-            taught,
-            target,
-            weights=weights,
-            kd_weight=self.lam,
-            temperature=self.temperature,
-            ce_weight=1 - self.lam,
-            return_terms=True,
-        )
-        parts = {} if self.lam == 1 else {"ce": (1 - self.lam) * terms.ce}
-        return loss, parts | {"kd": self.lam * terms.kd}, logits
+        return agreeing_weights(logits, taught, target, self.temperature, self.cap, self.search_steps)
 
 
 @torch.no_grad()

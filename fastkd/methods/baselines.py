@@ -179,10 +179,10 @@ class AVER(DGKD):
         count = len(self.guides)
         return self.lam / count, 1 - self.lam if self.weighting == "equal" else 1.0
 
-    def teachers_weights(self, taught: list[Tensor], target: Tensor | None) -> Tensor | list[float]:
+    def teachers_weights(self, logits: Tensor, taught: list[Tensor], target: Tensor | None) -> Tensor | list[float]:
         """[K], or [K, B] by the teachers' cross-entropies or entropies."""
         if self.weighting == "equal":
-            return super().teachers_weights(taught, target)
+            return super().teachers_weights(logits, taught, target)
         if target is None:
             raise wrong_value(self._name(), "target", f"class indices where weights is {self.weighting!r}", None)
         stats = functional.group_stats([t.flatten(0, -2) for t in taught], target.flatten(0, taught[0].dim() - 2))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastkd import functional
 from fastkd._core.checks import check_number, check_temperature
 from fastkd._core.messages import wrong_type, wrong_value
-from fastkd.methods._checks import check_networks
+from fastkd.methods._checks import check_boolean, check_networks
 from fastkd.methods._features import outputs_of
 from fastkd.methods._peers import Peers, check_peers, per_peer
 from fastkd.methods._relations import rows_that_count, select
@@ -119,7 +119,7 @@ class CTSLMKT(Peers):
         self.alpha, self.beta, self.beta1, self.beta2, self.gamma = numbers.values()
         self.mutual_response, self.mutual_relation, self.self_learning = response, relation, own_self
         self.temperature, self.mutual_temperature = temperature, mutual_temperature
-        self.scale_by_t2 = _check_switch(name, "scale_by_t2", scale_by_t2)
+        self.scale_by_t2 = check_boolean(name, "scale_by_t2", scale_by_t2)
         self.process_group = process_group
         self.teaches_logits = own and not views  # with views each self-teacher sees one of its own
         self.gives_outputs = self.beta > 0 and any(self.mutual_relation)
@@ -216,8 +216,7 @@ class CTSLMKT(Peers):
 
 def _check_switch(method: str, argument: str, value: object) -> bool:
     if not isinstance(value, bool):
-        each = "" if argument == "scale_by_t2" else ", or one of them per peer"
-        raise wrong_type(method, argument, f"True or False{each}", type(value).__name__)
+        raise wrong_type(method, argument, "True or False, or one of them per peer", type(value).__name__)
     return value
 
 

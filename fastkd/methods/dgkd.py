@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastkd import functional
 from fastkd._core.checks import check_choice, check_integer, check_number, check_temperature
 from fastkd._core.messages import wrong_value
-from fastkd.methods._checks import check_boolean, check_network, check_networks
+from fastkd.methods._checks import check_boolean, check_network, check_networks, check_same_shape
 from fastkd.methods._standardize import distil_standardized
 from fastkd.methods.base import Batch, Method, Phase, Terms
 
@@ -136,19 +136,22 @@ class DGKD(Method):
         """What the caller gave this guide as, for errors."""
         return f"guides[{guide}]"
 
-    def teachers_weights(self, taught: list[Tensor], target: Tensor | None) -> Tensor | list[float]:
+    def teachers_weights(self, logits: Tensor, taught: list[Tensor], target: Tensor | None) -> Tensor | list[float]:
         """[K] or, per row, [K, B]: the weights of the kept guides' divergences among each other."""
         return [1.0] * len(taught)
 
     def _terms(self, kept: list[int], inputs: Any, target: Any) -> Terms:
-        taught, logits = self._logits(kept, inputs)
+        taught = [self.taught_logits(self.guides[g], inputs, self._argument(g)) for g in kept]  # each [..., C]
+        logits = self.learned_logits("student", inputs)  # [..., C]
+        for g, guide in zip(kept, taught, strict=True):
+            check_same_shape(self._name(), self._argument(g), guide, logits)
         weight, ce_weight = self.weights(logits.shape[-1])
         distil = distil_standardized if self.standardize else functional.multi_teacher_kd
         loss, terms = distil(
             logits,
             taught,
             target,
-            weights=self.teachers_weights(taught, target),
+            weights=self.teachers_weights(logits, taught, target),
             kd_weight=weight,
             temperature=self.temperature,
             ce_weight=ce_weight,
@@ -156,14 +159,3 @@ class DGKD(Method):
         )
         parts = {} if ce_weight == 0 else {"ce": ce_weight * terms.ce}
         return loss, parts | {"kd": weight * terms.kd}, logits
-
-    def _logits(self, kept: list[int], inputs: Any) -> tuple[list[Tensor], Tensor]:
-        """The logits [..., C] of each kept guide, and the student's."""
-        taught = [self.taught_logits(self.guides[g], inputs, self._argument(g)) for g in kept]
-        logits = self.learned_logits("student", inputs)
-        for g, guide in zip(kept, taught, strict=True):
-            if guide.shape != logits.shape:
-                expected = f"a network whose logits have the student's shape {list(logits.shape)}"
-                got = f"logits of shape {list(guide.shape)}"
-                raise wrong_value(self._name(), self._argument(g), expected, got)
-        return taught, logits

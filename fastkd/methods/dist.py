@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
-from fastkd._core.checks import check_number, check_temperature
+from fastkd._core.checks import check_temperature
 from fastkd._core.messages import wrong_value
-from fastkd.methods._checks import check_network
+from fastkd.methods._checks import check_network, check_same_shape, check_weights
 from fastkd.methods._relations import rows_that_count, select
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 
@@ -62,13 +62,12 @@ class DIST(Method):
         name = self._name()
         check_network(name, "student", student)
         check_network(name, "teacher", teacher)
-        numbers = {"beta": beta, "gamma": gamma, "ce_weight": ce_weight}
-        numbers = {key: check_number(name, key, value, "a number >= 0", 0) for key, value in numbers.items()}
-        if not any(numbers.values()):
+        numbers = check_weights(name, beta=beta, gamma=gamma, ce_weight=ce_weight)
+        if not any(numbers):
             raise wrong_value(name, "ce_weight", "> 0 where beta and gamma are 0", ce_weight)
         temperature = check_temperature(name, temperature)
         super().__init__(learners={"student": student}, frozen={"teacher": teacher})
-        self.beta, self.gamma, self.ce_weight = numbers.values()
+        self.beta, self.gamma, self.ce_weight = numbers
         self.temperature = temperature
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
@@ -83,9 +82,7 @@ class DIST(Method):
         rows = rows_that_count(target)
         taught = self.taught_logits(self.teacher, inputs, "teacher")  # [B, C]
         logits = self.learned_logits("student", inputs)  # [B, C]
-        if taught.shape != logits.shape:
-            expected = f"a network whose logits have the student's shape {list(logits.shape)}"
-            raise wrong_value(self._name(), "teacher", expected, f"logits of shape {list(taught.shape)}")
+        check_same_shape(self._name(), "teacher", taught, logits)
         q, p = (self._probabilities(select(z, rows)) for z in (logits, taught))  # each [N, C]
         weight = 2 * self.temperature**2
         terms: dict[str, Tensor] = {}

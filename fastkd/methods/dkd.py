@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
-from fastkd._core.checks import check_number, check_temperature
+from fastkd._core.checks import check_temperature
 from fastkd._core.labels import counted, is_soft
-from fastkd._core.messages import wrong_type, wrong_value
-from fastkd.methods._checks import check_network
+from fastkd._core.messages import wrong_type
+from fastkd.methods._checks import check_network, check_same_shape, check_weights
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 
 
@@ -68,11 +68,10 @@ class DKD(Method):
         name = self._name()
         check_network(name, "student", student)
         check_network(name, "teacher", teacher)
-        numbers = {"alpha": alpha, "beta": beta, "warmup": warmup, "ce_weight": ce_weight}
-        numbers = {key: check_number(name, key, value, "a number >= 0", 0) for key, value in numbers.items()}
+        numbers = check_weights(name, alpha=alpha, beta=beta, warmup=warmup, ce_weight=ce_weight)
         temperature = check_temperature(name, temperature)
         super().__init__(learners={"student": student}, frozen={"teacher": teacher})
-        self.alpha, self.beta, self.warmup, self.ce_weight = numbers.values()
+        self.alpha, self.beta, self.warmup, self.ce_weight = numbers
         self.temperature = temperature
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
@@ -93,31 +92,24 @@ class DKD(Method):
             raise wrong_type(self._name(), "target", "class indices [B]: they part the classes", got)
         taught = self.taught_logits(self.teacher, inputs, "teacher")  # [B, C]
         logits = self.learned_logits("student", inputs)  # [B, C]
-        if taught.shape != logits.shape:
-            expected = f"a network whose logits have the student's shape {list(logits.shape)}"
-            raise wrong_value(self._name(), "teacher", expected, f"logits of shape {list(taught.shape)}")
+        check_same_shape(self._name(), "teacher", taught, logits)
         ce = self.ce_weight * cross_entropy(logits, target)
         r, counts = self.warmed_up(self.epoch), counted(target)
         kd = partial(functional.multi_teacher_kd, temperature=self.temperature, weights=[1.0], mask=counts)
-        pairs = [label_and_rest(z, target, self.temperature) for z in (logits, taught)]  # each [B, 2]
+        labels = target.long().masked_fill(~counts, 0)[..., None]  # [B, 1], class 0 in a row that counts nowhere
+        others = [z.scatter(-1, labels, -torch.inf) for z in (logits, taught)]  # each [B, C]
+        parts = zip((logits, taught), others, strict=True)
+        pairs = [label_and_rest(z.gather(-1, labels), other, self.temperature) for z, other in parts]  # each [B, 2]
         label = kd(pairs[0], pairs[1:], kd_weight=r * self.alpha)
-        others = [without_label(z, target) for z in (logits, taught)]  # each [B, C]
         rest = kd(others[0], others[1:], kd_weight=r * self.beta)
         return ce + label + rest, {"ce": ce.detach(), "label": label.detach(), "others": rest.detach()}, logits
 
 
-def label_and_rest(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """[..., 2] of logits [..., C]: whose softmax at this temperature is (p_y, 1 - p_y), in float32 at least."""
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    rest = without_label(z, target).div(temperature).logsumexp(-1, keepdim=True)
-    return torch.cat([z.gather(-1, _labels(target)), temperature * rest], -1)
+def label_and_rest(label: Tensor, others: Tensor, temperature: float) -> Tensor:
+    """[..., 2] of the label's logit [..., 1] and all logits [..., C] without it, which is -inf there.
 
-
-def without_label(logits: Tensor, target: Tensor) -> Tensor:
-    """logits [..., C] with that of the label at -inf."""
-    return logits.scatter(-1, _labels(target), -torch.inf)
-
-
-def _labels(target: Tensor) -> Tensor:
-    """int64 [..., 1]: the labels, and class 0 in a row that counts nowhere."""
-    return target.long().masked_fill(~counted(target), 0)[..., None]
+    Their softmax at this temperature is (p_y, 1 - p_y); in float32 at least.
+    """
+    wide = torch.promote_types(label.dtype, torch.float32)
+    rest = others.to(wide).div(temperature).logsumexp(-1, keepdim=True)
+    return torch.cat([label.to(wide), temperature * rest], -1)

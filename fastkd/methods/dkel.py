@@ -29,17 +29,10 @@ from fastkd import functional
 from fastkd._core.checks import check_choice, check_integer, check_number, check_temperature
 from fastkd._core.labels import counted
 from fastkd._core.messages import wrong_type, wrong_value
-from fastkd.methods._checks import check_apart, check_network
+from fastkd.methods._checks import check_apart, check_boolean, check_network
 from fastkd.methods._fresh import weights_from
-from fastkd.methods._mean_teacher import (
-    average,
-    average_gradients,
-    check_precision,
-    fresh_like,
-    momentum_of_run,
-    shapes,
-)
-from fastkd.methods.base import Batch, Method, Phase, Terms
+from fastkd.methods._mean_teacher import Averaging, average_gradients, check_precision, fresh_like, ramp_up, shapes
+from fastkd.methods.base import Batch, Phase, Terms
 from fastkd.models import Branched
 
 NEGLIGIBLE = 0.01  # a weight of the teachers' ensemble that counts as 0 (P, code)
@@ -47,7 +40,7 @@ INIT_LR_FACTOR, INIT_WEIGHT_DECAY = 0.01, 5e-4  # of the teacher's first steps (
 Variant = Literal["intended", "released"]
 
 
-class DKEL(Method):
+class DKEL(Averaging):
     """Peers on a shared stem, taught by their ensemble and by a decoupled mean teacher.
 
     With z_j the logits [B, C] of peer j on view j, t_k those of the teacher's peer k on view k, z_e those of the
@@ -113,8 +106,6 @@ class DKEL(Method):
     inputs that are not m views and for a missing target. RuntimeWarning at the first batch without `initialise`.
     """
 
-    one_loss = False  # the average follows the step
-    student: nn.Module
     teacher: Branched
 
     def __init__(
@@ -146,8 +137,7 @@ class DKEL(Method):
         of = None if of is None else check_number(name, "of", of, "a number >= 1, or None", 1)
         decay = None if decay is None else check_number(name, "decay", decay, "a number >= 0, or None", 0)
         init = None if init is None else check_integer(name, "init", init, 0)
-        if not isinstance(ensemble_ramp, bool):
-            raise wrong_type(name, "ensemble_ramp", "True or False", type(ensemble_ramp).__name__)
+        check_boolean(name, "ensemble_ramp", ensemble_ramp)
         momentum = None if momentum is None else check_number(name, "momentum", momentum, "a number in [0, 1]", 0, 1)
         with weights_from(seed):  # the classifier first: the same one whatever the teacher
             classifier = _classifier_of(name, student) if classifier is None else classifier
@@ -165,7 +155,7 @@ class DKEL(Method):
         self.temperature, self.ce_weight, self.momentum, self.variant = temperature, ce_weight, momentum, variant
         self.c, self.ramp, self.of, self.decay, self.init = c, ramp, of, decay, init
         self.ensemble_ramp = ensemble_ramp or variant == "released"
-        self.steps, self.initialised = 0, False  # steps of the average
+        self.steps, self.initialised = 0, False
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
         """One phase: the step of student and classifier; the mean teacher moves where it was not skipped."""
@@ -182,14 +172,7 @@ class DKEL(Method):
         networks = [self.learner("student"), self.learner("classifier")]
         phase = Phase(networks, partial(self._terms, *weights), batch)
         yield phase
-        if not phase.skipped:
-            average(self.teacher, self.student, self.momentum_at(self.steps))
-            self.steps += 1
-
-    @property
-    def teacher_names(self) -> tuple[str, ...]:
-        """The networks that are moving averages."""
-        return ("teacher",)
+        self.follow(phase)
 
     def deployable(self) -> nn.Module:
         """The teacher's first peer (P, PCL): an ordinary network, image -> logits, in the teacher's own storages.
@@ -233,14 +216,11 @@ class DKEL(Method):
 
     def distillation_weight(self, epoch: int, epochs: int) -> float:
         """w in epoch 0, 1, ... of a run of `epochs`."""
-        length, scale = self.ramp, self.ramp
-        if self.variant == "released":
-            scale = self.c
-        elif self.of is not None:
-            length = scale = self.ramp * epochs / self.of
-        if epoch > length or scale == 0:
+        if self.variant == "intended":
+            return self.c * ramp_up(epoch, self.ramp if self.of is None else self.ramp * epochs / self.of)
+        if epoch > self.ramp or self.c == 0:
             return self.c
-        left = 1 - epoch / scale
+        left = 1 - epoch / self.c  # by c instead of the length
         return self.c * math.exp(-5 * left * left)
 
     def ensemble_weight(self, epoch: int) -> float:
@@ -255,20 +235,21 @@ class DKEL(Method):
 
     def momentum_at(self, step: int) -> float:
         """a, the teacher's share in itself after step 0, 1, ... that was taken."""
-        momentum = momentum_of_run(self.run_steps if self.variant == "intended" else None)
-        momentum = momentum if self.momentum is None else self.momentum
-        if self.variant == "released" or self.init is None:
-            return min(1 - 1 / (step + 1), momentum)
-        return momentum
+        warms_up = self.variant == "released" or self.init is None
+        return super().momentum_at(step) if warms_up else self.whole_momentum()
+
+    def whole_momentum(self) -> float:
+        """a without its warm-up: that of the released code is 0.999 in runs of any length."""
+        return 0.999 if self.momentum is None and self.variant == "released" else super().whole_momentum()
 
     def extra(self) -> dict[str, Any]:
-        """The base's, with the count of steps and whether `initialise` was called."""
-        return super().extra() | {"steps": self.steps, "initialised": self.initialised}
+        """The base's, and whether `initialise` was called."""
+        return super().extra() | {"initialised": self.initialised}
 
     def set_extra(self, extra: dict[str, Any]) -> None:
         """The way back of `extra`."""
         super().set_extra(extra)
-        self.steps, self.initialised = extra["steps"], extra["initialised"]
+        self.initialised = extra["initialised"]
 
     def _terms(self, weight: float, together: float, one_by_one: float, views: Any, target: Any) -> Terms:
         if target is None:

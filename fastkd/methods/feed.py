@@ -25,7 +25,7 @@ from fastkd import functional
 from fastkd._core.checks import check_choice, check_integer, check_number
 from fastkd._core.labels import counted, is_soft
 from fastkd._core.messages import wrong_type, wrong_value
-from fastkd.methods._checks import check_network, check_networks, is_sequence
+from fastkd.methods._checks import check_boolean, check_network, check_networks, is_sequence
 from fastkd.methods._features import outputs_of
 from fastkd.methods._fresh import beside, weights_from
 from fastkd.methods._map_channels import map_channels
@@ -118,8 +118,7 @@ class FEED(Method):
         self._check_options(beta, reduction, p, norm)
         layers = check_integer(name, "layers", layers, 1)
         negative_slope = check_number(name, "negative_slope", negative_slope, "a number in [0, 1]", 0, 1)
-        if not isinstance(batch_norm, bool):
-            raise wrong_type(name, "batch_norm", "True or False", type(batch_norm).__name__)
+        check_boolean(name, "batch_norm", batch_norm)
         seed = check_integer(name, "seed", seed)
         width, widths = self._channels(student, teachers, channels, example)
         normalised = nn.BatchNorm2d if batch_norm else None

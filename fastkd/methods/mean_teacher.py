@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal, get_args
@@ -15,15 +14,15 @@ from fastkd import functional
 from fastkd._core.checks import check_choice, check_number
 from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.methods._calls import logits_from
-from fastkd.methods._checks import check_network
-from fastkd.methods._mean_teacher import average, check_precision, momentum_of_run
-from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
+from fastkd.methods._checks import check_boolean, check_network
+from fastkd.methods._mean_teacher import Averaging, check_precision, ramp_up
+from fastkd.methods.base import Batch, Phase, Terms, cross_entropy
 
 Consistency = Literal["mse", "kl"]
 CONSISTENCIES = get_args(Consistency)
 
 
-class MeanTeacher(Method):
+class MeanTeacher(Averaging):
     """A student that agrees with the moving average of its own weights on another view of the same images.
 
         CE(z) + w * consistency(z, t);  w(epoch) = weight * exp(-5 * (1 - epoch / R)^2) up to epoch R, then weight
@@ -53,10 +52,6 @@ class MeanTeacher(Method):
     batch for inputs that are not two views.
     """
 
-    student: nn.Module
-    teacher: nn.Module
-    one_loss = False  # the average follows the step
-
     def __init__(
         self,
         student: nn.Module,
@@ -73,26 +68,18 @@ class MeanTeacher(Method):
         weight = check_number(name, "weight", weight, "a finite number >= 0", 0)
         ramp = check_number(name, "ramp", ramp, "a finite number >= 0", 0)
         momentum = None if momentum is None else check_number(name, "momentum", momentum, "a number in [0, 1]", 0, 1)
-        if not isinstance(views, bool):
-            raise wrong_type(name, "views", "True or False", type(views).__name__)
+        check_boolean(name, "views", views)
         super().__init__(learners={"student": student})
         self.teacher = copy.deepcopy(student).requires_grad_(False)
         self.consistency, self.weight, self.ramp, self.momentum, self.views = consistency, weight, ramp, momentum, views
-        self.steps = 0  # of the average
+        self.steps = 0
 
     def iteration(self, batch: Batch, generator: torch.Generator) -> Iterator[Phase]:
         """One phase trains the student."""
         check_precision(self._name(), self.teacher)
         phase = Phase([self.learner("student")], partial(self._terms, self.consistency_weight(self.epoch)), batch)
         yield phase
-        if not phase.skipped:
-            average(self.teacher, self.student, self.momentum_at(self.steps))
-            self.steps += 1
-
-    @property
-    def teacher_names(self) -> tuple[str, ...]:
-        """The mean teacher."""
-        return ("teacher",)
+        self.follow(phase)
 
     def deployable(self) -> nn.Module:
         """The teacher. Its parameters do not require grad."""
@@ -100,21 +87,7 @@ class MeanTeacher(Method):
 
     def consistency_weight(self, epoch: int) -> float:
         """w in epoch 0, 1, ..."""
-        left = 0.0 if epoch >= self.ramp else 1 - epoch / self.ramp
-        return self.weight * math.exp(-5 * left * left)
-
-    def momentum_at(self, step: int) -> float:
-        """a, the teacher's share in itself after step 0, 1, ... that was taken."""
-        return min(1 - 1 / (step + 1), momentum_of_run(self.run_steps) if self.momentum is None else self.momentum)
-
-    def extra(self) -> dict[str, Any]:
-        """With the steps of the average."""
-        return super().extra() | {"steps": self.steps}
-
-    def set_extra(self, extra: dict[str, Any]) -> None:
-        """The way back of `extra`."""
-        super().set_extra(extra)
-        self.steps = extra["steps"]
+        return self.weight * ramp_up(epoch, self.ramp)
 
     def _terms(self, weight: float, inputs: Any, target: Any) -> Terms:
         if target is None:

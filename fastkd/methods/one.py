@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from fastkd._core.messages import wrong_type, wrong_value
 from fastkd._core.modes import eval_mode
 from fastkd.methods._fresh import beside, weights_from
 from fastkd.methods._map_channels import black_image
+from fastkd.methods._mean_teacher import ramp_up
 from fastkd.methods.base import Batch, Method, Phase, Terms
 from fastkd.models import Branched, Outputs
 
@@ -40,8 +40,7 @@ class _Branches(Method):
     def distillation_weight(self, epoch: int, epochs: int) -> float:
         """r in epoch 0, 1, ... of a run of `epochs`."""
         length = self.ramp if self.of is None else self.ramp * epochs / self.of
-        left = 0.0 if epoch >= length else 1 - epoch / length
-        return math.exp(-5 * left * left)
+        return ramp_up(epoch, length)
 
     def _terms(self, weight: float, inputs: Any, target: Any) -> Terms:
         raise NotImplementedError

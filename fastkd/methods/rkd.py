@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
-from fastkd._core.checks import check_number
 from fastkd._core.messages import wrong_value
-from fastkd.methods._checks import check_network
+from fastkd.methods._checks import check_network, check_weights
 from fastkd.methods._features import outputs_of
 from fastkd.methods._relations import rows_that_count, select
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
@@ -69,12 +68,11 @@ class RKD(Method):
         name = self._name()
         check_network(name, "student", student)
         check_network(name, "teacher", teacher)
-        numbers = {"distance": distance, "angle": angle, "ce_weight": ce_weight}
-        numbers = {key: check_number(name, key, value, "a number >= 0", 0) for key, value in numbers.items()}
-        if not any(numbers.values()):
+        numbers = check_weights(name, distance=distance, angle=angle, ce_weight=ce_weight)
+        if not any(numbers):
             raise wrong_value(name, "ce_weight", "> 0 where distance and angle are 0", ce_weight)
         super().__init__(learners={"student": student}, frozen={"teacher": teacher})
-        self.distance, self.angle, self.ce_weight = numbers.values()
+        self.distance, self.angle, self.ce_weight = numbers
         self.process_group = process_group
         self.gives_outputs = self.distance + self.angle > 0
         self.leaves_unused |= self.ce_weight == 0  # the classifier

@@ -18,7 +18,7 @@ ABOUT = {
 OF_A_RUN = ("roles",)
 
 
-def main(argv: list[str], command: str, say: Callable[[str], None] = print) -> int:
+def main(argv: list[str], say: Callable[[str], None] = print) -> int:
     """`fastkd analyze`; returns the exit status."""
     parser = _parser()
     if "-h" in argv or "--help" in argv or not argv:

@@ -11,8 +11,6 @@ not known: all of this is ours (C).
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd._core.files import write_atomic
 from fastkd.runs.figures import pyplot, save_figure
+from fastkd.runs.tables import write_csv
 
 STARTS = ("copy", "moved", "independent")
 EARLY = 20  # steps after the start over which diversity is measured
@@ -106,7 +104,7 @@ def geometry(out: Path, *, seed: int = 0, steps: int = 400, system: System | Non
         for step in range(steps + 1):
             away, apart = s[step, 0].norm().item(), (s[step, 0] - t[step, 0]).norm().item()
             rows.append([name, step, *s[step, 0].tolist(), *t[step, 0].tolist(), away, apart])
-    table = _write(out / "dkel-geometry.csv", ["start", "step", "s_x", "s_y", "t_x", "t_y", "away", "apart"], rows)
+    table = write_csv(out / "dkel-geometry.csv", ["start", "step", "s_x", "s_y", "t_x", "t_y", "away", "apart"], rows)
     return [table, _draw_geometry(paths, system, out / "dkel-geometry.png")]
 
 
@@ -150,7 +148,7 @@ def monte_carlo(
         early = apart.median().item(), collapse[name]
         rows += [[name, step, *quantiles[:, step].tolist(), *early] for step in range(steps + 1)]
     header = ["start", "step", "away_10", "away_50", "away_90", "diversity_50", "collapse_rate"]
-    table = _write(out / "dkel-monte-carlo.csv", header, rows)
+    table = write_csv(out / "dkel-monte-carlo.csv", header, rows)
     return [table, _draw_monte_carlo(drawn, collapse, system, out / "dkel-monte-carlo.png")]
 
 
@@ -172,11 +170,4 @@ def _draw_monte_carlo(drawn: dict[str, Tensor], collapse: dict[str, float], syst
     right.set(ylabel="runs that collapsed [%]", title=f"diversity of the first {EARLY} steps below {COLLAPSED:g}")
     save_figure(figure, path)
     plt.close(figure)
-    return path
-
-
-def _write(path: Path, header: list[str], rows: list[list[object]]) -> Path:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_atomic(path, text.getvalue().encode())
     return path

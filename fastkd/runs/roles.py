@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 from pathlib import Path
 
-from fastkd._core.files import write_atomic
 from fastkd._core.messages import UserError
 from fastkd.runs.figures import pyplot, save_figure
 from fastkd.runs.folder import Run
+from fastkd.runs.tables import write_csv
 
 PREFIX = "promotions_"
 
@@ -28,12 +26,8 @@ def roles(run: Run, out: Path) -> list[Path]:
     """Share of each network among the temporary teachers of each epoch, and the students' test accuracy beside it."""
     counts = promotions(run)
     epochs = [int(row["epoch"]) for row in run.rows]
-    rows: list[list[object]] = [["epoch", *counts]]
-    rows += [[epoch, *(int(each[i]) for each in counts.values())] for i, epoch in enumerate(epochs)]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    table = out / "roles.csv"
-    write_atomic(table, text.getvalue().encode())
+    rows = [[epoch, *(int(each[i]) for each in counts.values())] for i, epoch in enumerate(epochs)]
+    table = write_csv(out / "roles.csv", ["epoch", *counts], rows)
     return [table, _draw(run, epochs, counts, out / "roles.png")]
 
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from fastkd._core.files import write_atomic
 from fastkd.runs.runner import Result
 from fastkd.train.metrics import Row
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
+    """A file of values, whole or not there; returns its path."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_atomic(path, text.getvalue().encode())
+    return path
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
