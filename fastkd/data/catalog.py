@@ -1,7 +1,6 @@
 """`load`: a data set by name, split, augmented and normalised."""
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import re
@@ -14,6 +13,7 @@ from typing import Any, get_args
 import numpy as np
 from torch.utils.data import Dataset
 
+from fastkd._core.messages import guess
 from fastkd.data import sources
 from fastkd.data.description import describe
 from fastkd.data.images import BadImages, ImageSet
@@ -206,9 +206,8 @@ def _source(
         return sources.image_folder(Path(folder).expanduser(), image_size, bad_images)
     build = {known.replace("-", ""): build for known, build in _SOURCES.items()}.get(key)
     if build is None or folder:
-        close = difflib.get_close_matches(kind.lower(), names(), n=1)
-        guess = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"load: no data set is called {name!r}; {guess}known are {', '.join(names())}:DIR")
+        near = guess(kind.lower(), names())
+        raise ValueError(f"load: no data set is called {name!r}; {near}known are {', '.join(names())}:DIR")
     parameters = inspect.signature(build).parameters.values()
     known = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
     _check_options(name, known, options)
