@@ -13,7 +13,7 @@ from fastkd.ops import _peer_kernels as kernels
 from fastkd.ops._formulas import rows_of
 from fastkd.ops._peer_losses import Options, Tensors, block_of, is_read
 
-# Of one CUDA launch (csrc/mutual/op.h); more networks go in groups.
+# The most that one CUDA launch takes (csrc/mutual/op.h); more networks go in groups.
 LAUNCH_LEARNERS, LAUNCH_NETWORKS = 16, 32
 
 

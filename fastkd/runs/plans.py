@@ -100,7 +100,7 @@ _GENERATIONS = (
 
 RECIPES = {
     "ce": Recipe(methods.CE, _alone(methods.CE), stages.alone, "The student alone, by cross-entropy with the labels."),
-    "kd": Recipe(methods.KD, _with_teacher(methods.KD), stages.taught, f"{_TEACHER}; no assistants."),
+    "kd": Recipe(methods.KD, _with_teacher(methods.KD), stages.teacher_then_student, f"{_TEACHER}; no assistants."),
     "aver": Recipe(
         methods.AVER,
         _with_guides(methods.AVER),
@@ -130,11 +130,14 @@ RECIPES = {
     "rkd": Recipe(
         methods.RKD,
         _with_teacher(methods.RKD),
-        stages.taught,
+        stages.teacher_then_student,
         f"{_TEACHER} by the distances and angles between the embeddings of a batch; no assistants.",
     ),
     "ft": Recipe(
-        methods.FT, _with_teacher(methods.FT), stages.taught, f"{_TEACHER} by its last feature map; no assistants."
+        methods.FT,
+        _with_teacher(methods.FT),
+        stages.teacher_then_student,
+        f"{_TEACHER} by its last feature map; no assistants.",
     ),
     "pcl": Recipe(
         methods.PCL,
@@ -193,13 +196,13 @@ RECIPES = {
     "dkd": Recipe(
         methods.DKD,
         _with_teacher(methods.DKD),
-        stages.taught,
+        stages.teacher_then_student,
         f"{_TEACHER} by its probability of the label and, apart from it, those of the other classes; no assistants.",
     ),
     "dist": Recipe(
         methods.DIST,
         _with_teacher(methods.DIST),
-        stages.taught,
+        stages.teacher_then_student,
         f"{_TEACHER} by the correlations of its probabilities within samples and within classes; no assistants.",
     ),
     "ae-kd": Recipe(
