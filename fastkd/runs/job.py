@@ -95,7 +95,7 @@ class CompareJob:
         return self.config.methods
 
     def runs(self) -> dict[tuple[str, int], Job]:
-        """The job of each method and seed; UserError for an option that no method has, or a run that cannot be planned."""
+        """The job of each method and seed; UserError for an option that no method has, or a plan that cannot be."""
         check_options(self.recipes, self.config.options)
         return {(name, seed): self._run(name, seed) for seed in self.config.seeds for name in self.methods}
 

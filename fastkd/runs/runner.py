@@ -243,7 +243,7 @@ class Runner:
         return Fit(self._build(stage, learners, trained), data, self._setup(stage), task)
 
     def _setup(self, stage: Stage) -> Setup:
-        """What the engine is to do in a stage: of networks trained before the student, the last checkpoint is enough."""
+        """What the engine does in a stage: of networks trained before the student the last checkpoint is enough."""
         if stage.name == "student":
             return self.job
         return Setup(dataclasses.replace(self.config, keep=1), self.job.device, self.world)
