@@ -41,7 +41,7 @@ class Job(Setup):
         """The same run of several processes: a run that is resumed has the options that the first one finds."""
         if world.size == 1:
             return self
-        return Job.of(world.from_first(lambda: self.config), world, device=self.device)
+        return Job.of(world.broadcast(lambda: self.config), world, device=self.device)
 
     @property
     def config(self) -> TrainConfig:
@@ -60,7 +60,7 @@ class Job(Setup):
 
     @cached_property
     def recipes(self) -> dict[str, Recipe]:
-        """Of the stages, by the stages' names."""
+        """The recipes of the stages' methods, by the methods' names."""
         known = {self.config.method: self.recipe}
         for stage in self.stages.values():
             known[stage.method] = known.get(stage.method) or recipe(stage.method)
@@ -95,7 +95,7 @@ class CompareJob:
         return self.config.methods
 
     def runs(self) -> dict[tuple[str, int], Job]:
-        """Of each method and seed; UserError for an option that no method has, or a run that cannot be planned."""
+        """The job of each method and seed; UserError for an option that no method has, or a plan that cannot be."""
         check_options(self.recipes, self.config.options)
         return {(name, seed): self._run(name, seed) for seed in self.config.seeds for name in self.methods}
 
