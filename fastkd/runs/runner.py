@@ -167,11 +167,7 @@ class Runner:
         self.job = _job(run)
         self.config, self.world, self.stages = self.job.config, self.job.world, self.job.stages
         self.say = say if self.world.first else lambda text: None
-        if self.config.logits_cache and not self.job.keeps_logits():
-            raise UserError(
-                f"--logits-cache: no frozen network of {self.config.method} teaches by its logits of each image alone: "
-                "leave the option out"
-            )
+        self.job.check()
         self._check_device()
         self.data = load_data(self.config) if data is None else data
         _check_size(self.config, self.data)
@@ -237,6 +233,7 @@ class Runner:
             folder,
             others={each.name: network for each, network in list(zip(stage.learners, learners, strict=True))[1:]},
             curves=self._curves(stage) if folder is not None else None,
+            guides={name: trained[name] for name in stage.guides},
             logits=self._cache / "logits" if self.config.logits_cache and self.job.teaches_logits(stage) else None,
         )
         data = self.data.with_views(stage.views) if stage.views > 1 else self.data
@@ -246,7 +243,7 @@ class Runner:
         """What the engine does in a stage: of networks trained before the student the last checkpoint is enough."""
         if stage.name == "student":
             return self.job
-        return Setup(dataclasses.replace(self.config, keep=1), self.job.device, self.world)
+        return Setup(dataclasses.replace(self.config, keep=1, diversity=False), self.job.device, self.world)
 
     def _curves(self, stage: Stage) -> Path | None:
         """Where a stage's curves go: in this run's folder, also where its checkpoints go into the cache."""
@@ -312,7 +309,7 @@ class Runner:
         folder = self._cached(stage)
         reason = self.world.broadcast(lambda: why_not_writable(folder))
         if reason:
-            return self._only_read(stage, trained, folder, reason)
+            return self._only_read(stage, trained, reason)
         with self.world.locked(folder, wait=self._wait(folder)):
             fit = self.fit(stage, trained, folder)
             fit.resume()
@@ -321,17 +318,27 @@ class Runner:
             fit.run()
         return Result(stage, fit.method.deployable(), fit.rows, folder)
 
-    def _only_read(self, stage: Stage, trained: Mapping[str, nn.Module], folder: Path, reason: str) -> Result:
-        """A network that is finished, from a cache that this process may not write: without a lock."""
+    def finished(self, stage: Stage, trained: Mapping[str, nn.Module]) -> Result | None:
+        """An earlier stage as it was trained, from its file: nothing is trained or locked. None where there is none."""
+        if stage.name in self.config.checkpoint:
+            return self._given(stage, self.config.checkpoint[stage.name])
+        folder = self._cached(stage)
         done = checkpoint.path_of(folder / "checkpoints", stage.epochs)
         if not self.world.broadcast(done.is_file):
-            advice = f"it does not hold the trained {stage.name} {stage.network}: name a --cache that can be written"
-            raise NotWritable(self._cache, reason, advice)
+            return None
         fit = self.fit(stage, trained, folder)
         fit.resume(done)
         if not self.config.quiet:
             self.say(f"{stage.name} {stage.network}: taken from {folder}")
         return Result(stage, fit.method.deployable(), fit.run(), folder)
+
+    def _only_read(self, stage: Stage, trained: Mapping[str, nn.Module], reason: str) -> Result:
+        """A network that is finished, from a cache that this process may not write."""
+        found = self.finished(stage, trained)
+        if found is None:
+            advice = f"it does not hold the trained {stage.name} {stage.network}: name a --cache that can be written"
+            raise NotWritable(self._cache, reason, advice)
+        return found
 
     def _given(self, stage: Stage, path: str) -> Result:
         network = make_network(stage.network, self.data)

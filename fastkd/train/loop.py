@@ -16,7 +16,7 @@ from fastkd._core.messages import UserError, note
 from fastkd.data import Data
 from fastkd.data.batches import image_set
 from fastkd.methods import Method
-from fastkd.train import batch_norm, checkpoint, same_data
+from fastkd.train import batch_norm, checkpoint, diversity, same_data
 from fastkd.train.bad_images import BadImages
 from fastkd.train.board import TensorBoard
 from fastkd.train.devices import batch_on, batches_on, prepare, rows_of
@@ -83,6 +83,7 @@ class Fit:
         self.method, self.data, self.setup, self.task = method, data, setup, task
         self.settings, self.device, self.world = setup.settings, setup.device, setup.world
         self.folder, self.epochs, self.facts, self.others = task.folder, task.epochs, task.facts, task.others
+        self._learners: list[str] = self.facts.get("learners", ["student"])
         self.board = TensorBoard(task.curves, self.world)
         prepare(method, self.settings, self.device, self.world)
         self.optimizer = make_optimizer(method, self.settings)
@@ -221,16 +222,22 @@ class Fit:
                 classes = self.data.num_classes
                 loss, accuracy = evaluate(self.method.deployable(), batches, self.device, classes, self.world)
             row |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
+        if due and self.settings.diversity:
+            row |= self.diversity().row()
         if self.settings.bad_images == "skip":
             row |= self.bad_images.row(lambda name: due or name == "train")
         row["images_per_s"] = images / max(train_seconds, 1e-9)
         row["seconds"] = train_seconds + time.perf_counter() - started
         return row
 
+    def diversity(self) -> diversity.Diversity:
+        """How alike the networks are on the test images."""
+        networks = diversity.networks_of(self.method, self._learners[0], self.others, self.task.guides)
+        return diversity.measure(networks, self.held_out["test"], self.device, self.data.num_classes, self.world)
+
     def _counts(self) -> Row:
         """What the method has counted since the start, by the run's names of its networks."""
-        learners = self.facts.get("learners", ["student"])
-        names = {id(self.method.deployable()): learners[0]} | {id(net): name for name, net in self.others.items()}
+        names = {id(self.method.deployable()): self._learners[0]} | {id(net): name for name, net in self.others.items()}
         return {
             f"{what}_{names.get(id(self.method.get_submodule(name)), name)}": count
             for what, each in self.method.counts().items()

@@ -33,6 +33,11 @@ def go_on(folders: Sequence[Path], description: dict[str, Any]) -> None:
         )
 
 
+def check(folder: Path, description: dict[str, Any]) -> None:
+    """UserError where the run in this folder has trained on other data, as far as they were recorded."""
+    _is_of(folder, description)
+
+
 def check_alike(world: World, description: dict[str, Any]) -> None:
     """UserError where another process of the run has other data. Times, which differ between machines, do not count."""
     found = world.gather(_without_times(description))
