@@ -18,7 +18,7 @@ from fastkd.train import UserError
 # What each row changes in the student's method as it is built: {attribute: value}.
 EXPECTED = {
     "orc": {
-        "full": dict(teach_by=("intensive", "private", "group"), combine="each", mix="mixup", rank_by="ce", errors_only=True),
+        "full": dict(teach_by=("intensive", "private", "group"), mix="mixup", rank_by="ce", errors_only=True),
         "group-alone": dict(teach_by=("group",)),
         "no-intensive": dict(teach_by=("private", "group")),
         "no-private": dict(teach_by=("intensive", "group")),
@@ -90,8 +90,8 @@ def test_assistants_are_evenly_apart():
 def test_an_ablation_is_a_comparison(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(comparing, "time_steps", lambda *_: {"native": 0.0, "reference": 0.0})
     out = tmp_path / "ablation"
-    asked = ["analyze", "ablate", "dkel", "--quick", "--out", str(out), "--epochs", "1", "--quiet", "--train-size", "60"]
-    asked += ["--student", TINY["student"]]
+    asked = f"analyze ablate dkel --quick --epochs 1 --quiet --train-size 60 --student {TINY['student']}".split()
+    asked += ["--out", str(out)]
     assert main([*asked, "--methods", "ce,full,no-init"]) == 0
     with open(out / "results.csv") as file:
         rows = list(csv.DictReader(file))
