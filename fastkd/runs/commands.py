@@ -11,6 +11,7 @@ from fastkd._core.locks import lock, why_not_writable
 from fastkd._core.messages import UserError
 from fastkd.runs import compare as comparing
 from fastkd.runs import environment
+from fastkd.runs.ablations import asked
 from fastkd.runs.config import CompareConfig, TrainConfig, differences, read_yaml, to_yaml
 from fastkd.runs.folder import CONFIG, holds_run
 from fastkd.runs.job import CompareJob, Job
@@ -90,6 +91,7 @@ def _note_epochs(job: Job, say: Callable[[str], None]) -> None:
 
 def compare(config: CompareConfig, command: str, say: Callable[[str], None] = print) -> comparing.Comparison:
     """Run all methods and seeds, print the table, and leave the report, the picture and the metrics in OUT."""
+    config = asked(config)
     if config.methods == ["all"]:
         config = dataclasses.replace(config, methods=list(RECIPES))
     if launched() > 1:
