@@ -318,7 +318,9 @@ Tensor stream_backward(const Tensor& grad_loss, const Tensor& student, const std
   Args& args = in.args;
   check_devices(student, {&saved, &aux});
   check_grad_loss(grad_loss, 1, args.rows, args.reduction, aux);
-  STD_TORCH_CHECK(saved.numel() == args.rows * saved_width(teachers, args), "fastkd: the saved states are not streamed ones");
+  STD_TORCH_CHECK(saved.numel() == args.rows * saved_width(teachers, args) && saved.is_contiguous() &&
+                      saved.scalar_type() == accumulate_type(args.student.type) && aux.is_contiguous(),
+                  "fastkd: the saved states are not streamed ones");
   Tensor grad = empty_like_device(student, {args.rows, args.columns}, student.scalar_type());
   args.grad = grad.data_ptr();
   args.saved = saved.data_ptr();

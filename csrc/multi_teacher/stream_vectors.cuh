@@ -105,6 +105,8 @@ __device__ __forceinline__ float largest(float top, const float (&x)[N]) {
   return top;
 }
 
+// So many rows make two rounds of blocks on the largest GPUs; fewer are split into at most so many parts.
+constexpr int64_t kWholeRows = 1056;
 constexpr int kMostParts = 32;
 
 // Parts of a row for `blocks` blocks in all, where rows are few, with at least two vectors of a thread in each.

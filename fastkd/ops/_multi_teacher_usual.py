@@ -86,7 +86,7 @@ def loss_and_gradient(
         loss, *stored = _run(*call, True)
     except RuntimeError:
         return None
-    return loss, kernels.gradient_from(call[1].options, torch.ones_like(loss), *stored)
+    return loss, kernels.gradient_from(call[1].options, torch.ones_like(loss), *stored, given_away=True)
 
 
 def _call(
