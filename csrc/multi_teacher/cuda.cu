@@ -7,11 +7,13 @@
 namespace fastkd::multi_teacher {
 
 int64_t scratch_numbers_cuda(const Args& args) {
-  if (!args.stream || args.rows == 0 || args.teachers > kVectorTeachers || args.student.type == DType::f64) return 0;
-  return args.rows < kWholeRows ? args.rows * kMostParts * kPartNumbers<kVectorTeachers> : 0;
+  if (!args.stream || args.rows == 0 || args.student.type == DType::f64) return 0;
+  const int64_t parts = args.rows < kWholeRows ? kMostParts : 1, groups = groups_of(args.teachers);
+  return parts * groups == 1 ? 0 : args.rows * parts * groups * kPartNumbers<kVectorTeachers>;
 }
 
-const char* forward_cuda(const Args& args, void* stream_handle) {
+const char* forward_cuda(const Args& given, void* stream_handle) {
+  Args args = given;
   const bool wide = args.student.type == DType::f64;
   const int64_t most = wide ? kMaxOnChip<double> : kMaxOnChip<float>;
   if (args.kl && args.classes > most) return "statistics of a row that is too long to be on chip";
@@ -19,9 +21,14 @@ const char* forward_cuda(const Args& args, void* stream_handle) {
     return "other divergences than forward: rows on chip, without statistics";
   if (args.softcap) return "softcap and logit_scale";
   const auto stream = static_cast<cudaStream_t>(stream_handle);
+  const bool stored = args.need_grad && !args.stream;
+  const int64_t bytes = stored ? args.rows * args.columns * bytes_of(args.student.type) : 0;
+  const RowFactor factor = launch_factor(args, args.student.type, bytes, stream);
+  args.row_factor = factor.known;
+  args.counted = factor.counted;
   if (args.rows > 0)
     dispatch(args.student.type, [&]<class S, class A>() { forward_rows<S>(args, stream); });
-  launch_reduce(args, args.student.type, losses_of(args), stream);
+  launch_reduce(args, args.student.type, losses_of(args), factor.whole, stream);
   return launch_error();
 }
 

@@ -55,14 +55,14 @@ unsigned forward_parts(const Args& args) {
 template <class S, class A>
 void launch_stream(const Args& args, const Params<A>& p, cudaStream_t stream) {
   if constexpr (sizeof(A) == sizeof(float)) {
-    const unsigned parts = forward_parts<S>(args);
+    const unsigned parts = forward_parts<S>(args), groups = groups_of(args.teachers);
     float* scratch = static_cast<float*>(args.scratch);
     const auto in_vectors = [&]<int K, AtOne One>() {
-      SIMT_LAUNCH((stream_rows_kernel<S, K, One>), dim3(unsigned(p.rows) * parts), dim3(kVectorThreads), 0, stream, p, parts,
-                  scratch);
-      if (parts == 1) return;
+      SIMT_LAUNCH((stream_rows_kernel<S, K, One>), dim3(unsigned(p.rows) * parts * groups), dim3(kVectorThreads), 0, stream, p,
+                  parts, groups, scratch);
+      if (parts * groups == 1) return;
       SIMT_LAUNCH((stream_parts_kernel<S, K, One>), dim3(unsigned((p.rows + kMergeRows - 1) / kMergeRows)), dim3(kMergeThreads),
-                  0, stream, p, parts, static_cast<const float*>(scratch));
+                  0, stream, p, parts, groups, static_cast<const float*>(scratch));
     };
     if (with_vectors<S>(args, in_vectors)) return;
   }
@@ -95,9 +95,12 @@ void stream_backward_rows(const Args& args, const void* grad_loss_, cudaStream_t
   const bool per_row = args.reduction == Reduction::none;
   if constexpr (sizeof(A) == sizeof(float)) {
     const unsigned parts = parts_of_row<S>(args, 4096);
+    const dim3 grid(unsigned(args.rows) * parts), block(kVectorThreads);
     const auto in_vectors = [&]<int K, AtOne One>() {
-      SIMT_LAUNCH((stream_gradient_kernel<S, K, One>), dim3(unsigned(args.rows) * parts), dim3(kVectorThreads), 0, stream, p,
-                  grad_loss, per_row, aux, parts);
+      if (args.teachers > K)
+        SIMT_LAUNCH((stream_gradients_kernel<S, One>), grid, block, 0, stream, p, grad_loss, per_row, aux, parts);
+      else
+        SIMT_LAUNCH((stream_gradient_kernel<S, K, One>), grid, block, 0, stream, p, grad_loss, per_row, aux, parts);
     };
     if (with_vectors<S>(args, in_vectors)) return;
   }

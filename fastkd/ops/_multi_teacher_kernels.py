@@ -444,10 +444,13 @@ def register_fakes(namespace: str) -> None:
     def backward(grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor, reduction: int) -> Tensor:
         return torch.empty_like(rows)
 
+    def backward_(grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor, reduction: int) -> None: ...
+
     def stream_backward(grad: Tensor, student: Tensor, *rest: Any) -> Tensor:
         return student.new_empty((count_rows(student), student.shape[-1]))
 
     torch.library.register_fake(f"{namespace}::multi_teacher_forward", forward)
     torch.library.register_fake(f"{namespace}::multi_teacher_forward_stats", forward_stats)
     torch.library.register_fake(f"{namespace}::multi_teacher_backward", backward)
+    torch.library.register_fake(f"{namespace}::multi_teacher_backward_", backward_)
     torch.library.register_fake(f"{namespace}::multi_teacher_stream_backward", stream_backward)
