@@ -61,13 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _said_elsewhere(error: Exception) -> bool:
-    """Of several processes, one prints what all find out alike."""
+    """Whether another process prints this error: one does, of what all find out alike."""
     from fastkd._core.messages import UserError
     from fastkd.train import distributed
 
-    if isinstance(error, (distributed.Elsewhere, distributed.Lost)):
-        return isinstance(error, distributed.Elsewhere)
-    return isinstance(error, (UserError, ValueError, TypeError)) and not distributed.speaks()
+    if isinstance(error, (distributed.RemoteError, distributed.LostProcess)):
+        return isinstance(error, distributed.RemoteError)
+    return isinstance(error, (UserError, ValueError, TypeError)) and not distributed.reports_errors()
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastkd import _backend
 from fastkd.ops import _multi_teacher_kernels as kernels
+from fastkd.ops import _multi_teacher_native as native
 from fastkd.ops._autograd import is_transformed, may_read_values
 from fastkd.ops._inputs import out_of_range
 from fastkd.ops._multi_teacher_formula import Options, Tensors
@@ -41,7 +42,7 @@ def _remembered(
         tensors, options = check(ROW, (ROW,) * k, LABEL if labels else None, weights, **given)
     except (TypeError, ValueError):
         return None
-    return _Remembered(options, kernels._numbers(options)) if len(tensors.teachers) == k else None
+    return _Remembered(options, native.numbers_of(options)) if len(tensors.teachers) == k else None
 
 
 def losses(
@@ -86,7 +87,7 @@ def loss_and_gradient(
         loss, *stored = _run(*call, True)
     except RuntimeError:
         return None
-    return loss, kernels.gradient_from(call[1].options, torch.ones_like(loss), *stored, given_away=True)
+    return loss, native.gradient_from(call[1].options, torch.ones_like(loss), *stored, given_away=True)
 
 
 def _call(
@@ -144,10 +145,10 @@ def _run(tensors: Tensors, found: _Remembered, need_grad: bool) -> Sequence[Tens
     return out
 
 
-class _Usual(kernels.Stored):
+class _Usual(native.Stored):
     """With nothing to look up in the forward."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, call: tuple[Any, ...], beside: list[Tensor]) -> Tensor:
         tensors, found = call
-        return kernels.keep(ctx, tensors, found.options, None, _run(tensors, found, True), beside)
+        return native.keep(ctx, tensors, found.options, None, _run(tensors, found, True), beside)

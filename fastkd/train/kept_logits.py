@@ -57,7 +57,7 @@ class KeptLogits:
             dtype=settings.logits_dtype,
             device=setup.device,
             # The first process's: the times of files may differ between machines.
-            identity=world.from_first(lambda: identify(images, networks, amp=settings.amp)),
+            identity=world.broadcast(lambda: identify(images, networks, amp=settings.amp)),
             note=note,
         )
         self._check_room(variants, len(images))

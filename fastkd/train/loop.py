@@ -16,9 +16,9 @@ from fastkd._core.messages import UserError, note
 from fastkd.data import Data
 from fastkd.data.batches import image_set
 from fastkd.methods import Method
-from fastkd.train import batch_norm, checkpoint, same_data
+from fastkd.train import batch_norm, checkpoint, diversity, same_data
 from fastkd.train.bad_images import BadImages
-from fastkd.train.board import Board
+from fastkd.train.board import TensorBoard
 from fastkd.train.devices import batch_on, batches_on, prepare, rows_of
 from fastkd.train.distributed import own_seed
 from fastkd.train.evaluation import evaluate
@@ -83,7 +83,8 @@ class Fit:
         self.method, self.data, self.setup, self.task = method, data, setup, task
         self.settings, self.device, self.world = setup.settings, setup.device, setup.world
         self.folder, self.epochs, self.facts, self.others = task.folder, task.epochs, task.facts, task.others
-        self.board = Board(task.curves, self.world)
+        self._learners: list[str] = self.facts.get("learners", ["student"])
+        self.board = TensorBoard(task.curves, self.world)
         prepare(method, self.settings, self.device, self.world)
         self.optimizer = make_optimizer(method, self.settings)
         self.schedule = make_schedule(self.optimizer, self.settings, self.epochs)
@@ -157,11 +158,11 @@ class Fit:
                 self.step += 1
                 progress.update(meter)
                 # All processes stop after the same batch: they ask each other when they look at their losses.
-                asked = self.world.size == 1 or meter.batches % meter.look_every == 0
+                asked = self.world.size == 1 or meter.batches % meter.read_every == 0
                 stop = asked and self.world.any(interrupted())
                 due = self.settings.save_every and self.step % self.settings.save_every == 0
                 if (stop or due) and self.train_batches.taken < len(self.train_batches):
-                    meter.look()  # no state behind a loss that is not finite is saved
+                    meter.read_losses()  # no state behind a loss that is not finite is saved
                     self._save(meter)
                     if stop:
                         raise Interrupted
@@ -169,7 +170,7 @@ class Fit:
             try:
                 classes, taught = self.data.num_classes, (lambda: None) if kept is None else kept.of_batch
                 train_epoch(self.method, batches, self.optimizer, meter, on_batch, self.steps, classes, taught)
-                meter.look()
+                meter.read_losses()
                 meter = meter.total()
                 if meter.images == 0:
                     raise UserError(f"{self.task.name}: not one image of epoch {epoch + 1} could be used")
@@ -221,16 +222,22 @@ class Fit:
                 classes = self.data.num_classes
                 loss, accuracy = evaluate(self.method.deployable(), batches, self.device, classes, self.world)
             row |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
+        if due and self.settings.diversity:
+            row |= self.diversity().row()
         if self.settings.bad_images == "skip":
             row |= self.bad_images.row(lambda name: due or name == "train")
         row["images_per_s"] = images / max(train_seconds, 1e-9)
         row["seconds"] = train_seconds + time.perf_counter() - started
         return row
 
+    def diversity(self) -> diversity.Diversity:
+        """How alike the networks are on the test images."""
+        networks = diversity.networks_of(self.method, self._learners[0], self.others, self.task.guides)
+        return diversity.measure(networks, self.held_out["test"], self.device, self.data.num_classes, self.world)
+
     def _counts(self) -> Row:
         """What the method has counted since the start, by the run's names of its networks."""
-        learners = self.facts.get("learners", ["student"])
-        names = {id(self.method.deployable()): learners[0]} | {id(net): name for name, net in self.others.items()}
+        names = {id(self.method.deployable()): self._learners[0]} | {id(net): name for name, net in self.others.items()}
         return {
             f"{what}_{names.get(id(self.method.get_submodule(name)), name)}": count
             for what, each in self.method.counts().items()
@@ -244,7 +251,7 @@ class Fit:
         self.board.row(self.step, row)
         if self.folder is not None:
             # Rows first: a row without a checkpoint is dropped when the run resumes, a missing row could not be.
-            self.world.from_first(lambda: write_csv(self._out / "metrics.csv", self.rows))
+            self.world.broadcast(lambda: write_csv(self._out / "metrics.csv", self.rows))
             self._save()
 
     def _save(self, meter: Meter | None = None) -> None:
@@ -256,9 +263,9 @@ class Fit:
         self.world.share_buffers(self.method)
         lost = self.bad_images.lost("train")
         total = None if meter is None else meter.total()
-        random = self.world.collect(checkpoint.random_state())
+        random = self.world.gather(checkpoint.random_state())
         # A full disk in the first process ends them all.
-        self.world.from_first(lambda: self._write(random, None if total is None else (total, lost)))
+        self.world.broadcast(lambda: self._write(random, None if total is None else (total, lost)))
 
     def _write(self, random: list[dict[str, Any]], unfinished: tuple[Meter, Any] | None) -> None:
         """A checkpoint with the random states of all processes; in the middle of an epoch with its sums."""
@@ -290,7 +297,7 @@ class Fit:
 
         With `file` from that one, and nothing is written: the folder need not be locked.
         """
-        state, rows = self.world.from_first(self._last if file is None else lambda: self._read(file))
+        state, rows = self.world.broadcast(self._last if file is None else lambda: self._read(file))
         if state is not None:
             self._load(state, rows)
             self._unfinished = state if "meter" in state else None

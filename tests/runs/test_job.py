@@ -49,7 +49,7 @@ def test_a_comparison_keeps_logits_where_a_method_has_some():
 
 def test_other_processes_are_quiet_and_have_the_options_of_the_first(tmp_path):
     class Second(World):
-        def from_first(self, function):
+        def broadcast(self, function):
             return config(tmp_path, method="dml", quiet=False)
 
     here = Job.of(config(tmp_path, quiet=False))

@@ -378,10 +378,10 @@ def test_another_split_stops_a_run_from_python(tmp_path):
 class Two(World):
     """Two processes, the other one with data of its own."""
 
-    def collect(self, value):
+    def gather(self, value):
         return [value, same_data._without_times(self.group)]
 
-    def from_first(self, function):
+    def broadcast(self, function):
         return function()
 
 
