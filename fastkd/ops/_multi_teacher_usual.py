@@ -74,7 +74,7 @@ def loss_and_gradient(given: Given) -> tuple[Tensor, Tensor] | None:
         loss, *stored = _run(*call, True)
     except RuntimeError:
         return None
-    return loss, native.gradient_from(call[1].options, torch.ones_like(loss), *stored)
+    return loss, native.gradient_from(call[1].options, torch.ones_like(loss), *stored, given_away=True)
 
 
 def _call(given: Given, learns: bool) -> tuple[Tensors, _Remembered] | None:
