@@ -19,7 +19,7 @@ from fastkd.runs.ablations import variants
 from fastkd.runs.config import CompareConfig, TrainConfig
 from fastkd.runs.figures import LAST_EPOCH, pyplot, save_figure
 from fastkd.runs.job import CompareJob
-from fastkd.runs.report import data_text, optimization_text
+from fastkd.runs.report import data_text, optimization_text, speed_text
 from fastkd.runs.runner import Result, Runner, load_data
 from fastkd.runs.tables import final, table
 from fastkd.train import same_data
@@ -231,7 +231,8 @@ def text(comparison: Comparison, command: str) -> str:
     lines += ["", "## Data", "", data_text(config, runner.data), ""]
     if config.train_size:
         lines += ["Each seed draws its own training images; the test images are the same for all.", ""]
-    lines += ["## Optimisation", "", optimization_text(config) + f" {_epochs_text(one)}", ""]
+    optimization = [optimization_text(config), _epochs_text(one), speed_text(config, runner.job.device)]
+    lines += ["## Optimisation", "", " ".join(optimization), ""]
     lines += ["## How to repeat it", "", "```", command, "```", ""]
     device = runner.job.device
     lines += [f"{environment.describe(device)}; {backend_text(device)}.", ""]
