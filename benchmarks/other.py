@@ -27,7 +27,7 @@ def run(kind: str, options: argparse.Namespace) -> int:
         return 2
     before = getattr(options, "untested", None)
     said = json.loads(Path(before).read_text()) if before else _tested(kind, names, device, less)
-    kinds = {"sweep": _sweep, "steps": _steps, "scaling": _scaling}
+    kinds = {"sweep": _sweep, "steps": training_steps, "scaling": _scaling}
     result = kinds[kind](names, device, options) | report.header(device, said)
     layout = MODULES[kind].LAYOUT
     report.validate(result, layout)

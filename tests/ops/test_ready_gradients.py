@@ -1,5 +1,5 @@
-"""Gradients that the CUDA kernels store with the reduction's factor: the backward makes them in place, and writes nothing
-where grad_output is 1.
+"""Gradients that the CUDA kernels store with the reduction's factor: the backward makes them in place, and writes
+nothing where grad_output is 1.
 """
 
 import mutual_helpers as mutual
