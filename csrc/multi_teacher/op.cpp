@@ -133,7 +133,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   return std::tuple_cat(forward_of(in, student, need_grad, false, 0), std::make_tuple(kl), stats.all());
 }
 
-Tensor backward(const Tensor& grad_loss, const Tensor& grad_rows, const Tensor& saved, const Tensor& aux, int64_t reduction) {
+void backward_into(const Tensor& grad_loss, const Tensor& grad_rows, const Tensor& saved, const Tensor& aux,
+                   int64_t reduction, const Tensor& grad) {
   BackwardArgs args;
   args.rows = grad_rows.size(0);
   args.classes = grad_rows.size(1);
@@ -141,14 +142,23 @@ Tensor backward(const Tensor& grad_loss, const Tensor& grad_rows, const Tensor& 
   args.reduction = Reduction(reduction);
   check_stored(grad_rows, saved, aux, args.rows);
   check_grad_loss(grad_loss, 1, args.rows, args.reduction, aux);
-  Tensor grad = empty_like_device(grad_rows, {args.rows, args.classes}, grad_rows.scalar_type());
   args.grad_loss = grad_loss.data_ptr();
   args.stored = grad_rows.data_ptr();
   args.saved = saved.numel() > 0 ? saved.data_ptr() : nullptr;
   args.aux = aux.data_ptr();
   args.grad = grad.data_ptr();
   run_backward(args, grad_rows);
+}
+
+Tensor backward(const Tensor& grad_loss, const Tensor& grad_rows, const Tensor& saved, const Tensor& aux, int64_t reduction) {
+  Tensor grad = empty_like_device(grad_rows, {grad_rows.size(0), grad_rows.size(1)}, grad_rows.scalar_type());
+  backward_into(grad_loss, grad_rows, saved, aux, reduction, grad);
   return grad;
+}
+
+void backward_in_place(const Tensor& grad_loss, const Tensor& grad_rows, const Tensor& saved, const Tensor& aux,
+                       int64_t reduction) {
+  backward_into(grad_loss, grad_rows, saved, aux, reduction, grad_rows);
 }
 
 Tensor stream_backward(const Tensor& grad_loss, const Tensor& student, const std::vector<Tensor>& teachers,
@@ -169,7 +179,9 @@ Tensor stream_backward(const Tensor& grad_loss, const Tensor& student, const std
   Args& args = in.args;
   check_devices(student, {&saved, &aux});
   check_grad_loss(grad_loss, 1, args.rows, args.reduction, aux);
-  STD_TORCH_CHECK(saved.numel() == args.rows * saved_width(teachers, args), "fastkd: the saved states are not streamed ones");
+  STD_TORCH_CHECK(saved.numel() == args.rows * saved_width(teachers, args) && saved.is_contiguous() &&
+                      saved.scalar_type() == accumulate_type(args.student.type) && aux.is_contiguous(),
+                  "fastkd: the saved states are not streamed ones");
   Tensor grad = empty_like_device(student, {args.rows, args.columns}, student.scalar_type());
   args.grad = grad.data_ptr();
   args.saved = saved.data_ptr();
@@ -205,6 +217,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
       "float[] logit_scales, bool need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
   m.def("multi_teacher_backward(Tensor grad, Tensor rows, Tensor saved, Tensor aux, int reduction) -> Tensor");
+  m.def("multi_teacher_backward_(Tensor grad, Tensor(a!) rows, Tensor saved, Tensor aux, int reduction) -> ()");
   m.def(
       "multi_teacher_stream_backward(Tensor grad, Tensor student, Tensor[] teachers, Tensor? target, Tensor? soft, "
       "Tensor? weights, Tensor? shares, Tensor? scalars, Tensor saved, Tensor aux, float[] host_weights, float[] temperatures, "
@@ -218,6 +231,7 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) {
   m.impl("multi_teacher_forward", TORCH_BOX(&fastkd::multi_teacher::forward));
   m.impl("multi_teacher_forward_stats", TORCH_BOX(&fastkd::multi_teacher::forward_stats));
   m.impl("multi_teacher_backward", TORCH_BOX(&fastkd::multi_teacher::backward));
+  m.impl("multi_teacher_backward_", TORCH_BOX(&fastkd::multi_teacher::backward_in_place));
   m.impl("multi_teacher_stream_backward", TORCH_BOX(&fastkd::multi_teacher::stream_backward));
 }
 

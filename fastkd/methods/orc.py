@@ -122,6 +122,7 @@ class ORC(Method):
     """
 
     one_loss = False
+    kept_as: ClassVar = {"teach": "teach_by"}
     pivot: nn.Module
     students: nn.ModuleList
     promotions: Tensor

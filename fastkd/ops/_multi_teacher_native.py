@@ -219,14 +219,23 @@ def _backward_of_inputs(
     return result
 
 
-def gradient_from(options: Options, grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor) -> Tensor:
-    """The student's gradient [R, C], for a gradient of the losses, from what the forward stored: maybe `rows`."""
+def gradient_from(
+    options: Options, grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor, given_away: bool = False
+) -> Tensor:
+    """The student's gradient [R, C], for a gradient of the losses, from what the forward stored: maybe `rows`.
+
+    given_away: nobody reads `rows` again. On a GPU it then becomes the gradient in place, where a kernel sees whether
+    anything is left to do.
+    """
+    reduction = REDUCTIONS.index(options.reduction)
+    if given_away and _backend.device_kind(rows) != "cpu":
+        _backend.native_ops(rows).multi_teacher_backward_(grad.contiguous(), rows, saved, aux, reduction)
+        return rows
     # On the CPU the mean's factor is in the stored rows.
     ready = options.reduction != "none" and rows.dtype != torch.float16 and _backend.device_kind(rows) == "cpu"
     # A fake tensor has no value to look at.
     if ready and type(grad) is Tensor and grad.item() == 1.0:
         return rows
-    reduction = REDUCTIONS.index(options.reduction)
     result: Tensor = _backend.native_ops(rows).multi_teacher_backward(grad.contiguous(), rows, saved, aux, reduction)
     return result
 
@@ -236,7 +245,7 @@ def _backward_of_rows(ctx: Any, grad: Tensor, rows: Tensor, saved: Tensor, aux: 
     kept = graph_is_kept()
     if not kept:
         ctx.stored = ctx.inputs = None
-    result = gradient_from(ctx.options, grad, rows, saved, aux)
+    result = gradient_from(ctx.options, grad, rows, saved, aux, given_away=not kept)
     return result.clone() if kept and result is rows else result
 
 
@@ -256,6 +265,7 @@ def _backward_of_rows(ctx: Any, grad: Tensor, rows: Tensor, saved: Tensor, aux: 
 #   forward_stats(...), without `soft` and `stream` -> these; kl A [K, R]; the GroupStats of student and teachers, each
 #       [K + 1, R]
 #   backward(grad_output, rows, saved, aux, reduction) -> [R, C]
+#   backward_(grad_output, rows, saved, aux, reduction): the same in place
 #   stream_backward(grad_output, student, ..., scalars, saved, aux, host_weights, ..., terms) -> [R, C]
 # `namespace` is fastkd, or the test build that runs the CUDA kernels on the host.
 
@@ -291,10 +301,13 @@ def register_fakes(namespace: str) -> None:
     def backward(grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor, reduction: int) -> Tensor:
         return torch.empty_like(rows)
 
+    def backward_(grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor, reduction: int) -> None: ...
+
     def stream_backward(grad: Tensor, student: Tensor, *rest: Any) -> Tensor:
         return student.new_empty((count_rows(student), student.shape[-1]))
 
     torch.library.register_fake(f"{namespace}::multi_teacher_forward", forward)
     torch.library.register_fake(f"{namespace}::multi_teacher_forward_stats", forward_stats)
     torch.library.register_fake(f"{namespace}::multi_teacher_backward", backward)
+    torch.library.register_fake(f"{namespace}::multi_teacher_backward_", backward_)
     torch.library.register_fake(f"{namespace}::multi_teacher_stream_backward", stream_backward)

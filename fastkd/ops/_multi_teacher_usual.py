@@ -71,10 +71,10 @@ def loss_and_gradient(given: Given) -> tuple[Tensor, Tensor] | None:
     if call is None:
         return None
     try:
-        loss, *stored = _run(*call, True)
+        loss, rows, saved, aux = _run(*call, True)
     except RuntimeError:
         return None
-    return loss, native.gradient_from(call[1].options, torch.ones_like(loss), *stored)
+    return loss, native.gradient_from(call[1].options, torch.ones_like(loss), rows, saved, aux, given_away=True)
 
 
 def _call(given: Given, learns: bool) -> tuple[Tensors, _Remembered] | None:

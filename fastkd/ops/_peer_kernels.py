@@ -8,6 +8,7 @@ indices), and A = float64 for float64 logits, else float32:
                     two that float16 rows were multiplied by ([0, R] for other dtypes); aux A [2]: the factor that
                     `rows` still lacks (1 / rows that count), targets out of range
     backward(grad_output, rows, saved, aux, learners, reduction) -> [S, R, C]
+    backward_(grad_output, rows, saved, aux, learners, reduction): the same in place
 """
 
 from __future__ import annotations
@@ -54,7 +55,13 @@ def register_fakes(namespace: str) -> None:
         return torch.empty_like(rows)
 
     torch.library.register_fake(f"{namespace}::mutual_forward", forward)
+
+    def backward_(
+        grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor, learners: Sequence[int], reduction: int
+    ) -> None: ...
+
     torch.library.register_fake(f"{namespace}::mutual_backward", backward)
+    torch.library.register_fake(f"{namespace}::mutual_backward_", backward_)
 
 
 def arguments(tensors: Tensors, options: Options, learners: Sequence[int]) -> tuple[Any, ...]:
@@ -144,6 +151,12 @@ class _State:
         kept = graph_is_kept() or bool(self.waiting)
         if self.ready and type(grad) is Tensor and all([g == 1.0 for g in grad.tolist()]):
             result = rows.clone() if kept else rows
+        elif not kept and _backend.device_kind(rows) != "cpu":
+            # In place: a kernel sees on the GPU whether anything is left to do.
+            reduction = REDUCTIONS.index(self.options.reduction)
+            backward_ = _backend.native_ops(rows).mutual_backward_
+            backward_(grad.contiguous(), rows, self.saved, self.aux, self.learners, reduction)
+            result = rows
         else:
             result = _scaled(grad, rows, self.saved, self.aux, self.learners, self.options)
         networks = self.networks

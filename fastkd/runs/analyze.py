@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastkd._core.messages import UserError, guess
 from fastkd.runs import dkel_analyses, feed_analyses
+from fastkd.runs.ablations import ABLATIONS
 from fastkd.runs.diversity import diversity
 from fastkd.runs.folder import Run, read
 from fastkd.runs.revisit import runs_by
@@ -76,8 +77,8 @@ def main(argv: list[str], say: Callable[[str], None] = print) -> int:
     if unknown:
         raise UserError(f"unknown option {unknown[0]}: see fastkd analyze --help")
     if options.name not in ANALYSES:
-        near = guess(options.name, list(ANALYSES))
-        raise UserError(f"there is no analysis {options.name!r}: {near}use {', '.join(ANALYSES)}")
+        names = [*ANALYSES, "ablate"]
+        raise UserError(f"there is no analysis {options.name!r}: {guess(options.name, names)}use {', '.join(names)}")
     analysis = ANALYSES[options.name]
     if analysis.of_a_run == (options.run is None):
         what = "needs the folder (--out) of a run" if analysis.of_a_run else f"takes no run, got {options.run}"
@@ -110,7 +111,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="fastkd analyze",
         usage="fastkd analyze NAME [RUN] --out DIR [--seed N]",
         description="Analyses of the papers, each a CSV and a PNG in DIR. Where a paper's protocol is not known it is "
-        "ours; the first lines of the source say so.\n\n" + "\n".join(lines),
+        "ours; the first lines of the source say so.\n\n"
+        + "\n".join(lines)
+        + f"\n\n  ablate METHOD     a comparison over the switches of {', '.join(ABLATIONS)};\n"
+        "                    --quick for a look, and the options of fastkd compare",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
         allow_abbrev=False,

@@ -22,6 +22,13 @@ def test_rows_of_several_vectors_a_thread(temperature, k, dtype, at):
     check(student, teachers, target, temperature=temperature, ce_weight=0.5)
 
 
+def test_sixteen_teachers_in_double_fit_the_smallest_shared_memory(at, simt):
+    """99 KiB of a block, as GPUs of compute capability 8.6, 8.9 and 12.0 have."""
+    simt.set_device(shared_optin=99 << 10)
+    student, teachers, target = make(2, 2100, 16, torch.float64, device=at("simt_stream"))
+    check(student, teachers, target, temperature=2.0, ce_weight=0.5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_labels(dtype, at):
     student, teachers, _ = make(2, 2056, 2, dtype, device=at("simt_stream"))
