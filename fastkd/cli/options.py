@@ -15,7 +15,7 @@ from fastkd._core.messages import UserError, guess, note
 from fastkd.runs.config import CompareConfig, CompareOptions, MethodOptions, TrainConfig, read_yaml
 from fastkd.runs.folder import CONFIG
 from fastkd.runs.plans import RECIPES
-from fastkd.train.option_types import declared
+from fastkd.train.option_types import declared, is_switch
 from fastkd.train.settings import DataOptions, LoopOptions, NetworkOptions, OptimizationOptions, ScaleOptions
 
 RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"
@@ -91,13 +91,13 @@ def _normalise(rest: list[str], fields: dict[str, Any]) -> list[str]:
             continue
         name = "--" + name[2:].replace("-", "_")
         negated = name.startswith("--no_") and fields.get(name[5:])
-        if negated and str(negated.type) == "bool" and not equals:
+        if negated and is_switch(negated.type) and not equals:
             result.append(f"--{name[5:]}=false")
             continue
         field = fields.get(name[2:])
         kind = str(field.type) if field else ""
         following = rest[position] if position < len(rest) else None
-        if kind == "bool" and not equals:
+        if is_switch(kind) and not equals:
             given = following in ("true", "false")
             position += given
             equals, value = "=", str(following) if given else "true"

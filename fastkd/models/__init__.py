@@ -3,6 +3,7 @@
 from fastkd.models.base import Network, Outputs, call_network, logits_of, parameters_count
 from fastkd.models.branched import Branched, branched
 from fastkd.models.features import with_features
+from fastkd.models.inference import prepared
 from fastkd.models.registry import create, names
 from fastkd.models.teachers import Teachers
 
@@ -17,5 +18,6 @@ __all__ = [
     "logits_of",
     "names",
     "parameters_count",
+    "prepared",
     "with_features",
 ]

@@ -22,6 +22,7 @@ from fastkd.runs.study_pool import Pool, duration
 from fastkd.runs.study_worker import DONE, ROW, STOPPED
 from fastkd.runs.tables import percent
 from fastkd.train.metrics import write_csv
+from fastkd.train.option_types import is_switch
 from fastkd.train.settings import Settings
 
 USAGE = "fastkd study FILE --out DIR [--jobs N] [--only A,B,...] [--limit MINUTES] [--OPTION VALUE ...]"
@@ -66,12 +67,12 @@ def overrides(rest: list[str]) -> dict[str, Any]:
         word, *rest = rest
         flag, equals, text = word.partition("=")
         name, _, key = flag.removeprefix("--").replace("-", "_").partition(".")
-        negated = name.startswith("no_") and known.get(name[3:]) == "bool" and not equals
+        negated = name.startswith("no_") and is_switch(known.get(name[3:])) and not equals
         if not flag.startswith("--") or (name not in known and not negated):
             raise UserError(f"fastkd study has no option {flag}: use {USAGE}")
         if negated:
             name, text = name[3:], "false"
-        elif not equals and known[name] == "bool" and (not rest or rest[0] not in ("true", "false")):
+        elif not equals and is_switch(known[name]) and (not rest or rest[0] not in ("true", "false")):
             text = "true"
         elif not equals:
             if not rest:
