@@ -137,8 +137,9 @@ class AVER(DGKD):
         weights="confidence"   CE + lam * mean_b sum_k w_kb KL_T / K,  w = (1 - softmax_k(CE(z_k, y))) / (K - 1)
         weights="entropy"      the same with w = 1 - H_k / sum_k H_k, H the entropy of the teacher's softmax
 
-    "confidence" is the loss of logits of CA-MKD (fastkd.methods.CAMKD has its term of feature maps, too), "entropy" is EBKD's (Kwon et al., ICASSP 2020), as the former's
-    authors have it. With equal confidences they weigh as "equal", divided by K.
+    "confidence" is the loss of logits of CA-MKD (fastkd.methods.CAMKD has its term of feature maps, too), "entropy" is
+    EBKD's (Kwon et al., ICASSP 2020), as CA-MKD's authors have it. With equal confidences they weigh as "equal",
+    divided by K.
 
     >>> student, teachers = torch.nn.Linear(4, 3), [torch.nn.Linear(4, 3) for _ in range(4)]
     >>> method = fastkd.methods.AVER(student, teachers, lam=0.5)
