@@ -35,8 +35,8 @@ class CAMKD(Method):
 
     x_S, x_k are the last feature maps, r_k a 1x1 convolution with batch normalisation and ReLU of teacher k's own,
     trained with the student and not deployed, h_k teacher k's frozen classifier, which reads logits off such a map. The
-    student's map is average-pooled to a smaller x_k and interpolated to a larger one. The gradient goes through v, as in
-    the authors' code. Each default is marked (P) published in paper or code, (C) our choice.
+    student's map is average-pooled to a smaller x_k and interpolated to a larger one. The gradient goes through v, as
+    in the authors' code. Each default is marked (P) published in paper or code, (C) our choice.
 
     >>> student, *teachers = [fastkd.models.create("plain2", 10, image_size=8) for _ in range(3)]
     >>> method = fastkd.methods.CAMKD(student, teachers)

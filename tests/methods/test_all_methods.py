@@ -15,15 +15,7 @@ from fastkd.methods import Method
 from fastkd.models import create, logits_of
 
 # The methods that the library has: a missing one fails, it is not skipped.
-NAMES = (
-    "AEKD",
-    "DIST",
-    "DKD",
-    "CAMKD",
-    "MeanTeacher",
-    "OKDDip",
-    "ONE",
-)  # the neighbours; then the papers and their baselines
+NAMES = ("AEKD", "CAMKD", "DIST", "DKD", "MeanTeacher", "OKDDip", "ONE")  # neighbours; then papers and baselines
 NAMES += ("AVER", "BAN")
 NAMES += ("CE", "CTSLMKT", "DGKD", "DKEL", "DML", "FEED", "FT", "KD", "KDCL", "ORC", "PCL", "RKD", "TAKD")
 CLASSES = 10
