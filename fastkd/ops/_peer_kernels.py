@@ -55,6 +55,7 @@ def register_fakes(namespace: str) -> None:
         return torch.empty_like(rows)
 
     torch.library.register_fake(f"{namespace}::mutual_forward", forward)
+
     def backward_(
         grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor, learners: Sequence[int], reduction: int
     ) -> None: ...
