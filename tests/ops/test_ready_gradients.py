@@ -1,5 +1,5 @@
-"""Gradients that the CUDA kernels store with the reduction's factor: the backward makes them in place, and writes nothing
-where grad_output is 1.
+"""Gradients that the CUDA kernels store with the reduction's factor: the backward makes them in place, and writes
+nothing where grad_output is 1.
 """
 
 import mutual_helpers as mutual
@@ -20,7 +20,7 @@ def factor_of(student, teachers, target, **options):
     """aux[0], what the stored gradients lack."""
     tensors, scalars, numbers = raw(student, teachers, target, **options)
     _, _, _, aux = _backend.native_ops(student).multi_teacher_forward(*tensors, scalars, *numbers, True, False)
-    return float(aux[0])
+    return float(aux.detach()[0])
 
 
 def gradients(loss, networks, factor):
