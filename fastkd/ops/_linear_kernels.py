@@ -186,10 +186,10 @@ torch.library.register_fake("fastkd::linear_multi_teacher_forward", _fake, lib=_
 
 def _run(call: Call, wants: Wants, row_scale: Tensor | None) -> tuple[Tensor, ...]:
     tensors, static = _flat(call)
-    return _operator(tensors, static, wants, row_scale)
+    return call_operator(tensors, static, wants, row_scale)
 
 
-def _operator(
+def call_operator(
     tensors: Sequence[Tensor | None], static: Static, wants: Wants, row_scale: Tensor | None
 ) -> tuple[Tensor, ...]:
     operator = torch.ops.fastkd.linear_multi_teacher_forward.default
@@ -211,7 +211,7 @@ class _Linear(torch.autograd.Function):
         ctx.static, ctx.wants = static, wants
         ctx.dtypes = [None if t is None else t.dtype for t in tensors[:3]]
         ctx.again = static[3][3] == 0  # reduction="none"
-        out = _operator(tensors, static, (False, False, False) if ctx.again else wants, None)
+        out = call_operator(tensors, static, (False, False, False) if ctx.again else wants, None)
         losses, *gradients = out
         ctx.saves_inputs = ctx.again or torch.compiler.is_compiling()
         if ctx.saves_inputs:
@@ -232,7 +232,7 @@ class _Linear(torch.autograd.Function):
             gradients = _second_derivative(ctx, grad, [once[i] for i in ctx.places])
         elif ctx.again:
             tensors = [saved[3 + i] for i in ctx.places]
-            again = _operator(tensors, ctx.static, ctx.wants, grad.contiguous())[1:]
+            again = call_operator(tensors, ctx.static, ctx.wants, grad.contiguous())[1:]
             gradients = [g.to(d) if w else None for g, d, w in zip(again, ctx.dtypes, ctx.wants, strict=True)]
         elif ctx.saves_inputs:
             made = zip(saved[:3], ctx.dtypes, ctx.wants, strict=True)

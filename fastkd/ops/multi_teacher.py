@@ -197,7 +197,7 @@ def multi_teacher_kd(
             kd_weight, temperature, combine, divergence, divergence_beta, ce_weight, label_smoothing, ignore_index,
             class_dim, softcap, logit_scale, teacher_softcap, teacher_logit_scale, scale_by_t2, reduction, return_terms,
         )  # fmt: skip
-        losses = usual.losses(inputs.check, student, teachers, target, weights, USUAL, values)
+        losses = usual.losses((inputs.check, student, teachers, target, weights, USUAL, values))
         if losses is not None:
             return (losses[0], LossTerms(*losses[1:])) if return_terms else losses[0]
     if has_sparse(teachers):

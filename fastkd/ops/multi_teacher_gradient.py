@@ -59,7 +59,7 @@ def multi_teacher_kd_with_gradient(
     if options.keys() <= _USUAL_OPTIONS:
         values = tuple([options.get(name, default) for name, default in _DEFAULTS.items()])
         weights = options.get("weights")
-        found = usual.loss_and_gradient(inputs.check, student, teachers, target, weights, USUAL, values)
+        found = usual.loss_and_gradient((inputs.check, student, teachers, target, weights, USUAL, values))
         if found is not None:
             return found
     given = _SIGNATURE.bind(student, teachers, target, **options).arguments

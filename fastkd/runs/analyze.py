@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastkd._core.messages import UserError, guess
 from fastkd.runs import dkel_analyses, feed_analyses
+from fastkd.runs.ablations import ABLATIONS
 from fastkd.runs.diversity import diversity
 from fastkd.runs.folder import Run, read
 from fastkd.runs.revisit import runs_by
@@ -68,16 +69,15 @@ ANALYSES = {
 
 def main(argv: list[str], say: Callable[[str], None] = print) -> int:
     """`fastkd analyze`; returns the exit status."""
-    parser = _parser()
     if "-h" in argv or "--help" in argv or not argv:
-        parser.print_help()
+        parser().print_help()
         return 0
-    options, unknown = parser.parse_known_args(argv)
+    options, unknown = parser().parse_known_args(argv)
     if unknown:
         raise UserError(f"unknown option {unknown[0]}: see fastkd analyze --help")
     if options.name not in ANALYSES:
-        near = guess(options.name, list(ANALYSES))
-        raise UserError(f"there is no analysis {options.name!r}: {near}use {', '.join(ANALYSES)}")
+        names = [*ANALYSES, "ablate"]
+        raise UserError(f"there is no analysis {options.name!r}: {guess(options.name, names)}use {', '.join(names)}")
     analysis = ANALYSES[options.name]
     if analysis.of_a_run == (options.run is None):
         what = "needs the folder (--out) of a run" if analysis.of_a_run else f"takes no run, got {options.run}"
@@ -104,19 +104,23 @@ def _analysed(options: argparse.Namespace, analysis: Analysis, say: Callable[[st
     return analysis.make(runs, out)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
     lines = [f"  {name:18}{analysis.about}" for name, analysis in ANALYSES.items()]
-    parser = argparse.ArgumentParser(
+    found = argparse.ArgumentParser(
         prog="fastkd analyze",
         usage="fastkd analyze NAME [RUN] --out DIR [--seed N]",
         description="Analyses of the papers, each a CSV and a PNG in DIR. Where a paper's protocol is not known it is "
-        "ours; the first lines of the source say so.\n\n" + "\n".join(lines),
+        "ours; the first lines of the source say so.\n\n"
+        + "\n".join(lines)
+        + f"\n\n  ablate METHOD     a comparison over the switches of {', '.join(ABLATIONS)};\n"
+        "                    --quick for a look, and the options of fastkd compare",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("name", metavar="NAME", help="one of those above")
-    parser.add_argument("run", metavar="RUN", nargs="?", help="folder of a run or of a comparison")
-    parser.add_argument("--out", metavar="DIR", default="analysis", help="folder for the files (default: analysis)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the random starts (default: 0)")
-    return parser
+    found.add_argument("name", metavar="NAME", help="one of those above")
+    found.add_argument("run", metavar="RUN", nargs="?", help="folder of a run or of a comparison")
+    found.add_argument("--out", metavar="DIR", default="analysis", help="folder for the files (default: analysis)")
+    found.add_argument("--seed", metavar="N", type=int, default=0, help="of the random starts (default: 0)")
+    return found

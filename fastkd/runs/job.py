@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from fastkd._core.messages import UserError
 from fastkd.methods import MeanTeacher
+from fastkd.runs.ablations import Variants, asked, variants
 from fastkd.runs.config import CompareConfig, TrainConfig
 from fastkd.runs.plans import Recipe, check_options, plan, recipe
 from fastkd.runs.stages import Stage
@@ -95,17 +96,20 @@ class Job(Setup):
 
 @dataclass(frozen=True)
 class CompareJob:
-    """One `fastkd compare`: its options, what its methods are, and its device."""
+    """One `fastkd compare`: its options, what its methods are, and its device; of an ablation its rows by label."""
 
     config: CompareConfig
     recipes: dict[str, Recipe]
     device: torch.device
+    variants: Variants = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: CompareConfig) -> CompareJob:
         """UserError for a method or a device that is not there."""
-        recipes = {name: recipe(name) for name in config.methods}
-        return cls(config, recipes, pick_device(config.device))
+        config = asked(config)
+        rows = variants(config)
+        recipes = {name: recipe(rows[name].method if rows else name) for name in config.methods}
+        return cls(config, recipes, pick_device(config.device), rows)
 
     @property
     def methods(self) -> list[str]:
@@ -119,7 +123,9 @@ class CompareJob:
 
     def _run(self, name: str, seed: int) -> Job:
         options: dict[str, Any] = self.recipes[name].accepted(self.config.options)
-        job = Job(self.config.run(name, seed, options), self.device, ALONE, self.recipes[name])
+        run = self.config.run(name, seed, options)
+        run = self.variants[name].of(run) if self.variants else run
+        job = Job(run, self.device, ALONE, self.recipes[name])
         cache = job.config.logits_cache and job.keeps_logits()
         diversity = job.config.diversity and job.has_several()
         return dataclasses.replace(

@@ -29,7 +29,7 @@ from fastkd.runs.config import TrainConfig, determining, fingerprint
 from fastkd.runs.job import Job
 from fastkd.runs.stages import Learner, Stage
 from fastkd.train import batch_norm, checkpoint, same_data
-from fastkd.train.devices import check_cuda_graph
+from fastkd.train.devices import check_cuda_graph, keeps_channels_last, prepares_teachers
 from fastkd.train.distributed import world
 from fastkd.train.evaluation import evaluate
 from fastkd.train.given import load_weights
@@ -224,6 +224,8 @@ class Runner:
         facts = {"stage": stage.name, "network": stage.network, "method": stage.method, "seed": self.config.seed}
         facts |= {"num_classes": self.data.num_classes, "image_size": self.data.image_size}
         facts |= {"channels": self.data.channels, "learners": [learner.name for learner in stage.learners]}
+        facts |= {"channels_last": keeps_channels_last(self.config, self.job.device)}
+        facts |= {"prepare_teachers": prepares_teachers(self.config, self.job.device)}
         learners = self._learners(stage, trained)
         task = Task(
             f"{stage.name} {stage.network}" if stage.name != "student" else f"{stage.method}: student {stage.network}",

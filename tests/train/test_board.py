@@ -16,8 +16,8 @@ from train_helpers import config, one_thread, rows_without_times, run  # noqa: F
 
 from fastkd.cli import main
 from fastkd.methods import CE
+from fastkd.train import state
 from fastkd.train.board import TensorBoard
-from fastkd.train.loop import Fit
 from fastkd.train.metrics import Meter
 
 OPTIONS = dict(batch_size=16, epochs=3)  # 4 steps an epoch, of 60 images
@@ -88,14 +88,14 @@ def test_rows_and_losses_are_written_and_the_run_is_the_same(tmp_path, writers):
 
 
 def test_each_checkpoint_finds_all_before_it_in_the_file(tmp_path, writers, monkeypatch):
-    original, seen = Fit._write, []
+    original, seen = state.write, []
 
     def write(fit, *rest):
         (writer,) = writers
         seen.append((len(writer.scalars), writer.flushed[-1]))
         original(fit, *rest)
 
-    monkeypatch.setattr(Fit, "_write", write)
+    monkeypatch.setattr(state, "write", write)
     run(config(tmp_path, tensorboard=True, save_every=3, **OPTIONS))
     assert len(seen) == 3 + 3 and all(written == flushed for written, flushed in seen)  # steps 3, 6, 9; 12 is the end
 
@@ -120,14 +120,14 @@ def test_a_killed_run_goes_on_without_doubled_steps(tmp_path, writers, monkeypat
     stand_in()
     with monkeypatch.context() as patch:
         if step == 8:
-            original = Fit._write
+            original = state.write
 
             def write(fit, *rest):
                 if fit.step == 8:
                     raise Killed
                 original(fit, *rest)
 
-            patch.setattr(Fit, "_write", write)
+            patch.setattr(state, "write", write)
         else:
             original = TensorBoard.step
 
@@ -224,7 +224,7 @@ def read_back(folder):
 
 def test_event_files_of_a_killed_run_hold_each_step_once(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
-    original = Fit._write
+    original = state.write
 
     def write(fit, *rest):
         if fit.step == 8:
@@ -232,7 +232,7 @@ def test_event_files_of_a_killed_run_hold_each_step_once(tmp_path, monkeypatch):
         original(fit, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Fit, "_write", write)
+        patch.setattr(state, "write", write)
         run(config(tmp_path, tensorboard=True, **OPTIONS))
     folder = tmp_path / "run" / "tensorboard" / "student-ce"
     assert [step for step, _ in read_back(folder)["step/loss"]] == STEPS[:8]

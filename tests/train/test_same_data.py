@@ -149,7 +149,7 @@ def test_where_a_folder_stands_does_not_matter(tmp_path, monkeypatch, folder):
 
 def test_files_are_read_only_where_they_are_few(monkeypatch, folder):
     read = []
-    monkeypatch.setattr(description, "_content", lambda path: read.append(path) or b"")
+    monkeypatch.setattr(description, "content_of", lambda path: read.append(path) or b"")
     described(f"imagefolder:{folder}", train_size=4)
     assert len(read) == 4 + 6  # those in use
     monkeypatch.setattr(description, "BY_CONTENT_FILES", 5)
