@@ -87,7 +87,8 @@ def _check_pair(op: str, weights: Mapping[str, object], like: Tensor) -> tuple[D
     numbers = [value for value in values if not isinstance(value, Tensor)]
     if len(numbers) == len(values):
         return Divergence("pair", tuple(numbers)), None
-    rows = [torch.as_tensor(v, device=like.device, dtype=accumulate_dtype(like.dtype)).reshape(-1) for v in values]
+    rows = [torch.as_tensor(v, device=like.device, dtype=accumulate_dtype(like.dtype)) for v in values]
+    rows = [v.reshape(-1) if v.dim() else v for v in rows]  # [R], or [] of one for all rows
     return Divergence("pair", (0.0, 0.0)), torch.stack(torch.broadcast_tensors(*rows))
 
 
