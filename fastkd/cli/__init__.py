@@ -1,4 +1,4 @@
-"""The command line: `fastkd train`, `fastkd compare`, `fastkd report`, `fastkd info`, `fastkd bench`."""
+"""The command line: `fastkd train`, `compare`, `study`, `analyze`, `report`, `info`, `bench`, `completion`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ Knowledge distillation with several networks.
   fastkd report    report and pictures of a run, finished or not, or of several side by side
   fastkd info      versions, devices, and which backend each operation uses and why
   fastkd bench     what the fused operations gain on this machine (in the source tree)
+  fastkd completion  for bash and zsh: source <(fastkd completion)
 
   fastkd COMMAND --help shows the options, fastkd --version the version.
   Try: fastkd train --method dgkd --epochs 30 --out runs/first
 """
 
-COMMANDS = ("train", "compare", "study", "analyze", "report", "info", "bench")
+COMMANDS = ("train", "compare", "study", "analyze", "report", "info", "bench", "completion")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,13 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _said_elsewhere(error: Exception) -> bool:
-    """Of several processes, one prints what all find out alike."""
+    """Whether another process prints this error: one does, of what all find out alike."""
     from fastkd._core.messages import UserError
     from fastkd.train import distributed
 
-    if isinstance(error, (distributed.Elsewhere, distributed.Lost)):
-        return isinstance(error, distributed.Elsewhere)
-    return isinstance(error, (UserError, ValueError, TypeError)) and not distributed.speaks()
+    if isinstance(error, (distributed.RemoteError, distributed.LostProcess)):
+        return isinstance(error, distributed.RemoteError)
+    return isinstance(error, (UserError, ValueError, TypeError)) and not distributed.reports_errors()
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -81,10 +82,11 @@ def _dispatch(argv: list[str]) -> int:
     from fastkd._core.messages import UserError, guess
     from fastkd.cli.options import parse
 
+    rest = argv[1:]
     if command not in COMMANDS:
         raise UserError(f"there is no command {command!r}: {guess(command, COMMANDS)}use {', '.join(COMMANDS)}")
-    if command == "info":
-        return _info(argv[1:])
+    if command in ("info", "completion"):
+        return _printed(command, argv[1:])
     if command == "bench":
         from fastkd import _bench
 
@@ -97,11 +99,13 @@ def _dispatch(argv: list[str]) -> int:
         from fastkd.runs import study_command
 
         return study_command.main(argv[1:], _command_line(argv))
-    if command == "analyze":
+    if command == "analyze" and argv[1:2] == ["ablate"]:
+        command, rest = "compare", _ablation(argv[2:])
+    elif command == "analyze":
         from fastkd.runs import analyze
 
         return analyze.main(argv[1:])
-    config = parse(command, argv[1:])
+    config = parse(command, rest)
     if config is None:
         return 0
     from fastkd.runs import commands
@@ -110,17 +114,44 @@ def _dispatch(argv: list[str]) -> int:
     return 0
 
 
-def _info(rest: list[str]) -> int:
+QUICK = "--epochs 5 --guide-epochs 3 --eval-every 5 --seeds 0".split()  # a look at whether all of it runs
+
+
+def _ablation(rest: list[str]) -> list[str]:
+    """`METHOD [--quick] ...` of `fastkd analyze ablate` as options of `fastkd compare`."""
+    from fastkd._core.messages import UserError
+    from fastkd.runs.ablations import ABLATIONS
+
+    if rest[:1] in (["-h"], ["--help"]):
+        return ["--help"]
+    if not rest or rest[0].startswith("-"):
+        raise UserError(f"fastkd analyze ablate needs a method: {', '.join(ABLATIONS)}")
+    quick = QUICK if "--quick" in rest else []
+    return ["--ablate", rest[0], *quick, *(item for item in rest[1:] if item != "--quick")]
+
+
+ABOUT = {
+    "info": "Versions, devices, settings, which backend each operation uses and why: what a report of a fault needs.",
+    "completion": "A script that completes commands, options and values in bash and zsh: source <(fastkd completion)",
+}
+
+
+def _printed(command: str, rest: list[str]) -> int:
+    """The commands that take no options and print a text."""
     from fastkd._core.messages import UserError
 
     if rest and rest[0] not in ("-h", "--help"):
-        raise UserError(f"fastkd info takes no options, got {rest[0]!r}")
+        raise UserError(f"fastkd {command} takes no options, got {rest[0]!r}")
     if rest:
-        print("usage: fastkd info\n\nVersions, devices, and which backend each operation uses and why.")
-        return 0
-    from fastkd.runs import environment
+        print(f"usage: fastkd {command}\n\n{ABOUT[command]}")
+    elif command == "info":
+        from fastkd.runs import environment
 
-    print(environment.info())
+        print(environment.info())
+    else:
+        from fastkd.cli import completion
+
+        print(completion.script(COMMANDS), end="")
     return 0
 
 

@@ -15,7 +15,7 @@ from fastkd._core.messages import UserError, guess, note
 from fastkd.runs.config import CompareConfig, CompareOptions, MethodOptions, TrainConfig, read_yaml
 from fastkd.runs.folder import CONFIG
 from fastkd.runs.plans import RECIPES
-from fastkd.train.option_types import declared
+from fastkd.train.option_types import declared, is_switch
 from fastkd.train.settings import DataOptions, LoopOptions, NetworkOptions, OptimizationOptions, ScaleOptions
 
 RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"
@@ -91,13 +91,13 @@ def _normalise(rest: list[str], fields: dict[str, Any]) -> list[str]:
             continue
         name = "--" + name[2:].replace("-", "_")
         negated = name.startswith("--no_") and fields.get(name[5:])
-        if negated and str(negated.type) == "bool" and not equals:
+        if negated and is_switch(negated.type) and not equals:
             result.append(f"--{name[5:]}=false")
             continue
         field = fields.get(name[2:])
         kind = str(field.type) if field else ""
         following = rest[position] if position < len(rest) else None
-        if kind == "bool" and not equals:
+        if is_switch(kind) and not equals:
             given = following in ("true", "false")
             position += given
             equals, value = "=", str(following) if given else "true"
@@ -169,7 +169,7 @@ def _config_file(name: str) -> str:
     """A file as it is named; where there is none, the recipe of that name in the package."""
     if Path(name).exists():
         return name
-    known = _recipes()
+    known = recipe_names()
     asked = name.removeprefix("configs/").removesuffix(".yaml")  # where they lay in the source tree
     if asked in known:
         return str(RECIPE_FOLDER / f"{asked}.yaml")
@@ -177,7 +177,8 @@ def _config_file(name: str) -> str:
     raise UserError(f"{what}: {guess(asked, known)}the recipes are {', '.join(known)}")
 
 
-def _recipes() -> list[str]:
+def recipe_names() -> list[str]:
+    """Of the recipes in the package."""
     return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
 
 
@@ -234,6 +235,6 @@ def _help(parser: Any, command: str, fields: dict[str, Any]) -> str:
         lines += [f"  {name:<7}{recipe.about}" if len(name) < 7 else f"  {name}  {recipe.about}"]
         for_digits = ", ".join(f"{key}={value!r}" for key, value in recipe.digits.items())
         lines += [f"         {values or 'no options'}{f' (digits: {for_digits})' if for_digits else ''}"]
-    lines += ["", f"Networks: {', '.join(models.names())}", "", f"Recipes for --config: {', '.join(_recipes())}"]
+    lines += ["", f"Networks: {', '.join(models.names())}", "", f"Recipes for --config: {', '.join(recipe_names())}"]
     wrapped = [textwrap.fill(line, 100, subsequent_indent=" " * 9) if len(line) > 100 else line for line in lines]
     return "\n".join([f"usage: {EXAMPLES[command]}", text.rstrip(), *wrapped]) + "\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,8 @@ from fastkd.methods._batch import Batch
 from fastkd.methods._calls import GivesLogits, as_argument, call_network, has_auxiliary_heads, logits_from, logits_in
 from fastkd.methods._checks import check_apart, check_network, check_networks, is_sequence
 from fastkd.methods._features import giving_outputs
+from fastkd.methods._twins import Twin
+from fastkd.models import prepared
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,13 +35,14 @@ class Networks(nn.Module):
         learning = self._adopt(learners)
         teaching = self._adopt(frozen)
         check_apart(self._name(), learning, teaching)
-        self._learner_names, self._teaching_names = tuple(learning), tuple(teaching)
-        self._frozen_names = tuple(frozen)
+        self._learner_names, self._frozen_names = tuple(learning), tuple(teaching)
+        self._frozen_arguments = tuple(frozen)
         self.leaves_unused |= any(map(has_auxiliary_heads, learning.values()))
         self._wrapped: dict[str, Any] = {}  # learner's name -> what map_learners made of it; not in the state dict
         self._teaching: dict[nn.Module, tuple[Any, Any]] = {}  # what map_teachers made of it, and of its features
+        self._twins: dict[nn.Module, Twin] = {}  # what prepare_teachers made; not in the state dict
         self._known: Batch | None = None  # the batch whose part is at hand, where it knows what networks say
-        for name in self._frozen_names:
+        for name in self._frozen_arguments:
             self.get_submodule(name).requires_grad_(False).eval()
 
     def map_learners(self, wrap: Callable[[nn.Module], Callable[..., Any]]) -> Self:
@@ -65,6 +67,22 @@ class Networks(nn.Module):
         self._teaching = found
         return self
 
+    def prepare_teachers(
+        self, prepare: Callable[[nn.Module], nn.Module] | None = prepared, note: Callable[[str], None] | None = None
+    ) -> Self:
+        """Run of each frozen network prepare(network), a copy that computes the same sooner. Returns the method.
+
+        A copy is made when its network first teaches, and again where that one's weights have changed since or moved;
+        a write to `.data` is not seen. Mean teachers, whose weights follow the learners', run as they are, and so do
+        all that `map_teachers` wraps.
+
+        prepare  `fastkd.models.prepared`, or a function that calls it with other options; None runs them as they are.
+        note     is told in a sentence what could not be done (`Prepared.left_out`), once for each network.
+        """
+        names = {} if prepare is None else dict.fromkeys(self.frozen_names)
+        self._twins = {self.get_submodule(name): Twin(as_argument(name), prepare, note) for name in names if prepare}
+        return self
+
     @property
     def learner_names(self) -> tuple[str, ...]:
         """The names of the learning networks: "student", "students.0", ..."""
@@ -73,7 +91,7 @@ class Networks(nn.Module):
     @property
     def frozen_names(self) -> tuple[str, ...]:
         """The names of the networks that never change: "teacher", "guides.0", ..."""
-        return self._teaching_names
+        return self._frozen_names
 
     @property
     def teacher_names(self) -> tuple[str, ...]:
@@ -92,15 +110,22 @@ class Networks(nn.Module):
         """
         if any([module.training for module in network.modules()]):  # put back elsewhere: its statistics would move
             network.eval()
-        plain, full = self._teaching.get(network, (network, network))
         known = self._known
         if known is not None and known.part is not None and known.taught is not None and run is None:
             of_part, rows = known.part
             name = next((name for name in self.frozen_names if self.get_submodule(name) is network), None)
             if inputs is of_part and name is not None:  # other inputs than the batch's are not known
-                asked = partial(logits_from, plain, inputs, self._name(), as_argument(name))
-                return known.taught(name, rows, asked)
+                about = inputs, self._name(), as_argument(name)
+                return known.taught(name, rows, lambda: logits_from(self._as_run(network)[0], *about))
+        plain, full = self._as_run(network)
         return call_network(plain, inputs) if run is None else run(full, inputs)
+
+    def _as_run(self, network: nn.Module) -> tuple[Any, Any]:
+        """What is called of a network that teaches, for its logits alone and for its features."""
+        if network in self._teaching or network not in self._twins:
+            return self._teaching.get(network, (network, network))
+        twin = self._twins[network].of(network)
+        return twin, twin
 
     def taught_logits(self, network: nn.Module, inputs: Any, argument: str) -> Tensor:
         """The logits [..., C] of a frozen network, by `teach`; errors call it `argument`."""
@@ -116,7 +141,7 @@ class Networks(nn.Module):
         for network in self._wrapped.values():
             if isinstance(network, nn.Module):
                 network.train(mode)
-        for name in self._frozen_names:
+        for name in self._frozen_arguments:
             self.get_submodule(name).eval()
         return self
 

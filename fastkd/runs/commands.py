@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from fastkd._core.files import write_atomic
 from fastkd._core.locks import lock, why_not_writable
 from fastkd._core.messages import UserError
 from fastkd.runs import compare as comparing
 from fastkd.runs import environment
+from fastkd.runs.ablations import asked
 from fastkd.runs.config import CompareConfig, TrainConfig, differences, read_yaml, to_yaml
 from fastkd.runs.folder import CONFIG, holds_run
 from fastkd.runs.job import CompareJob, Job
@@ -21,6 +23,8 @@ from fastkd.runs.tables import percent
 from fastkd.train import board, checkpoint
 from fastkd.train.devices import cpu_threads
 from fastkd.train.distributed import deterministic, joined, launched
+
+Options = TypeVar("Options", TrainConfig, CompareConfig)
 
 
 def _open(config: TrainConfig | CompareConfig) -> Path:
@@ -48,26 +52,39 @@ def _open(config: TrainConfig | CompareConfig) -> Path:
     return out
 
 
+ADDED = {"channels_last": False, "prepare_teachers": False}  # what runs did before they had the option, or its default
+
+
+def _as_begun(config: Options) -> Options:
+    """A run that goes on keeps what it does where nobody asks for anything else: its steps are then the same bits."""
+    path = Path(config.out) / CONFIG
+    if not config.resume or not path.is_file():
+        return config
+    before = read_yaml(path)
+    kept = {name: before.get(name, old) for name, old in ADDED.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **kept)
+
+
 def _keep_config(out: Path, config: TrainConfig | CompareConfig) -> None:
     write_atomic(out / CONFIG, to_yaml(config).encode())
 
 
 def train(config: TrainConfig, command: str, say: Callable[[str], None] = print) -> dict[str, Result]:
     """Train one student, and what it needs before; leaves checkpoints, metrics, curves and a report in OUT."""
-    job = Job.of(config)
+    job = Job.of(_as_begun(config))
     with joined(job.device, config.timeout) as world:
         job = job.among(world)
         config, say = job.config, say if world.first else lambda text: None
         if config.tensorboard:
-            world.from_first(lambda: board.writer_type() and None)  # only this process needs the package
-        out = world.from_first(lambda: _open(config))
+            world.broadcast(lambda: board.writer_type() and None)  # only this process needs the package
+        out = world.broadcast(lambda: _open(config))
         with world.locked(out), cpu_threads(config.threads), deterministic(config.deterministic):
-            world.from_first(lambda: _note_epochs(job, say))
+            world.broadcast(lambda: _note_epochs(job, say))
             runner = Runner(job, say)
-            world.from_first(lambda: _keep_config(out, config))
+            world.broadcast(lambda: _keep_config(out, config))
             results = runner.run()
             others = runner.accuracies(results["student"].others)
-            report = world.from_first(lambda: write_train_report(job, results, others, runner.data, command))
+            report = world.broadcast(lambda: write_train_report(job, results, others, runner.data, command))
     last = results["student"].rows[-1]
     say(f"{config.method}: test accuracy {percent(last['test_accuracy'])} % after epoch {int(last['epoch'])}")
     say(f"report: {report}, curves: {out / 'curves.png'}")
@@ -90,10 +107,12 @@ def _note_epochs(job: Job, say: Callable[[str], None]) -> None:
 
 def compare(config: CompareConfig, command: str, say: Callable[[str], None] = print) -> comparing.Comparison:
     """Run all methods and seeds, print the table, and leave the report, the picture and the metrics in OUT."""
+    config = asked(config)
     if config.methods == ["all"]:
         config = dataclasses.replace(config, methods=list(RECIPES))
     if launched() > 1:
         raise UserError("fastkd compare runs in one process: start it without torchrun")
+    config = _as_begun(config)
     job = CompareJob.of(config)
     if config.tensorboard:
         board.writer_type()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ import fastkd
 from fastkd import models
 from fastkd._core.files import write_atomic
 from fastkd.runs import environment
+from fastkd.runs.ablations import variants
 from fastkd.runs.config import CompareConfig, TrainConfig
 from fastkd.runs.figures import LAST_EPOCH, pyplot, save_figure
 from fastkd.runs.job import CompareJob
-from fastkd.runs.report import data_text, optimization_text
+from fastkd.runs.report import data_text, optimization_text, speed_text
 from fastkd.runs.runner import Result, Runner, load_data
 from fastkd.runs.tables import final, table
-from fastkd.train import same_data
+from fastkd.train import checkpoint, same_data
 from fastkd.train.devices import to_device
 from fastkd.train.loop import Fit
 from fastkd.train.metrics import write_csv
+from fastkd.train.time_left import duration, expected
 
 ROUNDS = 30  # of timed steps with each backend
 WARM_UP = 3
@@ -44,6 +47,38 @@ class Comparison:
         return [final(results["student"]) for results in self.results[method].values()]
 
 
+class Pace:
+    """How fast the runs of a comparison get on; those that are finished already say nothing of it."""
+
+    def __init__(self, config: CompareConfig):
+        runs = [(method, seed) for seed in config.seeds for method in config.methods]
+        ends = {(method, seed): config.run(method, seed, {}) for method, seed in runs}
+        self.all = len(runs)
+        self.waiting = [run for run in runs if not _finished(ends[run])]
+        self.times: dict[Hashable, list[float]] = {}
+
+    @contextmanager
+    def run(self, method: str, seed: int) -> Iterator[None]:
+        """Around one run."""
+        started = time.monotonic()
+        yield
+        if (method, seed) in self.waiting:
+            self.waiting.remove((method, seed))
+            self.times.setdefault(method, []).append(time.monotonic() - started)
+
+    def left(self) -> str:
+        """What to say before a run: nothing before one has taken its time."""
+        seconds = expected(self.times, [(method, 0.0) for method, _ in self.waiting])
+        if seconds is None or not self.waiting:
+            return ""
+        return f" ({self.all - len(self.waiting)} of {self.all} runs are finished, about {duration(seconds)} left)"
+
+
+def _finished(one: TrainConfig) -> bool:
+    done = checkpoint.epochs(Path(one.out) / "checkpoints")
+    return bool(done) and done[-1] >= one.epochs
+
+
 def check_data(config: CompareConfig) -> None:
     """UserError where one of the runs that go on has trained on other data: before any of them is trained."""
     for seed in config.seeds:
@@ -61,14 +96,16 @@ def run(asked: CompareJob | CompareConfig, say: Callable[[str], None]) -> Compar
     job = asked if isinstance(asked, CompareJob) else CompareJob.of(asked)
     config, runs = job.config, job.runs()  # what cannot be planned shows before anything is trained
     comparison = Comparison(config, {method: {} for method in config.methods})
+    pace = Pace(config)
     for number, seed in enumerate(config.seeds):
         told = {} if number == 0 else {"note": lambda text: None}  # once, not for each seed
         data = load_data(runs[config.methods[0], seed].config, **told)
         for method in sorted(config.methods, key=lambda name: name != "ce"):  # other methods may use what ce trains
             runner = Runner(runs[method, seed], say, data=data)
-            say(f"seed {seed}, {method}")
+            say(f"seed {seed}, {method}{pace.left()}")
             comparison.runners.setdefault(method, runner)
-            comparison.results[method][seed] = runner.run()
+            with pace.run(method, seed):
+                comparison.results[method][seed] = runner.run()
     for method in config.methods:
         results = comparison.results[method][config.seeds[0]]
         comparison.seconds[method] = time_steps(comparison.runners[method], results)
@@ -212,7 +249,8 @@ def text(comparison: Comparison, command: str) -> str:
     student = next(iter(next(iter(comparison.results.values())).values()))["student"].network
     one = config.run(config.methods[0], config.seeds[0], {})
     seeds = ", ".join(map(str, config.seeds))
-    lines = [f"# {', '.join(config.methods)} on {config.data}", ""]
+    title = f"Ablation of {config.ablate}" if config.ablate else ", ".join(config.methods)
+    lines = [f"# {title} on {config.data}", ""]
     count = f"{models.parameters_count(student):,}"
     lines += [
         f"Student {config.student} ({count} parameters), seeds {seeds}; mean +- standard deviation over the seeds."
@@ -222,11 +260,15 @@ def text(comparison: Comparison, command: str) -> str:
         lines += ["## Networks trained before", "", guides_table(comparison), ""]
     lines += ["## Methods", ""]
     jobs = {method: runner.job for method, runner in comparison.runners.items()}
-    lines += [f"- **{m}**: {jobs[m].recipe.described(config.data, jobs[m].config.options)}" for m in config.methods]
+    rows = variants(config)
+    for m in config.methods:
+        row = f"{rows[m].described()}. " if rows else ""
+        lines += [f"- **{m}**: {row}{jobs[m].recipe.described(config.data, jobs[m].config.options)}"]
     lines += ["", "## Data", "", data_text(config, runner.data), ""]
     if config.train_size:
         lines += ["Each seed draws its own training images; the test images are the same for all.", ""]
-    lines += ["## Optimisation", "", optimization_text(config) + f" {_epochs_text(one)}", ""]
+    optimization = [optimization_text(config), _epochs_text(one), speed_text(config, runner.job.device)]
+    lines += ["## Optimisation", "", " ".join(optimization), ""]
     lines += ["## How to repeat it", "", "```", command, "```", ""]
     device = runner.job.device
     lines += [f"{environment.describe(device)}; {backend_text(device)}.", ""]

@@ -42,6 +42,8 @@ class CompareOptions:
 
     Args:
         methods: which methods: A,B,...; all for all of them
+        ablate: a method whose switches are compared instead, as in its paper (dgkd, orc, ctsl-mkt, dkel, feed-parallel,
+            feed-sequential); --methods then keeps to some of the labels
         seeds: one run of each method for each seed: 0,1,...
         options: options.NAME=VALUE sets an argument of every method that has it
         out: folder of the comparison
@@ -49,6 +51,7 @@ class CompareOptions:
     """
 
     methods: list[str] = option([*COMPARED], "stages", grows=True)
+    ablate: str = option("", "stages")
     seeds: list[int] = option([0, 1, 2], "stages", grows=True)
     options: dict[str, Any] = option({}, "stages")
     out: str = option("runs/compare", "free")

@@ -17,6 +17,7 @@ from fastkd.runs.figures import LAST_EPOCH, draw_curves
 from fastkd.runs.job import Job
 from fastkd.runs.runner import Result
 from fastkd.runs.tables import final, percent, table, terms
+from fastkd.train.devices import keeps_channels_last, prepares_teachers
 from fastkd.train.metrics import Row
 from fastkd.train.settings import Settings
 
@@ -81,6 +82,14 @@ def optimization_text(config: Settings) -> str:
     )
 
 
+def speed_text(settings: Settings, device: torch.device) -> str:
+    """How networks were run, where it changes the last digits."""
+    last, prepared = keeps_channels_last(settings, device), prepares_teachers(settings, device)
+    maps = "channels-last" if last else "contiguous"
+    frozen = "copies made for inference (--prepare-teachers)" if prepared else "as they are"
+    return f"Feature maps in {maps} order; frozen networks {frozen}."
+
+
 def train_report(job: Job, results: dict[str, Result], others: dict[str, float], data: Data, command: str) -> str:
     """The report of one run in Markdown."""
     config, student = job.config, results["student"]
@@ -95,7 +104,7 @@ def train_report(job: Job, results: dict[str, Result], others: dict[str, float],
     lines += ["## Method", "", job.recipe.described(config.data, config.options), ""]
     lines += _terms_text(student.rows, job.recipe.method.counted)
     lines += ["## Data", "", data_text(config, data), ""]
-    lines += ["## Optimisation", "", optimization_text(config), ""]
+    lines += ["## Optimisation", "", f"{optimization_text(config)} {speed_text(config, job.device)}", ""]
     lines += _how_to_repeat(command, job.device)
     lines += ["## How to read this", "", LAST_EPOCH, ""]
     lines += ["One seed is one sample: `fastkd compare` repeats a run with several seeds and gives the spread.", ""]

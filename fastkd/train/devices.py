@@ -79,8 +79,10 @@ def rows_of(target: torch.Tensor, world: World) -> int:
 def prepare(method: Method, settings: Settings, device: torch.device, world: World = ALONE) -> None:
     """Its networks on the device and as they are to be run: in parallel, compiled, from CUDA graphs."""
     method.to(device)
-    if settings.channels_last:
+    if keeps_channels_last(settings, device):
         method.to(memory_format=torch.channels_last)
+    if prepares_teachers(settings, device):
+        method.prepare_teachers(note=_note_once)
     if synchronises(settings, world):
         synchronise(method)
     if world.size > 1:
@@ -89,6 +91,21 @@ def prepare(method: Method, settings: Settings, device: torch.device, world: Wor
         method.map_learners(torch.compile)
     if settings.cuda_graph and (recorder := recorder_for(device)) is not None:
         Graphs(device, note, recorder).wrap(method)
+
+
+def keeps_channels_last(settings: Settings, device: torch.device) -> bool:
+    """Whether feature maps are kept in channels-last order: as asked, else on a CPU."""
+    return device.type == "cpu" if settings.channels_last is None else settings.channels_last
+
+
+def prepares_teachers(settings: Settings, device: torch.device) -> bool:
+    """Whether frozen networks run through `fastkd.models.prepared`: as asked, else where that was measured faster.
+
+    CUDA graphs record the networks themselves.
+    """
+    if settings.prepare_teachers is None:
+        return device.type == "cpu" and settings.amp == "none" and not settings.cuda_graph
+    return settings.prepare_teachers
 
 
 def recorder_for(device: torch.device) -> Recorder | None:

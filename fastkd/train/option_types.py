@@ -62,6 +62,11 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def is_switch(kind: object) -> bool:
+    """Whether an option of this annotation, as the source has it, is turned on by its flag and off by --no-FLAG."""
+    return kind in ("bool", "bool | None")
+
+
 def settle(config: Any) -> str | None:
     """Makes NumPy's numbers Python's, paths strings and tuples lists, which YAML and JSON can hold, in all fields.
 
@@ -97,8 +102,8 @@ def _wrong(kind: Any, value: Any) -> str:
     if get_origin(kind) is Literal:
         choices = get_args(kind)
         return "" if any(value == choice and type(value) is type(choice) for choice in choices) else _listed(choices)
-    if kind is bool:
-        return "" if isinstance(value, bool) else "true or false"
+    if kind is bool or bool in get_args(kind):
+        return "" if isinstance(value, bool) or (value is None and NoneType in get_args(kind)) else "true or false"
     if kind is str:
         return "" if isinstance(value, str) else "text"
     if get_origin(kind) is list:

@@ -114,6 +114,8 @@ class LoopOptions:
         log_every: steps between two looks at the loss on a GPU (on a CPU each step is looked at)
         quiet: print results only
         cache: folder of the networks that are trained before the student, to be shared between runs; default OUT/cache
+        diversity: measure on the test images, each time that they are evaluated, how alike the run's networks are:
+            their distance, common errors, homogeneity and collapse, into metrics.csv (fastkd analyze diversity)
         tensorboard: write curves for TensorBoard into OUT/tensorboard; needs its package
         logits_cache: keep the frozen networks' logits of each image and augmentation in CACHE/logits, and read them
             there instead of running the networks again; for methods that take nothing else from frozen networks
@@ -129,6 +131,7 @@ class LoopOptions:
     log_every: int = option(50, "free", least=1)
     quiet: bool = option(False, "free")
     cache: str = option("", "free")
+    diversity: bool = option(False, "free")
     tensorboard: bool = option(False, "free")
     logits_cache: bool = option(False, "free")
     logits_dtype: Literal["float32", "float16"] = option("float32", "result", later=True, needs="logits_cache")
@@ -141,7 +144,9 @@ class ScaleOptions:
     Args:
         amp: mixed precision, by torch.autocast; fp16, with a scaled loss, on GPUs only
         accumulate: cut each batch into so many parts, one after another, to save memory; relations are within a part
-        channels_last: keep feature maps in channels-last order
+        channels_last: keep feature maps in channels-last order; default on a CPU, where it is faster
+        prepare_teachers: run frozen networks through copies made for inference (batch normalisation folded into the
+            convolutions, channels-last order); default on a CPU without --amp, where it is faster
         compile: compile the networks that learn (torch.compile)
         cuda_graph: on a GPU, replay the networks' passes from CUDA graphs, where small networks are bound by their many
             launches; one process, without compile
@@ -152,7 +157,8 @@ class ScaleOptions:
 
     amp: Literal["none", "bf16", "fp16"] = option("none", "result")
     accumulate: int = option(1, "result", least=1)
-    channels_last: bool = option(False, "free")
+    channels_last: bool | None = option(None, "free")
+    prepare_teachers: bool | None = option(None, "free")
     compile: bool = option(False, "free")
     cuda_graph: bool = option(False, "free")
     deterministic: bool = option(False, "free")

@@ -114,7 +114,7 @@ def stand_in(monkeypatch):
 
 def both(tmp_path, **options):
     """The same run with and without graphs, in steps of one size."""
-    options = {"batch_size": 12, "guide_epochs": 1, "own_epochs": 1} | options
+    options = {"batch_size": 12, "guide_epochs": 1, "own_epochs": 1, "prepare_teachers": False} | options
     for name, on in (("plain", False), ("graphs", True)):
         run(config(tmp_path / name, cuda_graph=on, **options))
     return [tmp_path / name / "run" for name in ("plain", "graphs")]

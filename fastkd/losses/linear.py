@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from fastkd import functional
-from fastkd._fixed import Fixed
-from fastkd.ops._formulas import Reduction
-from fastkd.ops._multi_teacher_formula import Combine
+from fastkd.losses._fixed import Fixed
+from fastkd.ops.shared import Combine, Reduction
 
 
 class LinearMultiTeacherKD(Fixed):
