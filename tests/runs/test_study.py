@@ -13,7 +13,7 @@ from train_helpers import assert_same, last_state
 
 from fastkd._core.messages import UserError
 from fastkd.cli import main
-from fastkd.runs import study_command, study_pool, study_report, study_worker
+from fastkd.runs import processes, study_command, study_pool, study_report, study_worker
 from fastkd.runs.runner import Result
 from fastkd.runs.stages import Stage
 from fastkd.runs.study import RECIPES, find, read
@@ -148,7 +148,7 @@ def test_a_run_that_is_stopped_in_time_goes_on_to_the_same_end(tmp_path, capsys)
     run = read(path).runs[0]
     pool = study_pool.Pool(out, 1, math.inf, lambda run, status: pytest.fail(f"it ended with {status}"))
     metrics = out / "runs" / run.name / "metrics.csv"
-    pool._start(study_pool._context(), run)
+    pool._start(processes.forking("fastkd.runs.study_worker"), run)
     while not metrics.exists():  # until the first epoch is over
         pool._collect()
     pool._stop()
@@ -254,4 +254,4 @@ def test_time_left_is_what_runs_of_the_same_method_took(tmp_path):
     assert study_pool.left(tmp_path, runs, set(), 1) is None
     # ce of seed 1 has had its 10 s; left are kd of seed 1 (40), ce (10) and kd (40) of seed 2
     assert study_pool.left(tmp_path, runs, done, 2) == pytest.approx(45.0)
-    assert [study_pool.duration(s) for s in (5, 1000, 10000)] == ["5 s", "17 min", "2 h 47 min"]
+    assert [processes.duration(s) for s in (5, 1000, 10000)] == ["5 s", "17 min", "2 h 47 min"]
