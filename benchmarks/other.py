@@ -27,7 +27,7 @@ def run(kind: str, options: argparse.Namespace) -> int:
         return 2
     before = getattr(options, "untested", None)
     said = json.loads(Path(before).read_text()) if before else _tested(kind, names, device, less)
-    kinds = {"sweep": _sweep, "steps": _steps, "scaling": _scaling}
+    kinds = {"sweep": _sweep, "steps": training_steps, "scaling": _scaling}
     result = kinds[kind](names, device, options) | report.header(device, said)
     layout = MODULES[kind].LAYOUT
     report.validate(result, layout)
@@ -80,7 +80,7 @@ def _sweep(names: list[sweep.Sweep], device: str, options: argparse.Namespace) -
     return {"peers": peers.report(device), "sweeps": found}
 
 
-def _steps(names: list[tuple[str, str]], device: str, options: argparse.Namespace) -> dict:
+def training_steps(names: list[tuple[str, str]], device: str, options: argparse.Namespace) -> dict:
     rounds = {"seconds": 0.5, "least": 3} if options.quick or options.brief else {"seconds": 6.0, "least": 5}
     if options.quick:
         names = [(group, method) for group, method in names if group == names[0][0]]

@@ -223,7 +223,7 @@ def gencode(architecture: str) -> list[str]:
     return ["-gencode", f"arch=compute_{number},code={'sm' if kind == 'real' else 'compute'}_{number}"]
 
 
-def _nvcc_candidates() -> list[str]:
+def nvcc_candidates() -> list[str]:
     """What CUDACXX, CUDA_HOME or CUDA_PATH names, and nothing else; or PATH, then the usual folders, newest first."""
     if os.environ.get("CUDACXX"):
         return [os.environ["CUDACXX"]]
@@ -248,7 +248,7 @@ def nvcc() -> Found:
     """An nvcc that compiles for all architectures wanted (where none are: for all that there are)."""
     wanted = wanted_architectures() or architectures()
     reason = "no nvcc was found (CUDACXX, CUDA_HOME, PATH, /usr/local/cuda)"
-    for candidate in _nvcc_candidates():
+    for candidate in nvcc_candidates():
         path = _real_nvcc(candidate)
         flags = [part for architecture in known_architectures(path, wanted) for part in gencode(architecture)]
         with tempfile.TemporaryDirectory() as folder:

@@ -75,7 +75,7 @@ def from_objects(architecture: str, folder: Path) -> list[Code]:
     """The code of that architecture of the library that was built last, from its object files."""
     found = []
     for path in sorted(OBJECTS.glob("csrc/*/*.cu.o")):
-        own = folder / path.parent.name
+        own = folder / f"{path.parent.name}-{path.stem}"
         own.mkdir()
         found += from_library(path, architecture, own)
     return found

@@ -149,9 +149,15 @@ __device__ __forceinline__ Numbers<A, 2> over_slices(const Numbers<A, 2>& mine, 
   return all;
 }
 
+// Blocks of a multiprocessor. Teachers of any dtype need more than 40 registers, which is what ptxas aims at for sm_120.
+template <class T>
+constexpr int kColumnBlocks = 0;
+template <>
+constexpr int kColumnBlocks<AnyType> = 5;
+
 // The columns of all of a pair's samples are numbered through: neighbouring lanes read neighbouring elements.
 template <class S, class T, class A>
-__global__ void __launch_bounds__(kColumns* kSlices) columns_kernel(const __grid_constant__ Params<A> p) {
+__global__ void __launch_bounds__(kColumns* kSlices, kColumnBlocks<T>) columns_kernel(const __grid_constant__ Params<A> p) {
   SIMT_SHARED(A, shared, 2 * kColumns * kSlices);
   const Work work = work_of(p);
   const PairParams<A>& pair = p.pair[work.pair];

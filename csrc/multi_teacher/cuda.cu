@@ -1,116 +1,19 @@
 // multi_teacher on CUDA: forward, then its reduction over rows, then backward. No torch header.
 #include "core/cuda/launch.cuh"
 #include "core/cuda/row_kernels.cuh"
-#include "multi_teacher/on_chip.cuh"
-#include "multi_teacher/stream_gradient.cuh"
+#include "multi_teacher/rows.cuh"
 #include "multi_teacher/stream_rows.cuh"
-#include "multi_teacher/streaming.cuh"
 
 namespace fastkd::multi_teacher {
-inline namespace FASTKD_TARGET {
-namespace {
-
-// The policies, smallest first: a row is one tile.
-template <class A>
-struct Policies {
-  using Warp = RowPolicy<32, 4, 8>;
-  using Small = RowPolicy<128, 1, 8>;
-  using Medium = RowPolicy<sizeof(A) == 8 ? 256 : 512, 1, 8>;
-  using Large = RowPolicy<512, 1, 16>;  // too many registers for double
-};
-static_assert(Policies<float>::Large::kTile == kMaxOnChip<float> && Policies<double>::Medium::kTile == kMaxOnChip<double>);
-
-template <class Policy>
-unsigned blocks_of(int64_t rows) {
-  return unsigned((rows + Policy::kRows - 1) / Policy::kRows);
-}
-
-template <class S, class A, class Policy>
-void launch_divergence(const Params<A>& p, cudaStream_t stream) {
-  SIMT_LAUNCH((divergence_kernel<S, A, Policy>), dim3(blocks_of<Policy>(p.rows)), dim3(Policy::kBlock), 0, stream, p);
-}
-
-template <class S, class A, class Policy>
-void launch_on_chip(const Params<A>& p, cudaStream_t stream) {
-  const unsigned blocks = blocks_of<Policy>(p.rows);
-  if (p.divergence != Divergence::forward) {
-    if constexpr (sizeof(A) == 8)  // half as much in a thread: with 8 items it would need over 168 registers
-      launch_divergence<S, A, RowPolicy<Policy::kTile / 4, 1, 4>>(p, stream);
-    else
-      launch_divergence<S, A, Policy>(p, stream);
-  } else if (p.kl) {
-    SIMT_LAUNCH((on_chip_kernel<S, A, Policy, true>), dim3(blocks), dim3(Policy::kBlock), 0, stream, p);
-  } else {
-    SIMT_LAUNCH((on_chip_kernel<S, A, Policy, false>), dim3(blocks), dim3(Policy::kBlock), 0, stream, p);
-  }
-}
-
-// Two rounds of blocks on the largest GPUs.
-template <class S>
-unsigned forward_parts(const Args& args) {
-  return args.scratch ? parts_of_row<S>(args, 1056) : 1;
-}
-
-template <class S, class A>
-void launch_stream(const Args& args, const Params<A>& p, cudaStream_t stream) {
-  if constexpr (sizeof(A) == sizeof(float)) {
-    const unsigned parts = forward_parts<S>(args);
-    float* scratch = static_cast<float*>(args.scratch);
-    const auto in_vectors = [&]<int K, AtOne One>() {
-      SIMT_LAUNCH((stream_rows_kernel<S, K, One>), dim3(unsigned(p.rows) * parts), dim3(kVectorThreads), 0, stream, p, parts,
-                  scratch);
-      if (parts == 1) return;
-      SIMT_LAUNCH((stream_parts_kernel<S, K, One>), dim3(unsigned((p.rows + kMergeRows - 1) / kMergeRows)), dim3(kMergeThreads),
-                  0, stream, p, parts, static_cast<const float*>(scratch));
-    };
-    if (with_vectors<S>(args, in_vectors)) return;
-  }
-  const int bytes = int(TeacherStates<A>::bytes(p.combine == Combine::logits ? 1 : p.teachers));
-  allow_dynamic_shared(stream_forward_kernel<S, A>, bytes);
-  SIMT_LAUNCH((stream_forward_kernel<S, A>), dim3(unsigned(p.rows)), dim3(kStreamThreads), bytes, stream, p);
-}
-
-template <class S, class A>
-void launch_forward(const Args& args, cudaStream_t stream) {
-  using Sizes = Policies<A>;
-  const Params<A> p = make_params<S, A>(args);
-  if (args.stream) return launch_stream<S>(args, p, stream);
-  if (p.classes <= Sizes::Warp::kTile) return launch_on_chip<S, A, typename Sizes::Warp>(p, stream);
-  if (p.classes <= Sizes::Small::kTile) return launch_on_chip<S, A, typename Sizes::Small>(p, stream);
-  if (p.classes <= Sizes::Medium::kTile) return launch_on_chip<S, A, typename Sizes::Medium>(p, stream);
-  if constexpr (sizeof(A) == sizeof(float)) {
-    if (p.classes <= Sizes::Large::kTile) return launch_on_chip<S, A, typename Sizes::Large>(p, stream);
-  }
-  launch_stream<S>(args, p, stream);  // asked for nothing to be saved: without gradient
-}
-
-template <class S, class A>
-void launch_stream_backward(const Args& args, const A* grad_loss, cudaStream_t stream) {
-  const Params<A> p = make_params<S, A>(args);
-  const A* aux = static_cast<const A*>(args.aux);
-  const bool per_row = args.reduction == Reduction::none;
-  if constexpr (sizeof(A) == sizeof(float)) {
-    const unsigned parts = parts_of_row<S>(args, 4096);
-    const auto in_vectors = [&]<int K, AtOne One>() {
-      SIMT_LAUNCH((stream_gradient_kernel<S, K, One>), dim3(unsigned(args.rows) * parts), dim3(kVectorThreads), 0, stream, p,
-                  grad_loss, per_row, aux, parts);
-    };
-    if (with_vectors<S>(args, in_vectors)) return;
-  }
-  const int64_t tiles = (args.classes + kStreamTile - 1) / kStreamTile;
-  SIMT_LAUNCH((stream_backward_kernel<S, A>), dim3(unsigned(args.rows * tiles)), dim3(kStreamThreads), 0, stream, p, grad_loss,
-              per_row, aux, tiles);
-}
-
-}  // namespace
-}  // namespace FASTKD_TARGET
 
 int64_t scratch_numbers_cuda(const Args& args) {
-  if (!args.stream || args.rows == 0 || args.teachers > kVectorTeachers || args.student.type == DType::f64) return 0;
-  return args.rows < 1056 ? args.rows * kMostParts * kPartNumbers<kVectorTeachers> : 0;
+  if (!args.stream || args.rows == 0 || args.student.type == DType::f64) return 0;
+  const int64_t parts = args.rows < kWholeRows ? kMostParts : 1, groups = groups_of(args.teachers);
+  return parts * groups == 1 ? 0 : args.rows * parts * groups * kPartNumbers<kVectorTeachers>;
 }
 
-const char* forward_cuda(const Args& args, void* stream_handle) {
+const char* forward_cuda(const Args& given, void* stream_handle) {
+  Args args = given;
   const bool wide = args.student.type == DType::f64;
   const int64_t most = wide ? kMaxOnChip<double> : kMaxOnChip<float>;
   if (args.kl && args.classes > most) return "statistics of a row that is too long to be on chip";
@@ -118,9 +21,14 @@ const char* forward_cuda(const Args& args, void* stream_handle) {
     return "other divergences than forward: rows on chip, without statistics";
   if (args.softcap) return "softcap and logit_scale";
   const auto stream = static_cast<cudaStream_t>(stream_handle);
+  const bool stored = args.need_grad && !args.stream;
+  const int64_t bytes = stored ? args.rows * args.columns * bytes_of(args.student.type) : 0;
+  const RowFactor factor = launch_factor(args, args.student.type, bytes, stream);
+  args.row_factor = factor.known;
+  args.counted = factor.counted;
   if (args.rows > 0)
-    dispatch(args.student.type, [&]<class S, class A>() { launch_forward<S, A>(args, stream); });
-  launch_reduce(args, args.student.type, losses_of(args), stream);
+    dispatch(args.student.type, [&]<class S, class A>() { forward_rows<S>(args, stream); });
+  launch_reduce(args, args.student.type, losses_of(args), factor.whole, stream);
   return launch_error();
 }
 
@@ -137,9 +45,7 @@ const char* backward_cuda(const BackwardArgs& args, void* stream_handle) {
 const char* stream_backward_cuda(const Args& args, const void* grad_loss, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (args.rows == 0) return nullptr;
-  dispatch(args.student.type, [&]<class S, class A>() {
-    launch_stream_backward<S, A>(args, static_cast<const A*>(grad_loss), stream);
-  });
+  dispatch(args.student.type, [&]<class S, class A>() { stream_backward_rows<S>(args, grad_loss, stream); });
   return launch_error();
 }
 

@@ -71,7 +71,8 @@ struct Args {
   void* aux = nullptr;       // A [2]: factor that the stored gradient still lacks, targets out of range
   void* kl = nullptr;        // A [K, R], each teacher's divergence, or null: no statistics are wanted
   group_stats::Output stats; // with kl: of the student, then of the teachers, each [K + 1, R]; not with soft targets
-  double row_factor = 1;     // CPU: what the stored gradient is multiplied by, 1 / max(1, rows that count) for the mean
+  double row_factor = 1;     // what the stored gradient is multiplied by, 1 / max(1, rows that count) for the mean
+  bool counted = false;      // CUDA: aux[0] holds this factor before the rows are run
 };
 
 inline namespace FASTKD_TARGET {
@@ -91,7 +92,7 @@ struct BackwardArgs {
   const void* stored = nullptr;     // [R, C], as forward wrote it
   const void* saved = nullptr;      // A [R] or null
   const void* aux = nullptr;        // A [2], as forward wrote it
-  void* grad = nullptr;             // [R, C]
+  void* grad = nullptr;             // [R, C], or `stored`
 };
 
 // cpu.cpp defines one of these per instruction set: rows [begin, end), with scratch of scratch_bytes(args).

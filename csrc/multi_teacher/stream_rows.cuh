@@ -54,7 +54,6 @@ __device__ __forceinline__ void rebase_teacher(VectorSums<K>& sums, int k, const
 template <class S, int K>
 __device__ __forceinline__ void push_teacher_vector(VectorSums<K>& sums, int k, const Exponents& c, const uint4& bits, float growth,
                                                     const float (&x_s)[kRawItems<S>]) {
-  constexpr float kNothing = -126;  // below this exponent the exponential is 0, and x_t - x_s may be anything
   float t[kRawItems<S>];
   unpack<S>(bits, t);
   rebase_teacher(sums, k, c, largest(sums.top[k], t), growth);
@@ -116,10 +115,10 @@ __device__ __forceinline__ void gather_vectors(VectorSums<K>& sums, const Expone
   }
 }
 
-// Of one thread: the row's losses and its states, in the order of streaming.cuh.
-template <class S, int K>
-__device__ __forceinline__ void store_row(const Params<float>& p, int64_t row, const RowOf<K>& at, const VectorSums<K>& sums) {
-  float kd = 0, ce = 0, *saved = p.saved + row * p.saved_columns;
+// Of one thread: the states of these teachers, in the order of streaming.cuh. Returns their part of KD.
+template <int K>
+__device__ __forceinline__ float store_teachers(const Params<float>& p, int64_t row, const RowOf<K>& at, const VectorSums<K>& sums) {
+  float kd = 0, *saved = p.saved + row * p.saved_columns;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     if (at.slot[k] == kNoTeacher) continue;
@@ -130,13 +129,21 @@ __device__ __forceinline__ void store_row(const Params<float>& p, int64_t row, c
     saved[3 + 3 * slot] = sums.z_t[k];
     saved[4 + 3 * slot] = sums.z;
   }
+  return kd;
+}
+
+// The student's states, and the row's losses.
+template <class S>
+__device__ __forceinline__ void store_student(const Params<float>& p, int64_t row, const void* student, float max, float z_one,
+                                              float kd) {
+  float ce = 0, *saved = p.saved + row * p.saved_columns;
   if (p.need_grad) {
-    saved[0] = sums.max;
-    saved[1] = sums.z_one;
+    saved[0] = max;
+    saved[1] = z_one;
   }
   if (p.cross_entropy) {
-    const float label = load_as(static_cast<const S*>(at.student)[p.target[row]]);
-    ce = cross_entropy(sums.z_one, label - base_of(sums.max), 0.f, 0.f, p.classes);
+    const float label = load_as(static_cast<const S*>(student)[p.target[row]]);
+    ce = cross_entropy(z_one, label - base_of(max), 0.f, 0.f, p.classes);
   }
   p.store_losses(row, kd, ce);
 }
@@ -185,47 +192,60 @@ __device__ __forceinline__ bool left_out(const Params<float>& p, int64_t row, bo
 // Blocks of a multiprocessor: registers for the states, and at least 32 KiB of loads in flight.
 constexpr int vector_blocks(int teachers) { return teachers == 1 ? 4 : teachers == 2 ? 3 : 2; }
 
-// One of `parts` parts of a row; blocks are rows times parts. Rows that are split leave their sums in `scratch` [R, parts,
-// kPartNumbers].
+// One of `parts` parts of a row and one of `groups` groups of its teachers; blocks are rows times parts times groups. Rows that
+// are split, by parts or groups, leave their sums in `scratch` [R, parts, groups, kPartNumbers].
 template <class S, int K, AtOne One>
 __global__ void __launch_bounds__(kVectorThreads, vector_blocks(K))
-    stream_rows_kernel(const __grid_constant__ Params<float> p, unsigned parts, float* scratch) {
+    stream_rows_kernel(const __grid_constant__ Params<float> p, unsigned parts, unsigned groups, float* scratch) {
   using Threads = RowThreads<float, kVectorThreads>;
   SIMT_SHARED(float, buffer, 2 * Threads::kWarps * Threads::kMost);
   Threads threads{int(threadIdx.x), 0, buffer};
-  const int64_t row = blockIdx.x / parts;
-  const bool whole = parts == 1;
+  const unsigned group = blockIdx.x % groups;
+  const int64_t row = blockIdx.x / groups / parts;
+  const bool whole = parts == 1 && groups == 1;
   if (whole && p.need_grad && threadIdx.x < unsigned(p.saved_columns)) p.saved[row * p.saved_columns + threadIdx.x] = 0;
   if (left_out(p, row, whole && threadIdx.x == 0)) return;
   const Exponents c = exponents_of(p);
-  const RowOf<K> at = row_of_vectors<K>(p, row);
-  const Range range = part_of_row(unsigned(p.classes / kRawItems<S>), blockIdx.x % parts, parts);
+  const RowOf<K> at = row_of_vectors<K>(p, row, group);
+  if (group > 0 && at.slot[0] == kNoTeacher) return;
+  const Range range = part_of_row(unsigned(p.classes / kRawItems<S>), blockIdx.x / groups % parts, parts);
   VectorSums<K> sums;
   over_vectors(at, range.begin, range.end, [&](unsigned, const Vectors<K>& now) { push_vectors<S, One>(sums, c, now); });
   gather_vectors<One>(sums, c, threads);
   if (threadIdx.x != 0) return;
   if (whole)
-    store_row<S>(p, row, at, sums);
+    store_student<S>(p, row, at.student, sums.max, sums.z_one, store_teachers(p, row, at, sums));
   else
     store_part(sums, scratch + int64_t(blockIdx.x) * kPartNumbers<K>);
 }
 
 constexpr int kMergeThreads = 128, kMergeRows = kMergeThreads / 32;
 
-// A warp per row: its parts' sums together, a part a lane.
+// A warp per row: its parts' sums together, a part a lane, group by group.
 template <class S, int K, AtOne One>
 __global__ void __launch_bounds__(kMergeThreads)
-    stream_parts_kernel(const __grid_constant__ Params<float> p, unsigned parts, const float* scratch) {
+    stream_parts_kernel(const __grid_constant__ Params<float> p, unsigned parts, unsigned groups, const float* scratch) {
   const int64_t row = int64_t(blockIdx.x) * kMergeRows + threadIdx.x / 32;
   const unsigned lane = threadIdx.x % 32;
   if (row >= p.rows) return;  // whole warps
   for (int64_t i = lane; p.need_grad && i < p.saved_columns; i += 32) p.saved[row * p.saved_columns + i] = 0;
   if (left_out(p, row, lane == 0)) return;
+  __syncwarp();  // the zeros
   RowThreads<float, 32> threads{int(lane), 0, nullptr};
-  VectorSums<K> sums;
-  if (lane < parts) load_part(sums, scratch + (row * parts + lane) * kPartNumbers<K>);
-  gather_vectors<One>(sums, exponents_of(p), threads);
-  if (lane == 0) store_row<S>(p, row, row_of_vectors<K>(p, row), sums);
+  float kd = 0, max = 0, z_one = 0;
+  RowOf<K> at;
+#pragma unroll 1
+  for (unsigned group = 0; group < groups; ++group) {
+    at = row_of_vectors<K>(p, row, group);
+    if (group > 0 && at.slot[0] == kNoTeacher) break;
+    VectorSums<K> sums;
+    if (lane < parts) load_part(sums, scratch + ((row * parts + lane) * groups + group) * kPartNumbers<K>);
+    gather_vectors<One>(sums, exponents_of(p), threads);
+    if (lane == 0) kd += store_teachers(p, row, at, sums);
+    max = sums.max;  // the same bits in every group
+    z_one = sums.z_one;
+  }
+  if (lane == 0) store_student<S>(p, row, at.student, max, z_one, kd);
 }
 
 }  // namespace FASTKD_TARGET

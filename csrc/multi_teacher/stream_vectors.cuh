@@ -1,8 +1,9 @@
 // What the kernels of long rows in whole vectors share (stream_rows.cuh, stream_gradient.cuh): all networks in the student's
-// dtype, float or shorter, and on 16-byte borders; combine="losses" with at most four teachers at one temperature; labels that
+// dtype, float or shorter, and on 16-byte borders; combine="losses" at one temperature, four teachers at a time; labels that
 // are classes, without smoothing. streaming.cuh takes everything else, from and to the same states.
 #pragma once
 
+#include "core/cuda/exponents.cuh"
 #include "core/cuda/raw.cuh"
 #include "multi_teacher/launch.cuh"
 
@@ -11,31 +12,14 @@ inline namespace FASTKD_TARGET {
 
 constexpr int kVectorThreads = 256, kVectorTeachers = 4;
 
-// How exp(s - max) comes from e = exp((s - max) / T): it is not wanted or T = 1; T is 2 or 4; by an exponential of its own.
-enum class AtOne { same, power, exponential };
-
-inline AtOne at_one_of(int integer_t, bool cross_entropy) {
-  if (!cross_entropy || integer_t == 1) return AtOne::same;
-  return integer_t == 2 || integer_t == 4 ? AtOne::power : AtOne::exponential;
+// More teachers come in groups.
+inline unsigned groups_of(int teachers) {
+  return teachers <= kVectorTeachers ? 1 : unsigned(teachers + kVectorTeachers - 1) / kVectorTeachers;
 }
-
-// The factors of exponents and, for AtOne::power, exp(s - max) = e^2 (second + fourth e^2).
-struct Exponents {
-  float scale, second, fourth;
-};
 
 template <class A>
 __device__ __forceinline__ Exponents exponents_of(const Params<A>& p) {
-  return {p.inv_t[0] * kLog2E, p.integer_t == 2 ? 1.f : 0.f, p.integer_t == 4 ? 1.f : 0.f};
-}
-
-// exp(s - max), from s - max and e.
-template <AtOne One>
-__device__ __forceinline__ float at_one(const Exponents& c, float above_max, float e) {
-  if constexpr (One == AtOne::same) return e;
-  if constexpr (One == AtOne::exponential) return exp2_approximate(above_max * kLog2E);
-  const float e2 = e * e;
-  return e2 * (c.second + c.fourth * e2);
+  return make_exponents(p.inv_t[0], p.integer_t);
 }
 
 // A row's networks. A place without a teacher repeats the student, whose cached vectors cost no traffic; what comes of it is
@@ -47,10 +31,12 @@ struct RowOf {
 };
 
 template <int K, class A>
-__device__ __forceinline__ RowOf<K> row_of_vectors(const Params<A>& p, int64_t row) {
+__device__ __forceinline__ RowOf<K> row_of_vectors(const Params<A>& p, int64_t row, unsigned group = 0) {
   RowOf<K> at;
   at.student = any_row(p.network[0], row).data;
   unsigned rest = p.reads_of(row);
+#pragma unroll 1
+  for (unsigned before = group * K; before > 0; --before) rest &= rest - 1;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     at.slot[k] = rest ? __ffs(int(rest)) - 1 : kNoTeacher;
@@ -98,13 +84,8 @@ __device__ __forceinline__ Range part_of_row(unsigned vectors, unsigned part, un
   return {begin, min(begin + length, vectors)};
 }
 
-template <int N>
-__device__ __forceinline__ float largest(float top, const float (&x)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) top = fmaxf(top, x[i]);  // not of NaN, which the exponentials show
-  return top;
-}
-
+// So many rows make two rounds of blocks on the largest GPUs; fewer are split into at most so many parts.
+constexpr int64_t kWholeRows = 1056;
 constexpr int kMostParts = 32;
 
 // Parts of a row for `blocks` blocks in all, where rows are few, with at least two vectors of a thread in each.
@@ -121,7 +102,7 @@ template <class S, class F>
 bool with_vectors(const Args& args, const F& f) {
   bool fits = sizeof(S) <= sizeof(float) && args.combine == Combine::losses &&
               args.divergence == Divergence::forward && !args.softcap && !args.several_temperatures && !args.soft.data &&
-              args.teachers <= kVectorTeachers && (!args.cross_entropy || args.label_smoothing == 0) &&
+              (!args.cross_entropy || args.label_smoothing == 0) &&
               args.classes / kRawItems<S> < int64_t(1) << 31 && rows_aligned<kRawItems<S>>(args.student, args.classes) &&
               rows_aligned<kRawItems<S>>(args.grad, args.columns, args.classes, sizeof(S));
   for (int k = 0; k < args.teachers; ++k)

@@ -8,8 +8,12 @@
 namespace fastkd::multi_teacher {
 inline namespace FASTKD_TARGET {
 
-constexpr int kStreamThreads = 256, kStreamItems = 8;
-constexpr int64_t kStreamTile = int64_t(kStreamThreads) * kStreamItems;
+// Of double half as many, so that the states of 16 teachers, 64 KiB, fit the shared memory of every GPU.
+template <class A>
+constexpr int kStreamThreads = sizeof(A) == 8 ? 128 : 256;
+constexpr int kStreamItems = 8;
+template <class A>
+constexpr int64_t kStreamTile = int64_t(kStreamThreads<A>) * kStreamItems;
 
 // Saved per row: max_s, z at T = 1, of soft labels, smoothed, the sum; then for each teacher: max_t, z_t, z_s at its
 // temperature. combine="logits" has one teacher, the mixture.
@@ -26,8 +30,8 @@ struct TeacherStates {
   A* memory;
   int thread;
 
-  static int64_t bytes(int teachers) { return int64_t(kNumbers) * teachers * kStreamThreads * int64_t(sizeof(A)); }
-  __device__ A& at(int k, int number) const { return memory[(k * kNumbers + number) * kStreamThreads + thread]; }
+  static int64_t bytes(int teachers) { return int64_t(kNumbers) * teachers * kStreamThreads<A> * int64_t(sizeof(A)); }
+  __device__ A& at(int k, int number) const { return memory[(k * kNumbers + number) * kStreamThreads<A> + thread]; }
   __device__ RunningTeacher<A> get(int k) const { return {at(k, 0), at(k, 1), at(k, 2)}; }
   __device__ void set(int k, const RunningTeacher<A>& s) const {
     at(k, 0) = s.max;
@@ -56,19 +60,19 @@ struct RunningStudent {
 
 template <int Width, class A>
 __device__ __forceinline__ void load_network(const Params<A>& p, int slot, int64_t row, int64_t first, A (&to)[kStreamItems]) {
-  load_items<kStreamItems, Width>(any_row(p.network[slot], row), first, p.classes, kStreamThreads, int(threadIdx.x),
+  load_items<kStreamItems, Width>(any_row(p.network[slot], row), first, p.classes, kStreamThreads<A>, int(threadIdx.x),
                                   p.in_vectors(slot), -A(kInf), to);
 }
 
 template <class S, class A>
 __device__ __forceinline__ void load_student(const Params<A>& p, int64_t row, int64_t first, A (&s)[kStreamItems]) {
-  load_items<kStreamItems, kVector<S, S>>(row_in_memory<S>(p.network[0], row), first, p.classes, kStreamThreads, int(threadIdx.x),
+  load_items<kStreamItems, kVector<S, S>>(row_in_memory<S>(p.network[0], row), first, p.classes, kStreamThreads<A>, int(threadIdx.x),
                                           p.in_vectors(0), -A(kInf), s);
 }
 
 template <int Width, class A>
 __device__ __forceinline__ void load_soft(const Params<A>& p, int64_t row, int64_t first, A (&y)[kStreamItems]) {
-  load_items<kStreamItems, Width>(any_row(p.soft, row), first, p.classes, kStreamThreads, int(threadIdx.x), p.soft_vectors,
+  load_items<kStreamItems, Width>(any_row(p.soft, row), first, p.classes, kStreamThreads<A>, int(threadIdx.x), p.soft_vectors,
                                   A(0), y);
 }
 
@@ -99,7 +103,7 @@ __device__ __forceinline__ A push_student(const Params<A>& p, int64_t row, int64
   const A base = base_of(student.max);
 #pragma unroll
   for (int i = 0; i < kStreamItems; ++i) {
-    const int64_t c = item_class<Width>(first, i, kStreamThreads, threadIdx.x);
+    const int64_t c = item_class<Width>(first, i, kStreamThreads<A>, threadIdx.x);
     x[i] -= base;
     student.z += exp_negative(x[i] * p.inv_t[0]);
     if (p.cross_entropy) student.z_one += exp_negative(x[i]);
@@ -165,7 +169,7 @@ __device__ __forceinline__ A stream_mixture(const Params<A>& p, int64_t row, uns
   const A base = base_of(max_student), inv_z = 1 / z_student, inv_t = p.inv_t[0];
   const A total = p.total_of(row), inv_total = 1 / total;
   Numbers<A, 1> gap{{0}};
-  for (int64_t first = 0; first < p.classes; first += kStreamTile) {
+  for (int64_t first = 0; first < p.classes; first += kStreamTile<A>) {
     A s[kStreamItems], t[kStreamItems], mixture[kStreamItems];
     load_student<S>(p, row, first, s);
 #pragma unroll
@@ -219,8 +223,8 @@ __device__ __forceinline__ A stream_cross_entropy(const Params<A>& p, int64_t ro
 }
 
 template <class S, class A>
-__global__ void __launch_bounds__(kStreamThreads, 2) stream_forward_kernel(const __grid_constant__ Params<A> p) {
-  using Threads = RowThreads<A, kStreamThreads>;
+__global__ void __launch_bounds__(kStreamThreads<A>, sizeof(A) == 8 ? 3 : 2) stream_forward_kernel(const __grid_constant__ Params<A> p) {
+  using Threads = RowThreads<A, kStreamThreads<A>>;
   constexpr int kWidth = kVector<S, S>;
   SIMT_DYNAMIC_SHARED(A, memory);
   SIMT_SHARED(A, buffer, 2 * Threads::kWarps * Threads::kMost);
@@ -242,7 +246,7 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_forward_kernel(const
     states.at(k, 3) = 0;
   }
   RunningStudent<A> student;
-  for (int64_t first = 0; first < p.classes; first += kStreamTile) {
+  for (int64_t first = 0; first < p.classes; first += kStreamTile<A>) {
     A x[kStreamItems];
     load_student<S>(p, row, first, x);
     const A growth = push_student<kWidth>(p, row, first, student, x);
@@ -281,7 +285,7 @@ __device__ __forceinline__ void add_label_gradient(const Params<A>& p, int64_t r
   if (soft) load_soft<Width>(p, row, first, y);
 #pragma unroll
   for (int i = 0; i < kStreamItems; ++i) {
-    const bool hit = item_class<Width>(first, i, kStreamThreads, threadIdx.x) == label;
+    const bool hit = item_class<Width>(first, i, kStreamThreads<A>, threadIdx.x) == label;
     grad[i] += factor * exp_negative(x[i]) - uniform - sharp * (soft ? y[i] : hit ? A(1) : A(0));
   }
 }
@@ -314,10 +318,10 @@ __device__ __forceinline__ void add_teachers_gradient(const Params<A>& p, int64_
 
 // The gradient of one tile of one row; blocks are rows times tiles.
 template <class S, class A>
-__global__ void __launch_bounds__(kStreamThreads, sizeof(A) == 8 ? 2 : 3)
+__global__ void __launch_bounds__(kStreamThreads<A>, sizeof(A) == 8 ? 4 : 3)
     stream_backward_kernel(const __grid_constant__ Params<A> p, const A* grad_loss, bool per_row, const A* aux, int64_t tiles) {
   constexpr int kWidth = kVector<S, S>;
-  const int64_t row = blockIdx.x / tiles, first = int64_t(blockIdx.x % tiles) * kStreamTile;
+  const int64_t row = blockIdx.x / tiles, first = int64_t(blockIdx.x % tiles) * kStreamTile<A>;
   const Label kind = label_kind(p.target, row, p.ignore_index, p.classes);
   A grad[kStreamItems];
 #pragma unroll
@@ -335,7 +339,7 @@ __global__ void __launch_bounds__(kStreamThreads, sizeof(A) == 8 ? 2 : 3)
   const A upstream = grad_loss[per_row ? row : 0] * aux[0];
 #pragma unroll
   for (int i = 0; i < kStreamItems; ++i) grad[i] *= upstream;
-  store_items<kStreamItems, kWidth>(p.template grad_row<S>(row), first, p.classes, kStreamThreads, int(threadIdx.x),
+  store_items<kStreamItems, kWidth>(p.template grad_row<S>(row), first, p.classes, kStreamThreads<A>, int(threadIdx.x),
                                     p.grad_vectors, grad);
 }
 

@@ -191,8 +191,8 @@ Results forward(const std::vector<Tensor>& logits, const std::vector<Tensor>& te
   return run(args, logits.front(), with_terms);
 }
 
-Tensor backward(const Tensor& grad_loss, const Tensor& stored, const Tensor& saved, const Tensor& aux,
-                const std::vector<int64_t>& learners, int64_t reduction) {
+void backward_into(const Tensor& grad_loss, const Tensor& stored, const Tensor& saved, const Tensor& aux,
+                   const std::vector<int64_t>& learners, int64_t reduction, const Tensor& grad) {
   BackwardArgs args;
   args.slots = int(stored.size(0));
   args.rows = stored.size(1);
@@ -204,14 +204,24 @@ Tensor backward(const Tensor& grad_loss, const Tensor& stored, const Tensor& sav
   for (const int64_t m : learners) STD_TORCH_CHECK(m >= 0 && m < grad_loss.size(0), "fastkd: a learner out of range");
   check_stored(stored, saved, aux, args.slots * args.rows);
   check_grad_loss(grad_loss, grad_loss.size(0), args.rows, args.reduction, aux);
-  Tensor grad = empty_like_device(stored, {args.slots, args.rows, args.classes}, stored.scalar_type());
   args.grad_loss = grad_loss.data_ptr();
   args.stored = stored.data_ptr();
   args.saved = saved.size(0) > 0 ? saved.data_ptr() : nullptr;
   args.aux = aux.data_ptr();
   args.grad = grad.data_ptr();
   run_backward(args, stored);
+}
+
+Tensor backward(const Tensor& grad_loss, const Tensor& stored, const Tensor& saved, const Tensor& aux,
+                const std::vector<int64_t>& learners, int64_t reduction) {
+  Tensor grad = empty_like_device(stored, {stored.size(0), stored.size(1), stored.size(2)}, stored.scalar_type());
+  backward_into(grad_loss, stored, saved, aux, learners, reduction, grad);
   return grad;
+}
+
+void backward_in_place(const Tensor& grad_loss, const Tensor& stored, const Tensor& saved, const Tensor& aux,
+                       const std::vector<int64_t>& learners, int64_t reduction) {
+  backward_into(grad_loss, stored, saved, aux, learners, reduction, stored);
 }
 
 }  // namespace
@@ -225,12 +235,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
       "float ce_weight, float num_items, bool cross_entropy, float label_smoothing, int ignore_index, bool scale_by_t2, "
       "int reduction, bool with_terms, int[] learners, bool stream) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("mutual_backward(Tensor grad, Tensor rows, Tensor saved, Tensor aux, int[] learners, int reduction) -> Tensor");
+  m.def(
+      "mutual_backward_(Tensor grad, Tensor(a!) rows, Tensor saved, Tensor aux, int[] learners, int reduction) -> ()");
 }
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) {
   m.impl("mutual_forward", TORCH_BOX(&fastkd::mutual::forward));
   m.impl("mutual_backward", TORCH_BOX(&fastkd::mutual::backward));
+  m.impl("mutual_backward_", TORCH_BOX(&fastkd::mutual::backward_in_place));
 }
 
 FASTKD_CONSTANTS(mutual, {"launch_learners", fastkd::mutual::kMaxLaunchLearners},

@@ -46,7 +46,8 @@ struct Args {
   void* grad = nullptr;       // [S, R, C], contiguous: see README.md for its scale
   void* saved = nullptr;      // A [S, R] inverse scale of float16 gradients
   void* aux = nullptr;        // A [2]: factor that the stored gradients still lack, targets out of range
-  double row_factor = 1;      // CPU: what the stored gradients are multiplied by, 1 / max(1, rows that count) for the mean
+  double row_factor = 1;      // what the stored gradients are multiplied by, 1 / max(1, rows that count) for the mean
+  bool counted = false;       // CUDA: aux[0] holds this factor before the rows are run
 };
 
 struct BackwardArgs {
@@ -59,7 +60,7 @@ struct BackwardArgs {
   const void* stored = nullptr;     // [S, R, C], as forward wrote it
   const void* saved = nullptr;      // A [S, R] or null
   const void* aux = nullptr;        // A [2], as forward wrote it
-  void* grad = nullptr;             // [S, R, C]
+  void* grad = nullptr;             // [S, R, C], or `stored`
 };
 
 // cpu.cpp defines one of these per instruction set: rows [begin, end), with scratch of scratch_bytes(args).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 def wrong_value(op: str, argument: str, expected: str, got: object) -> ValueError:
@@ -23,10 +23,16 @@ class UserError(Exception):
         self.status = status
 
 
-def guess(word: str, known: Sequence[str]) -> str:
-    """The words "did you mean ...? " where a word of `known` is near `word`, else nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]}? " if close else ""
+def guess(
+    word: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6, show: Callable[[str], str] = str
+) -> str:
+    """The words "did you mean ...? " with at most `most` words of `known` that are near `word`, else nothing."""
+    return suggest([show(near) for near in difflib.get_close_matches(word, list(known), n=most, cutoff=cutoff)])
+
+
+def suggest(words: Sequence[str]) -> str:
+    """The words "did you mean A or B? ", nothing of none."""
+    return f"did you mean {' or '.join(words)}? " if words else ""
 
 
 def note(text: str) -> None:

@@ -61,13 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _said_elsewhere(error: Exception) -> bool:
-    """Of several processes, one prints what all find out alike."""
+    """Whether another process prints this error: one does, of what all find out alike."""
     from fastkd._core.messages import UserError
     from fastkd.train import distributed
 
-    if isinstance(error, (distributed.Elsewhere, distributed.Lost)):
-        return isinstance(error, distributed.Elsewhere)
-    return isinstance(error, (UserError, ValueError, TypeError)) and not distributed.speaks()
+    if isinstance(error, (distributed.RemoteError, distributed.LostProcess)):
+        return isinstance(error, distributed.RemoteError)
+    return isinstance(error, (UserError, ValueError, TypeError)) and not distributed.reports_errors()
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -81,6 +81,7 @@ def _dispatch(argv: list[str]) -> int:
     from fastkd._core.messages import UserError, guess
     from fastkd.cli.options import parse
 
+    rest = argv[1:]
     if command not in COMMANDS:
         raise UserError(f"there is no command {command!r}: {guess(command, COMMANDS)}use {', '.join(COMMANDS)}")
     if command == "info":
@@ -97,17 +98,35 @@ def _dispatch(argv: list[str]) -> int:
         from fastkd.runs import study_command
 
         return study_command.main(argv[1:], _command_line(argv))
-    if command == "analyze":
+    if command == "analyze" and argv[1:2] == ["ablate"]:
+        command, rest = "compare", _ablation(argv[2:])
+    elif command == "analyze":
         from fastkd.runs import analyze
 
         return analyze.main(argv[1:])
-    config = parse(command, argv[1:])
+    config = parse(command, rest)
     if config is None:
         return 0
     from fastkd.runs import commands
 
     getattr(commands, command)(config, _command_line(argv))
     return 0
+
+
+QUICK = "--epochs 5 --guide-epochs 3 --eval-every 5 --seeds 0".split()  # a look at whether all of it runs
+
+
+def _ablation(rest: list[str]) -> list[str]:
+    """`METHOD [--quick] ...` of `fastkd analyze ablate` as options of `fastkd compare`."""
+    from fastkd._core.messages import UserError
+    from fastkd.runs.ablations import ABLATIONS
+
+    if rest[:1] in (["-h"], ["--help"]):
+        return ["--help"]
+    if not rest or rest[0].startswith("-"):
+        raise UserError(f"fastkd analyze ablate needs a method: {', '.join(ABLATIONS)}")
+    quick = QUICK if "--quick" in rest else []
+    return ["--ablate", rest[0], *quick, *(item for item in rest[1:] if item != "--quick")]
 
 
 def _info(rest: list[str]) -> int:

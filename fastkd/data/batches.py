@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from fastkd.data.decoding import UnreadableImage
 from fastkd.data.images import ImageSet
-from fastkd.data.parts import Part, length_of
+from fastkd.data.parts import RankPart, length_of
 from fastkd.data.seeding import SHUFFLE, WORKERS, check_seed, stream
 
 
@@ -58,14 +58,14 @@ class EpochSampler(Sampler[int]):
 class _Reader(Dataset[Any]):
     """An ImageSet, or a part of one, that hands on what could not be read; the loader decides, in the main process."""
 
-    def __init__(self, images: ImageSet | Part):
+    def __init__(self, images: ImageSet | RankPart):
         self.images = images
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitems__(self, indices: list[int]) -> tuple[list[Any], list[int]]:
-        return self.images.read(indices) if isinstance(self.images, Part) else (self.images.read(indices), indices)
+        return self.images.read(indices) if isinstance(self.images, RankPart) else (self.images.read(indices), indices)
 
 
 def _collate(items: list[Any]) -> tuple[Any, ...]:
@@ -84,7 +84,7 @@ def _collate_read(read: tuple[list[Any], list[int]]) -> tuple[Any, ...]:
 
 def image_set(dataset: Dataset[Any]) -> ImageSet | None:
     """The images of `fastkd.data` that `dataset` is, or is a part of; None for other data sets."""
-    dataset = dataset.dataset if isinstance(dataset, Part) else dataset
+    dataset = dataset.dataset if isinstance(dataset, RankPart) else dataset
     return dataset if isinstance(dataset, ImageSet) else None
 
 
@@ -96,7 +96,7 @@ class Loader(DataLoader[Any]):
         lost: images of the present pass that could not be read.
         unreadable: path -> reason, of all passes.
         rows: which images the batch holds that was given last: int64 [B], indices of the data set (-1 for an image that
-            counts nowhere, see `Part`); None for data sets that are not from `fastkd.data`.
+            counts nowhere, see `RankPart`); None for data sets that are not from `fastkd.data`.
     """
 
     sampler: EpochSampler
@@ -105,7 +105,7 @@ class Loader(DataLoader[Any]):
     def __init__(self, dataset: Dataset[Any], batch_size: int, sampler: EpochSampler, smallest: int, **options: Any):
         reader: Dataset[Any] = dataset
         collate: Callable[[Any], tuple[Any, ...]] = _collate
-        if isinstance(dataset, ImageSet) or (isinstance(dataset, Part) and image_set(dataset) is not None):
+        if isinstance(dataset, ImageSet) or (isinstance(dataset, RankPart) and image_set(dataset) is not None):
             reader, collate = _Reader(dataset), _collate_read
         super().__init__(
             reader, batch_size, sampler=sampler, generator=sampler.generator, collate_fn=collate, **options

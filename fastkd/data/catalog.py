@@ -1,7 +1,6 @@
 """`load`: a data set by name, split, augmented and normalised."""
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import re
@@ -14,12 +13,13 @@ from typing import Any, get_args
 import numpy as np
 from torch.utils.data import Dataset
 
+from fastkd._core.messages import guess
 from fastkd.data import sources
 from fastkd.data.description import describe
 from fastkd.data.images import BadImages, ImageSet
 from fastkd.data.kept_images import keep
 from fastkd.data.seeding import check_seed, stratified_order
-from fastkd.data.sources import Part, Source
+from fastkd.data.sources import Source, Split
 
 _SOURCES = {
     "digits": sources.digits,
@@ -148,7 +148,7 @@ def load(
     source = keep(source) if keep_images else source
     train, held_out = _split(source, train_size, validation, seed)
 
-    def make(part: Part, **extra: Any) -> ImageSet:
+    def make(part: Split, **extra: Any) -> ImageSet:
         extra["bad_images"] = bad_images
         return ImageSet(part.store, part.labels, part.rows, source.image_size, source.mean, source.std, **extra)
 
@@ -206,9 +206,8 @@ def _source(
         return sources.image_folder(Path(folder).expanduser(), image_size, bad_images)
     build = {known.replace("-", ""): build for known, build in _SOURCES.items()}.get(key)
     if build is None or folder:
-        close = difflib.get_close_matches(kind.lower(), names(), n=1)
-        guess = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"load: no data set is called {name!r}; {guess}known are {', '.join(names())}:DIR")
+        near = guess(kind.lower(), names())
+        raise ValueError(f"load: no data set is called {name!r}; {near}known are {', '.join(names())}:DIR")
     parameters = inspect.signature(build).parameters.values()
     known = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
     _check_options(name, known, options)
@@ -223,7 +222,7 @@ def _check_options(name: str, known: tuple[str, ...], options: dict[str, Any]) -
         _check_number("load", option, value)
 
 
-def _split(source: Source, train_size: int | None, validation: float | int, seed: int) -> tuple[Part, Part | None]:
+def _split(source: Source, train_size: int | None, validation: float | int, seed: int) -> tuple[Split, Split | None]:
     """The training images that are kept, and the validation images."""
     part = source.train
     rows = np.arange(len(part.store)) if part.rows is None else part.rows
@@ -243,5 +242,5 @@ def _split(source: Source, train_size: int | None, validation: float | int, seed
         raise ValueError(f"load: train_size is {train_size}, but there are {left} training images{apart}; choose fewer")
     order = stratified_order(part.labels[rows], seed)  # validation first, then training: each a stratified piece
     kept = order[count : count + (left if train_size is None else train_size)]
-    held_out = Part(part.store, part.labels, rows[np.sort(order[:count])]) if count else source.validation
-    return Part(part.store, part.labels, rows[np.sort(kept)]), held_out
+    held_out = Split(part.store, part.labels, rows[np.sort(order[:count])]) if count else source.validation
+    return Split(part.store, part.labels, rows[np.sort(kept)]), held_out

@@ -57,7 +57,7 @@ def _files(images: ImageSet, store: Files, classes: Sequence[str]) -> dict[str, 
         mine = [row for row in rows if used[row]]
         names = _digest(*(os.fsencode(paths[row][len(folder) :]) for row in rows))
         sizes = _digest(*(str(stats[row][0]).encode() for row in mine))
-        contents = (_content(paths[row]) if by_content else str(stats[row][1]).encode() for row in mine)
+        contents = (content_of(paths[row]) if by_content else str(stats[row][1]).encode() for row in mine)
         found[name] = [len(rows), names, sizes, _digest(*contents)]
     return {"compared": "content" if by_content else "times", "files": found}
 
@@ -70,7 +70,8 @@ def _stat(path: str) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _content(path: str) -> bytes:
+def content_of(path: str) -> bytes:
+    """What tells the content of a file from another's, the same for all that cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.sha256(file.read()).digest()

@@ -252,7 +252,7 @@ class ImageSet(Dataset[tuple[Any, int]]):
         return (x - self.mean) / self.std
 
     def _numbers(self, view: int) -> np.ndarray:
-        # Of the whole store at once: seeding a generator for each image would take longer than the image.
+        # The numbers of the whole store at once: seeding a generator for each image would take longer than the image.
         if self._draws is None:
             n = len(self.store)
             self._draws = [stream(self.seed, AUGMENT, self.variant, v).random((n, 4)) for v in range(self.views)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastkd.data.decoding import UnreadableImage
 from fastkd.data.images import LARGE, Files
-from fastkd.data.sources import Part, Source
+from fastkd.data.sources import Source, Split
 
 
 class KeptFiles(Files):
@@ -18,7 +18,7 @@ class KeptFiles(Files):
 
     def __init__(self, paths: Sequence[str], size: int):
         super().__init__(paths, size)
-        # Of numpy, whose zeros take no memory before they are written.
+        # By numpy, whose zeros take no memory before they are written.
         self.images = torch.from_numpy(np.zeros((len(self.paths), 3, size, size), np.uint8))
         self.known = np.zeros(len(self.paths), dtype=bool)
 
@@ -43,7 +43,7 @@ class KeptFiles(Files):
 def keep(source: Source) -> Source:
     """The same images, kept in memory where they are files that are always cut alike (below `LARGE` pixels)."""
 
-    def kept(part: Part) -> Part:
+    def kept(part: Split) -> Split:
         if not isinstance(part.store, Files) or part.store.size >= LARGE:
             return part
         return dataclasses.replace(part, store=KeptFiles(part.store.paths, part.store.size))

@@ -198,8 +198,8 @@ class _Network:
             assert self._open is not None
             kept, there = self.get(variant, rows)  # another process may have written some meanwhile
             new = np.flatnonzero(~there)
-            _write(self._path(variant), self._open[1], rows[new], values[new])
-            _write(self._path(variant, ".check"), self._open[2], rows[new], _checks(values[new], rows[new]))
+            write_rows(self._path(variant), self._open[1], rows[new], values[new])
+            write_rows(self._path(variant, ".check"), self._open[2], rows[new], _checks(values[new], rows[new]))
         kept[new] = values[new]
         return kept
 
@@ -320,7 +320,8 @@ def _holes(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> None:
     file.truncate(file.tell() + math.prod(shape) * dtype.itemsize)
 
 
-def _write(path: Path, mapped: np.memmap, rows: np.ndarray, values: np.ndarray) -> None:
+def write_rows(path: Path, mapped: np.memmap, rows: np.ndarray, values: np.ndarray) -> None:
+    """Put rows into a mapped file; an OSError names it."""
     width = mapped.itemsize * math.prod(mapped.shape[1:])
     try:
         with open(path, "r+b", buffering=0) as file:

@@ -29,7 +29,7 @@ def length_of(dataset: Dataset[Any]) -> int:
     return len(dataset)  # type: ignore[arg-type]  # torch.utils.data.Dataset itself has no length
 
 
-class Part(Dataset[Any]):
+class RankPart(Dataset[Any]):
     """`dataset` as process `rank` of `ranks` sees it: of each batch of indices it reads its own part.
 
     All processes take the same batches from a loader of this data set, so that the order of one process and its place

@@ -26,7 +26,7 @@ DIGITS_TEST = 0.3
 
 
 @dataclass(frozen=True)
-class Part:
+class Split:
     """Images and their labels. rows: those of the store that belong to this part, None for all."""
 
     store: InMemory | Files
@@ -38,15 +38,15 @@ class Part:
 class Source:
     """A data set before splitting, augmenting and normalising. left_out: what its folders hold beside, one sentence."""
 
-    train: Part
-    test: Part
+    train: Split
+    test: Split
     classes: tuple[str, ...]
     image_size: int
     channels: int
     mean: Sequence[float]
     std: Sequence[float]
     augmentation: Augmentation
-    validation: Part | None = None
+    validation: Split | None = None
     left_out: str = ""
 
 
@@ -59,8 +59,8 @@ def digits(root: Path, download: bool, image_size: int | None) -> Source:
     cut = round(DIGITS_TEST * len(labels))
     store = InMemory(images)
     return Source(
-        train=Part(store, labels, np.sort(order[cut:])),
-        test=Part(store, labels, np.sort(order[:cut])),
+        train=Split(store, labels, np.sort(order[cut:])),
+        test=Split(store, labels, np.sort(order[:cut])),
         classes=tuple(str(name) for name in bunch.target_names),
         image_size=image_size or 8,
         channels=1,
@@ -82,9 +82,9 @@ def _cifar(name: str, root: Path, download: bool, image_size: int | None) -> Sou
         advice = "delete it and download again" if download else "pass download=True, or put the unpacked archive there"
         raise FileNotFoundError(f"{name} was not found whole in {root}; {advice}") from error
 
-    def part(data: Any) -> Part:
+    def part(data: Any) -> Split:
         images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()  # uint8 [N, 3, 32, 32]
-        return Part(InMemory(images), np.asarray(data.targets, dtype=np.int64))
+        return Split(InMemory(images), np.asarray(data.targets, dtype=np.int64))
 
     mean, std = CIFAR[name]
     return Source(
@@ -160,8 +160,8 @@ def tiny_imagenet(root: Path, download: bool, image_size: int | None) -> Source:
     train_paths, train_labels = labelled_files(folder / "train", classes, left)
     size = image_size or _size_of(train_paths, "skip")  # training tells which cannot be read
     return Source(
-        train=Part(Files(train_paths, size), train_labels),
-        test=Part(Files(test_paths, size), np.array([index[row[1]] for row in rows], dtype=np.int64)),
+        train=Split(Files(train_paths, size), train_labels),
+        test=Split(Files(test_paths, size), np.array([index[row[1]] for row in rows], dtype=np.int64)),
         classes=tuple(classes),
         image_size=size,
         channels=3,
@@ -199,7 +199,7 @@ def image_folder(folder: Path, image_size: int | None, bad_images: BadImages = "
     for name in ("train", *held_out):
         parts[name] = labelled_files(folder / name, classes, left)
     size = image_size or _size_of(parts["train"][0], bad_images)
-    made = {name: Part(Files(paths, size), labels) for name, (paths, labels) in parts.items()}
+    made = {name: Split(Files(paths, size), labels) for name, (paths, labels) in parts.items()}
     return Source(
         train=made["train"],
         test=made[held_out[0]],
@@ -237,8 +237,8 @@ def fake(
     noise = torch.from_numpy(rng.random((len(labels), channels, size, size), dtype=np.float32))
     images = (255 * (0.5 * patterns[torch.from_numpy(labels)] + 0.5 * noise)).to(torch.uint8)
     return Source(
-        train=Part(InMemory(images[:train_images]), labels[:train_images]),
-        test=Part(InMemory(images[train_images:]), labels[train_images:]),
+        train=Split(InMemory(images[:train_images]), labels[:train_images]),
+        test=Split(InMemory(images[train_images:]), labels[train_images:]),
         classes=tuple(f"class {i}" for i in range(num_classes)),
         image_size=size,
         channels=channels,

@@ -35,14 +35,14 @@ class Networks(nn.Module):
         learning = self._adopt(learners)
         teaching = self._adopt(frozen)
         check_apart(self._name(), learning, teaching)
-        self._learner_names, self._teaching_names = tuple(learning), tuple(teaching)
-        self._frozen_names = tuple(frozen)
+        self._learner_names, self._frozen_names = tuple(learning), tuple(teaching)
+        self._frozen_arguments = tuple(frozen)
         self.leaves_unused |= any(map(has_auxiliary_heads, learning.values()))
         self._wrapped: dict[str, Any] = {}  # learner's name -> what map_learners made of it; not in the state dict
         self._teaching: dict[nn.Module, tuple[Any, Any]] = {}  # what map_teachers made of it, and of its features
         self._twins: dict[nn.Module, Twin] = {}  # what prepare_teachers made; not in the state dict
         self._known: Batch | None = None  # the batch whose part is at hand, where it knows what networks say
-        for name in self._frozen_names:
+        for name in self._frozen_arguments:
             self.get_submodule(name).requires_grad_(False).eval()
 
     def map_learners(self, wrap: Callable[[nn.Module], Callable[..., Any]]) -> Self:
@@ -91,7 +91,7 @@ class Networks(nn.Module):
     @property
     def frozen_names(self) -> tuple[str, ...]:
         """The names of the networks that never change: "teacher", "guides.0", ..."""
-        return self._teaching_names
+        return self._frozen_names
 
     @property
     def teacher_names(self) -> tuple[str, ...]:
@@ -141,7 +141,7 @@ class Networks(nn.Module):
         for network in self._wrapped.values():
             if isinstance(network, nn.Module):
                 network.train(mode)
-        for name in self._frozen_names:
+        for name in self._frozen_arguments:
             self.get_submodule(name).eval()
         return self
 

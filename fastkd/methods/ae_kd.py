@@ -83,8 +83,8 @@ def agreeing_weights(
     q, *p = ((z.to(wide).flatten(0, -2) / temperature).softmax(-1) for z in (logits, *teachers))
     counts = q.new_ones(q.shape[0], dtype=torch.bool) if target is None else counted(target).flatten()
     share = counts.to(wide) / counts.sum().clamp(min=1)  # [B]
-    slopes = temperature * torch.stack([((q - one) * share[:, None]).sum(0) for one in p])  # [K, C]
-    gram = slopes @ slopes.T  # [K, K]
+    gradients = temperature * torch.stack([((q - one) * share[:, None]).sum(0) for one in p])  # [K, C]
+    gram = gradients @ gradients.T  # [K, K]
     weights = gram.new_full((len(p),), 1 / len(p))
     rate = 1 / gram.diagonal().sum().clamp(min=torch.finfo(wide).tiny)  # the trace bounds the largest eigenvalue
     for _ in range(steps):

@@ -87,6 +87,7 @@ class Method(Networks):
             so that `forward`, which only returns a loss, cannot be it.
         last_only: for subclasses: arguments that hold for the last network of a chain, the student, not for the
             assistants that are trained by the same method before it.
+        kept_as: for subclasses: arguments whose attribute has another name, since a method has theirs.
         counted: for subclasses: what `counts` counts, in words: {"promotions": "Steps in which ..."}.
     """
 
@@ -94,6 +95,7 @@ class Method(Networks):
     one_loss = True
     last_only: tuple[str, ...] = ()
     counted: ClassVar[Mapping[str, str]] = {}
+    kept_as: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,
@@ -198,7 +200,8 @@ class Method(Networks):
     def extra_repr(self) -> str:
         """The keyword arguments that the method keeps, for `repr`; its networks stand below them."""
         names = [p.name for p in inspect.signature(type(self)).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        kept = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        held = {name: self.kept_as.get(name, name) for name in names}
+        kept = {name: getattr(self, own) for name, own in held.items() if hasattr(self, own)}
         return ", ".join(f"{k}={v!r}" for k, v in kept.items() if not isinstance(v, nn.Module))
 
     def start_epoch(self, epoch: int, epochs: int, steps: int | None = None) -> None:

@@ -11,7 +11,7 @@ the divergences (AVER) is neither the divergence from the mean logits nor that f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -154,6 +154,8 @@ class AVER(DGKD):
         lam: weight of the divergences, in [0, 1]. None: 0.9 as in KD, our choice, for "equal"; 1 for the others (P).
         standardize: distil the z-scores of the logits, as in DGKD.
     """
+
+    kept_as: ClassVar = {"weights": "weighting"}
 
     def __init__(
         self,

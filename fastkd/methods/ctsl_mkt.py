@@ -26,7 +26,7 @@ from fastkd.methods._relations import rows_that_count, select
 from fastkd.methods.base import Batch, Phase
 from fastkd.models import Outputs
 
-Terms = dict[str, Tensor | list[Tensor]]  # name of a term -> one scalar per peer
+PeerTerms = dict[str, Tensor | list[Tensor]]  # name of a term -> one scalar per peer
 
 
 class CTSLMKT(Peers):
@@ -156,7 +156,7 @@ class CTSLMKT(Peers):
             return outputs_of(self.learner(f"peers.{k}"), view, self._name(), f"peers[{k}]")
         return Outputs(self.learned_logits(f"peers.{k}", view))
 
-    def _responses(self, logits: Sequence[Tensor], target: Tensor | None) -> tuple[Tensor, Terms]:
+    def _responses(self, logits: Sequence[Tensor], target: Tensor | None) -> tuple[Tensor, PeerTerms]:
         """Cross-entropy and mutual response of all peers, in one pass."""
         weight = self.beta * self.beta2 / (len(logits) - 1)
         weights = [[weight if on else 0.0] * len(logits) for on in self.mutual_response]  # the diagonal is never read
@@ -168,15 +168,15 @@ class CTSLMKT(Peers):
             ce_weight=self.alpha,
             return_terms=True,
         )  # each [M]
-        parts: Terms = {"ce": self.alpha * terms.ce} if self.alpha > 0 else {}
+        parts: PeerTerms = {"ce": self.alpha * terms.ce} if self.alpha > 0 else {}
         if weight > 0 and any(self.mutual_response):
             parts["mutual"] = terms.kd
         return losses.sum(), parts
 
-    def _relations(self, features: Sequence[Tensor], rows: Tensor | None) -> Terms:
+    def _relations(self, features: Sequence[Tensor], rows: Tensor | None) -> PeerTerms:
         features = [select(f, rows) for f in features]  # each [N, D_k]
         weight, zero = self.beta / (len(features) - 1), features[0].new_zeros((), dtype=torch.float32)
-        terms: Terms = {}
+        terms: PeerTerms = {}
         for name, relation, scale in (
             ("distance", functional.rkd_distance, weight),
             ("angle", functional.rkd_angle, weight * self.beta1),
@@ -192,7 +192,7 @@ class CTSLMKT(Peers):
             terms[name] = values
         return terms
 
-    def _own(self, logits: Sequence[Tensor], former: Sequence[Tensor | None], target: Tensor | None) -> Terms:
+    def _own(self, logits: Sequence[Tensor], former: Sequence[Tensor | None], target: Tensor | None) -> PeerTerms:
         """Self-learning: each peer from its former self. Apart from the responses, since its temperature differs."""
         if self.gamma == 0 or not any(self.self_learning):
             return {}

@@ -26,14 +26,13 @@ from torch import Tensor, nn
 
 from fastkd import functional
 from fastkd._core.checks import check_choice, check_integer, check_number, check_temperature
-from fastkd._core.labels import IGNORE_INDEX, is_soft
 from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.functional import GroupStats
-from fastkd.methods._batch import map_tree
 from fastkd.methods._calls import as_argument, logits_in
 from fastkd.methods._checks import check_boolean, check_network, check_networks
+from fastkd.methods._feedback import hardest, mixed
 from fastkd.methods._observe import observe, read_later
-from fastkd.methods._pool import Pool, gather_pool
+from fastkd.methods._pool import gather_pool
 from fastkd.methods._standardize import distil_standardized
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 from fastkd.ops._gather import check_process_group
@@ -123,6 +122,7 @@ class ORC(Method):
     """
 
     one_loss = False
+    kept_as: ClassVar = {"teach": "teach_by"}
     pivot: nn.Module
     students: nn.ModuleList
     promotions: Tensor
@@ -254,46 +254,11 @@ class ORC(Method):
         if self.mix == "batch":
             return Batch(batch.inputs, (batch.target, batch.target), batch.chunks, name=self._name())
         pool = gather_pool(batch, stats, self.process_group) if self.feedback_scope == "global" else None
-        feedback = self._feedback(stats) if pool is None else pool.mine(self._feedback(pool.stats, None))  # [B]
-        return self._mix(batch, feedback, share if self.mix == "mixup" else 0.0, pool)
-
-    def _feedback(self, stats: GroupStats, group: Any = ...) -> Tensor:
-        """int64 [B]: the samples that the student group gets most wrong, in the proportions r of its networks."""
-        scores = functional.network_scores(stats, "ce", self.process_group if group is ... else group)  # [K], mean CE
-        if self.errors_only:
-            wrong = stats.errors() & ~stats.ce.isnan()  # [K, B]
-            some = wrong.any()
-            scores = scores.masked_fill(~wrong.any(1) & some, -torch.inf)
-            stats = stats._replace(ce=stats.ce.masked_fill(~wrong & some, torch.nan))  # NaN is left out
-        # A network that gave NaN has no share. Where all did, or no row has a label, the shares are equal.
-        lowest = torch.finfo(scores.dtype).min
-        r = scores.nan_to_num(nan=lowest, neginf=lowest).softmax(0)
-        return functional.hard_samples(stats, r, stats.ce.shape[1])
-
-    def _mix(self, batch: Batch, feedback: Tensor, share: float, pool: Pool | None = None) -> Batch:
-        """x~ = l * x_t + (1 - l) * x_F with both targets (y_t, y_F), to be cut as the batch is."""
-        target = batch.target if is_soft(batch.target) else batch.target.long()
-        mixed = []
-        others, labels = (batch.inputs, target) if pool is None else (pool.inputs, pool.target)
-
-        def mix(x: Any, other: Any) -> Any:
-            if not isinstance(x, Tensor) or not x.is_floating_point():
-                return x
-            if x.dim() == 0 or len(x) != len(target):
-                expected = f"tensors of {len(target)} rows as target"
-                raise wrong_value(self._name(), "inputs", expected, f"shape {list(x.shape)}")
-            mixed.append(x)
-            return torch.lerp(other.index_select(0, feedback), x, share)
-
-        inputs = map_tree(mix, batch.inputs, others)
-        if not mixed:
-            expected = "a floating-point tensor [B, ...] to mix, or a tuple, list or dict with one"
-            got = f"dtype {batch.inputs.dtype}" if isinstance(batch.inputs, Tensor) else type(batch.inputs).__name__
-            raise wrong_type(self._name(), "inputs", expected, got)
-        other = labels.index_select(0, feedback)
-        if not is_soft(target):
-            other = other.masked_fill(target == IGNORE_INDEX, IGNORE_INDEX)
-        return Batch(inputs, (target, other), batch.chunks, name=self._name())
+        if pool is None:
+            samples = hardest(stats, self.errors_only, self.process_group)  # [B]
+        else:
+            samples = pool.mine(hardest(pool.stats, self.errors_only, None))
+        return mixed(self._name(), batch, samples, share if self.mix == "mixup" else 0.0, pool)
 
     def _intensive_terms(self, names: Sequence[str], classes: int, share: float, inputs: Any, targets: Any) -> Terms:
         own, feedback = targets  # y_t, y_F

@@ -1,6 +1,5 @@
 """`with_features`: any network made to return `Outputs`."""
 
-import difflib
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fastkd._core.extras import require
+from fastkd._core.messages import guess
 from fastkd.models.base import Network, Outputs
 from fastkd.models.watched import Watched
 
@@ -157,9 +157,8 @@ def _resolve(model: nn.Module, layer_names: list[str], nodes: list[str]) -> list
 
 
 def _unknown(model: nn.Module, name: str, known: list[str], what: str = "") -> ValueError:
-    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    guess = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known[:12]) or 'none'}, ..."
-    return ValueError(f"with_features: {type(model).__name__}{what} runs no layer {name!r}; {guess}")
+    near = guess(str(name), known, most=3, cutoff=0.5).rstrip() or f"it has {', '.join(known[:12]) or 'none'}, ..."
+    return ValueError(f"with_features: {type(model).__name__}{what} runs no layer {name!r}; {near}")
 
 
 def _return_outputs(model: nn.Module, graph: fx.Graph, layers: list[str], logits: str) -> None:

@@ -1,6 +1,5 @@
 """Networks by name: `create` and `names`."""
 
-import difflib
 import inspect
 import re
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fastkd._core.messages import guess
 from fastkd.models import torchvision_nets
 from fastkd.models.plain import LAYOUTS, PlainCNN
 from fastkd.models.resnet import CifarResNet
@@ -77,9 +77,8 @@ def _builder(name: str) -> Callable[..., nn.Module]:
     key = _key(name)
     if key in _BY_KEY:
         return _BUILDERS[_BY_KEY[key]]
-    close = [_BY_KEY[k] for k in difflib.get_close_matches(key, _BY_KEY)]
-    guess = f"did you mean {' or '.join(close)}? " if close else ""
-    raise ValueError(f"create: no network is called {name!r}; {guess}known are {', '.join(names())}")
+    near = guess(key, _BY_KEY, most=3, show=_BY_KEY.__getitem__)
+    raise ValueError(f"create: no network is called {name!r}; {near}known are {', '.join(names())}")
 
 
 def _check_integer(argument: str, value: int, least: int) -> None:

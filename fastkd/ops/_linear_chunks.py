@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkd import _backend
-from fastkd.ops import _multi_teacher_kernels as kernels
+from fastkd.ops import _multi_teacher_native as native
 from fastkd.ops import _topk_formula as topk
 from fastkd.ops._formulas import flat_rows, reduce_rows
 from fastkd.ops._linear_formula import sparse_entries, weights_of_rows
@@ -319,10 +319,10 @@ def _softcap_slope(logits: Tensor, softcap: float) -> Tensor:
 
 def row_kernel(tensors: Tensors, options: Options, learns: bool) -> tuple[Tensor, Tensor]:
     """Losses [L, n] or [n], and the gradient of the sum of the rows' losses, [n, V]."""
-    losses, rows, saved, aux = kernels._forward(tensors, options, None, learns, False)
-    if learns and kernels._streams(tensors.student):  # long rows on a GPU: a second read makes the gradient
+    losses, rows, saved, aux = native.forward(tensors, options, None, learns, False)
+    if learns and native.streams(tensors.student):  # long rows on a GPU: a second read makes the gradient
         student = tensors.student
         ones = torch.ones(student.shape[0], dtype=losses.dtype, device=student.device)
         stream = _backend.native_ops(student).multi_teacher_stream_backward
-        rows = stream(ones, *tensors, None, saved, aux, *kernels._numbers(options))
+        rows = stream(ones, *tensors, None, saved, aux, *native.numbers_of(options))
     return losses, rows

@@ -16,7 +16,7 @@ from fastkd.ops._divergences import FORWARD, Divergence, check_divergence
 from fastkd.ops._formulas import Reduction, accumulate_dtype, flat_rows
 from fastkd.ops._inputs import REDUCTIONS, check_labels, check_like, check_num_items, check_scalar
 from fastkd.ops._multi_teacher_formula import Combine, Options
-from fastkd.ops._multi_teacher_kernels import COMBINE
+from fastkd.ops._multi_teacher_native import COMBINE
 from fastkd.ops._teachers import check_temperature, check_weights
 from fastkd.ops.topk import MODES, Mode, TopK, check_topk
 from fastkd.ops.topk import check_temperature as check_sparse_temperature

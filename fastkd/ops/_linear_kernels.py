@@ -11,14 +11,15 @@ from torch import Tensor
 from fastkd import _backend
 from fastkd.ops import _linear_chunks as chunks
 from fastkd.ops import _linear_formula as formula
-from fastkd.ops import _multi_teacher_kernels as kernels
+from fastkd.ops import _multi_teacher_native as native
 from fastkd.ops._autograd import Inputs, graph_is_kept, hand_out, is_transformed, on_host, save_for_backward, with_kept
 from fastkd.ops._divergences import KINDS, Divergence
 from fastkd.ops._formulas import accumulate_dtype
 from fastkd.ops._inputs import REDUCTIONS, check_range, why_learning
 from fastkd.ops._linear_inputs import OP, SPARSE, Call, Projection, Teacher
 from fastkd.ops._multi_teacher_formula import Options
-from fastkd.ops._multi_teacher_kernels import COMBINE, LAUNCH_TEACHERS
+from fastkd.ops._multi_teacher_kernels import LAUNCH_TEACHERS
+from fastkd.ops._multi_teacher_native import COMBINE
 
 Wants = tuple[bool, bool, bool]  # gradients of hidden, weight, bias
 Static = tuple[list[Any], list[Any], list[Any], list[Any]]  # host weights, temperatures, floats, integers
@@ -99,7 +100,7 @@ def _native(call: Call) -> Sequence[Tensor]:
 
 def _flat(call: Call) -> tuple[list[Tensor | None], Static]:
     """The tensors, hidden, weight and bias first, and the rest as numbers and words."""
-    options, scalars = kernels._split(call.options)
+    options, scalars = native.split(call.options)
     weight, bias, softcap, scale = call.projection
     slots = [tensor for teacher in call.teachers for tensor in teacher[1:5]]
     tensors = [call.hidden, weight, bias, call.target, call.soft, call.weights, scalars, *slots]
@@ -132,7 +133,7 @@ def _unflat(tensors: Sequence[Any], static: Static) -> Call:
         scale_by_t2=bool(by_t2), reduction=REDUCTIONS[reduction], num_items=items or None, labels=bool(labels),
         terms=bool(terms), divergence=Divergence(KINDS[kind], tuple(shapes[2 * len(kinds) :])),
     )  # fmt: skip
-    options = kernels._joined(options, scalars)
+    options = native.joined(options, scalars)
     projection = Projection(weight, bias, softcap, scale)
     return Call(hidden, projection, tuple(teachers), target, soft, weights, options, classes, chunk_rows)
 
@@ -185,10 +186,10 @@ torch.library.register_fake("fastkd::linear_multi_teacher_forward", _fake, lib=_
 
 def _run(call: Call, wants: Wants, row_scale: Tensor | None) -> tuple[Tensor, ...]:
     tensors, static = _flat(call)
-    return _operator(tensors, static, wants, row_scale)
+    return call_operator(tensors, static, wants, row_scale)
 
 
-def _operator(
+def call_operator(
     tensors: Sequence[Tensor | None], static: Static, wants: Wants, row_scale: Tensor | None
 ) -> tuple[Tensor, ...]:
     operator = torch.ops.fastkd.linear_multi_teacher_forward.default
@@ -210,7 +211,7 @@ class _Linear(torch.autograd.Function):
         ctx.static, ctx.wants = static, wants
         ctx.dtypes = [None if t is None else t.dtype for t in tensors[:3]]
         ctx.again = static[3][3] == 0  # reduction="none"
-        out = _operator(tensors, static, (False, False, False) if ctx.again else wants, None)
+        out = call_operator(tensors, static, (False, False, False) if ctx.again else wants, None)
         losses, *gradients = out
         ctx.saves_inputs = ctx.again or torch.compiler.is_compiling()
         if ctx.saves_inputs:
@@ -231,7 +232,7 @@ class _Linear(torch.autograd.Function):
             gradients = _second_derivative(ctx, grad, [once[i] for i in ctx.places])
         elif ctx.again:
             tensors = [saved[3 + i] for i in ctx.places]
-            again = _operator(tensors, ctx.static, ctx.wants, grad.contiguous())[1:]
+            again = call_operator(tensors, ctx.static, ctx.wants, grad.contiguous())[1:]
             gradients = [g.to(d) if w else None for g, d, w in zip(again, ctx.dtypes, ctx.wants, strict=True)]
         elif ctx.saves_inputs:
             made = zip(saved[:3], ctx.dtypes, ctx.wants, strict=True)

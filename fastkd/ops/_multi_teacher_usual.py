@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastkd import _backend
 from fastkd.ops import _multi_teacher_kernels as kernels
+from fastkd.ops import _multi_teacher_native as native
 from fastkd.ops._autograd import is_transformed, may_read_values
 from fastkd.ops._inputs import out_of_range
 from fastkd.ops._multi_teacher_formula import Options, Tensors
@@ -24,6 +25,9 @@ PLAIN = frozenset((float, int, bool, str, type(None)))  # types of which equal v
 MATRICES = frozenset((Tensor, torch.nn.Parameter))
 ROW, LABEL = torch.zeros(1, 2, device="cpu"), torch.zeros(1, dtype=torch.int64, device="cpu")  # stand-ins
 Check: TypeAlias = Callable[..., tuple[Tensors, Options]]
+# A call as it was made: check, student, teachers, target, weights, the options' names and values. A plain tuple, since
+# every call makes one.
+Given: TypeAlias = tuple[Check, Tensor, object, Tensor | None, object, tuple[str, ...], Sequence[object]]
 
 
 class _Remembered(NamedTuple):
@@ -41,27 +45,19 @@ def _remembered(
         tensors, options = check(ROW, (ROW,) * k, LABEL if labels else None, weights, **given)
     except (TypeError, ValueError):
         return None
-    return _Remembered(options, kernels._numbers(options)) if len(tensors.teachers) == k else None
+    return _Remembered(options, native.numbers_of(options)) if len(tensors.teachers) == k else None
 
 
-def losses(
-    check: Check,
-    student: Tensor,
-    teachers: object,
-    target: Tensor | None,
-    weights: object,
-    names: tuple[str, ...],
-    values: Sequence[object],
-) -> Sequence[Tensor] | None:
+def losses(given: Given) -> Sequence[Tensor] | None:
     """The loss, with return_terms KD and CE, where all is as usual and native kernels take it in one pass; or None."""
     learns = torch.is_grad_enabled()
-    call = _call(check, student, teachers, target, weights, names, values, learns)
+    call = _call(given, learns)
     if call is None:
         return None
     try:
         if learns and call[0].student.requires_grad:
             beside: list[Tensor] = []
-            return _Usual.apply(student, call, beside), *beside
+            return _Usual.apply(call[0].student, call, beside), *beside
         result = _run(*call, False)[0]
     except RuntimeError:  # dtypes, most of all: the sentence comes from check()
         return None
@@ -69,36 +65,20 @@ def losses(
 
 
 @torch.no_grad()
-def loss_and_gradient(
-    check: Check,
-    student: Tensor,
-    teachers: object,
-    target: Tensor | None,
-    weights: object,
-    names: tuple[str, ...],
-    values: Sequence[object],
-) -> tuple[Tensor, Tensor] | None:
+def loss_and_gradient(given: Given) -> tuple[Tensor, Tensor] | None:
     """The loss and what its sum's backward would give to the student, in the same case."""
-    call = _call(check, student, teachers, target, weights, names, values, False)
+    call = _call(given, False)
     if call is None:
         return None
     try:
-        loss, *stored = _run(*call, True)
+        loss, rows, saved, aux = _run(*call, True)
     except RuntimeError:
         return None
-    return loss, kernels.gradient_from(call[1].options, torch.ones_like(loss), *stored)
+    return loss, native.gradient_from(call[1].options, torch.ones_like(loss), rows, saved, aux, given_away=True)
 
 
-def _call(
-    check: Check,
-    student: Tensor,
-    teachers: object,
-    target: Tensor | None,
-    weights: object,
-    names: tuple[str, ...],
-    values: Sequence[object],
-    learns: bool,
-) -> tuple[Tensors, _Remembered] | None:
+def _call(given: Given, learns: bool) -> tuple[Tensors, _Remembered] | None:
+    check, student, teachers, target, weights, names, values = given
     if torch.compiler.is_compiling() or is_transformed() or _backend.machine.check_everywhere:
         return None
     if type(student) not in MATRICES or not isinstance(teachers, (list, tuple)):
@@ -144,10 +124,10 @@ def _run(tensors: Tensors, found: _Remembered, need_grad: bool) -> Sequence[Tens
     return out
 
 
-class _Usual(kernels.Stored):
+class _Usual(native.Stored):
     """With nothing to look up in the forward."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, call: tuple[Any, ...], beside: list[Tensor]) -> Tensor:
         tensors, found = call
-        return kernels.keep(ctx, tensors, found.options, None, _run(tensors, found, True), beside)
+        return native.keep(ctx, tensors, found.options, None, _run(tensors, found, True), beside)

@@ -1,4 +1,4 @@
-"""The native losses of M networks: raw operations, their fake kernels, autograd, groups of networks of one launch.
+"""The native losses of M networks in one launch: raw operations, their fake kernels, autograd.
 
 csrc/mutual/op.cpp registers, with M networks of R rows and C classes, S of which want a gradient (`learners`, their
 indices), and A = float64 for float64 logits, else float32:
@@ -8,6 +8,7 @@ indices), and A = float64 for float64 logits, else float32:
                     two that float16 rows were multiplied by ([0, R] for other dtypes); aux A [2]: the factor that
                     `rows` still lacks (1 / rows that count), targets out of range
     backward(grad_output, rows, saved, aux, learners, reduction) -> [S, R, C]
+    backward_(grad_output, rows, saved, aux, learners, reduction): the same in place
 """
 
 from __future__ import annotations
@@ -24,10 +25,7 @@ from fastkd.ops import _losses
 from fastkd.ops._autograd import Inputs, graph_is_kept, may_read_values, save_for_backward, with_kept
 from fastkd.ops._formulas import accumulate_dtype, count_rows, rows_of
 from fastkd.ops._inputs import REDUCTIONS, out_of_range
-from fastkd.ops._peer_losses import Options, Tensors, block_of, is_read, reference
-
-# Of one CUDA launch (csrc/mutual/op.h); more networks go in groups.
-LAUNCH_LEARNERS, LAUNCH_NETWORKS = 16, 32
+from fastkd.ops._peer_losses import Options, Tensors, reference
 
 
 def register_fakes(namespace: str) -> None:
@@ -57,7 +55,13 @@ def register_fakes(namespace: str) -> None:
         return torch.empty_like(rows)
 
     torch.library.register_fake(f"{namespace}::mutual_forward", forward)
+
+    def backward_(
+        grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor, learners: Sequence[int], reduction: int
+    ) -> None: ...
+
     torch.library.register_fake(f"{namespace}::mutual_backward", backward)
+    torch.library.register_fake(f"{namespace}::mutual_backward_", backward_)
 
 
 def arguments(tensors: Tensors, options: Options, learners: Sequence[int]) -> tuple[Any, ...]:
@@ -78,11 +82,8 @@ def forward(op: str, tensors: Tensors, options: Options, learners: Sequence[int]
     return out
 
 
-def losses(op: str, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor | None]:
-    """As reference(): the losses and their terms, from one launch, or from several where one does not take all."""
-    first = tensors.logits[0]
-    if any([z.dtype != first.dtype for z in tensors.logits]) or _exceeds_a_launch(tensors):
-        return _of_groups(op, tensors, options)
+def run(op: str, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor | None]:
+    """As reference(): the losses and their terms, from one launch."""
     learners: list[int] = []
     if torch.is_grad_enabled():
         if tensors.stacked is None:
@@ -100,8 +101,6 @@ def losses(op: str, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor 
         loss = _losses.with_graphs(loss, lambda m: state.alone(values, m))
     return loss, terms
 
-
-# --- autograd -------------------------------------------------------------------------------------------------------
 
 BEFORE_NETWORKS = 5  # of _flat()
 NOTHING = (None,) * (4 + BEFORE_NETWORKS)  # the gradients of what comes before the networks in _Native
@@ -152,6 +151,12 @@ class _State:
         kept = graph_is_kept() or bool(self.waiting)
         if self.ready and type(grad) is Tensor and all([g == 1.0 for g in grad.tolist()]):
             result = rows.clone() if kept else rows
+        elif not kept and _backend.device_kind(rows) != "cpu":
+            # In place: a kernel sees on the GPU whether anything is left to do.
+            reduction = REDUCTIONS.index(self.options.reduction)
+            backward_ = _backend.native_ops(rows).mutual_backward_
+            backward_(grad.contiguous(), rows, self.saved, self.aux, self.learners, reduction)
+            result = rows
         else:
             result = _scaled(grad, rows, self.saved, self.aux, self.learners, self.options)
         networks = self.networks
@@ -317,66 +322,3 @@ def _differentiable(
         inputs = [tensors.logits[k] for k in (learners if m is None else [m])]
     loss, _ = reference(tensors, options)
     return torch.autograd.grad(loss if m is None else loss[m], inputs, grad, create_graph=True)
-
-
-# --- groups of networks ---------------------------------------------------------------------------------------------
-
-
-def _exceeds_a_launch(tensors: Tensors) -> bool:
-    m, total = len(tensors.logits), len(tensors.logits) + len(tensors.teachers)
-    return (m > LAUNCH_LEARNERS or total > LAUNCH_NETWORKS) and _backend.device_kind(tensors.logits[0]) != "cpu"
-
-
-def _of_groups(op: str, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor | None]:
-    """Learners of one dtype, and no more than a launch takes, learn together; the others are teachers to them."""
-    if tensors.stacked is not None:
-        rows = [rows_of(z) for z in tensors.stacked.unbind(0)]
-        tensors = tensors._replace(logits=tuple(rows), stacked=None)
-    limited = _backend.device_kind(tensors.logits[0]) != "cpu"
-    by_dtype: dict[torch.dtype, list[int]] = {}
-    for m, z in enumerate(tensors.logits):
-        by_dtype.setdefault(z.dtype, []).append(m)
-    size = LAUNCH_LEARNERS if limited else len(tensors.logits)
-    groups = [group[k : k + size] for group in by_dtype.values() for k in range(0, len(group), size)]
-    results = [_of_group(op, tensors, options, group, limited) for group in groups]
-    places = {m: (g, k) for g, group in enumerate(groups) for k, m in enumerate(group)}
-    order = [list(places).index(m) for m in range(len(tensors.logits))]
-    loss = torch.cat([loss for loss, _ in results])[order]
-    parts = [terms for _, terms in results if terms is not None]
-    terms = torch.cat(parts, 1)[:, order] if parts else None
-    return _losses.with_graphs(loss, lambda m: results[places[m][0]][0][places[m][1]]), terms
-
-
-def _of_group(
-    op: str, tensors: Tensors, options: Options, group: list[int], limited: bool
-) -> tuple[Tensor, Tensor | None]:
-    """More teachers than a launch takes: their terms add up; the group's own and its labels go with the first."""
-    networks = (*tensors.logits, *tensors.teachers)
-    others = [n for n in range(len(networks)) if n not in group and is_read(tensors, options, group, n)]
-    size = LAUNCH_NETWORKS - len(group) if limited else max(1, len(others))
-    results = []
-    for k in range(0, max(1, len(others)), size):
-        chunk = others[k : k + size]
-        weights, own = block_of(tensors, options, group, group) if k == 0 else (None, [[0.0] * len(group)] * len(group))
-        teacher_weights, frozen = block_of(tensors, options, group, chunk)
-        part = tensors._replace(
-            logits=tuple([networks[m] for m in group]), teachers=tuple([networks[n].detach() for n in chunk]),
-            weights=weights, teacher_weights=teacher_weights,
-        )  # fmt: skip
-        numbers = tuple([w for rows in zip(own, frozen, strict=True) for row in rows for w in row])
-        chosen = options._replace(host_weights=numbers, cross_entropy=options.cross_entropy and k == 0)
-        results.append(losses(op, part, chosen))
-    if len(results) == 1:
-        return results[0]
-    terms = [terms for _, terms in results if terms is not None]
-    loss = _losses.with_graphs(
-        _total([loss for loss, _ in results]), lambda m: _total([loss[m] for loss, _ in results])
-    )
-    return loss, _total(terms) if terms else None
-
-
-def _total(tensors: Sequence[Tensor]) -> Tensor:
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return total

@@ -20,7 +20,7 @@ from fastkd.ops.topk import check_temperature as check_sparse_temperature
 
 REASON = "TopK teachers have no kernel yet: they are plain PyTorch, the dense teachers beside them are native"
 
-# Of whole logits alone.
+# The options that whole logits alone take, and what they are beside TopK teachers.
 DENSE_ALONE = {
     "divergence": "forward", "divergence_beta": None, "vocab_size": None, "softcap": None, "logit_scale": 1.0,
     "teacher_softcap": None, "teacher_logit_scale": 1.0,

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastkd import _backend
 from fastkd._core.messages import wrong_type
 from fastkd.ops import _losses, mutual
+from fastkd.ops import _peer_inputs as inputs
 from fastkd.ops._formulas import Reduction
 from fastkd.ops._inputs import check_labels
 from fastkd.ops._peer_losses import Options, Tensors
@@ -69,22 +70,22 @@ def _check(
     one = isinstance(logits, Tensor)
     name = "logits" if one else "logits[0]"
     given = (logits,) if one else logits
-    networks, _, class_dim = mutual.check_networks(OP, given, class_dim, target is not None, least=1, name=name)
+    networks, _, class_dim = inputs.check_networks(OP, given, class_dim, target is not None, least=1, name=name)
     if target is None:
         raise wrong_type(OP, "target", "class indices or probabilities", None)
-    whose = "the logits'" if one else mutual.WHOSE
+    whose = "the logits'" if one else inputs.WHOSE
     target, soft = check_labels(OP, target, mask, ignore_index, networks[0], class_dim, whose)
     options = Options(
         (0.0,) * len(networks) ** 2,
         kd_weight=0.0,
         ce_weight=1.0,
         cross_entropy=True,
-        num_items=mutual.check_reduction(OP, reduction, num_items),
-        label_smoothing=mutual.check_smoothing(OP, label_smoothing),
+        num_items=inputs.check_reduction(OP, reduction, num_items),
+        label_smoothing=inputs.check_smoothing(OP, label_smoothing),
         ignore_index=ignore_index,
         reduction=reduction,
     )
-    return Tensors(mutual.rows_of(networks), target=target, soft=soft), options, networks[0].shape[:-1]
+    return Tensors(inputs.rows_of(networks), target=target, soft=soft), options, networks[0].shape[:-1]
 
 
 _backend.register(

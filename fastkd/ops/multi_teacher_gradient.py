@@ -11,9 +11,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastkd import _backend
+from fastkd.ops import _multi_teacher_inputs as inputs
 from fastkd.ops import _multi_teacher_kernels as kernels
 from fastkd.ops import _multi_teacher_usual as usual
-from fastkd.ops import multi_teacher
 from fastkd.ops._keywords import DistillationCall
 from fastkd.ops.multi_teacher import USUAL, multi_teacher_kd
 
@@ -59,7 +59,7 @@ def multi_teacher_kd_with_gradient(
     if options.keys() <= _USUAL_OPTIONS:
         values = tuple([options.get(name, default) for name, default in _DEFAULTS.items()])
         weights = options.get("weights")
-        found = usual.loss_and_gradient(multi_teacher._check, student, teachers, target, weights, USUAL, values)
+        found = usual.loss_and_gradient((inputs.check, student, teachers, target, weights, USUAL, values))
         if found is not None:
             return found
     given = _SIGNATURE.bind(student, teachers, target, **options).arguments
@@ -84,7 +84,7 @@ def _why_reference(arguments: dict[str, Any]) -> str | None:
     bound = _WHOLE.bind(arguments["student"], arguments["teachers"], arguments["target"], **arguments["options"])
     bound.apply_defaults()
     with torch.no_grad():
-        return kernels.why_reference(*multi_teacher._check(**bound.arguments))
+        return kernels.why_reference(*inputs.check(**bound.arguments))
 
 
 _backend.register(multi_teacher_kd_with_gradient, OP, _why_reference, lambda namespace: None)

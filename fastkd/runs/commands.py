@@ -12,6 +12,7 @@ from fastkd._core.locks import lock, why_not_writable
 from fastkd._core.messages import UserError
 from fastkd.runs import compare as comparing
 from fastkd.runs import environment
+from fastkd.runs.ablations import asked
 from fastkd.runs.config import CompareConfig, TrainConfig, differences, read_yaml, to_yaml
 from fastkd.runs.folder import CONFIG, holds_run
 from fastkd.runs.job import CompareJob, Job
@@ -75,15 +76,15 @@ def train(config: TrainConfig, command: str, say: Callable[[str], None] = print)
         job = job.among(world)
         config, say = job.config, say if world.first else lambda text: None
         if config.tensorboard:
-            world.from_first(lambda: board.writer_type() and None)  # only this process needs the package
-        out = world.from_first(lambda: _open(config))
+            world.broadcast(lambda: board.writer_type() and None)  # only this process needs the package
+        out = world.broadcast(lambda: _open(config))
         with world.locked(out), cpu_threads(config.threads), deterministic(config.deterministic):
-            world.from_first(lambda: _note_epochs(job, say))
+            world.broadcast(lambda: _note_epochs(job, say))
             runner = Runner(job, say)
-            world.from_first(lambda: _keep_config(out, config))
+            world.broadcast(lambda: _keep_config(out, config))
             results = runner.run()
             others = runner.accuracies(results["student"].others)
-            report = world.from_first(lambda: write_train_report(job, results, others, runner.data, command))
+            report = world.broadcast(lambda: write_train_report(job, results, others, runner.data, command))
     last = results["student"].rows[-1]
     say(f"{config.method}: test accuracy {percent(last['test_accuracy'])} % after epoch {int(last['epoch'])}")
     say(f"report: {report}, curves: {out / 'curves.png'}")
@@ -106,6 +107,7 @@ def _note_epochs(job: Job, say: Callable[[str], None]) -> None:
 
 def compare(config: CompareConfig, command: str, say: Callable[[str], None] = print) -> comparing.Comparison:
     """Run all methods and seeds, print the table, and leave the report, the picture and the metrics in OUT."""
+    config = asked(config)
     if config.methods == ["all"]:
         config = dataclasses.replace(config, methods=list(RECIPES))
     if launched() > 1:

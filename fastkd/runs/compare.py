@@ -17,6 +17,7 @@ import fastkd
 from fastkd import models
 from fastkd._core.files import write_atomic
 from fastkd.runs import compare_pool, environment
+from fastkd.runs.ablations import variants
 from fastkd.runs.compare_figure import draw
 from fastkd.runs.config import CompareConfig, TrainConfig
 from fastkd.runs.figures import LAST_EPOCH
@@ -208,7 +209,8 @@ def text(comparison: Comparison, command: str) -> str:
     student = next(iter(next(iter(comparison.results.values())).values()))["student"].network
     one = config.run(config.methods[0], config.seeds[0], {})
     seeds = ", ".join(map(str, config.seeds))
-    lines = [f"# {', '.join(config.methods)} on {config.data}", ""]
+    title = f"Ablation of {config.ablate}" if config.ablate else ", ".join(config.methods)
+    lines = [f"# {title} on {config.data}", ""]
     count = f"{models.parameters_count(student):,}"
     lines += [
         f"Student {config.student} ({count} parameters), seeds {seeds}; mean +- standard deviation over the seeds."
@@ -218,7 +220,10 @@ def text(comparison: Comparison, command: str) -> str:
         lines += ["## Networks trained before", "", guides_table(comparison), ""]
     lines += ["## Methods", ""]
     jobs = {method: runner.job for method, runner in comparison.runners.items()}
-    lines += [f"- **{m}**: {jobs[m].recipe.described(config.data, jobs[m].config.options)}" for m in config.methods]
+    rows = variants(config)
+    for m in config.methods:
+        row = f"{rows[m].described()}. " if rows else ""
+        lines += [f"- **{m}**: {row}{jobs[m].recipe.described(config.data, jobs[m].config.options)}"]
     lines += ["", "## Data", "", data_text(config, runner.data), ""]
     if config.train_size:
         lines += ["Each seed draws its own training images; the test images are the same for all.", ""]

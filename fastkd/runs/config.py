@@ -42,6 +42,8 @@ class CompareOptions:
 
     Args:
         methods: which methods: A,B,...; all for all of them
+        ablate: a method whose switches are compared instead, as in its paper (dgkd, orc, ctsl-mkt, dkel, feed-parallel,
+            feed-sequential); --methods then keeps to some of the labels
         seeds: one run of each method for each seed: 0,1,...; default 0 to 2 (digits: 0 to 9)
         options: options.NAME=VALUE sets an argument of every method that has it
         jobs: seeds that run side by side, a process each; default on a CPU where runs have one thread (digits): as many
@@ -51,6 +53,7 @@ class CompareOptions:
     """
 
     methods: list[str] = option([*COMPARED], "stages", grows=True)
+    ablate: str = option("", "stages")
     seeds: list[int] = option([], "stages", grows=True)
     options: dict[str, Any] = option({}, "stages")
     jobs: int | None = option(None, "free", least=1)

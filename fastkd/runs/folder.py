@@ -45,11 +45,16 @@ class Run:
 
 
 def read(folder: str | Path) -> list[Run]:
-    """The run in a folder, or all runs of a comparison; UserError where there is none with a finished epoch."""
+    """The run in a folder, which may be one of a comparison's, or all runs of a comparison.
+
+    UserError where there is none with a finished epoch.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give the folder (--out) of a run")
     if not (folder / "config.yaml").is_file():
+        if found := _of_comparison(folder):
+            return [found]
         raise UserError(f"{folder} holds no run: it has no config.yaml")
     options = read_yaml(folder / "config.yaml")
     if "methods" in options:
@@ -58,6 +63,15 @@ def read(folder: str | Path) -> list[Run]:
     if not rows:
         raise UserError(f"the run in {folder} has finished no epoch yet: there is nothing to report")
     return [Run(folder, options, rows)]
+
+
+def _of_comparison(folder: Path) -> Run | None:
+    """The run in OUT/runs/METHOD-seedN, whose options are those of the comparison in OUT."""
+    folder = folder.absolute()
+    config = folder.parents[1] / "config.yaml" if len(folder.parents) > 1 else folder
+    options = read_yaml(config) if folder.parent.name == "runs" and config.is_file() else {}
+    runs = _compared(folder.parents[1], options) if "methods" in options else []
+    return next((run for run in runs if run.folder == folder), None)
 
 
 def _compared(folder: Path, options: dict[str, Any]) -> list[Run]:

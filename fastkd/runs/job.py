@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastkd._core.messages import UserError
+from fastkd.methods import MeanTeacher
+from fastkd.runs.ablations import Variants, asked, variants
 from fastkd.runs.config import CompareConfig, TrainConfig
 from fastkd.runs.plans import Recipe, check_options, plan, recipe
 from fastkd.runs.stages import Stage
@@ -41,7 +44,7 @@ class Job(Setup):
         """The same run of several processes: a run that is resumed has the options that the first one finds."""
         if world.size == 1:
             return self
-        return Job.of(world.from_first(lambda: self.config), world, device=self.device)
+        return Job.of(world.broadcast(lambda: self.config), world, device=self.device)
 
     @property
     def config(self) -> TrainConfig:
@@ -60,7 +63,7 @@ class Job(Setup):
 
     @cached_property
     def recipes(self) -> dict[str, Recipe]:
-        """Of the stages, by the stages' names."""
+        """The recipes of the stages' methods, by the methods' names."""
         known = {self.config.method: self.recipe}
         for stage in self.stages.values():
             known[stage.method] = known.get(stage.method) or recipe(stage.method)
@@ -74,20 +77,39 @@ class Job(Setup):
         """Whether --logits-cache has something to keep."""
         return any(map(self.teaches_logits, self.stages.values()))
 
+    def check(self) -> None:
+        """UserError for an option that nothing in this run can use."""
+        if self.config.logits_cache and not self.keeps_logits():
+            raise UserError(
+                f"--logits-cache: no frozen network of {self.config.method} teaches by its logits of each image alone: "
+                "leave the option out"
+            )
+        if self.config.diversity and not self.has_several():
+            raise UserError(f"--diversity: {self.config.method} has one network alone: leave the option out")
+
+    def has_several(self) -> bool:
+        """Whether the student's stage has several networks, which --diversity can compare."""
+        student = self.stages["student"]
+        averaged = issubclass(self.recipe.method, MeanTeacher)
+        return averaged or bool(student.guides) or len(student.learners) > 1 or student.learners[0].branches > 1
+
 
 @dataclass(frozen=True)
 class CompareJob:
-    """One `fastkd compare`: its options, what its methods are, and its device."""
+    """One `fastkd compare`: its options, what its methods are, and its device; of an ablation its rows by label."""
 
     config: CompareConfig
     recipes: dict[str, Recipe]
     device: torch.device
+    variants: Variants = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: CompareConfig) -> CompareJob:
         """UserError for a method or a device that is not there."""
-        recipes = {name: recipe(name) for name in config.methods}
-        return cls(config, recipes, pick_device(config.device))
+        config = asked(config)
+        rows = variants(config)
+        recipes = {name: recipe(rows[name].method if rows else name) for name in config.methods}
+        return cls(config, recipes, pick_device(config.device), rows)
 
     @property
     def methods(self) -> list[str]:
@@ -95,13 +117,17 @@ class CompareJob:
         return self.config.methods
 
     def runs(self) -> dict[tuple[str, int], Job]:
-        """Of each method and seed; UserError for an option that no method has, or a run that cannot be planned."""
+        """The job of each method and seed; UserError for an option that no method has, or a plan that cannot be."""
         check_options(self.recipes, self.config.options)
         return {(name, seed): self._run(name, seed) for seed in self.config.seeds for name in self.methods}
 
     def _run(self, name: str, seed: int) -> Job:
         options: dict[str, Any] = self.recipes[name].accepted(self.config.options)
-        job = Job(self.config.run(name, seed, options), self.device, ALONE, self.recipes[name])
-        if job.keeps_logits() or not job.config.logits_cache:
-            return job
-        return dataclasses.replace(job, settings=dataclasses.replace(job.config, logits_cache=False))
+        run = self.config.run(name, seed, options)
+        run = self.variants[name].of(run) if self.variants else run
+        job = Job(run, self.device, ALONE, self.recipes[name])
+        cache = job.config.logits_cache and job.keeps_logits()
+        diversity = job.config.diversity and job.has_several()
+        return dataclasses.replace(
+            job, settings=dataclasses.replace(job.config, logits_cache=cache, diversity=diversity)
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from fastkd import methods
-from fastkd._core.messages import UserError
+from fastkd._core.messages import UserError, guess, suggest
 from fastkd.runs import stages
 from fastkd.runs.config import TrainConfig
 from fastkd.runs.stages import Stage
@@ -101,7 +100,7 @@ _GENERATIONS = (
 
 RECIPES = {
     "ce": Recipe(methods.CE, _alone(methods.CE), stages.alone, "The student alone, by cross-entropy with the labels."),
-    "kd": Recipe(methods.KD, _with_teacher(methods.KD), stages.taught, f"{_TEACHER}; no assistants."),
+    "kd": Recipe(methods.KD, _with_teacher(methods.KD), stages.teacher_then_student, f"{_TEACHER}; no assistants."),
     "aver": Recipe(
         methods.AVER,
         _with_guides(methods.AVER),
@@ -131,11 +130,14 @@ RECIPES = {
     "rkd": Recipe(
         methods.RKD,
         _with_teacher(methods.RKD),
-        stages.taught,
+        stages.teacher_then_student,
         f"{_TEACHER} by the distances and angles between the embeddings of a batch; no assistants.",
     ),
     "ft": Recipe(
-        methods.FT, _with_teacher(methods.FT), stages.taught, f"{_TEACHER} by its last feature map; no assistants."
+        methods.FT,
+        _with_teacher(methods.FT),
+        stages.teacher_then_student,
+        f"{_TEACHER} by its last feature map; no assistants.",
     ),
     "pcl": Recipe(
         methods.PCL,
@@ -194,13 +196,13 @@ RECIPES = {
     "dkd": Recipe(
         methods.DKD,
         _with_teacher(methods.DKD),
-        stages.taught,
+        stages.teacher_then_student,
         f"{_TEACHER} by its probability of the label and, apart from it, those of the other classes; no assistants.",
     ),
     "dist": Recipe(
         methods.DIST,
         _with_teacher(methods.DIST),
-        stages.taught,
+        stages.teacher_then_student,
         f"{_TEACHER} by the correlations of its probabilities within samples and within classes; no assistants.",
     ),
     "ae-kd": Recipe(
@@ -259,10 +261,8 @@ def recipe(name: str) -> Recipe:
     known = ", ".join(RECIPES)
     if not name:
         raise UserError(f"--method is missing: give one of {known}")
-    close = [known for known in RECIPES if known.startswith(name.lower())]
-    close = close or difflib.get_close_matches(name.lower(), RECIPES, n=1)
-    guess = f"did you mean {' or '.join(close)}? " if close else ""
-    raise UserError(f"there is no method {name!r}: {guess}known are {known}")
+    begun = [known for known in RECIPES if known.startswith(name.lower())]
+    raise UserError(f"there is no method {name!r}: {suggest(begun) or guess(name.lower(), RECIPES)}known are {known}")
 
 
 def check_options(recipes: Mapping[str, Recipe], options: Mapping[str, Any]) -> None:
@@ -270,11 +270,10 @@ def check_options(recipes: Mapping[str, Recipe], options: Mapping[str, Any]) -> 
     known = list(dict.fromkeys(argument for how in recipes.values() for argument in how.arguments))
     for option in options:
         if option not in known:
-            close = difflib.get_close_matches(option, known, n=1)
-            guess = f"did you mean options.{close[0]}? " if close else ""
+            near = guess(option, known, show="options.{}".format)
             has = f"it has {', '.join(known)}" if known else "it has none"
             who = next(iter(recipes)) if len(recipes) == 1 else "each of the methods"
-            raise UserError(f"{who} has no option {option!r}: {guess}{has}")
+            raise UserError(f"{who} has no option {option!r}: {near}{has}")
 
 
 def plan(config: TrainConfig, how: Recipe | None = None) -> list[Stage]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from fastkd._core.messages import UserError
 from fastkd.runs.figures import pyplot, save_figure
 from fastkd.runs.folder import Run
 from fastkd.runs.tables import write_csv
@@ -14,10 +13,8 @@ PREFIX = "promotions_"
 
 
 def promotions(run: Run) -> dict[str, list[float]]:
-    """Network -> its promotions in each epoch, as the log has them (there since the start). UserError without any."""
+    """Network -> its promotions in each epoch, as the log has them (there since the start)."""
     names = [name for name in run.rows[-1] if name.startswith(PREFIX)]
-    if not names:
-        raise UserError(f"{run.folder} has no promotions in its log: roles are those of a run of orc")
     since = {name.removeprefix(PREFIX): [0.0, *(row[name] for row in run.rows)] for name in names}
     return {name: [b - a for a, b in itertools.pairwise(counts)] for name, counts in since.items()}
 

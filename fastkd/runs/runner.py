@@ -98,7 +98,7 @@ def load_data(config: TrainConfig, note: Callable[[str], None] = note) -> datase
 
 
 def _check_size(config: TrainConfig, data: datasets.Data) -> None:
-    """Of images whose size nobody gave."""
+    """UserError for images that are too small, where nobody gave a size."""
     if config.image_size is None and data.image_size < SMALLEST_IMAGE:
         raise UserError(
             f"--data {config.data}: the shorter side of the first image has {data.image_size} of the {SMALLEST_IMAGE} "
@@ -167,11 +167,7 @@ class Runner:
         self.job = _job(run)
         self.config, self.world, self.stages = self.job.config, self.job.world, self.job.stages
         self.say = say if self.world.first else lambda text: None
-        if self.config.logits_cache and not self.job.keeps_logits():
-            raise UserError(
-                f"--logits-cache: no frozen network of {self.config.method} teaches by its logits of each image alone: "
-                "leave the option out"
-            )
+        self.job.check()
         self._check_device()
         self.data = load_data(self.config) if data is None else data
         _check_size(self.config, self.data)
@@ -182,7 +178,7 @@ class Runner:
         """Train what is not there yet; the results by the stages' names."""
         if self.world.size > 1:
             same_data.check_alike(self.world, self.data.description)
-        self.world.from_first(self._record_data)
+        self.world.broadcast(self._record_data)
         results: dict[str, Result] = {}
         for stage in self.stages.values():
             trained = {name: results[name].network for name in stage.needs}
@@ -191,7 +187,7 @@ class Runner:
         return results
 
     def accuracies(self, networks: Mapping[str, nn.Module]) -> dict[str, float]:
-        """Of each network on the test images, by its name. Every process must call."""
+        """Each network's accuracy on the test images, by its name. Every process must call."""
         batches = held_out_batches(self.data, self.config, self.world)["test"]
         about = self.job.device, self.data.num_classes, self.world
         return {name: evaluate(network, batches, *about)[1] for name, network in networks.items()}
@@ -199,7 +195,7 @@ class Runner:
     def _check_device(self) -> None:
         check_amp(self.config.amp, self.job.device)
         check_cuda_graph(self.config, self.job.device, self.world)
-        self.world.from_first(lambda: batch_norm.check(self.config, self.job.device, self.world))
+        self.world.broadcast(lambda: batch_norm.check(self.config, self.job.device, self.world))
 
     def _record_data(self) -> None:
         folder = self.job.folder
@@ -239,16 +235,17 @@ class Runner:
             folder,
             others={each.name: network for each, network in list(zip(stage.learners, learners, strict=True))[1:]},
             curves=self._curves(stage) if folder is not None else None,
+            guides={name: trained[name] for name in stage.guides},
             logits=self._cache / "logits" if self.config.logits_cache and self.job.teaches_logits(stage) else None,
         )
         data = self.data.with_views(stage.views) if stage.views > 1 else self.data
         return Fit(self._build(stage, learners, trained), data, self._setup(stage), task)
 
     def _setup(self, stage: Stage) -> Setup:
-        """Of the networks that are trained before, the last checkpoint is enough."""
+        """What the engine does in a stage: of networks trained before the student the last checkpoint is enough."""
         if stage.name == "student":
             return self.job
-        return Setup(dataclasses.replace(self.config, keep=1), self.job.device, self.world)
+        return Setup(dataclasses.replace(self.config, keep=1, diversity=False), self.job.device, self.world)
 
     def _curves(self, stage: Stage) -> Path | None:
         """Where a stage's curves go: in this run's folder, also where its checkpoints go into the cache."""
@@ -284,7 +281,7 @@ class Runner:
     def _cached(self, stage: Stage) -> Path:
         """The folder of a stage in the cache."""
         # The first process's: the times of files may differ between machines.
-        key = self.world.from_first(lambda: stage_key(self.job, stage, self.stages, self.data))
+        key = self.world.broadcast(lambda: stage_key(self.job, stage, self.stages, self.data))
         return self._cache / f"{stage.learners[0].name}-{key}"
 
     def _wait(self, folder: Path) -> Callable[[], None]:
@@ -293,13 +290,13 @@ class Runner:
     def _share(self, stage: Stage, source: Path) -> None:
         """Put a student that was trained alone where other methods look for it: it is their student's self-teacher."""
         folder = self._cached(stage)
-        reason = self.world.from_first(lambda: why_not_writable(folder))
+        reason = self.world.broadcast(lambda: why_not_writable(folder))
         if reason:
             if self.world.first and not self.config.quiet:
                 note(f"the student is not put into {self._cache}, which cannot be written ({reason})")
             return
         with self.world.locked(folder, wait=self._wait(folder)):
-            self.world.from_first(lambda: self._copy(stage, source, folder))
+            self.world.broadcast(lambda: self._copy(stage, source, folder))
 
     def _copy(self, stage: Stage, source: Path, folder: Path) -> None:
         target = checkpoint.path_of(folder / "checkpoints", stage.epochs)
@@ -312,9 +309,9 @@ class Runner:
         if stage.name in self.config.checkpoint:
             return self._given(stage, self.config.checkpoint[stage.name])
         folder = self._cached(stage)
-        reason = self.world.from_first(lambda: why_not_writable(folder))
+        reason = self.world.broadcast(lambda: why_not_writable(folder))
         if reason:
-            return self._only_read(stage, trained, folder, reason)
+            return self._only_read(stage, trained, reason)
         with self.world.locked(folder, wait=self._wait(folder)):
             fit = self.fit(stage, trained, folder)
             fit.resume()
@@ -323,17 +320,27 @@ class Runner:
             fit.run()
         return Result(stage, fit.method.deployable(), fit.rows, folder)
 
-    def _only_read(self, stage: Stage, trained: Mapping[str, nn.Module], folder: Path, reason: str) -> Result:
-        """A network that is finished, from a cache that this process may not write: without a lock."""
+    def finished(self, stage: Stage, trained: Mapping[str, nn.Module]) -> Result | None:
+        """An earlier stage as it was trained, from its file: nothing is trained or locked. None where there is none."""
+        if stage.name in self.config.checkpoint:
+            return self._given(stage, self.config.checkpoint[stage.name])
+        folder = self._cached(stage)
         done = checkpoint.path_of(folder / "checkpoints", stage.epochs)
-        if not self.world.from_first(done.is_file):
-            advice = f"it does not hold the trained {stage.name} {stage.network}: name a --cache that can be written"
-            raise NotWritable(self._cache, reason, advice)
+        if not self.world.broadcast(done.is_file):
+            return None
         fit = self.fit(stage, trained, folder)
         fit.resume(done)
         if not self.config.quiet:
             self.say(f"{stage.name} {stage.network}: taken from {folder}")
         return Result(stage, fit.method.deployable(), fit.run(), folder)
+
+    def _only_read(self, stage: Stage, trained: Mapping[str, nn.Module], reason: str) -> Result:
+        """A network that is finished, from a cache that this process may not write."""
+        found = self.finished(stage, trained)
+        if found is None:
+            advice = f"it does not hold the trained {stage.name} {stage.network}: name a --cache that can be written"
+            raise NotWritable(self._cache, reason, advice)
+        return found
 
     def _given(self, stage: Stage, path: str) -> Result:
         network = make_network(stage.network, self.data)

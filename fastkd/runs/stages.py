@@ -101,7 +101,7 @@ def alone(config: TrainConfig) -> list[Stage]:
     return [_student(config)]
 
 
-def taught(config: TrainConfig) -> list[Stage]:
+def teacher_then_student(config: TrainConfig) -> list[Stage]:
     """Teacher, student."""
     return [_teacher(config), _student(config, ("teacher",))]
 

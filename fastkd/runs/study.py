@@ -29,7 +29,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder, and for people."""
+        """The run's name, which its folder has too."""
         return "-".join([self.setting] * (self.setting != DEFAULT) + [self.method, f"seed{self.seed}"])
 
     def config(self, out: Path) -> TrainConfig:

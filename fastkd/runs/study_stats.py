@@ -24,7 +24,7 @@ def half_width(values: list[float]) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two methods, over the seeds that both have.
+    """The paired differences of two methods, over the seeds that both have.
 
     Attributes:
         mean: of the differences.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastkd._core.files import write_atomic
 from fastkd._core.messages import UserError
+from fastkd.runs import html
 from fastkd.runs.figures import LAST_EPOCH, draw_curves, draw_runs
 from fastkd.runs.folder import UNFINISHED, Run, read
 from fastkd.runs.tables import percent, table
@@ -73,16 +74,18 @@ def _write(path: Path, lines: list[str], say: Callable[[str], None], picture: Pa
 
 def main(argv: list[str], command: str) -> int:
     """`fastkd report`; returns the exit status."""
-    usage = "fastkd report RUN [RUN ...] [--out DIR]"
+    usage = "fastkd report RUN [RUN ...] [--out DIR] [--html]"
     parser = argparse.ArgumentParser(
         prog="fastkd report",
         usage=usage,
-        description="report.md and pictures of a run, finished or not, or of several side by side",
+        description="report.md and pictures of a run, finished or not, or of several side by side; "
+        "--html makes of it, and of the report of a comparison or a study, one file",
         exit_on_error=False,
         allow_abbrev=False,
     )
     parser.add_argument("run", nargs="*", metavar="RUN", help="folder (--out) of a run or of a comparison")
     parser.add_argument("--out", metavar="DIR", help=f"folder for the report of several runs (default: {DEFAULT_OUT})")
+    parser.add_argument("--html", action="store_true", help="also report.html: one file with the pictures in it")
     if "-h" in argv or "--help" in argv:
         parser.print_help()
         return 0
@@ -91,5 +94,16 @@ def main(argv: list[str], command: str) -> int:
         raise UserError(f"fastkd report has no option {unknown[0]}: use {usage}")
     if not options.run:
         raise UserError(f"fastkd report needs the folder of a run: {usage}")
-    report(options.run, options.out, command)
+    if options.html and len(options.run) == 1 and _has_own(Path(options.run[0])):
+        print(f"as one file: {html.write(Path(options.run[0]) / 'report.md')}")
+        return 0
+    path = report(options.run, options.out, command)
+    if options.html:
+        print(f"as one file: {html.write(path)}")
     return 0
+
+
+def _has_own(folder: Path) -> bool:
+    """Whether `folder` is a finished comparison's, or a study's: the report there says more than a list of runs."""
+    finished = (folder / "results.csv").is_file() or (folder / "study.csv").is_file()
+    return finished and (folder / "report.md").is_file()

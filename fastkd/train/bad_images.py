@@ -36,7 +36,7 @@ class BadImages:
     def tell(self) -> None:
         """Name those that are new since the last call, of all processes."""
         own = {path: reason for batches in self.loaders.values() for path, reason in batches.unreadable.items()}
-        found = {path: reason for part in self.world.collect(own) for path, reason in part.items()}
+        found = {path: reason for part in self.world.gather(own) for path, reason in part.items()}
         new = [path for path in found if path not in self.told]
         if not new:
             return

@@ -22,12 +22,12 @@ def writer_type() -> Any:
     return require("torch.utils.tensorboard", "--tensorboard", "tensorboard").SummaryWriter
 
 
-class Board:
+class TensorBoard:
     """The scalars of one stage, in event files in `folder`. With folder=None it does nothing.
 
-    Tags: "epoch/NAME" for the columns of metrics.csv, "step/NAME" for what the meter holds when it looks: the mean over
-    the images since its last look. Both stand at the run's step, also those of an epoch, so that one number says what a
-    resumed run must drop. What is not finite is left out, as in metrics.csv.
+    Tags: "epoch/NAME" for the columns of metrics.csv, "step/NAME" for what the meter holds when it reads its losses:
+    the mean over the images since the last reading. Both stand at the run's step, also those of an epoch, so that one
+    number says what a resumed run must drop. What is not finite is left out, as in metrics.csv.
 
     Only the first of several processes writes. All of them must call: what is written are means over all.
 
@@ -38,7 +38,7 @@ class Board:
     def __init__(self, folder: Path | None, world: World = ALONE):
         self.folder, self.world = folder, world
         self._writer: Any = None
-        self._before: dict[str, float] = {}  # sums at the last look
+        self._before: dict[str, float] = {}  # sums at the last reading
 
     @contextmanager
     def opened(self, step: int) -> Iterator[None]:
@@ -55,26 +55,27 @@ class Board:
                 self._writer = None
 
     def watch(self, meter: Meter) -> None:
-        """Write what this epoch's meter holds, at each of its looks."""
+        """Write what this epoch's meter holds, at each of its readings."""
         if self.folder is not None:
             self._before = _sums(meter.total())  # not zero where the epoch goes on after an interruption
-            meter.on_look = self._look
+            meter.on_read = self.step
 
     def row(self, step: int, row: Row) -> None:
         """A row of metrics.csv."""
         self._scalars("epoch", step, row)
 
-    def flush(self) -> None:
-        """All that was written so far into the file."""
-        self._ask(lambda writer: writer.flush())
-
-    def _look(self, meter: Meter) -> None:
+    def step(self, meter: Meter) -> None:
+        """The means over the images since the last reading."""
         total = meter.total()
         before, self._before = self._before, _sums(total)
         since = {name: value - before.get(name, 0.0) for name, value in self._before.items()}
         images = {name: since[_JUDGED if name == "accuracy" else _MEASURED] for name in total.sums}
         means = {name: since[name] / count for name, count in images.items() if count > 0}
         self._scalars("step", total.first_step + total.batches, means)
+
+    def flush(self) -> None:
+        """All that was written so far into the file."""
+        self._ask(lambda writer: writer.flush())
 
     def _scalars(self, kind: str, step: int, values: dict[str, float]) -> None:
         def write(writer: Any) -> None:

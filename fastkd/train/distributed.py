@@ -26,14 +26,14 @@ from fastkd._core.locks import Busy, lock
 from fastkd._core.messages import UserError
 from fastkd.methods import Method
 
-POLL = 1.0  # seconds between two looks at a folder that another run holds
+POLL = 1.0  # seconds between two tries to take a folder that another run holds
 
 
-class Elsewhere(UserError):
+class RemoteError(UserError):
     """An error of the first process, which prints it."""
 
 
-class Lost(UserError):
+class LostProcess(UserError):
     """Another process of the run is gone, or does not answer."""
 
     def __init__(self, reason: str, seconds: float):
@@ -71,9 +71,9 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether it holds in one process at least. On the host."""
-        return -self.least(-int(flag)) > 0
+        return -self.minimum(-int(flag)) > 0
 
-    def least(self, value: int) -> int:
+    def minimum(self, value: int) -> int:
         """The smallest of the processes' numbers. On the host."""
         if self.size == 1:
             return value
@@ -81,10 +81,10 @@ class World:
         dist.all_reduce(found, dist.ReduceOp.MIN, group=self.group)
         return int(found)
 
-    def from_first(self, function: Callable[[], Any]) -> Any:
+    def broadcast(self, function: Callable[[], Any]) -> Any:
         """What `function` returns in the first process, in all of them; it must be possible to pickle it.
 
-        An error that it raises there is raised there, and in the others as `Elsewhere`.
+        An error that it raises there is raised there, and in the others as `RemoteError`.
         """
         if self.size == 1:
             return function()
@@ -99,10 +99,10 @@ class World:
         if error is not None:
             raise error
         if box[1] is not None:
-            raise Elsewhere(*box[1])
+            raise RemoteError(*box[1])
         return box[0]
 
-    def collect(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """Each process's value, in the first process; [] in the others."""
         if self.size == 1:
             return [value]
@@ -147,7 +147,7 @@ class World:
 
             # Not one long wait: the others would think that the first process is gone.
             waiting = False
-            while not self.from_first(take):
+            while not self.broadcast(take):
                 if wait is not None and not waiting and self.first:
                     wait()
                 waiting = True
@@ -159,7 +159,7 @@ ALONE = World()
 
 
 def own_seed(seed: int, rank: int) -> int:
-    """Of a process's global generators, from which dropout draws: the run's own seed in the first one."""
+    """The seed of a process's global generators, from which dropout draws: the run's own in the first process."""
     return (seed + 0x9E3779B1 * rank) % 2**32
 
 
@@ -176,7 +176,7 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def speaks() -> bool:
+def reports_errors() -> bool:
     """Whether this process prints what all find out alike before they meet: a wrong option."""
     return launched() == 1 or world().size > 1 or os.environ.get("RANK", "0") == "0"
 
@@ -186,7 +186,7 @@ def joined(device: torch.device, seconds: float) -> Iterator[World]:
     """Meet the processes that torchrun has started; a group that is there already is taken as it is.
 
     GPUs talk by NCCL, the host by gloo. A collective that takes longer than `seconds` fails, and so does one with a
-    process that has ended: Lost.
+    process that has ended: LostProcess.
     """
     if launched() == 1 or (dist.is_available() and dist.is_initialized()):
         yield world()
@@ -201,7 +201,7 @@ def joined(device: torch.device, seconds: float) -> Iterator[World]:
     except Exception as error:
         if not _lost(error):
             raise
-        raise Lost(" ".join(str(error).split())[:160], seconds) from error
+        raise LostProcess(" ".join(str(error).split())[:160], seconds) from error
     dist.destroy_process_group()  # after an error it might wait for those that are gone
 
 

@@ -57,10 +57,10 @@ class KeptLogits:
             dtype=settings.logits_dtype,
             device=setup.device,
             # The first process's: the times of files may differ between machines.
-            identity=world.from_first(lambda: identify(images, networks, amp=settings.amp)),
+            identity=world.broadcast(lambda: identify(images, networks, amp=settings.amp)),
             note=note,
         )
-        self._check_room(variants, len(images))
+        self.check_room(variants, len(images))
 
     def of_batch(self) -> Callable[..., torch.Tensor]:
         """For `Method.phases(taught=)`: of the batch that the loader gave last."""
@@ -90,7 +90,7 @@ class KeptLogits:
             share = f"{100 * read / (read + computed):.0f} % of {read + computed} rows"
             note(f"{self.who}: {share} of frozen logits were read from {self.folder}, the others computed")
 
-    def _check_room(self, variants: Sequence[int], images: int) -> None:
+    def check_room(self, variants: Sequence[int], images: int) -> None:
         """Say what the files take, and stop where there is no room for them."""
         whole, there = self.cache.size(variants)
         free = shutil.disk_usage(_existing(self.folder)).free

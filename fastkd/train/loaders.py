@@ -6,7 +6,7 @@ from typing import Any
 
 from fastkd.data import Data, loader
 from fastkd.data.batches import Loader
-from fastkd.data.parts import Part
+from fastkd.data.parts import RankPart
 from fastkd.train.distributed import ALONE, World
 from fastkd.train.interrupts import leave_interrupts
 from fastkd.train.settings import Settings
@@ -47,4 +47,4 @@ def _batch_size(data: Data, settings: Settings) -> int:
 
 
 def _part(images: Any, world: World) -> Any:
-    return images if world.size == 1 else Part(images, world.rank, world.size)
+    return images if world.size == 1 else RankPart(images, world.rank, world.size)

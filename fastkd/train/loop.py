@@ -11,27 +11,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastkd._core.files import sweep
-from fastkd._core.messages import UserError, note
+from fastkd._core.messages import UserError
 from fastkd.data import Data
 from fastkd.data.batches import image_set
 from fastkd.methods import Method
-from fastkd.train import batch_norm, checkpoint, same_data
+from fastkd.train import batch_norm, checkpoint, diversity, state
 from fastkd.train.bad_images import BadImages
-from fastkd.train.board import Board
+from fastkd.train.board import TensorBoard
 from fastkd.train.devices import batch_on, batches_on, prepare, rows_of
 from fastkd.train.distributed import own_seed
 from fastkd.train.evaluation import evaluate
 from fastkd.train.interrupts import Interrupted, catch_interrupt
 from fastkd.train.kept_logits import KeptLogits
 from fastkd.train.loaders import held_out_batches, training_batches
-from fastkd.train.metrics import Divergence, Meter, Row, read_csv, write_csv
-from fastkd.train.optim import make_optimizer, make_schedule, set_rates
+from fastkd.train.metrics import Divergence, Meter, Row, write_csv
+from fastkd.train.optim import make_optimizer, make_schedule
 from fastkd.train.progress import Progress
 from fastkd.train.steps import SKIPS, Steps
 from fastkd.train.task import Setup, Task
-
-FORMAT = 2
 
 
 def train_epoch(
@@ -83,7 +80,8 @@ class Fit:
         self.method, self.data, self.setup, self.task = method, data, setup, task
         self.settings, self.device, self.world = setup.settings, setup.device, setup.world
         self.folder, self.epochs, self.facts, self.others = task.folder, task.epochs, task.facts, task.others
-        self.board = Board(task.curves, self.world)
+        self._learners: list[str] = self.facts.get("learners", ["student"])
+        self.board = TensorBoard(task.curves, self.world)
         prepare(method, self.settings, self.device, self.world)
         self.optimizer = make_optimizer(method, self.settings)
         self.schedule = make_schedule(self.optimizer, self.settings, self.epochs)
@@ -96,7 +94,7 @@ class Fit:
         self.bad_images = BadImages(self.folder, {"train": self.train_batches} | self.held_out, self.world)
 
     @property
-    def _out(self) -> Path:
+    def out(self) -> Path:
         """The folder of a run that keeps something."""
         assert self.folder is not None
         return self.folder
@@ -104,7 +102,7 @@ class Fit:
     @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
-        return self._out / "checkpoints"
+        return self.out / "checkpoints"
 
     def run(self) -> list[Row]:
         """Train to the end from where `resume` left, and return one row of metrics an epoch.
@@ -157,11 +155,11 @@ class Fit:
                 self.step += 1
                 progress.update(meter)
                 # All processes stop after the same batch: they ask each other when they look at their losses.
-                asked = self.world.size == 1 or meter.batches % meter.look_every == 0
+                asked = self.world.size == 1 or meter.batches % meter.read_every == 0
                 stop = asked and self.world.any(interrupted())
                 due = self.settings.save_every and self.step % self.settings.save_every == 0
                 if (stop or due) and self.train_batches.taken < len(self.train_batches):
-                    meter.look()  # no state behind a loss that is not finite is saved
+                    meter.read_losses()  # no state behind a loss that is not finite is saved
                     self._save(meter)
                     if stop:
                         raise Interrupted
@@ -169,7 +167,7 @@ class Fit:
             try:
                 classes, taught = self.data.num_classes, (lambda: None) if kept is None else kept.of_batch
                 train_epoch(self.method, batches, self.optimizer, meter, on_batch, self.steps, classes, taught)
-                meter.look()
+                meter.read_losses()
                 meter = meter.total()
                 if meter.images == 0:
                     raise UserError(f"{self.task.name}: not one image of epoch {epoch + 1} could be used")
@@ -188,14 +186,14 @@ class Fit:
 
     def _batches(self, epoch: int, meter: Meter) -> Iterable[Any]:
         """The batches of an epoch, without those that ran before an interruption."""
-        state, self._unfinished = self._unfinished, None
-        if state is None:
+        before, self._unfinished = self._unfinished, None
+        if before is None:
             meter.first_step = self.step
             return self.train_batches.go_on(epoch, 0)
-        meter.load_state_dict(state["meter"])
-        taken, lost = state["batches"]
+        meter.load_state_dict(before["meter"])
+        taken, lost = before["batches"]
         batches = self.train_batches.go_on(epoch, taken, lost if self.world.first else 0)
-        self._set_random_state(state)  # a data set of the user's may have drawn from it
+        state.set_random_state(self, before)  # a data set of the user's may have drawn from it
         return batches
 
     def _describe(self, phase: str, networks: Sequence[nn.Module]) -> str:
@@ -211,7 +209,7 @@ class Fit:
         self.world.share_buffers(self.method)
         row = {"epoch": epoch + 1, "lr": self.settings.lr * self.schedule.lr_lambdas[0](epoch)}
         row |= {f"train_{name}": value for name, value in meter.means().items()}
-        row |= self._counts()
+        row |= self.counts()
         if self.settings.non_finite == "skip" or self.settings.amp == "fp16":
             row["train_skipped_steps"] = meter.skipped
         due = (epoch + 1) % self.settings.eval_every == 0 or epoch + 1 == self.epochs
@@ -221,16 +219,22 @@ class Fit:
                 classes = self.data.num_classes
                 loss, accuracy = evaluate(self.method.deployable(), batches, self.device, classes, self.world)
             row |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
+        if due and self.settings.diversity:
+            row |= self.diversity().row()
         if self.settings.bad_images == "skip":
             row |= self.bad_images.row(lambda name: due or name == "train")
         row["images_per_s"] = images / max(train_seconds, 1e-9)
         row["seconds"] = train_seconds + time.perf_counter() - started
         return row
 
-    def _counts(self) -> Row:
+    def diversity(self) -> diversity.Diversity:
+        """How alike the networks are on the test images."""
+        networks = diversity.networks_of(self.method, self._learners[0], self.others, self.task.guides)
+        return diversity.measure(networks, self.held_out["test"], self.device, self.data.num_classes, self.world)
+
+    def counts(self) -> Row:
         """What the method has counted since the start, by the run's names of its networks."""
-        learners = self.facts.get("learners", ["student"])
-        names = {id(self.method.deployable()): learners[0]} | {id(net): name for name, net in self.others.items()}
+        names = {id(self.method.deployable()): self._learners[0]} | {id(net): name for name, net in self.others.items()}
         return {
             f"{what}_{names.get(id(self.method.get_submodule(name)), name)}": count
             for what, each in self.method.counts().items()
@@ -244,7 +248,7 @@ class Fit:
         self.board.row(self.step, row)
         if self.folder is not None:
             # Rows first: a row without a checkpoint is dropped when the run resumes, a missing row could not be.
-            self.world.from_first(lambda: write_csv(self._out / "metrics.csv", self.rows))
+            self.world.broadcast(lambda: write_csv(self.out / "metrics.csv", self.rows))
             self._save()
 
     def _save(self, meter: Meter | None = None) -> None:
@@ -256,85 +260,19 @@ class Fit:
         self.world.share_buffers(self.method)
         lost = self.bad_images.lost("train")
         total = None if meter is None else meter.total()
-        random = self.world.collect(checkpoint.random_state())
+        random = self.world.gather(checkpoint.random_state())
         # A full disk in the first process ends them all.
-        self.world.from_first(lambda: self._write(random, None if total is None else (total, lost)))
-
-    def _write(self, random: list[dict[str, Any]], unfinished: tuple[Meter, Any] | None) -> None:
-        """A checkpoint with the random states of all processes; in the middle of an epoch with its sums."""
-        state = {
-            "format": FORMAT,
-            "epoch": self.epoch,
-            "step": self.step,
-            "method": dict(self.method.state_dict()),
-            "network": dict(self.method.deployable().state_dict()),  # the same storages: takes no room
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "random": random[0],
-            "random_of_others": random[1:],
-            "steps": self.steps.state_dict(),
-            "facts": self.facts,
-        }
-        partial = self.checkpoints / checkpoint.PARTIAL
-        if unfinished is not None:
-            total, lost = unfinished
-            batches = self.train_batches.taken, lost
-            checkpoint.save(partial, state | {"meter": total.state_dict(), "batches": batches})
-            return
-        checkpoint.save(checkpoint.path_of(self.checkpoints, self.epoch), state)
-        partial.unlink(missing_ok=True)
-        checkpoint.prune(self.checkpoints, self.settings.keep)
+        self.world.broadcast(lambda: state.write(self, random, None if total is None else (total, lost)))
 
     def resume(self, file: Path | None = None) -> None:
         """Go on from the last whole state in the folder, whose lock is held; does nothing where there is none.
 
         With `file` from that one, and nothing is written: the folder need not be locked.
         """
-        state, rows = self.world.from_first(self._last if file is None else lambda: self._read(file))
-        if state is not None:
-            self._load(state, rows)
-            self._unfinished = state if "meter" in state else None
-
-    def _last(self) -> tuple[dict[str, Any] | None, list[Row]]:
-        """The last whole state, and the rows of metrics."""
-        for folder in (self._out, self.checkpoints):
-            sweep(folder)
-        done = checkpoint.epochs(self.checkpoints)
-        if done and done[-1] > self.epochs:
-            raise UserError(f"{self.folder} has run {done[-1]} epochs already: give --epochs {done[-1]} or more")
-        state = checkpoint.newest(self.checkpoints, note)
-        if state is None:
-            return None, []
-        checkpoint.prune(self.checkpoints, self.settings.keep)  # killed between writing the last one and this
-        return self._checked(state), read_csv(self._out / "metrics.csv")
-
-    def _read(self, file: Path) -> tuple[dict[str, Any], list[Row]]:
-        return self._checked(checkpoint.load(file)), read_csv(self._out / "metrics.csv")
-
-    def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
-        """UserError for the state of another version, or of networks for other images."""
-        if state.get("format") != FORMAT:
-            raise UserError(f"{self.checkpoints} holds checkpoints of another version of fastkd: use a new --out")
-        same_data.check_sizes(self._out, state["facts"], self.facts)
-        return state
-
-    def _load(self, state: dict[str, Any], rows: list[Row]) -> None:
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        set_rates(self.optimizer, self.schedule, state["epoch"])
-        self.steps.load_state_dict(state["steps"])
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.rows = [row for row in rows if row["epoch"] <= self.epoch]
-        self._set_random_state(state)
-
-    def _set_random_state(self, state: dict[str, Any]) -> None:
-        """This process's own, or a fresh one where the run was of another number of processes."""
-        states = [state["random"], *state["random_of_others"]]
-        if self.world.first or len(states) == self.world.size:
-            checkpoint.set_random_state(states[self.world.rank])
-        else:
-            checkpoint.seed_all(own_seed(self.task.seed + state["step"], self.world.rank))
+        found, rows = self.world.broadcast(lambda: state.last(self) if file is None else state.read(self, file))
+        if found is not None:
+            state.load(self, found, rows)
+            self._unfinished = found if "meter" in found else None
 
     def on_schedule(self) -> bool:
         """Whether each epoch had the rate of this schedule: not where the number of epochs was raised in between."""

@@ -44,13 +44,13 @@ class Meter:
     def __init__(
         self,
         device: torch.device,
-        look_every: int,
+        read_every: int,
         describe: Callable[..., str] = lambda name, networks: name,
         world: World = ALONE,
     ):
         self.device, self.describe, self.world = device, describe, world
-        self.look_every = 1 if device.type == "cpu" else look_every
-        self.on_look: Callable[[Meter], None] = lambda meter: None  # after each look that found finite losses
+        self.read_every = 1 if device.type == "cpu" else read_every
+        self.on_read: Callable[[Meter], None] = lambda meter: None  # after each reading that found finite losses
         self.batches = 0
         self.images = 0
         self.first_step = 0  # steps before this epoch
@@ -58,7 +58,7 @@ class Meter:
         self.measured = 0  # images of the batches in which every phase got its step
         self.sums: dict[str, Tensor] = {}  # name -> 0-d float64, summed over images
         self.judged = 0  # images whose output was seen
-        # (batch, phase, loss) that no one looked at yet
+        # (batch, phase, loss) that nobody has read yet
         self._losses: list[tuple[int, tuple[str, Sequence[nn.Module]], Tensor]] = []
         self._batch: dict[str, Tensor] = {}  # sums of the current batch
         self._whole = True  # no phase of it was left out
@@ -67,7 +67,7 @@ class Meter:
     def add(self, phase: Phase, rows: int, loss: Tensor | None = None, tolerant: bool = True) -> None:
         """One update of the current batch, of `rows` images; `loss` where the phase has it in chunks.
 
-        The loss of a phase that was left out is looked at where not `tolerant`.
+        The loss of a phase that was left out is read where not `tolerant`.
         """
         loss = phase.loss.detach() if loss is None else loss
         outputs = phase.outputs
@@ -84,7 +84,7 @@ class Meter:
             _accumulate(self._batch, name if name.startswith(phase.name) else f"{phase.name}_{name}", part * rows)
 
     def end_batch(self, target: Tensor, rows: int | None = None) -> None:
-        """Counts the batch, of `rows` that count (all); Divergence if a look is due and a loss was not finite."""
+        """Counts the batch, of `rows` that count (all); Divergence if a reading is due and a loss was not finite."""
         rows = len(target) if rows is None else rows
         outputs, self._outputs = self._outputs, None
         if outputs is not None and len(outputs) == len(target):
@@ -97,11 +97,11 @@ class Meter:
         self._batch, self._whole = {}, True
         self.batches += 1
         self.images += rows
-        if self.batches % self.look_every == 0:
-            self.look()
+        if self.batches % self.read_every == 0:
+            self.read_losses()
 
-    def look(self) -> None:
-        """Reads the losses since the last look: a GPU is waited for here."""
+    def read_losses(self) -> None:
+        """Reads the losses since the last reading: a GPU is waited for here."""
         if not self._losses:
             return
         finite = torch.isfinite(torch.stack([loss for *_, loss in self._losses])).tolist()
@@ -112,7 +112,7 @@ class Meter:
         if elsewhere:
             raise Divergence(f"batch {self.batches}: the loss is not finite in another process")
         self._losses.clear()
-        self.on_look(self)
+        self.on_read(self)
 
     def total(self) -> Meter:
         """A meter of all processes; every one of them must call."""
@@ -121,7 +121,7 @@ class Meter:
         names = list(self.sums)  # in the same order in every process
         counts = torch.tensor([getattr(self, name) for name in _ROWS], dtype=torch.float64, device=self.device)
         sums = self.world.sum(torch.stack([*(self.sums[name] for name in names), *counts]))
-        total = Meter(self.device, self.look_every, self.describe)
+        total = Meter(self.device, self.read_every, self.describe)
         state = {name: getattr(self, name) for name in _COUNTS}
         state |= dict(zip(_ROWS, map(int, sums[len(names) :].tolist()), strict=True))
         total.load_state_dict(state | {"sums": dict(zip(names, sums, strict=False))})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from fastkd._core.extras import require
 from fastkd.train.metrics import Meter, Row
@@ -15,6 +17,21 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| {n}/{total}, {remaining} left{postfix}"
 
 
 LINES = 2.0  # seconds between two lines, so that a thousand short epochs do not print a thousand
+
+Item = TypeVar("Item")
+
+
+def each(items: Sequence[Item], title: str) -> Iterator[Item]:
+    """Goes through `items` with a bar on a terminal, else with a line where the line before is old."""
+    if sys.stderr.isatty():
+        yield from require("tqdm", "The progress bar").tqdm(items, desc=title, leave=False, dynamic_ncols=True)
+        return
+    printed = time.perf_counter()
+    for number, item in enumerate(items, 1):
+        yield item
+        if time.perf_counter() - printed >= LINES:
+            printed = time.perf_counter()
+            print(f"{title}  {number}/{len(items)}", file=sys.stderr, flush=True)
 
 
 class Progress:

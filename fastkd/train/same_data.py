@@ -33,9 +33,14 @@ def go_on(folders: Sequence[Path], description: dict[str, Any]) -> None:
         )
 
 
+def check(folder: Path, description: dict[str, Any]) -> None:
+    """UserError where the run in this folder has trained on other data, as far as they were recorded."""
+    _is_of(folder, description)
+
+
 def check_alike(world: World, description: dict[str, Any]) -> None:
     """UserError where another process of the run has other data. Times, which differ between machines, do not count."""
-    found = world.collect(_without_times(description))
+    found = world.gather(_without_times(description))
 
     def compare() -> None:
         for rank, other in enumerate(found):
@@ -46,7 +51,7 @@ def check_alike(world: World, description: dict[str, Any]) -> None:
                     "the same data on every machine"
                 )
 
-    world.from_first(compare)
+    world.broadcast(compare)
 
 
 def _without_times(description: dict[str, Any]) -> dict[str, Any]:

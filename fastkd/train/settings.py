@@ -114,6 +114,8 @@ class LoopOptions:
         log_every: steps between two looks at the loss on a GPU (on a CPU each step is looked at)
         quiet: print results only
         cache: folder of the networks that are trained before the student, to be shared between runs; default OUT/cache
+        diversity: measure on the test images, each time that they are evaluated, how alike the run's networks are:
+            their distance, common errors, homogeneity and collapse, into metrics.csv (fastkd analyze diversity)
         tensorboard: write curves for TensorBoard into OUT/tensorboard; needs its package
         logits_cache: keep the frozen networks' logits of each image and augmentation in CACHE/logits, and read them
             there instead of running the networks again; for methods that take nothing else from frozen networks
@@ -129,6 +131,7 @@ class LoopOptions:
     log_every: int = option(50, "free", least=1)
     quiet: bool = option(False, "free")
     cache: str = option("", "free")
+    diversity: bool = option(False, "free")
     tensorboard: bool = option(False, "free")
     logits_cache: bool = option(False, "free")
     logits_dtype: Literal["float32", "float16"] = option("float32", "result", later=True, needs="logits_cache")

@@ -131,7 +131,7 @@ class Steps:
         if self.accumulate == 1:
             return 1
         # The same number in every process: relations over the group must be asked for equally often.
-        return max(1, min(self.accumulate, self.world.least(rows) // 2))
+        return max(1, min(self.accumulate, self.world.minimum(rows) // 2))
 
     def _weight(self, target: Tensor) -> Tensor | None:
         """This process's loss in the sum of all, times the processes: a 0-d tensor; None where there is one."""

@@ -53,6 +53,7 @@ class Task:
             are the names of the networks that learn, the wanted one first.
         folder: where checkpoints and metrics.csv go; None keeps nothing.
         others: name -> the networks that learn together with the wanted one.
+        guides: name -> the frozen networks.
         curves: folder for TensorBoard's event files; None writes none.
         logits: where the frozen networks' logits are kept; None runs the networks in each epoch.
     """
@@ -63,5 +64,6 @@ class Task:
     facts: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     others: Mapping[str, nn.Module] = field(default_factory=dict)
+    guides: Mapping[str, nn.Module] = field(default_factory=dict)
     curves: Path | None = None
     logits: Path | None = None

@@ -207,7 +207,7 @@ def test_every_method_and_its_tests_are_there():
 
 
 def test_training_steps_write_their_file_and_chart(tmp_path, tiny_steps, capsys, monkeypatch):
-    monkeypatch.setattr(other, "_steps", lambda names, device, options: {
+    monkeypatch.setattr(other, "training_steps", lambda names, device, options: {
         "steps": [steps.measured(group, method, device, seconds=0, least=2) for group, method in names]
     })  # fmt: skip
     assert other.run("steps", options(tmp_path)) == 0

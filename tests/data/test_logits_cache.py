@@ -16,7 +16,7 @@ from train_helpers import one_thread  # noqa: F401
 from fastkd import data as datasets
 from fastkd.data import LogitsCache
 from fastkd.data.logits import _checks, identify
-from fastkd.data.parts import Part
+from fastkd.data.parts import RankPart
 from fastkd.methods import AVER, CE, CTSLMKT, DGKD, KD, TAKD, Method, Phase
 
 CLASSES, IMAGES = 5, 40
@@ -182,7 +182,7 @@ def test_the_loader_says_which_images_a_batch_holds(workers):
 
 def test_a_process_without_rows_has_images_of_no_row():
     data = images_of(train_images=34)
-    parts = [datasets.loader(Part(data.train, rank, 2), 32, shuffle=False) for rank in range(2)]
+    parts = [datasets.loader(RankPart(data.train, rank, 2), 32, shuffle=False) for rank in range(2)]
     rows = [[batches.rows.tolist() for _ in batches] for batches in parts]
     assert rows == [[[*range(16)], [32, 33]], [[*range(16, 32)], [-1, -1]]]
 
@@ -413,7 +413,7 @@ def test_size_says_what_is_there(tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (lambda: (images_of().with_views(2).train, {}), "one view each, got 2 views"),
-    (lambda: (Part(images_of().train, 0, 2), {}), "a data set of fastkd.data, .* got Part"),
+    (lambda: (RankPart(images_of().train, 0, 2), {}), "a data set of fastkd.data, .* got RankPart"),
     (lambda: (images_of().train, {"dtype": "int8"}), "dtype must be 'float32' or 'float16', got 'int8'"),
 ])  # fmt: skip
 def test_what_cannot_be_kept_is_refused(tmp_path, arguments, message):

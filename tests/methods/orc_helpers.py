@@ -2,12 +2,14 @@
 
 import copy
 import random
+import unittest.mock
 
 import torch
 from methods_helpers import CLASSES, mlp, plain_ce, plain_kd
 from torch import nn
 
 from fastkd.methods import ORC
+from fastkd.methods._feedback import mixed
 from fastkd.methods._state import unpack
 
 T, BETA = 3.0, 0.3
@@ -51,9 +53,13 @@ def eval_logits(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
 class Mixed(ORC):
     """Keeps what intensive teaching is given."""
 
-    def _mix(self, batch, feedback, share, pool=None):
+    def _lesson(self, batch, stats, share):
+        with unittest.mock.patch("fastkd.methods.orc.mixed", self._keep):
+            return super()._lesson(batch, stats, share)
+
+    def _keep(self, name, batch, feedback, share, pool):
         self.feedback, self.share = feedback, share
-        self.mixed = super()._mix(batch, feedback, share, pool)
+        self.mixed = mixed(name, batch, feedback, share, pool)
         return self.mixed
 
 

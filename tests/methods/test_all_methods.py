@@ -161,6 +161,16 @@ def test_every_method_is_here():
 
 
 @EVERY
+def test_it_can_be_printed(case):
+    """Also where an argument is called as a method is: ORC's `teach`, AVER's `weights`."""
+    method = method_of(case)
+    text = repr(method).splitlines()[1].strip()
+    assert repr(method).startswith(f"{type(method).__name__}(") and "<" not in text
+    own = {"ORC": "teach=('intensive', 'private', 'group')", "AVER": "weights='equal'", "KD": "temperature=4.0"}
+    assert own.get(case, "") in text
+
+
+@EVERY
 def test_continues_to_the_same_bits(case, tmp_path):
     """State saved mid-training, loaded into a method of other networks; the global generator has no part in it."""
     torch.manual_seed(0)

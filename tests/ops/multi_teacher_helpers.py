@@ -8,8 +8,8 @@ from rows_helpers import weighted_sum
 
 import fastkd
 from fastkd.ops import _formulas
-from fastkd.ops import _multi_teacher_kernels as kernels
-from fastkd.ops import multi_teacher as op
+from fastkd.ops import _multi_teacher_inputs as inputs
+from fastkd.ops import _multi_teacher_native as native
 from fastkd.testing import assert_as_accurate, assert_grad_close
 
 F = fastkd.functional
@@ -35,9 +35,9 @@ def raw(student, teachers, target=None, **options):
     """The arguments of the raw operation: tensors, scalars, numbers."""
     bound = inspect.signature(F.multi_teacher_kd).bind(student, teachers, target, **options)
     bound.apply_defaults()
-    tensors, checked = op._check(**bound.arguments)
-    checked, scalars = kernels._split(checked)
-    return list(tensors), scalars, kernels._numbers(checked)
+    tensors, checked = inputs.check(**bound.arguments)
+    checked, scalars = native.split(checked)
+    return list(tensors), scalars, native.numbers_of(checked)
 
 
 def in_float64(student, teachers, target=None, **options):

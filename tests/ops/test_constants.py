@@ -6,10 +6,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastkd import _library
+from fastkd.ops import _feature_ensemble_kernels as feature_ensemble
 from fastkd.ops import _multi_teacher_kernels as multi_teacher
-from fastkd.ops import _peer_kernels as mutual
-from fastkd.ops import feature_ensemble, relational
+from fastkd.ops import _multi_teacher_native as native
+from fastkd.ops import _peer_groups as mutual
+from fastkd.ops import _relational_kernels as relational
+from fastkd.ops._divergences import KINDS
 from fastkd.ops._inputs import REDUCTIONS
+from fastkd.ops.feature_ensemble import NORMS
 
 
 class Constant(ctypes.Structure):
@@ -50,11 +54,11 @@ def sides(kind: int) -> torch.Size:
 def test_multi_teacher():
     assert exported("multi_teacher") == {
         "launch_teachers": multi_teacher.LAUNCH_TEACHERS,
-        "on_chip_classes": multi_teacher.ON_CHIP_CLASSES_DEFAULT,
-        "on_chip_classes_float64": multi_teacher.ON_CHIP_CLASSES[torch.float64],
+        "on_chip_classes": native.ON_CHIP_CLASSES_DEFAULT,
+        "on_chip_classes_float64": native.ON_CHIP_CLASSES[torch.float64],
         "saved_columns_5": saved_columns(soft=False),
         "saved_columns_5_soft": saved_columns(soft=True),
-        **numbered(multi_teacher.COMBINE, REDUCTIONS, multi_teacher.KINDS),
+        **numbered(native.COMBINE, REDUCTIONS, KINDS),
     }
 
 
@@ -69,7 +73,7 @@ def test_feature_ensemble():
     assert exported("feature_ensemble") == {
         "launch_pairs": feature_ensemble.LAUNCH_PAIRS,
         "state_planes": feature_ensemble.STATE_PLANES,
-        **numbered(feature_ensemble.NORMS),
+        **numbered(NORMS),
     }
 
 

@@ -12,8 +12,8 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fastkd
 from fastkd import _backend
-from fastkd.ops import _multi_teacher_kernels as kernels
-from fastkd.ops import multi_teacher as op
+from fastkd.ops import _multi_teacher_native as native
+from fastkd.ops._multi_teacher_native import COMBINE
 
 F = fastkd.functional
 OPTIONS = [
@@ -64,7 +64,7 @@ def test_double_backward_reaches_what_is_before_the_student():
     assert gradcheck(penalty, weight)
 
 
-@pytest.mark.parametrize("combine", op.COMBINE)
+@pytest.mark.parametrize("combine", COMBINE)
 def test_gradients_of_teachers_weights_and_temperature(combine):
     student, teachers, target = make()
     teachers = torch.stack(teachers).requires_grad_()
@@ -250,7 +250,7 @@ def test_export():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_opcheck(dtype, place, at):
     student, teachers, target = make(dtype=dtype, requires_grad=False, device=at(place))
-    ops, stream = _backend.native_ops(student), kernels._streams(student)
+    ops, stream = _backend.native_ops(student), native.streams(student)
     soft = torch.softmax(student.float(), -1)
     for labels, options in (
         (target, dict(ce_weight=0.5, label_smoothing=0.1)),

@@ -10,7 +10,7 @@ from multi_teacher_helpers import both, build_options, loss_and_grad, make, soft
 
 import fastkd
 from fastkd.ops import multi_teacher as op
-from fastkd.ops._multi_teacher_kernels import COMBINE
+from fastkd.ops._multi_teacher_native import COMBINE
 from fastkd.testing import DTYPES, assert_grad_close
 
 F = fastkd.functional

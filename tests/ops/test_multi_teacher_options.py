@@ -12,7 +12,7 @@ from multi_teacher_helpers import both, build_options, check, in_float64, loss_a
 import fastkd
 from fastkd.ops import _inputs
 from fastkd.ops import multi_teacher as op
-from fastkd.ops._multi_teacher_kernels import COMBINE
+from fastkd.ops._multi_teacher_native import COMBINE
 from fastkd.testing import DTYPES, Case, over
 
 F = fastkd.functional

@@ -7,7 +7,7 @@ import torch
 from multi_teacher_helpers import check, in_float64, loss_and_grad, make, raw
 
 import fastkd
-from fastkd.ops import _multi_teacher_kernels as kernels
+from fastkd.ops import _multi_teacher_native as native
 
 F = fastkd.functional
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -20,6 +20,13 @@ def test_rows_of_several_vectors_a_thread(temperature, k, dtype, at):
     student, teachers, target = make(3, 6400, k, dtype, device=at("simt_stream"), seed=k)
     target[1] = -100
     check(student, teachers, target, temperature=temperature, ce_weight=0.5)
+
+
+def test_sixteen_teachers_in_double_fit_the_smallest_shared_memory(at, simt):
+    """99 KiB of a block, as GPUs of compute capability 8.6, 8.9 and 12.0 have."""
+    simt.set_device(shared_optin=99 << 10)
+    student, teachers, target = make(2, 2100, 16, torch.float64, device=at("simt_stream"))
+    check(student, teachers, target, temperature=2.0, ce_weight=0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,7 +108,7 @@ def test_states_are_those_of_the_kernel_for_any_row(dtype, at):
         results.append(ops.multi_teacher_forward(*tensors, scalars, *numbers, True, True))
     for one, other in zip(results[0], results[1], strict=True):
         torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
-    assert kernels._streams(student)
+    assert native.streams(student)
 
 
 def test_every_schedule_gives_the_same_bits(at, simt):

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.gpu
 # Each on chip and, where an operation has one, by the kernels for long rows.
 SHAPES = {
     "multi_teacher": [Logits(9, 100, 3), Logits(3, 9000, 2)],
+    "multi_teacher_kd_with_gradient": [Logits(9, 100, 3), Logits(3, 9000, 2)],
     "multi_teacher_reverse": [Logits(9, 100, 3)],
     "multi_teacher_jsd": [Logits(9, 100, 3)],
     "mutual": [Networks(9, 100, 3), Networks(2, 9000, 2)],
@@ -171,6 +172,7 @@ BATCHES = [33] if STAND_IN else [300, 1100]
 MAPS = Maps(1, 3, 9, 9, 1) if STAND_IN else Maps(2, 256, 56, 56, 1)
 LARGE = [
     *[("multi_teacher", Logits(*rows, k)) for rows in ROWS for k in (1, 4)],
+    ("multi_teacher_kd_with_gradient", Logits(*ROWS[0], 2)),
     *[(name, Networks(*rows, 3)) for name in ("mutual", "cross_entropy") for rows in ROWS],
     *[(name, Embeddings(n, 64)) for name in ("rkd_distance", "rkd_angle") for n in BATCHES],
     ("feature_ensemble", MAPS),

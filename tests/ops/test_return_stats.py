@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 from fastkd import _backend
-from fastkd.ops import multi_teacher as op
+from fastkd.ops._multi_teacher_native import COMBINE
 from fastkd.testing import DTYPES, Case, over
 
 F = fastkd.functional
@@ -142,7 +142,7 @@ class Recorder(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("place", ["cpu", "simt"])
-@pytest.mark.parametrize("combine", op.COMBINE)
+@pytest.mark.parametrize("combine", COMBINE)
 def test_no_second_read(combine, place, at):
     student, teachers, target = make(6, 40, 2, device=at(place))
     with Recorder() as recorder:
@@ -164,7 +164,7 @@ def test_long_rows_on_cuda(classes, at):
     check("simt", student, teachers, target, ce_weight=0.5)
 
 
-@pytest.mark.parametrize("combine", op.COMBINE)
+@pytest.mark.parametrize("combine", COMBINE)
 @pytest.mark.parametrize("classes", [100, 1000])
 def test_every_schedule_gives_the_same_bits(classes, combine, at, simt):
     from simt.fixtures import in_every_schedule

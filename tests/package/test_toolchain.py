@@ -123,7 +123,7 @@ def test_a_broken_nvcc_is_passed_over_and_a_wrapper_seen_through(toolchain, monk
     broken.write_text("#!/bin/sh\nexit 1\n")
     wrapper.write_text(f'#!/bin/sh\nexec {real.path} "$@"\n')
     broken.chmod(0o755), wrapper.chmod(0o755)
-    monkeypatch.setattr(toolchain, "_nvcc_candidates", lambda: [str(broken), str(wrapper)])
+    monkeypatch.setattr(toolchain, "nvcc_candidates", lambda: [str(broken), str(wrapper)])
     toolchain.nvcc.cache_clear()
     assert toolchain.nvcc().path == real.path
 

@@ -91,6 +91,7 @@ def networks() -> None:
     assert_type(models.logits_of(outputs), Tensor)
     assert_type(models.parameters_count(network(), trainable=True), int)
     models.call_network(network(), X)
+    models.Teachers([network(), network()])(X)
     several = branches()
     assert_type(several.peer(0), models.Network)
     assert_type(several([X, X]), tuple[models.Outputs, ...])

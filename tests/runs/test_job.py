@@ -49,7 +49,7 @@ def test_a_comparison_keeps_logits_where_a_method_has_some():
 
 def test_other_processes_are_quiet_and_have_the_options_of_the_first(tmp_path):
     class Second(World):
-        def from_first(self, function):
+        def broadcast(self, function):
             return config(tmp_path, method="dml", quiet=False)
 
     here = Job.of(config(tmp_path, quiet=False))
@@ -98,7 +98,7 @@ def test_the_names_of_what_a_method_counts_are_the_runs(tmp_path):
     fit = runner.fit(runner.stages["student"], untrained(runner, runner.stages["student"]), None)
     fit.method.promotions[1] = 3
     assert fit.method.counts() == {"promotions": {"students.0": 0, "students.1": 3}}
-    assert fit._counts() == {"promotions_student": 0, "promotions_assistant1": 3}
+    assert fit.counts() == {"promotions_student": 0, "promotions_assistant1": 3}
     assert set(ORC.counted) == set(fit.method.counts())
 
 

@@ -20,7 +20,7 @@ KEY = {"data", "train_size", "validation", "image_size", "augment", "batch_size"
 KEY |= {"nesterov", "weight_decay", "schedule", "milestones", "gamma", "warmup_epochs", "amp", "accumulate"}
 FREE = {"out", "resume", "cache", "quiet", "keep", "log_every", "workers", "device", "threads", "data_root", "download"}
 FREE |= {"keep_images", "epochs", "eval_every", "save_every", "bad_images", "non_finite", "channels_last", "compile"}
-FREE |= {"prepare_teachers", "cuda_graph", "deterministic", "timeout", "tensorboard", "logits_cache"}
+FREE |= {"cuda_graph", "deterministic", "timeout", "tensorboard", "logits_cache", "diversity", "prepare_teachers"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

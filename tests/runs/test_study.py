@@ -99,6 +99,15 @@ def test_studies_of_the_package_can_be_read():
         find("cifar10-16p")
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("gpu-*.yaml")))
+def test_studies_for_a_gpu_start(name):
+    """With made images: every method's networks are built, of all stages."""
+    made = {"data": "fake", "image_size": 8, "train_size": 20, "device": "cpu", "download": False}
+    for run in read(find(name), made).chosen(["default", "seed0"]):
+        runner = Runner(run.config(Path("nowhere")), say=lambda text: None)
+        assert list(runner.stages)[-1] == "student" and runner.config.epochs in (30, 40, 75)
+
+
 def test_options_on_the_command_line():
     found = study_command.overrides(
         ["--download", "--train-size", "50", "--assistants", "a,b", "--lr=1e-3", "--options.beta", "2", "--no-augment"]

@@ -58,7 +58,7 @@ def sources() -> list[tuple[Path, list[str]]]:
     """Every source with the flags that it needs beside the common ones."""
     found = [(path, []) for path in sorted(HOST.glob("*.cpp")) if path.name not in ("module.cpp", "standalone.cpp")]
     found += [(HOST / "module.cpp", _python_flags()), (HOST / "selftest.cu", KERNEL)]
-    found += [(path, KERNEL) for path in sorted(ROOT.glob("csrc/*/cuda.cu"))]
+    found += [(path, KERNEL) for path in sorted(ROOT.glob("csrc/*/*.cu"))]
     found += [(path, _torch_flags()) for path in sorted(ROOT.glob("csrc/*/op.cpp"))]
     return found
 

@@ -16,8 +16,8 @@ from train_helpers import config, one_thread, rows_without_times, run  # noqa: F
 
 from fastkd.cli import main
 from fastkd.methods import CE
-from fastkd.train.board import Board
-from fastkd.train.loop import Fit
+from fastkd.train import state
+from fastkd.train.board import TensorBoard
 from fastkd.train.metrics import Meter
 
 OPTIONS = dict(batch_size=16, epochs=3)  # 4 steps an epoch, of 60 images
@@ -88,14 +88,14 @@ def test_rows_and_losses_are_written_and_the_run_is_the_same(tmp_path, writers):
 
 
 def test_each_checkpoint_finds_all_before_it_in_the_file(tmp_path, writers, monkeypatch):
-    original, seen = Fit._write, []
+    original, seen = state.write, []
 
     def write(fit, *rest):
         (writer,) = writers
         seen.append((len(writer.scalars), writer.flushed[-1]))
         original(fit, *rest)
 
-    monkeypatch.setattr(Fit, "_write", write)
+    monkeypatch.setattr(state, "write", write)
     run(config(tmp_path, tensorboard=True, save_every=3, **OPTIONS))
     assert len(seen) == 3 + 3 and all(written == flushed for written, flushed in seen)  # steps 3, 6, 9; 12 is the end
 
@@ -120,23 +120,23 @@ def test_a_killed_run_goes_on_without_doubled_steps(tmp_path, writers, monkeypat
     stand_in()
     with monkeypatch.context() as patch:
         if step == 8:
-            original = Fit._write
+            original = state.write
 
             def write(fit, *rest):
                 if fit.step == 8:
                     raise Killed
                 original(fit, *rest)
 
-            patch.setattr(Fit, "_write", write)
+            patch.setattr(state, "write", write)
         else:
-            original = Board._look
+            original = TensorBoard.step
 
-            def look(board, meter):
+            def step_of(board, meter):
                 original(board, meter)
                 if meter.first_step + meter.batches == step:
                     raise Killed
 
-            patch.setattr(Board, "_look", look)
+            patch.setattr(TensorBoard, "step", step_of)
         with pytest.raises(Killed):
             run(config(tmp_path, tensorboard=True, save_every=every, **OPTIONS))
     run(config(tmp_path, tensorboard=True, resume=True, save_every=every, **OPTIONS))
@@ -176,8 +176,8 @@ def test_a_missing_package_is_one_sentence_before_anything_is_made(tmp_path, mon
 
 def test_a_meter_that_looks_seldom_is_written_seldom(writers, tmp_path):
     """As on a GPU. The mean since the last look, over the images of batches of which no phase was left out."""
-    board, meter = Board(tmp_path / "curves"), Meter(torch.device("cpu"), 1)
-    meter.look_every, meter.first_step = 3, 40
+    board, meter = TensorBoard(tmp_path / "curves"), Meter(torch.device("cpu"), 1)
+    meter.read_every, meter.first_step = 3, 40
     method = CE(torch.nn.Linear(4, 3))
     with board.opened(41):
         board.watch(meter)
@@ -186,7 +186,7 @@ def test_a_meter_that_looks_seldom_is_written_seldom(writers, tmp_path):
             phase.skipped = batch == 4
             meter.add(phase, rows, torch.tensor(loss))
             meter.end_batch(torch.zeros(rows, dtype=torch.long))
-        meter.look()
+        meter.read_losses()
     losses = [each[1:] for each in writers[0].scalars if each[0] == "step/loss"]
     assert losses == [(43, (2 + 4 + 16) / 8), (45, 16.0)]
 
@@ -224,7 +224,7 @@ def read_back(folder):
 
 def test_event_files_of_a_killed_run_hold_each_step_once(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
-    original = Fit._write
+    original = state.write
 
     def write(fit, *rest):
         if fit.step == 8:
@@ -232,7 +232,7 @@ def test_event_files_of_a_killed_run_hold_each_step_once(tmp_path, monkeypatch):
         original(fit, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Fit, "_write", write)
+        patch.setattr(state, "write", write)
         run(config(tmp_path, tensorboard=True, **OPTIONS))
     folder = tmp_path / "run" / "tensorboard" / "student-ce"
     assert [step for step, _ in read_back(folder)["step/loss"]] == STEPS[:8]
@@ -248,7 +248,7 @@ def test_the_writers_thread_on_a_full_disk_is_one_word(tmp_path, capsys, monkeyp
     pytest.importorskip("tensorboard")
     tracebacks = []
     monkeypatch.setattr(threading, "excepthook", tracebacks.append)
-    board, before = Board(tmp_path / "curves"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    board, before = TensorBoard(tmp_path / "curves"), resource.getrlimit(resource.RLIMIT_FSIZE)
     with board.opened(1):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
         try:

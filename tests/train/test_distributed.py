@@ -12,11 +12,11 @@ from train_helpers import last_state, one_thread, rows_without_times  # noqa: F4
 
 from fastkd import methods
 from fastkd._core.labels import IGNORE_INDEX
-from fastkd.data.parts import Part, part_of
+from fastkd.data.parts import RankPart, part_of
 from fastkd.methods import RKD
 from fastkd.train import Interrupted, Runner, TrainConfig, UserError
 from fastkd.train import distributed as fastkd_distributed
-from fastkd.train.distributed import ALONE, Elsewhere, world
+from fastkd.train.distributed import ALONE, RemoteError, world
 from fastkd.train.metrics import Divergence, Meter
 from fastkd.train.steps import Steps
 
@@ -194,15 +194,15 @@ def errors_are_shared(rank):
         raise UserError("no room", status=3)
 
     try:
-        world().from_first(refuse)
+        world().broadcast(refuse)
     except UserError as error:
         assert str(error) == "no room" and error.status == 3
-        assert isinstance(error, Elsewhere) == (rank == 1)
+        assert isinstance(error, RemoteError) == (rank == 1)
     else:
         raise AssertionError("the first process's error was lost")
-    assert world().from_first(lambda: rank + 5) == 5
+    assert world().broadcast(lambda: rank + 5) == 5
     assert world().any(rank == 1) and not world().any(False)
-    assert world().least(3 - rank) == 2
+    assert world().minimum(3 - rank) == 2
     assert world().collect(rank) == ([0, 1] if rank == 0 else [])
     meter = Meter(torch.device("cpu"), 1, world=world())
     fake = {"loss": torch.tensor(float("nan") if rank else 1.0), "parts": {}, "name": "", "networks": ()}
@@ -267,7 +267,7 @@ def test_parts_of_a_batch(rows, ranks):
 
 def test_a_process_without_rows_reads_some_that_do_not_count():
     data = [(torch.full((1,), float(i)), i) for i in range(9)]
-    parts = [Part(data, rank, 3) for rank in range(3)]
+    parts = [RankPart(data, rank, 3) for rank in range(3)]
     assert [[label for _, label in part.__getitems__([4, 7, 1, 0])] for part in parts] == [
         [4, 7],
         [1, 0],
@@ -290,12 +290,12 @@ def test_options_of_several_processes(monkeypatch):
     with pytest.raises(UserError, match=r"there is no GPU for process 2 of this machine \(2 GPUs\)"):
         pick_device("cuda")
     monkeypatch.setenv("RANK", "1")
-    assert not fastkd_distributed.speaks()
+    assert not fastkd_distributed.reports_errors()
 
 
 def test_one_process_needs_no_group():
-    assert world() is ALONE and ALONE.first and ALONE.least(4) == 4 and ALONE.any(True)
-    assert ALONE.from_first(lambda: 7) == 7 and ALONE.collect(3) == [3]
+    assert world() is ALONE and ALONE.first and ALONE.minimum(4) == 4 and ALONE.any(True)
+    assert ALONE.broadcast(lambda: 7) == 7 and ALONE.gather(3) == [3]
     values = torch.ones(2)
     assert ALONE.sum(values) is values
 

@@ -204,14 +204,14 @@ def test_a_disk_without_room(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match=r"need 8.4 kB more in .*, where 8.4 kB are free: make room, or take fewer"):
         run(config(tmp_path, **options))
     run(config(tmp_path, logits_dtype="float16", resume=True, **options))  # half as much
-    check = KeptLogits._check_room
+    check = KeptLogits.check_room
 
     def with_another(kept, *arguments):  # another process has no room: all stop
         with monkeypatch.context() as patch:
             patch.setattr(World, "any", lambda world, flag: True)
             check(kept, *arguments)
 
-    monkeypatch.setattr(KeptLogits, "_check_room", with_another)
+    monkeypatch.setattr(KeptLogits, "check_room", with_another)
     with pytest.raises(StorageError, match="make room"):
         run(config(tmp_path, **options | {"out": str(tmp_path / "other"), "logits_dtype": "float16"}))
     assert in_words(999) == "999 bytes" and in_words(25_000_000_000) == "25.0 GB"
@@ -219,7 +219,7 @@ def test_a_disk_without_room(tmp_path, monkeypatch):
 
 def test_a_disk_that_gets_full(tmp_path, monkeypatch):
     options = OPTIONS | {"method": "kd", "logits_cache": True}
-    original, left = files._write, [5]
+    original, left = files.write_rows, [5]
 
     def write(path, *arguments):
         left[0] -= 1
@@ -227,7 +227,7 @@ def test_a_disk_that_gets_full(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         original(path, *arguments)
 
-    monkeypatch.setattr(files, "_write", write)
+    monkeypatch.setattr(files, "write_rows", write)
     with pytest.raises(StorageError, match=r"v0000.npy cannot be written, the disk is full: make room and .* --resume"):
         run(config(tmp_path, **options))
     run(config(tmp_path, resume=True, **options))

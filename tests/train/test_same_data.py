@@ -149,7 +149,7 @@ def test_where_a_folder_stands_does_not_matter(tmp_path, monkeypatch, folder):
 
 def test_files_are_read_only_where_they_are_few(monkeypatch, folder):
     read = []
-    monkeypatch.setattr(description, "_content", lambda path: read.append(path) or b"")
+    monkeypatch.setattr(description, "content_of", lambda path: read.append(path) or b"")
     described(f"imagefolder:{folder}", train_size=4)
     assert len(read) == 4 + 6  # those in use
     monkeypatch.setattr(description, "BY_CONTENT_FILES", 5)
@@ -378,10 +378,10 @@ def test_another_split_stops_a_run_from_python(tmp_path):
 class Two(World):
     """Two processes, the other one with data of its own."""
 
-    def collect(self, value):
+    def gather(self, value):
         return [value, same_data._without_times(self.group)]
 
-    def from_first(self, function):
+    def broadcast(self, function):
         return function()
 
 

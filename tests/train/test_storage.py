@@ -26,9 +26,9 @@ class Killed(BaseException):
 
 def run_until(step, monkeypatch, options, then=Killed):
     """A run that ends after so many steps of the student, as if it had been killed."""
-    original, left = Fit._run_epoch, [step]
+    original, left = Fit.run, [step]
 
-    def run_epoch(fit, *rest):
+    def run_fit(fit):
         def end_batch(meter, *batch, original=Meter.end_batch):
             if fit.folder == Path(options.out):
                 if left[0] == 0:
@@ -38,10 +38,10 @@ def run_until(step, monkeypatch, options, then=Killed):
 
         with monkeypatch.context() as patch:
             patch.setattr(Meter, "end_batch", end_batch)
-            original(fit, *rest)
+            return original(fit)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Fit, "_run_epoch", run_epoch)
+        patch.setattr(Fit, "run", run_fit)
         with pytest.raises(then):
             run(options)
 

@@ -34,7 +34,7 @@ class TwoOf(World):
 
     size: int = 2
 
-    def from_first(self, function):
+    def broadcast(self, function):
         return function()
 
     def wrap(self, method, network, device):

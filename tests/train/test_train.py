@@ -152,12 +152,12 @@ def test_divergence_names_network_epoch_and_batch(tmp_path, log_every):
 
 def test_late_look_still_names_the_batch():
     meter = Meter(torch.device("cpu"), 1)
-    meter.look_every = 10
+    meter.read_every = 10
     for value in (1.0, math.nan, 1.0):
         meter.add(fake_phase(value), 4)
         meter.end_batch(torch.zeros(4, dtype=torch.long))
     with pytest.raises(Divergence, match=r"batch 2 \(step 2\): the loss is nan"):
-        meter.look()
+        meter.read_losses()
 
 
 # Optimiser and schedule.

@@ -58,26 +58,18 @@ __device__ __forceinline__ void unpack_pair(uint32_t word, Half, float& low, flo
 #endif
 }
 
-__device__ __forceinline__ uint32_t pack_pair(float low, float high, BFloat16) {
+// Both rounded to T, of 16 bits.
+template <class T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
 #if defined(__CUDA_ARCH__)
   uint32_t word;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  if constexpr (is_half<T>)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 #else
-  BFloat16 l, h;
-  store_as(l, low);
-  store_as(h, high);
-  return uint32_t(h.bits) << 16 | l.bits;
-#endif
-}
-
-__device__ __forceinline__ uint32_t pack_pair(float low, float high, Half) {
-#if defined(__CUDA_ARCH__)
-  uint32_t word;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  return word;
-#else
-  Half l, h;
+  T l, h;
   store_as(l, low);
   store_as(h, high);
   return uint32_t(h.bits) << 16 | l.bits;
@@ -107,7 +99,7 @@ __device__ __forceinline__ uint4 pack(const float (&from)[kRawItems<T>]) {
     if constexpr (sizeof(T) == 4)
       raw.v[w] = float_to_bits(from[w]);
     else
-      raw.v[w] = pack_pair(from[2 * w], from[2 * w + 1], T{});
+      raw.v[w] = pack_pair<T>(from[2 * w], from[2 * w + 1]);
   }
   return __builtin_bit_cast(uint4, raw);
 }

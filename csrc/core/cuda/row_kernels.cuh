@@ -58,12 +58,25 @@ __global__ void __launch_bounds__(kReduceThreads)
   for (int v = 0; v < 3; ++v) part_sums(mine, rows, blockIdx.x)[v] = sums.v[v];
 }
 
+// Before the rows: aux[0] = 1 / rows that count, for what is stored.
+template <class A>
+__global__ void __launch_bounds__(kReduceThreads)
+    count_kernel(const int64_t* target, int64_t rows, int64_t ignore_index, A* aux) {
+  using Threads = RowThreads<double, kReduceThreads>;
+  SIMT_SHARED(double, buffer, 2 * Threads::kWarps * Threads::kMost);
+  Threads threads{int(threadIdx.x), 0, buffer};
+  Numbers<double, 1> sum{{0}};
+  for (int64_t r = threadIdx.x; r < rows; r += kReduceThreads) sum.v[0] += target[r] == ignore_index ? 0 : 1;
+  sum = threads.sum(sum);
+  if (threadIdx.x == 0) aux[0] = A(1 / (sum.v[0] > 1 ? sum.v[0] : 1));
+}
+
 // Block l: the sum of the losses row_loss[l, :], or of the parts'. The first one also counts rows: aux = {factor that the
-// stored gradients lack, targets out of range}. `items` > 0 divides instead of the rows that count.
+// stored gradients lack, 1 where they are `whole`; targets out of range}. `items` > 0 divides instead of the rows that count.
 template <class A>
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_kernel(A* row_loss, const int64_t* target, int64_t rows, int64_t classes, int64_t ignore_index, bool mean,
-                  double items, bool parts, A* loss, A* aux) {
+                  double items, bool whole, bool parts, A* loss, A* aux) {
   using Threads = RowThreads<double, kReduceThreads>;
   SIMT_SHARED(double, buffer, 2 * Threads::kWarps * Threads::kMost);
   Threads threads{int(threadIdx.x), 0, buffer};
@@ -78,7 +91,7 @@ __global__ void __launch_bounds__(kReduceThreads)
   if (threadIdx.x != 0) return;
   const double count = items > 0 ? items : !mean ? 1 : sums.v[1] > 1 ? sums.v[1] : 1;
   if (blockIdx.x == 0) {
-    aux[0] = A(1 / count);
+    aux[0] = whole ? A(1) : A(1 / count);
     aux[1] = A(sums.v[2]);
   }
   if (loss) loss[blockIdx.x] = A(sums.v[0] / count);
@@ -107,6 +120,7 @@ __global__ void __launch_bounds__(kScaleThreads)
   const int64_t learner = p.learner[blockIdx.y];
   const unsigned here = unsigned(p.rows - first < int64_t(rows_per_block) ? p.rows - first : rows_per_block);
   const A common = (p.per_row ? A(1) : p.grad_loss[learner]) * p.aux[0];
+  if (p.stored == p.grad && !p.per_row && !p.saved && common == 1) return;  // in place, and nothing is left to do
   for (unsigned i = threadIdx.x; i < here * vectors; i += kScaleThreads) {
     const int64_t row = first + i / vectors, at = ((slot_rows + first) * vectors + i) * Width;
     const A upstream = p.per_row ? p.grad_loss[learner * p.rows + row] : A(1);
@@ -118,10 +132,45 @@ __global__ void __launch_bounds__(kScaleThreads)
   }
 }
 
-// Reduces the row losses after a forward pass; `type` is that of the learners, `losses` as for forward_over_rows() in
-// core/torch/run.h.
+// The reduction's factor, which stored gradients may have in them, so that a backward with grad_output 1 has nothing left
+// to do: a number, or in memory.
+struct RowFactor {
+  double known = 1;
+  bool counted = false, whole = false;  // aux[0] has it; the stored gradients will have it
+};
+
+// Rows that one block counts in a few microseconds.
+constexpr int64_t kCountedRows = 65536;
+
+// `bytes`: of the stored gradients. Labels are counted before the rows where that costs less than the backward's pass, which
+// is the case for what does not stay in the L2 cache; not in float16, which has a scale of its own.
 template <class Args>
-void launch_reduce(const Args& args, DType type, int losses, cudaStream_t stream) {
+RowFactor launch_factor(const Args& args, DType type, int64_t bytes, cudaStream_t stream) {
+  RowFactor factor;
+  if (bytes == 0 || type == DType::f16 || args.reduction == Reduction::none) return factor;
+  factor.whole = true;
+  if (args.items > 0 || args.reduction == Reduction::sum || !args.target) {
+    const double rows = args.rows > 0 ? double(args.rows) : 1;
+    factor.known = 1 / (args.items > 0 ? args.items : args.reduction == Reduction::sum ? 1 : rows);
+    return factor;
+  }
+  int device = 0, l2 = 0;
+  (void)cudaGetDevice(&device);
+  (void)cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device);
+  factor.counted = factor.whole = args.rows <= kCountedRows && bytes >= l2 / 8;
+  if (!factor.counted) return factor;
+  const auto count = [&]<class A>(A) {
+    SIMT_LAUNCH((count_kernel<A>), dim3(1), dim3(kReduceThreads), 0, stream, args.target, args.rows, args.ignore_index,
+                static_cast<A*>(args.aux));
+  };
+  type == DType::f64 ? count(double()) : count(float());
+  return factor;
+}
+
+// Reduces the row losses after a forward pass; `type` is that of the learners, `losses` as for forward_over_rows() in
+// core/torch/run.h, `whole` as of launch_factor().
+template <class Args>
+void launch_reduce(const Args& args, DType type, int losses, bool whole, cudaStream_t stream) {
   const auto reduce = [&]<class A>(A) {
     A* row_loss = const_cast<A*>(static_cast<const A*>(args.row_loss));
     // Where the rows' losses are themselves the result they stay.
@@ -130,7 +179,7 @@ void launch_reduce(const Args& args, DType type, int losses, cudaStream_t stream
       SIMT_LAUNCH((reduce_parts_kernel<A>), dim3(unsigned(parts_of_rows(args.rows)), unsigned(losses)), dim3(kReduceThreads), 0,
                   stream, row_loss, args.target, args.rows, args.classes, args.ignore_index);
     SIMT_LAUNCH((reduce_kernel<A>), dim3(unsigned(losses)), dim3(kReduceThreads), 0, stream, row_loss, args.target, args.rows,
-                args.classes, args.ignore_index, args.reduction == Reduction::mean, args.items, parts,
+                args.classes, args.ignore_index, args.reduction == Reduction::mean, args.items, whole, parts,
                 static_cast<A*>(args.loss), static_cast<A*>(args.aux));
   };
   type == DType::f64 ? reduce(double()) : reduce(float());

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd import functional
-from fastkd._fixed import Fixed
+from fastkd.losses._fixed import Fixed
 from fastkd.ops._formulas import Reduction
 from fastkd.ops._multi_teacher_formula import Combine
 
