@@ -35,7 +35,7 @@ test: $(BUILT) ## all tests that are not marked slow (under 10 minutes)
 test-asan: $(INSTALLED) ## the operations' CPU tests under the address and undefined-behaviour sanitizers (4 minutes; g++)
 	$(PY) tests/asan.py
 
-test-slow: $(BUILT) ## the slow tests: the wheel under other versions of torch (needs 15 GB of disk), installations
+test-slow: $(BUILT) ## the slow tests: the wheel under other versions of torch (needs 15 GB of disk), the examples in each framework
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -m slow
 
 coverage: $(BUILT) ## which lines of fastkd the tests run, in one process (30 minutes; needs `pip install coverage`)

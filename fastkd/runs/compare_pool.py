@@ -13,11 +13,12 @@ from typing import Any
 
 from fastkd.runs.config import CompareConfig
 from fastkd.runs.job import CompareJob
-from fastkd.runs.processes import STOPPED, duration, follow_parent, forking
+from fastkd.runs.processes import STOPPED, follow_parent, forking
 from fastkd.runs.runner import Runner, load_data
 from fastkd.train import checkpoint
 from fastkd.train.devices import cpu_threads
 from fastkd.train.interrupts import Interrupted, catch_interrupt
+from fastkd.train.time_left import duration
 
 LOG = "log.txt"
 POLL = 0.5  # seconds

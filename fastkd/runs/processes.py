@@ -1,4 +1,4 @@
-"""Runs in processes of their own: how they are made, how they end, and how long they take in words."""
+"""Runs in processes of their own: how they are made, and how they end."""
 
 from __future__ import annotations
 
@@ -33,11 +33,3 @@ def follow_parent() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def duration(seconds: float) -> str:
-    """`seconds` in words: s, min, or h and min."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

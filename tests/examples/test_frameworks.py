@@ -18,6 +18,6 @@ def test_a_script_runs_unchanged(name, run_example):
         rf"^Run: (torchrun|python) (.*)examples/frameworks/{name} \(", (FOLDER / name).read_text(), re.MULTILINE
     )
     launcher = ["-m", "torch.distributed.run", *run[2].split()] if run[1] == "torchrun" else []
-    told = run_example(f"frameworks/{name}", launcher).strip().splitlines()[-1]
+    told = run_example(f"frameworks/{name}", launcher=launcher).strip().splitlines()[-1]
     assert re.match(r"[\w .-]+: .*\d", told), told
     print(told)

@@ -98,16 +98,18 @@ def test_half_precision_inputs_give_float32_digits(dtype):
         assert float((a.double() - b).norm() / b.norm()) < 0.6 * torch.finfo(dtype).eps + 1e-6
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("noise", [0.3, 0.1, 0.03])
-def test_near_networks_in_bfloat16(noise):
+def test_near_networks_in_bfloat16(noise, beta):
     """Liger's chunked loss is 2 to 38 % off in these gradients: its logits are rounded to bfloat16."""
     weight = randn(500, 32, seed=1, dtype=torch.bfloat16).requires_grad_()
     hidden = randn(24, 32, dtype=torch.bfloat16).requires_grad_()
     teacher = (hidden.detach().float() + noise * randn(24, 32, seed=5, dtype=torch.float32)).bfloat16(), weight.detach()
-    loss = linear_multi_teacher_kd(hidden, weight, [teacher], reduction="none")
+    which = dict(divergence="jsd", divergence_beta=beta)
+    loss = linear_multi_teacher_kd(hidden, weight, [teacher], reduction="none", **which)
     got = torch.autograd.grad(loss.mean(), [hidden, weight])
     inputs = [z.detach().double().requires_grad_() for z in (hidden, weight)]
-    exact = linear_multi_teacher_kd(*inputs, [tuple(z.double() for z in teacher)])
+    exact = linear_multi_teacher_kd(*inputs, [tuple(z.double() for z in teacher)], **which)
     assert float(loss.detach().min()) >= 0
     for a, b in zip(got, torch.autograd.grad(exact, inputs), strict=True):
         assert float((a.double() - b).norm() / b.norm()) < 5e-3
@@ -298,3 +300,33 @@ def test_divergences_are_those_of_whole_logits(divergence, place, at):
     torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-13)
     for a, b in zip(gradients(loss, [hidden, weight]), gradients(expected, [hidden, weight]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["rows", "one", "learns", "routed"])
+def test_weights_of_forward_and_reverse_may_be_tensors(kind):
+    share = randn(ROWS, seed=8).abs() if kind != "one" else torch.tensor(0.3, dtype=torch.float64)
+    divergence = {"forward": share.requires_grad_(kind == "learns"), "reverse": 1 - share.detach()}
+    inputs, options = student(), {"temperature": 2.0, "target": labels()}
+    if kind == "learns":
+        inputs = [*inputs, share]
+    teachers = teachers_of("crossed" if kind == "routed" else "both")
+    both = [
+        linear_multi_teacher_kd(*inputs[:2], teachers, bias=inputs[2], divergence=d, reduction="none", **options)
+        for d in ("forward", "reverse")
+    ]
+    expected = (share * both[0] + (1 - share.detach()) * both[1]).sum()
+    loss = linear_multi_teacher_kd(
+        *inputs[:2], teachers, bias=inputs[2], divergence=divergence, reduction="sum", chunk_rows=5, **options
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-13)
+    for a, b in zip(gradients(loss, inputs), gradients(expected, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_one_weight_of_forward_and_reverse_as_a_tensor_on_whole_logits():
+    logits, (teacher,) = 2 * randn(ROWS, CLASSES), teachers_of("logits")
+    tensor, number = (
+        multi_teacher_kd(logits, [teacher], divergence={"forward": w, "reverse": 0.7})
+        for w in (torch.tensor(0.3, dtype=torch.float64), 0.3)
+    )
+    torch.testing.assert_close(tensor, number, rtol=1e-12, atol=0)
