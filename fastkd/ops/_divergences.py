@@ -24,7 +24,7 @@ from fastkd.ops._formulas import accumulate_dtype, divergence, exact_divergence
 
 NAMES = ("forward", "reverse", "jsd", "tvd", "skew_forward", "skew_reverse")
 PAIR = ("forward", "reverse")
-OF_MIXTURES = ("forward", "reverse", "jsd")  # with combine="probs" and "logits"
+OF_MIXTURES = ("forward", "reverse", "jsd")  # with combine="probs" and "logits", and between networks that all learn
 KINDS = ("forward", "pair", "mixture", "tvd")  # csrc/multi_teacher/op.h
 DEFAULT_BETA = {"jsd": 0.5, "skew_forward": 0.1, "skew_reverse": 0.1}
 
@@ -64,6 +64,14 @@ def check_divergence(
             raise wrong_value(op, "divergence_beta", f"None for divergence={name!r}", beta)
         return {"forward": FORWARD, "reverse": REVERSE, "tvd": Divergence("tvd")}[name], None
     return _with_beta(op, name, DEFAULT_BETA[name] if beta is None else beta), None
+
+
+def check_mutual(op: str, name: object, beta: object, like: Tensor) -> Divergence:
+    """check_divergence() between networks that all learn."""
+    if not isinstance(name, str):
+        raise wrong_type(op, "divergence", "a name", type(name).__name__)
+    check_choice(op, "divergence", name, OF_MIXTURES)
+    return check_divergence(op, name, beta, like)[0]
 
 
 def _with_beta(op: str, name: str, beta: object) -> Divergence:
