@@ -13,7 +13,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 # file of the repository > page of the site; files of docs/ keep their names.
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-PAGES |= {"examples/README.md": "integrations.md", "docs/integrations.md": "integrations.md"}
+PAGES |= {"examples/README.md": "integrations.md"}
 PAGES |= {
     f"csrc/{path.parent.name}/README.md": f"kernels/{path.parent.name}.md" for path in ROOT.glob("csrc/*/README.md")
 }

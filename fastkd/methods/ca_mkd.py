@@ -173,5 +173,5 @@ def resized(x: Tensor, like: Tensor) -> Tensor:
     if x.shape[-2:] == size:
         return x
     if x.shape[-2] >= size[0]:
-        return torch_functional.adaptive_avg_pool2d(x, list(size))
+        return torch_functional.adaptive_avg_pool2d(x, (size[0], size[1]))
     return torch_functional.interpolate(x, size=list(size), mode="bilinear", align_corners=False)
