@@ -230,7 +230,8 @@ def draw_bars(comparison: Comparison, path: Path) -> None:
     axis.set_ylim(floor, min(100.0, high + 0.1 * (high - low) + 1))
     axis.set_ylabel("test accuracy of the student [%]" + ("\n(the axis does not start at 0)" if floor else ""))
     count = f"{len(values[0])} seed{'s' * (len(values[0]) > 1)}"
-    axis.set_title(f"{comparison.config.student} on {comparison.config.data}, last epoch, {count}")
+    what = f"ablation of {comparison.config.ablate}: " if comparison.config.ablate else ""
+    axis.set_title(f"{what}{comparison.config.student} on {comparison.config.data}, last epoch, {count}")
     axis.grid(axis="y", alpha=0.3, zorder=0)
     figure.legend(fontsize="small", loc="outside lower center", ncols=2)
     save_figure(figure, path)
