@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import typing
@@ -89,6 +90,31 @@ def test_wrong_calls_do_not(wrong, tmp_path):
 def test_pyright_sees_wrong_calls(wrong, tmp_path):
     file, lines = wrong
     assert {each["range"]["start"]["line"] + 1 for each in pyright_errors(file, tmp_path)} == lines
+
+
+def of_pyright(file: Path, folder: Path) -> set[int]:
+    """The lines of `file` in which pyright sees an error."""
+    program = shutil.which("pyright")
+    if program is None:
+        pytest.skip("pyright is not installed (it needs node)")
+    if file.parent != folder:
+        shutil.copy(file, folder)
+    config = {"include": [file.name], "extraPaths": [str(ROOT)], "typeCheckingMode": "standard"}
+    (folder / "pyrightconfig.json").write_text(json.dumps(config))
+    command = [program, "-p", str(folder), "--pythonpath", sys.executable, "--outputjson"]
+    said = json.loads(subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout)
+    assert said["summary"]["filesAnalyzed"] == 1
+    return {each["range"]["start"]["line"] + 1 for each in said["generalDiagnostics"] if each["severity"] == "error"}
+
+
+@pytest.mark.slow
+def test_pyright_takes_the_users_file_and_no_wrong_call(tmp_path):
+    assert of_pyright(FILE, tmp_path) == set()
+    folder = tmp_path / "wrong"
+    folder.mkdir()
+    (folder / "wrong.py").write_text(WRONG)
+    wanted = {n for n, line in enumerate(WRONG.splitlines(), 1) if n > 5 and line}
+    assert of_pyright(folder / "wrong.py", folder) == wanted
 
 
 @pytest.mark.slow
