@@ -32,7 +32,7 @@ def draw_gains(comparison: Comparison, path: Path) -> None:
         gain, points = gains[method], zip(comparison.accuracies(method), baseline, strict=True)
         color = TELLS if gain.half < abs(gain.mean) else CANNOT_TELL
         seeds = [100 * (value - other) for value, other in points]
-        axis.scatter(seeds, [height] * len(seeds), s=16, color=color, alpha=0.35, linewidth=0, zorder=2)
+        axis.scatter(seeds, [height - 0.22] * len(seeds), s=16, color=color, alpha=0.35, linewidth=0, zorder=2)
         bar = dict(fmt="o", color=color, markersize=7, capsize=4, linewidth=2.2, zorder=3)
         axis.errorbar([100 * gain.mean], [height], xerr=[100 * gain.half], **bar)
     labels = [f"{method}  {100 * gains[method].mean:+.1f}" for method in order]

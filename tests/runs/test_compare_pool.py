@@ -53,7 +53,7 @@ def test_side_by_side_as_one_after_another(tmp_path):
     one, two = networks(tmp_path / "one"), networks(tmp_path / "two")
     assert list(one) == list(two) == ["ce-seed0", "ce-seed1", "kd-seed0", "kd-seed1"]
     assert all(torch.equal(one[run][key], two[run][key]) for run in one for key in one[run])
-    parallel = said[said.index("seed 1, kd") + 1 :]
+    parallel = said[max(i for i, text in enumerate(said) if text.startswith("seed 1, kd")) + 1 :]
     assert parallel[0].startswith("2 seeds, 2 side by side;") and "log.txt" in parallel[0]
     assert len(parallel) <= 1 + 4 and parallel[-1] == "4 of 4 runs are finished"
     assert (tmp_path / "two" / "log.txt").exists()
