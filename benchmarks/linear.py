@@ -22,7 +22,7 @@ from benchmarks.baselines import linear_eager
 from benchmarks.inputs import TRAINING, Projections
 from fastkd.functional import linear_multi_teacher_kd
 
-CANDIDATES = ("fused", "fused 256", "eager", "compile", "checkpoint", "liger", "products")
+CANDIDATES = ("fused", "fused 256", "eager", "compile", "checkpoint", "liger", "trl", "products")
 
 
 def products(hidden, weight, teachers, rows=256):
@@ -48,6 +48,18 @@ def liger(hidden, weight, teachers):
     return sum(loss(hidden, weight, *teacher, labels) for teacher in teachers) / len(teachers)
 
 
+def trl(hidden, weight, teachers):
+    """TRL's chunked loss since 1.16, tiles of rows and classes made again in the backward; a call for each teacher."""
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    mask = torch.ones(1, hidden.shape[0], dtype=torch.int64)
+    losses = [
+        _chunked_divergence_loss(hidden[None], teacher[None], weight, head, mask, beta=0.0)[0]
+        for teacher, head in teachers
+    ]
+    return sum(losses) / len(losses)
+
+
 def function(name: str, rows: int | None):
     """`rows`: of a chunk; None for the default one."""
     return {
@@ -57,6 +69,7 @@ def function(name: str, rows: int | None):
         "compile": registry.compiled(linear_eager.linear_multi_teacher),
         "checkpoint": linear_eager.checkpointed,
         "liger": liger,
+        "trl": trl,
         "products": products,
     }[name]
 

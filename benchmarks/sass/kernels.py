@@ -16,8 +16,9 @@ from benchmarks.sass.toolkit import CSRC
 OFF_FUNCTIONS = set(
     """
     cross_entropy_of_soft device_row_offset direct_square from_mixture keep_stats_alone larger
-    leave_out load_scalars load_soft mix_logit mix_probabilities row_offset scale_of soft_mass
-    soft_part store_nothing stream_mixture teacher_index
+    leave_out leave_out_vectors left_out_gradient load_scalars load_soft masked_gaps mix_logit
+    mix_probabilities row_offset scale_of soft_mass soft_part store_nothing stream_mixture
+    teacher_index
     """.split()
 )
 OFF_LINES = re.compile(
@@ -146,6 +147,17 @@ def _mutual(given: list[str]) -> Spec:
     return Spec(threads * rows, "" if on_chip else "passes", items, [case])
 
 
+def _mutual_vectors(given: list[str]) -> Spec:
+    size, m = size_of(given[0]), int(given[1])
+    case = Case(f"[{ROWS}, 32000] M={m}", 1, ROWS * 32000, 2 * m * size, m * size, 2 * m * size)
+    return Spec(512, "passes", 16 // size, [case])
+
+
+def _stream_many(given: list[str]) -> Spec:
+    size = size_of(given[0])
+    return Spec(256, "loads", 16 // size, _teachers(size, 32000, True, counts=(8,)))
+
+
 def _group_stats(given: list[str]) -> Spec:
     threads, rows, items = numbers(given[2])
     size, tiled = size_of(given[0]), threads * items > 4096
@@ -181,10 +193,12 @@ MAKERS: dict[str, Callable[[list[str]], Spec]] = {
     "stream_backward_kernel": _stream_backward,
     "stream_rows_kernel": functools.partial(_stream_vectors, gradient=False),
     "stream_gradient_kernel": functools.partial(_stream_vectors, gradient=True),
+    "stream_gradients_kernel": _stream_many,
     "on_chip_kernel": _on_chip,
     "divergence_kernel": _on_chip,
     "scale_kernel": _scale,
     "mutual_kernel": _mutual,
+    "vector_kernel": _mutual_vectors,
     "row_kernel": _group_stats,
     "rows_kernel": _feature_rows,
     "gradient_kernel": _feature_gradient,

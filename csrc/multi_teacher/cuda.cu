@@ -7,7 +7,8 @@
 namespace fastkd::multi_teacher {
 
 int64_t scratch_numbers_cuda(const Args& args) {
-  if (!args.stream || args.rows == 0 || args.student.type == DType::f64) return 0;
+  const bool streamed = args.stream || args.classes > kMaxOnChip<float>;
+  if (!streamed || args.rows == 0 || args.student.type == DType::f64) return 0;
   const int64_t parts = args.rows < kWholeRows ? kMostParts : 1, groups = groups_of(args.teachers);
   return parts * groups == 1 ? 0 : args.rows * parts * groups * kPartNumbers<kVectorTeachers>;
 }

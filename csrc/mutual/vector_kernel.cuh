@@ -17,7 +17,6 @@ struct PairSums {
 template <int M>
 struct Classes {
   float x[M][4], e[M][4];
-  bool counts[M][4];
 };
 
 template <class S>
@@ -40,26 +39,37 @@ __device__ __forceinline__ Classes<M> classes_of(const Vectors<M>& now, int grou
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       four.x[n][i] -= base[n];
-      const float y = four.x[n][i] * c.scale;
-      four.e[n][i] = exp2_approximate(y);
-      four.counts[n][i] = !(y < kNothing);
+      four.e[n][i] = exp2_approximate(four.x[n][i] * c.scale);
     }
   }
   return four;
 }
 
-// What network n says to learner m. `masked`: a network has a class of -inf. The divergence is infinite where only m has.
+// e_n (z_n - z_m), summed, where a network has masked classes: one of n counts 0, one of m alone makes the sum infinite.
 template <int M>
-__device__ __forceinline__ void learn(const RowShared<M>& row, const Classes<M>& four, int m, int n, bool masked, float& a,
-                                      float (&grad)[4]) {
-  const float factor = row.factor[m][n], ratio = row.ratio[m][n];
+__device__ __forceinline__ float masked_gaps(const Classes<M>& four, int m, int n, const Exponents& c, float a) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float gap = four.x[n][i] - four.x[m][i];
-    if (four.counts[n][i]) a += four.e[n][i] * gap;
-    if (masked && gap == kInf) a = kInf;
-    grad[i] += factor * (four.e[m][i] - ratio * four.e[n][i]);
+    if (!(four.x[n][i] * c.scale < kNothing)) a += four.e[n][i] * gap;
+    if (gap == kInf) a = kInf;
   }
+  return a;
+}
+
+// What network n says to learner m.
+template <int M>
+__device__ __forceinline__ void learn(const RowShared<M>& row, const Classes<M>& four, int m, int n, const Exponents& c,
+                                      bool masked, float& a, float (&grad)[4]) {
+  const float factor = row.factor[m][n], ratio = row.ratio[m][n];
+  if (masked) {  // the whole block
+    a = masked_gaps(four, m, n, c, a);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a += four.e[n][i] * (four.x[n][i] - four.x[m][i]);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) grad[i] += factor * (four.e[m][i] - ratio * four.e[n][i]);
 }
 
 // One vector of all networks: the sums of the pairs, and the gradients to `packed`.
@@ -81,7 +91,7 @@ __device__ __forceinline__ void learn_vector(const Params<float>& p, const RowSh
       }
 #pragma unroll
       for (int n = 0; n < M; ++n)
-        if (row.pairs >> (m * M + n) & 1u) learn(row, four, m, n, masked, sums.a[m][n], grad);
+        if (row.pairs >> (m * M + n) & 1u) learn(row, four, m, n, c, masked, sums.a[m][n], grad);
       const int at = label - 4 * group;
       if (at >= 0 && at < 4) {
 #pragma unroll
@@ -230,7 +240,7 @@ __global__ void __launch_bounds__(kVectorThreads, 1) vector_kernel(const __grid_
 #pragma unroll
   for (int n = 0; n < M; ++n) {
     base[n] = base_of(sums.max[n]);
-    masked = masked || sums.least[n] == -kInf;
+    masked = masked || !(sums.least[n] - base[n] > -0x1p100f);  // else every difference is finite
   }
   PairSums<M> pairs{};
   const int64_t label = p.ce_weight != 0 ? p.target[index] : -1;

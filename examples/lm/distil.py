@@ -39,7 +39,7 @@ class Setting(NamedTuple):
     length: int = 128
     batch: int = 8
     teacher_steps: int = 1000
-    steps: int = 600
+    steps: int = 300
     seeds: int = 3
     measures: int = 6  # times that a run is measured
     windows: int = 256  # held out

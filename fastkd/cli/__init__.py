@@ -1,4 +1,4 @@
-"""The command line: `fastkd train`, `fastkd compare`, `fastkd report`, `fastkd info`, `fastkd bench`."""
+"""The command line: `fastkd train`, `compare`, `study`, `analyze`, `report`, `info`, `bench`, `completion`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ Knowledge distillation with several networks.
   fastkd report    report and pictures of a run, finished or not, or of several side by side
   fastkd info      versions, devices, and which backend each operation uses and why
   fastkd bench     what the fused operations gain on this machine (in the source tree)
+  fastkd completion  for bash and zsh: source <(fastkd completion)
 
   fastkd COMMAND --help shows the options, fastkd --version the version.
   Try: fastkd train --method dgkd --epochs 30 --out runs/first
 """
 
-COMMANDS = ("train", "compare", "study", "analyze", "report", "info", "bench")
+COMMANDS = ("train", "compare", "study", "analyze", "report", "info", "bench", "completion")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,8 +85,8 @@ def _dispatch(argv: list[str]) -> int:
     rest = argv[1:]
     if command not in COMMANDS:
         raise UserError(f"there is no command {command!r}: {guess(command, COMMANDS)}use {', '.join(COMMANDS)}")
-    if command == "info":
-        return _info(argv[1:])
+    if command in ("info", "completion"):
+        return _printed(command, argv[1:])
     if command == "bench":
         from fastkd import _bench
 
@@ -129,17 +130,28 @@ def _ablation(rest: list[str]) -> list[str]:
     return ["--ablate", rest[0], *quick, *(item for item in rest[1:] if item != "--quick")]
 
 
-def _info(rest: list[str]) -> int:
+ABOUT = {
+    "info": "Versions, devices, settings, which backend each operation uses and why: what a report of a fault needs.",
+    "completion": "A script that completes commands, options and values in bash and zsh: source <(fastkd completion)",
+}
+
+
+def _printed(command: str, rest: list[str]) -> int:
+    """The commands that take no options and print a text."""
     from fastkd._core.messages import UserError
 
     if rest and rest[0] not in ("-h", "--help"):
-        raise UserError(f"fastkd info takes no options, got {rest[0]!r}")
+        raise UserError(f"fastkd {command} takes no options, got {rest[0]!r}")
     if rest:
-        print("usage: fastkd info\n\nVersions, devices, and which backend each operation uses and why.")
-        return 0
-    from fastkd.runs import environment
+        print(f"usage: fastkd {command}\n\n{ABOUT[command]}")
+    elif command == "info":
+        from fastkd.runs import environment
 
-    print(environment.info())
+        print(environment.info())
+    else:
+        from fastkd.cli import completion
+
+        print(completion.script(COMMANDS), end="")
     return 0
 
 

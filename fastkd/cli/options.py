@@ -169,7 +169,7 @@ def _config_file(name: str) -> str:
     """A file as it is named; where there is none, the recipe of that name in the package."""
     if Path(name).exists():
         return name
-    known = _recipes()
+    known = recipe_names()
     asked = name.removeprefix("configs/").removesuffix(".yaml")  # where they lay in the source tree
     if asked in known:
         return str(RECIPE_FOLDER / f"{asked}.yaml")
@@ -177,7 +177,8 @@ def _config_file(name: str) -> str:
     raise UserError(f"{what}: {guess(asked, known)}the recipes are {', '.join(known)}")
 
 
-def _recipes() -> list[str]:
+def recipe_names() -> list[str]:
+    """Of the recipes in the package."""
     return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
 
 
@@ -234,6 +235,6 @@ def _help(parser: Any, command: str, fields: dict[str, Any]) -> str:
         lines += [f"  {name:<7}{recipe.about}" if len(name) < 7 else f"  {name}  {recipe.about}"]
         for_digits = ", ".join(f"{key}={value!r}" for key, value in recipe.digits.items())
         lines += [f"         {values or 'no options'}{f' (digits: {for_digits})' if for_digits else ''}"]
-    lines += ["", f"Networks: {', '.join(models.names())}", "", f"Recipes for --config: {', '.join(_recipes())}"]
+    lines += ["", f"Networks: {', '.join(models.names())}", "", f"Recipes for --config: {', '.join(recipe_names())}"]
     wrapped = [textwrap.fill(line, 100, subsequent_indent=" " * 9) if len(line) > 100 else line for line in lines]
     return "\n".join([f"usage: {EXAMPLES[command]}", text.rstrip(), *wrapped]) + "\n"

@@ -8,8 +8,8 @@ from __future__ import annotations
 from fastkd.losses.embeddings import FeatureEnsemble, RKDAngle, RKDDistance
 from fastkd.losses.linear import LinearMultiTeacherKD
 from fastkd.losses.logits import MultiTeacherKD, MutualKD
-from fastkd.ops._formulas import LossTerms
 from fastkd.ops.multi_teacher import DistillationStats
+from fastkd.ops.shared import LossTerms
 
 __all__ = [
     "DistillationStats",

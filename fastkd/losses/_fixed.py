@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
-from fastkd.ops._formulas import Reduction
+from fastkd.ops.shared import Reduction
 
 
 class Fixed(_Loss):

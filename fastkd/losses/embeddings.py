@@ -11,9 +11,8 @@ from torch import Tensor
 from fastkd import functional
 from fastkd._core.typed import like
 from fastkd.losses._fixed import Fixed
-from fastkd.ops._feature_maps import Norm
-from fastkd.ops._formulas import Reduction
 from fastkd.ops.feature_ensemble import Elements
+from fastkd.ops.shared import Norm, Reduction
 
 
 class RKDDistance(Fixed):

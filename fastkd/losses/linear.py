@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fastkd import functional
 from fastkd.losses._fixed import Fixed
-from fastkd.ops._formulas import Reduction
-from fastkd.ops._multi_teacher_formula import Combine
+from fastkd.ops.shared import Combine, Reduction
 
 
 class LinearMultiTeacherKD(Fixed):

@@ -11,14 +11,13 @@ from fastkd import functional
 from fastkd._core.typed import like
 from fastkd._outputs import find_logits
 from fastkd.losses._fixed import Fixed
-from fastkd.ops._formulas import LossTerms, Reduction
-from fastkd.ops._multi_teacher_formula import Combine
 from fastkd.ops.multi_teacher import DistillationStats
+from fastkd.ops.shared import Combine, LossTerms, Reduction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fastkd.ops._keywords import Distillation, Mutual
+    from fastkd.ops.shared import Distillation, Mutual
 
 Logits = Any  # Tensor [..., C], or an object or dict with one in `logits`
 Loss = TypeVar("Loss")

@@ -4,6 +4,7 @@ from fastkd.methods.ae_kd import AEKD
 from fastkd.methods.base import Batch, Method, Phase
 from fastkd.methods.baselines import AVER, CE, KD, TAKD
 from fastkd.methods.born_again import BAN
+from fastkd.methods.ca_mkd import CAMKD
 from fastkd.methods.ctsl_mkt import CTSLMKT
 from fastkd.methods.dgkd import DGKD
 from fastkd.methods.dist import DIST
@@ -21,6 +22,7 @@ __all__ = [
     "AEKD",
     "AVER",
     "BAN",
+    "CAMKD",
     "CE",
     "CTSLMKT",
     "DGKD",

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastkd.functional import GroupStats
 from fastkd.methods._batch import Batch, map_tree
 from fastkd.methods._relations import rows_that_count, select
-from fastkd.ops._gather import all_gather_integers, gather_rows
+from fastkd.ops.shared import all_gather_integers, gather_rows
 
 
 @dataclass(frozen=True)

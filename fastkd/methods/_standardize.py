@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd import functional
-from fastkd.ops._formulas import LossTerms
+from fastkd.ops.shared import LossTerms
 
 EPSILON = 1e-7  # beside the standard deviation (P, code)
 

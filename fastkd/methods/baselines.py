@@ -137,9 +137,9 @@ class AVER(DGKD):
         weights="confidence"   CE + lam * mean_b sum_k w_kb KL_T / K,  w = (1 - softmax_k(CE(z_k, y))) / (K - 1)
         weights="entropy"      the same with w = 1 - H_k / sum_k H_k, H the entropy of the teacher's softmax
 
-    "confidence" is CA-MKD's loss of logits ("Confidence-aware multi-teacher knowledge distillation", arXiv 2201.00007,
-    ICASSP 2022; its term of feature maps is not here), "entropy" is EBKD's (Kwon et al., ICASSP 2020), as the former's
-    authors have it. With equal confidences they weigh as "equal", divided by K.
+    "confidence" is the loss of logits of CA-MKD (fastkd.methods.CAMKD has its term of feature maps, too), "entropy" is
+    EBKD's (Kwon et al., ICASSP 2020), as CA-MKD's authors have it. With equal confidences they weigh as "equal",
+    divided by K.
 
     >>> student, teachers = torch.nn.Linear(4, 3), [torch.nn.Linear(4, 3) for _ in range(4)]
     >>> method = fastkd.methods.AVER(student, teachers, lam=0.5)
@@ -191,8 +191,13 @@ class AVER(DGKD):
         if self.weighting == "entropy":
             weights = 1 - stats.entropy / stats.entropy.sum(0).clamp(min=torch.finfo(stats.entropy.dtype).tiny)
         else:
-            weights = (1 - stats.ce.softmax(0)) / (len(taught) - 1)
+            weights = confidence_weights(stats.ce)
         return weights.nan_to_num(0.0).reshape(len(taught), *taught[0].shape[:-1])  # a row that does not count is NaN
 
     def _argument(self, guide: int) -> str:
         return f"teachers[{guide}]"
+
+
+def confidence_weights(ce: Tensor) -> Tensor:
+    """[K, B]: (1 - softmax over the K teachers of their cross-entropies [K, B]) / (K - 1); a column's sum is 1."""
+    return (1 - ce.softmax(0)) / (len(ce) - 1)

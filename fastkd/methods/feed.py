@@ -32,8 +32,8 @@ from fastkd.methods._map_channels import map_channels
 from fastkd.methods._signature import takes
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
 from fastkd.nn import FeatureTransforms
-from fastkd.ops._feature_maps import Norm
 from fastkd.ops.feature_ensemble import ELEMENTS, NORMS, Elements
+from fastkd.ops.shared import Norm
 
 Mode = Literal["parallel", "sequential"]
 Channels = tuple[int, Sequence[int]]

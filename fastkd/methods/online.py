@@ -22,8 +22,7 @@ from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.methods._peers import Peers, check_peers, per_peer
 from fastkd.methods.base import Batch, Phase, Terms
 from fastkd.methods.ctsl_mkt import CTSLMKT
-from fastkd.ops._formulas import accumulate_dtype
-from fastkd.ops._inputs import check_soft_target, check_target
+from fastkd.ops.shared import accumulate_dtype, check_soft_target, check_target
 
 Ensemble = Literal["naive", "linear", "minlogit"]
 ENSEMBLES = get_args(Ensemble)

@@ -35,8 +35,8 @@ from fastkd.methods._observe import observe, read_later
 from fastkd.methods._pool import gather_pool
 from fastkd.methods._standardize import distil_standardized
 from fastkd.methods.base import Batch, Method, Phase, Terms, cross_entropy
-from fastkd.ops._gather import check_process_group
 from fastkd.ops.ranking import BY, By
+from fastkd.ops.shared import check_process_group
 
 Intensive = Literal["pivot", "group"]
 Feedback = Literal["local", "global"]

@@ -71,10 +71,11 @@ def parameters_count(model: nn.Module, trainable: bool = False) -> int:
 
 
 class Network(nn.Module):
-    """A network that runs in three steps, so that its parts can be shared or watched.
+    """A network that runs in steps, so that its parts can be shared or watched.
 
     forward_stem(x)          image [B, channels, H, W] -> maps of all stages but the last
     forward_branch(stem)     those maps -> Outputs, with the last stage and the classifier
+    forward_head(map)        the last map alone -> features, logits
     forward_features(x)      both: image -> Outputs(logits, features, maps)
     forward(x)               image -> logits [B, num_classes]
 
@@ -99,6 +100,10 @@ class Network(nn.Module):
 
     def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
         """What `forward_stem` returned -> logits, features and maps."""
+        raise NotImplementedError
+
+    def forward_head(self, last: Tensor) -> tuple[Tensor, Tensor]:
+        """The last map [B, c, h, w] -> features [B, D] and logits [B, classes], as `forward_branch` ends."""
         raise NotImplementedError
 
     def forward_features(self, x: Tensor) -> Outputs:

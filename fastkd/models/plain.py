@@ -81,11 +81,16 @@ class PlainCNN(Network):
 
     def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
         """The stem's maps -> logits [B, classes], features [B, D], maps of all stages."""
-        x = self.stages[-1](stem[-1])  # [B, c, h, w]
-        features = torch.flatten(x, 1)  # [B, c*h*w]
+        last = self.stages[-1](stem[-1])  # [B, c, h, w]
+        features, logits = self.forward_head(last)
+        return Outputs(logits, features, (*stem, last))
+
+    def forward_head(self, last: Tensor) -> tuple[Tensor, Tensor]:
+        """The last map -> features, logits."""
+        features = torch.flatten(last, 1)  # [B, c*h*w]
         if self.hidden is not None:
             features = torch.relu(self.hidden(features))
-        return Outputs(self.fc(features), features, (*stem, x))
+        return features, self.fc(features)
 
 
 @torch.fx.wrap

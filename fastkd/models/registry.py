@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastkd._core.messages import guess
-from fastkd.models import torchvision_nets
+from fastkd.models import classics, torchvision_nets
 from fastkd.models.plain import LAYOUTS, PlainCNN
 from fastkd.models.resnet import CifarResNet
 from fastkd.models.vgg import CONVOLUTIONS, VGG
@@ -35,6 +35,7 @@ def _builders() -> dict[str, Callable[..., nn.Module]]:
     table["mobilenet_v2"] = torchvision_nets.mobilenet_v2
     for size in ("x0_5", "x1_0", "x1_5", "x2_0"):
         table[f"shufflenet_v2_{size}"] = partial(torchvision_nets.shufflenet_v2, size)
+    table |= {"alexnet": classics.alexnet, "squeezenet": classics.squeezenet, "shufflenet_v1": classics.shufflenet_v1}
     table["densenet40_12"] = partial(torchvision_nets.densenet, 12, (6, 6, 6), 24)
     table["densenet121"] = partial(torchvision_nets.densenet, 32, (6, 12, 24, 16), 64)
     return table
@@ -96,6 +97,7 @@ def create(name: str, num_classes: int, image_size: int = 32, channels: int = 3,
     - wrn<d>_<k>, d = 6n + 4: norm, dropout. wrn20_8 is not of this depth: it is the bottleneck ResNet with inner
       convolutions 8 times as wide that PCL and DKEL call so; their ResNet-110 is `resnet110` with block="bottleneck"
     - vgg8, vgg11, vgg13, vgg16, vgg19: norm, width, head ("linear", or the "mlp" of PCL's and DKEL's VGG-16)
+    - alexnet, squeezenet: norm, width; shufflenet_v1: norm
     - torchvision's resnet18/34/50, mobilenet_v2 (norm, small_stem; mobilenet_v2 also width),
       shufflenet_v2_x0_5 ..., densenet121, densenet40_12 (DenseNet-BC: the 6, 6, 6 layers of PCL and DKEL): small_stem
 

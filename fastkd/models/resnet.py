@@ -156,5 +156,10 @@ class CifarResNet(Network):
     def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
         """The stem's maps -> logits [B, classes], features [B, D], maps of all three stages."""
         last = self.layer3(stem[-1])  # [B, 64, H/4, W/4]
+        features, logits = self.forward_head(last)
+        return Outputs(logits, features, (*stem, last))
+
+    def forward_head(self, last: Tensor) -> tuple[Tensor, Tensor]:
+        """The last map -> features, logits."""
         features = global_pool(last)
-        return Outputs(self.fc(features), features, (*stem, last))
+        return features, self.fc(features)

@@ -80,8 +80,13 @@ class StagedResNet(Network):
     def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
         """The last stage and the classifier."""
         last = self.layer4(stem[-1])  # [B, 512 or 2048, h, w]
+        features, logits = self.forward_head(last)
+        return Outputs(logits, features, (*stem, last))
+
+    def forward_head(self, last: Tensor) -> tuple[Tensor, Tensor]:
+        """The last map -> features, logits."""
         features = torch.flatten(self.avgpool(last), 1)
-        return Outputs(self.fc(features), features, (*stem, last))
+        return features, self.fc(features)
 
 
 class StagedDenseNet(Network):
@@ -115,8 +120,13 @@ class StagedDenseNet(Network):
         """The last stage and the classifier."""
         last = self.features.get_submodule("norm5")(self.features.get_submodule(self._last)(stem[-1]))
         last = nn.functional.relu(last, inplace=True)  # [B, D, h, w]
+        features, logits = self.forward_head(last)
+        return Outputs(logits, features, (*stem[:-1], last))
+
+    def forward_head(self, last: Tensor) -> tuple[Tensor, Tensor]:
+        """The last map -> features, logits."""
         features = global_pool(last)
-        return Outputs(self.classifier(features), features, (*stem[:-1], last))
+        return features, self.classifier(features)
 
 
 def resnet(

@@ -81,5 +81,10 @@ class VGG(Network):
     def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
         """The stem's maps -> logits [B, classes], features [B, 512], maps of all stages."""
         last = self.stages[-1](stem[-1])  # [B, 512, h, w]
+        features, logits = self.forward_head(last)
+        return Outputs(logits, features, (*stem, last))
+
+    def forward_head(self, last: Tensor) -> tuple[Tensor, Tensor]:
+        """The last map -> features, logits."""
         features = self.hidden(global_pool(last))
-        return Outputs(self.fc(features), features, (*stem, last))
+        return features, self.fc(features)

@@ -81,5 +81,10 @@ class WideResNet(Network):
     def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
         """The stem's maps -> logits [B, classes], features [B, 64k], maps of all three stages."""
         last = F.relu(self.bn1(self.layer3(stem[-1])))  # [B, 64k, H/4, W/4]
+        features, logits = self.forward_head(last)
+        return Outputs(logits, features, (*stem, last))
+
+    def forward_head(self, last: Tensor) -> tuple[Tensor, Tensor]:
+        """The last map -> features, logits."""
         features = global_pool(last)
-        return Outputs(self.fc(features), features, (*stem, last))
+        return features, self.fc(features)

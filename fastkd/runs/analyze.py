@@ -69,11 +69,10 @@ ANALYSES = {
 
 def main(argv: list[str], say: Callable[[str], None] = print) -> int:
     """`fastkd analyze`; returns the exit status."""
-    parser = _parser()
     if "-h" in argv or "--help" in argv or not argv:
-        parser.print_help()
+        parser().print_help()
         return 0
-    options, unknown = parser.parse_known_args(argv)
+    options, unknown = parser().parse_known_args(argv)
     if unknown:
         raise UserError(f"unknown option {unknown[0]}: see fastkd analyze --help")
     if options.name not in ANALYSES:
@@ -105,9 +104,10 @@ def _analysed(options: argparse.Namespace, analysis: Analysis, say: Callable[[st
     return analysis.make(runs, out)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
     lines = [f"  {name:18}{analysis.about}" for name, analysis in ANALYSES.items()]
-    parser = argparse.ArgumentParser(
+    found = argparse.ArgumentParser(
         prog="fastkd analyze",
         usage="fastkd analyze NAME [RUN] --out DIR [--seed N]",
         description="Analyses of the papers, each a CSV and a PNG in DIR. Where a paper's protocol is not known it is "
@@ -119,8 +119,8 @@ def _parser() -> argparse.ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("name", metavar="NAME", help="one of those above")
-    parser.add_argument("run", metavar="RUN", nargs="?", help="folder of a run or of a comparison")
-    parser.add_argument("--out", metavar="DIR", default="analysis", help="folder for the files (default: analysis)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the random starts (default: 0)")
-    return parser
+    found.add_argument("name", metavar="NAME", help="one of those above")
+    found.add_argument("run", metavar="RUN", nargs="?", help="folder of a run or of a comparison")
+    found.add_argument("--out", metavar="DIR", default="analysis", help="folder for the files (default: analysis)")
+    found.add_argument("--seed", metavar="N", type=int, default=0, help="of the random starts (default: 0)")
+    return found

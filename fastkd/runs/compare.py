@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from fastkd.runs.job import CompareJob
 from fastkd.runs.report import data_text, optimization_text, speed_text
 from fastkd.runs.runner import Result, Runner, load_data
 from fastkd.runs.tables import final, table
-from fastkd.train import same_data
+from fastkd.train import checkpoint, same_data
 from fastkd.train.devices import to_device
 from fastkd.train.loop import Fit
 from fastkd.train.metrics import write_csv
+from fastkd.train.time_left import duration, expected
 
 ROUNDS = 30  # of timed steps with each backend
 WARM_UP = 3
@@ -45,6 +47,38 @@ class Comparison:
         return [final(results["student"]) for results in self.results[method].values()]
 
 
+class Pace:
+    """How fast the runs of a comparison get on; those that are finished already say nothing of it."""
+
+    def __init__(self, config: CompareConfig):
+        runs = [(method, seed) for seed in config.seeds for method in config.methods]
+        ends = {(method, seed): config.run(method, seed, {}) for method, seed in runs}
+        self.all = len(runs)
+        self.waiting = [run for run in runs if not _finished(ends[run])]
+        self.times: dict[Hashable, list[float]] = {}
+
+    @contextmanager
+    def run(self, method: str, seed: int) -> Iterator[None]:
+        """Around one run."""
+        started = time.monotonic()
+        yield
+        if (method, seed) in self.waiting:
+            self.waiting.remove((method, seed))
+            self.times.setdefault(method, []).append(time.monotonic() - started)
+
+    def left(self) -> str:
+        """What to say before a run: nothing before one has taken its time."""
+        seconds = expected(self.times, [(method, 0.0) for method, _ in self.waiting])
+        if seconds is None or not self.waiting:
+            return ""
+        return f" ({self.all - len(self.waiting)} of {self.all} runs are finished, about {duration(seconds)} left)"
+
+
+def _finished(one: TrainConfig) -> bool:
+    done = checkpoint.epochs(Path(one.out) / "checkpoints")
+    return bool(done) and done[-1] >= one.epochs
+
+
 def check_data(config: CompareConfig) -> None:
     """UserError where one of the runs that go on has trained on other data: before any of them is trained."""
     for seed in config.seeds:
@@ -62,14 +96,16 @@ def run(asked: CompareJob | CompareConfig, say: Callable[[str], None]) -> Compar
     job = asked if isinstance(asked, CompareJob) else CompareJob.of(asked)
     config, runs = job.config, job.runs()  # what cannot be planned shows before anything is trained
     comparison = Comparison(config, {method: {} for method in config.methods})
+    pace = Pace(config)
     for number, seed in enumerate(config.seeds):
         told = {} if number == 0 else {"note": lambda text: None}  # once, not for each seed
         data = load_data(runs[config.methods[0], seed].config, **told)
         for method in sorted(config.methods, key=lambda name: name != "ce"):  # other methods may use what ce trains
             runner = Runner(runs[method, seed], say, data=data)
-            say(f"seed {seed}, {method}")
+            say(f"seed {seed}, {method}{pace.left()}")
             comparison.runners.setdefault(method, runner)
-            comparison.results[method][seed] = runner.run()
+            with pace.run(method, seed):
+                comparison.results[method][seed] = runner.run()
     for method in config.methods:
         results = comparison.results[method][config.seeds[0]]
         comparison.seconds[method] = time_steps(comparison.runners[method], results)
@@ -194,7 +230,8 @@ def draw_bars(comparison: Comparison, path: Path) -> None:
     axis.set_ylim(floor, min(100.0, high + 0.1 * (high - low) + 1))
     axis.set_ylabel("test accuracy of the student [%]" + ("\n(the axis does not start at 0)" if floor else ""))
     count = f"{len(values[0])} seed{'s' * (len(values[0]) > 1)}"
-    axis.set_title(f"{comparison.config.student} on {comparison.config.data}, last epoch, {count}")
+    what = f"ablation of {comparison.config.ablate}: " if comparison.config.ablate else ""
+    axis.set_title(f"{what}{comparison.config.student} on {comparison.config.data}, last epoch, {count}")
     axis.grid(axis="y", alpha=0.3, zorder=0)
     figure.legend(fontsize="small", loc="outside lower center", ncols=2)
     save_figure(figure, path)

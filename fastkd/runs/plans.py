@@ -212,11 +212,12 @@ RECIPES = {
         "As aver, with weights of the guides that make their gradients agree, found in each batch.",
     ),
     "ca-mkd": Recipe(
-        methods.AVER,
-        _with_guides(methods.AVER, weights="confidence"),
+        methods.CAMKD,
+        _with_guides(methods.CAMKD),
         stages.dense,
-        "As aver, each guide weighted image by image by how well it knows the label; the loss of logits alone.",
-        fixed={"weights": "confidence"},
+        "As aver, each guide weighted image by image by how well it knows the label; its last feature map teaches, "
+        "too, weighted by how well the guide reads the label off the student's (options.feature_weight; 0: logits "
+        "alone).",
     ),
     "ebkd": Recipe(
         methods.AVER,

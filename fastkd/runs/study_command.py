@@ -18,12 +18,13 @@ from fastkd._core.locks import lock
 from fastkd._core.messages import UserError
 from fastkd.runs import study_pool, study_report
 from fastkd.runs.study import Run, Study, check_resumed, find, read
-from fastkd.runs.study_pool import Pool, duration
+from fastkd.runs.study_pool import Pool
 from fastkd.runs.study_worker import DONE, ROW, STOPPED
 from fastkd.runs.tables import percent
 from fastkd.train.metrics import write_csv
 from fastkd.train.option_types import is_switch
 from fastkd.train.settings import Settings
+from fastkd.train.time_left import duration
 
 USAGE = "fastkd study FILE --out DIR [--jobs N] [--only A,B,...] [--limit MINUTES] [--OPTION VALUE ...]"
 ABOUT = """Methods x seeds x settings of a YAML file, one row a run in DIR/study.csv, a report with intervals and tests.
@@ -31,22 +32,27 @@ The same command goes on where it was stopped. FILE may be the name of a study i
 its report is written. Options of `fastkd train` (--data, --download, --epochs ...) are put over those of the file."""
 
 
-def main(argv: list[str], command: str) -> int:
-    """`fastkd study`; returns the exit status."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The options of the command, beside those of `fastkd train`."""
+    found = argparse.ArgumentParser(
         prog="fastkd study", usage=USAGE, description=ABOUT, exit_on_error=False, allow_abbrev=False
     )
-    parser.add_argument("file", nargs="?", metavar="FILE", help="YAML file, name of a study, or a study.csv")
-    parser.add_argument("--out", metavar="DIR", help="folder of the study")
-    parser.add_argument(
+    found.add_argument("file", nargs="?", metavar="FILE", help="YAML file, name of a study, or a study.csv")
+    found.add_argument("--out", metavar="DIR", help="folder of the study")
+    found.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="runs at once, each with one thread (default: 1)"
     )
-    parser.add_argument("--only", default="", metavar="A,B", help="these methods, settings, seeds (seed0) alone")
-    parser.add_argument("--limit", type=float, default=math.inf, metavar="MINUTES", help="stop cleanly after this time")
+    found.add_argument("--only", default="", metavar="A,B", help="these methods, settings, seeds (seed0) alone")
+    found.add_argument("--limit", type=float, default=math.inf, metavar="MINUTES", help="stop cleanly after this time")
+    return found
+
+
+def main(argv: list[str], command: str) -> int:
+    """`fastkd study`; returns the exit status."""
     if "-h" in argv or "--help" in argv:
-        parser.print_help()
+        parser().print_help()
         return 0
-    options, rest = parser.parse_known_args(argv)
+    options, rest = parser().parse_known_args(argv)
     if not options.file or not options.out:
         raise UserError(f"fastkd study needs {'--out DIR' if options.file else 'a file'}: {USAGE}")
     if options.jobs < 1 or not options.limit >= 0:

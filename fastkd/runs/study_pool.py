@@ -6,9 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -19,6 +18,7 @@ from fastkd._core.files import write_atomic
 from fastkd.runs import study_worker
 from fastkd.runs.study import Run
 from fastkd.train.interrupts import catch_interrupt
+from fastkd.train.time_left import expected
 
 SPENT = "spent.json"
 POLL = 0.5  # seconds
@@ -129,24 +129,10 @@ def left(out: Path, runs: Sequence[Run], finished: set[str], jobs: int) -> float
     A method of which none is finished counts as the mean of the others.
     """
     known = spent(out)
-    times: dict[tuple[str, str], list[float]] = {}
+    times: dict[Hashable, list[float]] = {}
     for run in runs:
         if run.name in finished and run.name in known:
             times.setdefault((run.method, run.setting), []).append(known[run.name])
-    if not times:
-        return None
-    usual = statistics.fmean(statistics.fmean(values) for values in times.values())
-    total = 0.0
-    for run in runs:
-        if run.name not in finished:
-            expected = statistics.fmean(times.get((run.method, run.setting), [usual]))
-            total += max(0.0, expected - known.get(run.name, 0.0))
-    return total / jobs
-
-
-def duration(seconds: float) -> str:
-    """`seconds` in words: s, min, or h and min."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+    waiting = [run for run in runs if run.name not in finished]
+    total = expected(times, [((run.method, run.setting), known.get(run.name, 0.0)) for run in waiting])
+    return None if total is None else total / jobs

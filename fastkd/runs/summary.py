@@ -72,28 +72,35 @@ def _write(path: Path, lines: list[str], say: Callable[[str], None], picture: Pa
     return path
 
 
-def main(argv: list[str], command: str) -> int:
-    """`fastkd report`; returns the exit status."""
-    usage = "fastkd report RUN [RUN ...] [--out DIR] [--html]"
-    parser = argparse.ArgumentParser(
+USAGE = "fastkd report RUN [RUN ...] [--out DIR] [--html]"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    found = argparse.ArgumentParser(
         prog="fastkd report",
-        usage=usage,
+        usage=USAGE,
         description="report.md and pictures of a run, finished or not, or of several side by side; "
         "--html makes of it, and of the report of a comparison or a study, one file",
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("run", nargs="*", metavar="RUN", help="folder (--out) of a run or of a comparison")
-    parser.add_argument("--out", metavar="DIR", help=f"folder for the report of several runs (default: {DEFAULT_OUT})")
-    parser.add_argument("--html", action="store_true", help="also report.html: one file with the pictures in it")
+    found.add_argument("run", nargs="*", metavar="RUN", help="folder (--out) of a run or of a comparison")
+    found.add_argument("--out", metavar="DIR", help=f"folder for the report of several runs (default: {DEFAULT_OUT})")
+    found.add_argument("--html", action="store_true", help="also report.html: one file with the pictures in it")
+    return found
+
+
+def main(argv: list[str], command: str) -> int:
+    """`fastkd report`; returns the exit status."""
     if "-h" in argv or "--help" in argv:
-        parser.print_help()
+        parser().print_help()
         return 0
-    options, unknown = parser.parse_known_args(argv)
+    options, unknown = parser().parse_known_args(argv)
     if unknown:
-        raise UserError(f"fastkd report has no option {unknown[0]}: use {usage}")
+        raise UserError(f"fastkd report has no option {unknown[0]}: use {USAGE}")
     if not options.run:
-        raise UserError(f"fastkd report needs the folder of a run: {usage}")
+        raise UserError(f"fastkd report needs the folder of a run: {USAGE}")
     if options.html and len(options.run) == 1 and _has_own(Path(options.run[0])):
         print(f"as one file: {html.write(Path(options.run[0]) / 'report.md')}")
         return 0

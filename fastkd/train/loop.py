@@ -149,7 +149,8 @@ class Fit:
         batches = self._batches(epoch, meter)
         self.board.watch(meter)
         resumed = meter.images  # of the part of the epoch that ran before an interruption
-        with Progress(self.task.name, epoch, self.epochs, len(self.train_batches), self.settings.quiet) as progress:
+        many = self.epochs, len(self.train_batches), self.settings.quiet
+        with Progress(self.task.name, epoch, *many, before=self.rows) as progress:
 
             def on_batch() -> None:
                 self.step += 1

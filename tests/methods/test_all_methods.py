@@ -15,7 +15,7 @@ from fastkd.methods import Method
 from fastkd.models import create, logits_of
 
 # The methods that the library has: a missing one fails, it is not skipped.
-NAMES = ("AEKD", "DIST", "DKD", "MeanTeacher", "OKDDip", "ONE")  # the neighbours; then the papers and their baselines
+NAMES = ("AEKD", "CAMKD", "DIST", "DKD", "MeanTeacher", "OKDDip", "ONE")  # neighbours; then papers and baselines
 NAMES += ("AVER", "BAN")
 NAMES += ("CE", "CTSLMKT", "DGKD", "DKEL", "DML", "FEED", "FT", "KD", "KDCL", "ORC", "PCL", "RKD", "TAKD")
 CLASSES = 10
@@ -78,6 +78,10 @@ CASES = {
     "AVER confidence": Case(
         lambda n, t: methods.AVER(n(0), [t(0), t(1)], weights="confidence"),
         lambda: methods.AVER(net(0), [net(1)], weights="confidence"),
+    ),
+    "CAMKD": Case(
+        lambda n, t: methods.CAMKD(n(0), [t(0), t(1)], batch_norm=False),
+        lambda: methods.CAMKD(net(0), [net(1), mapless()]),
     ),
     "MeanTeacher": Case(
         lambda n, t: methods.MeanTeacher(n(0), momentum=0.9),

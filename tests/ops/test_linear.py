@@ -98,16 +98,18 @@ def test_half_precision_inputs_give_float32_digits(dtype):
         assert float((a.double() - b).norm() / b.norm()) < 0.6 * torch.finfo(dtype).eps + 1e-6
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("noise", [0.3, 0.1, 0.03])
-def test_near_networks_in_bfloat16(noise):
+def test_near_networks_in_bfloat16(noise, beta):
     """Liger's chunked loss is 2 to 38 % off in these gradients: its logits are rounded to bfloat16."""
     weight = randn(500, 32, seed=1, dtype=torch.bfloat16).requires_grad_()
     hidden = randn(24, 32, dtype=torch.bfloat16).requires_grad_()
     teacher = (hidden.detach().float() + noise * randn(24, 32, seed=5, dtype=torch.float32)).bfloat16(), weight.detach()
-    loss = linear_multi_teacher_kd(hidden, weight, [teacher], reduction="none")
+    which = dict(divergence="jsd", divergence_beta=beta)
+    loss = linear_multi_teacher_kd(hidden, weight, [teacher], reduction="none", **which)
     got = torch.autograd.grad(loss.mean(), [hidden, weight])
     inputs = [z.detach().double().requires_grad_() for z in (hidden, weight)]
-    exact = linear_multi_teacher_kd(*inputs, [tuple(z.double() for z in teacher)])
+    exact = linear_multi_teacher_kd(*inputs, [tuple(z.double() for z in teacher)], **which)
     assert float(loss.detach().min()) >= 0
     for a, b in zip(got, torch.autograd.grad(exact, inputs), strict=True):
         assert float((a.double() - b).norm() / b.norm()) < 5e-3

@@ -20,7 +20,7 @@ def factor_of(student, teachers, target, **options):
     """aux[0], what the stored gradients lack."""
     tensors, scalars, numbers = raw(student, teachers, target, **options)
     _, _, _, aux = _backend.native_ops(student).multi_teacher_forward(*tensors, scalars, *numbers, True, False)
-    return float(aux[0])
+    return float(aux.detach()[0])
 
 
 def gradients(loss, networks, factor):

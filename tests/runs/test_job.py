@@ -36,7 +36,7 @@ def test_compare_finds_its_device_once(tmp_path, calls):
     made = CompareJob.of(CompareConfig(**TINY | {"methods": ["ce", "kd"], "seeds": [0, 1], "out": str(tmp_path)}))
     runs = made.runs()
     assert calls[:3] == [("recipe", "ce"), ("recipe", "kd"), ("pick_device", "cpu")]
-    assert set(calls[3:]) == {("recipe", "ce")}  # of the teacher's stage
+    assert set(calls[3:]) <= {("recipe", "ce")}  # of the teacher's stage, where something asks for it
     assert [*runs] == [("ce", 0), ("kd", 0), ("ce", 1), ("kd", 1)]
     assert all(one.device is made.device and one.recipe is made.recipes[name] for (name, _), one in runs.items())
 

@@ -22,6 +22,7 @@ from fastkd.runs.study_stats import half_width, holm, paired
 from fastkd.train import Runner
 from fastkd.train.devices import cpu_threads
 from fastkd.train.metrics import read_csv
+from fastkd.train.time_left import duration
 
 FILE = dict(
     data="fake",
@@ -254,4 +255,4 @@ def test_time_left_is_what_runs_of_the_same_method_took(tmp_path):
     assert study_pool.left(tmp_path, runs, set(), 1) is None
     # ce of seed 1 has had its 10 s; left are kd of seed 1 (40), ce (10) and kd (40) of seed 2
     assert study_pool.left(tmp_path, runs, done, 2) == pytest.approx(45.0)
-    assert [study_pool.duration(s) for s in (5, 1000, 10000)] == ["5 s", "17 min", "2 h 47 min"]
+    assert [duration(s) for s in (5, 1000, 10000)] == ["5 s", "17 min", "2 h 47 min"]

@@ -1,0 +1,105 @@
+"""mutual_kd: the CUDA kernel for long rows of up to four networks in whole vectors."""
+
+import pytest
+import torch
+from mutual_helpers import check, loss_and_grads, make
+
+import fastkd
+
+F = fastkd.functional
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+INF = float("inf")
+
+
+@pytest.fixture
+def device(at):
+    return at("simt_stream")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m, n", [(1, 1), (2, 0), (2, 1), (3, 0), (2, 2), (4, 0)])
+def test_networks(m, n, dtype, device):
+    logits, teachers, target = make(m, 3, 72, n, dtype, device=device, seed=m)
+    target[1] = -100
+    check(logits, target, teachers=teachers, ce_weight=0.5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0, 0.7])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_temperatures(temperature, reduction, device):
+    logits, _, target = make(3, 3, 40, device=device)
+    check(logits, target, temperature=temperature, ce_weight=0.5, reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_vectors_of_a_thread(dtype, device):
+    """512 threads of 4 or 8 classes a vector, and some left over."""
+    logits, _, target = make(2, 1, 9000, dtype=dtype, device=device)
+    check(logits, target, ce_weight=0.5)
+
+
+@pytest.mark.parametrize("dtype, classes", [(torch.float32, 1028), (torch.bfloat16, 4096)])
+def test_rows_that_would_fit_on_chip_take_it(dtype, classes, at):
+    logits, _, target = make(2, 2, classes, dtype=dtype, device=at("simt"))
+    check(logits, target, ce_weight=0.5)
+
+
+def test_without_labels_and_with_weights_per_row(device):
+    logits, teachers, _ = make(2, 4, 48, 1, device=device)
+    g = torch.Generator().manual_seed(0)
+    weights, teacher_weights = torch.rand(2, 2, 4, generator=g), torch.rand(2, 1, 4, generator=g)
+    weights[0, 1, 2] = 0
+    check(logits, teachers=teachers, weights=weights, teacher_weights=teacher_weights, reduction="none")
+
+
+@pytest.mark.parametrize("m", [2, 3, 4])
+@pytest.mark.parametrize("temperature", [1.0, 2.5, 3.0, 7.3])
+def test_equal_networks_are_exactly_0_apart(temperature, m, device):
+    (one,), _, _ = make(1, 2, 320, device=device)
+    logits = [one.detach().clone().requires_grad_() for _ in range(m)]
+    loss, grads = loss_and_grads(logits, temperature=temperature, reduction="none")
+    assert float(loss.abs().max()) == 0 and all(float(g.abs().max()) == 0 for g in grads)
+
+
+def test_masked_classes(device):
+    """-inf in all: left out. In one alone: what it learns from the other is infinite, not what the other learns."""
+    logits, _, target = make(2, 2, 40, device=device)
+    target[:] = 20
+    with torch.no_grad():
+        for z in logits:
+            z[:, ::4] = -INF
+    check(logits, target, ce_weight=0.5, reduction="none")
+    with torch.no_grad():
+        logits[0][1, 1] = -INF
+        logits[1][1, 1] = -300.0  # whose exponential is 0 in float32
+    loss = F.mutual_kd(logits, target, reduction="none").detach()
+    assert loss[0].isinf().tolist() == [False, True] and loss[1].isfinite().all()
+
+
+def test_what_is_not_read_reaches_nothing(device):
+    """Network 1 learns from 0 and teaches nobody; network 2, all NaN, has no part."""
+    logits, _, _ = make(3, 2, 32, device=device)
+    with torch.no_grad():
+        logits[2].fill_(float("nan"))
+    weights = torch.zeros(3, 3)
+    weights[1, 0] = 1.0
+    loss, grads = loss_and_grads(logits, weights=weights)
+    pair, pair_grads = loss_and_grads(logits[:2], weights=weights[:2, :2])
+    assert loss[2] == 0 and float(grads[2].abs().max()) == 0 and float(grads[0].abs().max()) == 0
+    torch.testing.assert_close(loss[:2], pair, rtol=0, atol=0)
+    torch.testing.assert_close(grads[1] / 0.5, pair_grads[1] / 0.5)
+    nothing, grads = loss_and_grads(logits, weights=torch.zeros(3, 3))
+    assert float(nothing.abs().max()) == 0 and all(float(g.abs().max()) == 0 for g in grads)
+
+
+def test_networks_without_a_gradient_and_bad_labels(device):
+    logits, _, target = make(3, 3, 32, device=device)
+    logits[1].requires_grad_(False)
+    with fastkd.use_backend("reference"):
+        expected = F.mutual_kd(logits, target, ce_weight=0.5).detach()
+    found = F.mutual_kd(logits, target, ce_weight=0.5)
+    torch.testing.assert_close(found.detach(), expected)
+    target[1] = 99
+    found = F.mutual_kd(logits, target, ce_weight=0.5, reduction="none")
+    (grad,) = torch.autograd.grad(found.sum(), logits[0])
+    assert found[:, 1].isnan().all() and grad[1].isnan().all() and grad[0].isfinite().all()
