@@ -1,8 +1,9 @@
 """`python -m benchmarks --steps`: a whole training step of each method, plain PyTorch's losses against the fused ones.
 
 What a user gains: forward passes of all networks, losses, backward passes and the optimiser's step. The share of the
-losses is that of the same calls, recorded in a step and made again by themselves, forward and backward. On a GPU the
-fused step is made with the networks replayed from CUDA graphs, too.
+losses is that of the same calls, recorded in a step and made again by themselves, forward and backward. On a CPU the
+fused step is made with prepared frozen networks, too, and with these and maps in channels-last order, as runs are there
+by default; on a GPU with the networks replayed from CUDA graphs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fastkd.train.devices import recorder_for
 
 BACKENDS = {"fused": "auto", "reference": "reference"}
 GRAPHS = "fused, CUDA graphs"
+PREPARED, ALL = "fused, prepared", "fused, prepared, channels-last"
 SMALL_SHARE = 0.05
 LEARNING_RATE = 0.01
 
@@ -79,7 +81,12 @@ METHODS: dict[str, Callable[[Make, Group, int], methods.Method]] = {
     ),
     "FEED": lambda make, group, number: methods.FEED(*make(1), make(number)),
 }
-NUMBERS = {"DGKD": 3, "ORC": 3, "CTSL-MKT": 2, "DKEL": 3, "FEED": 3}  # of these networks in a step of --steps
+BASELINES: dict[str, Callable[[Make, Group, int], methods.Method]] = {
+    "KD": lambda make, group, number: methods.KD(*make(1), *make(1)),
+    "AVER": lambda make, group, number: methods.AVER(*make(1), make(number)),
+}
+EVERY = METHODS | BASELINES
+NUMBERS = {"DGKD": 3, "ORC": 3, "CTSL-MKT": 2, "DKEL": 3, "FEED": 3, "KD": 1, "AVER": 3}  # networks in a step
 VIEWED = ("DKEL",)  # each of these networks has its own view of the images
 ABOUT = {
     "DGKD": "a student, 3 frozen guides",
@@ -87,6 +94,8 @@ ABOUT = {
     "CTSL-MKT": "2 peers, their 2 frozen selves",
     "DKEL": "3 peers on one stem, their 3 mean teachers",
     "FEED": "a student, 3 frozen teachers, last maps",
+    "KD": "a student, a frozen teacher",
+    "AVER": "a student, 3 frozen teachers",
 }
 TESTS = {
     "DGKD": "tests/methods/test_dgkd*.py",
@@ -94,6 +103,8 @@ TESTS = {
     "CTSL-MKT": "tests/methods/test_ctsl_mkt*.py",
     "DKEL": "tests/methods/test_dkel*.py",
     "FEED": "tests/methods/test_feed*.py",
+    "KD": "tests/methods/test_baselines.py",
+    "AVER": "tests/methods/test_baselines.py",
 }
 
 
@@ -101,7 +112,7 @@ def chosen(keyword: str, device: str, large: bool) -> list[tuple[str, str]]:
     """(group, method) of those whose "group method" contains the keyword; large groups on a GPU or where asked for."""
     large = large or torch.device(device).type == "cuda"
     names = [g for g, group in GROUPS.items() if large or not group.large]
-    return [(g, m) for g in names for m in METHODS if keyword.lower() in f"{g} {m}".lower()]
+    return [(g, m) for g in names for m in EVERY if keyword.lower() in f"{g} {m}".lower()]
 
 
 class TrainingStep:
@@ -117,7 +128,7 @@ class TrainingStep:
         def make(count: int) -> list[nn.Module]:
             return [create(group.network, group.classes, image_size=group.image_size) for _ in range(count)]
 
-        self.method = METHODS[method](make, group, number).to(device)
+        self.method = EVERY[method](make, group, number).to(device)
         self.method.start_epoch(0, 300)
         self.method.train()
         parameters = self.method.parameter_groups(LEARNING_RATE)
@@ -233,6 +244,18 @@ def both(step: TrainingStep) -> tuple[dict[str, With], dict[str, With], int]:
     return whole, alone, len(calls)
 
 
+def as_run(method: str, group: Group, device: str) -> dict[str, With]:
+    """The fused step as runs make it by default on a CPU, in two stages."""
+    found = {}
+    for called in (PREPARED, ALL):
+        step = TrainingStep(method, group, device)
+        if called == ALL:
+            step.method.to(memory_format=torch.channels_last)
+        step.method.prepare_teachers()
+        found[called] = With(BACKENDS["fused"], step)
+    return found
+
+
 def measured(name: str, method: str, device: str, seconds: float, least: int = 5) -> dict:
     """One entry of a file's "steps": both backends' steps, and their losses alone, in turns."""
     group = GROUPS[name]
@@ -241,6 +264,8 @@ def measured(name: str, method: str, device: str, seconds: float, least: int = 5
         replayed = TrainingStep(method, group, device)
         Graphs(recorder.device, recorder=recorder).wrap(replayed.method)
         whole[GRAPHS] = With(BACKENDS["fused"], replayed)
+    else:
+        whole |= as_run(method, group, device)
     others = measure.Others()
     times = measure.interleave(whole | alone, device=device, seconds=seconds, least=least)
     others_cores = others.cores()
@@ -250,6 +275,8 @@ def measured(name: str, method: str, device: str, seconds: float, least: int = 5
     ratios = {"step": ("reference", "fused"), "loss": ("reference loss", "fused loss")}
     if GRAPHS in whole:
         ratios["graphs"] = ("fused", GRAPHS)
+    else:
+        ratios |= {"prepared": ("reference", PREPARED), "all": ("reference", ALL)}
     return {
         "group": name,
         "networks": str(group),
@@ -277,6 +304,7 @@ def table(result: dict, folder: Path) -> str:
         lines += ["", f"A training step, {own[0]['networks']}", "", *report.aligned(body)]
         graphs = [f"{e['method']} {e['ratios']['graphs']['p50']:.2f}x" for e in own if "graphs" in e["ratios"]]
         lines += ["", f"Faster than fused with CUDA graphs: {', '.join(graphs)}"] if graphs else []
+        lines += _ladder([e for e in own if "all" in e["ratios"]])
     lines += [
         "",
         "reference: the same method with fastkd's formulas in plain PyTorch. Medians of steps in turns (p20-p80).",
@@ -292,6 +320,17 @@ def table(result: dict, folder: Path) -> str:
             "and the fastest loss gains no more than that share; a larger ratio there is noise."
         ]
     return "\n".join([*lines, *report.disturbed(entries, result["device"]["cores"]), report.gpu(result, folder)])
+
+
+def _ladder(entries: list[dict]) -> list[str]:
+    """How many times faster than the reference each stage makes a step."""
+    if not entries:
+        return []
+    body = [["method", "fused losses", "and prepared teachers", "and channels-last"]]
+    for entry in entries:
+        found = [entry["ratios"][what] for what in ("step", "prepared", "all")]
+        body.append([entry["method"], *(f"{r['p50']:.2f}x ({r['p20']:.2f}-{r['p80']:.2f})" for r in found)])
+    return ["", "Times faster than the reference's step, stage by stage", "", *report.aligned(body)]
 
 
 def _row(entry: dict) -> list[str]:

@@ -45,6 +45,19 @@ A gaps_and_gradient(const A* e_t, const A* x_t, const A* x_s, const A* e_s, A fa
   return a;
 }
 
+// KL(p || q) of a teacher in scratch from a, the sum of its gaps.
+template <class A>
+A divergence_of(const Row<A>& row, A a, const A* x_t, A z) {
+  const Scratch<A>& s = row.s;
+  return exact_divergence(divergence(a, z, row.z_student), x_t, s.teacher_exp, z, s.student_x, s.student_exp, row.z_student,
+                          row.padded);
+}
+
+template <class A>
+A divergence_alone(const Row<A>& row, const A* x_t, A z) {
+  return divergence_of(row, gaps(row.s.teacher_exp, x_t, row.s.student_x, row.padded), x_t, z);
+}
+
 // The student's x and e at a temperature.
 template <class A>
 void student_at(Row<A>& row, double temperature) {
@@ -56,7 +69,7 @@ void student_at(Row<A>& row, double temperature) {
 // What a loss with another divergence than forward keeps for the statistics.
 template <class A>
 void keep_forward(const Row<A>& row, int k, const A* x_t, A z) {
-  if (row.args.kl) row.keep_divergence(k, divergence(gaps(row.s.teacher_exp, x_t, row.s.student_x, row.padded), z, row.z_student));
+  if (row.args.kl) row.keep_divergence(k, divergence_alone(row, x_t, z));
 }
 
 // One teacher's divergence, of any kind but forward; its weighted gradient. `k` < 0: of a mixture.
@@ -75,14 +88,10 @@ A teach(Row<A>& row, A* teacher, A max_teacher, A weight, double temperature) {
   const Scratch<A>& s = row.s;
   const Scale<A> scale = temperature_scale<A>(temperature, row.args.scale_by_t2);
   const A z = teacher_at(row, teacher, max_teacher, temperature);
-  A a;
-  if (row.args.need_grad && weight != 0) {
-    const A factor = A(row.args.kd_weight) * weight * scale.grad / row.z_student;
-    a = gaps_and_gradient(s.teacher_exp, teacher, s.student_x, s.student_exp, factor, row.z_student / z, s.grad, row.padded);
-  } else {
-    a = gaps(s.teacher_exp, teacher, s.student_x, row.padded);
-  }
-  return divergence(a, z, row.z_student);
+  if (!row.args.need_grad || weight == 0) return divergence_alone(row, teacher, z);
+  const A factor = A(row.args.kd_weight) * weight * scale.grad / row.z_student;
+  const A a = gaps_and_gradient(s.teacher_exp, teacher, s.student_x, s.student_exp, factor, row.z_student / z, s.grad, row.padded);
+  return divergence_of(row, a, teacher, z);
 }
 
 // Teacher k in scratch, its maximum; its next row is on its way meanwhile.
@@ -100,7 +109,7 @@ template <class A>
 void keep_divergence_alone(Row<A>& row, int k, A max_teacher, double temperature) {
   if (!row.args.kl) return;
   const A z = teacher_at(row, row.s.teacher, max_teacher, temperature);
-  row.keep_divergence(k, divergence(gaps(row.s.teacher_exp, row.s.teacher, row.s.student_x, row.padded), z, row.z_student));
+  row.keep_divergence(k, divergence_alone(row, row.s.teacher, z));
   row.load(k + 1, row.s.teacher);
 }
 

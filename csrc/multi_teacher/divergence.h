@@ -25,15 +25,6 @@ struct ClassPart {
   A first, second, push;
 };
 
-// (d - 1) e^d + 1 for small d: the class's part of KL(p || q) is q of it at d = log(p / q). Of KL(q || p), p of it at -d.
-template <class A>
-FASTKD_HD A near_gap(A d) {
-  return d * d * (A(1. / 2) + d * (A(1. / 3) + d * (A(1. / 8) + d * (A(1. / 30) + d * (A(1. / 144) + d * (A(1. / 840) +
-                 d * A(1. / 5760)))))));
-}
-template <class A>
-constexpr A kNearGap = sizeof(A) == 4 ? A(0x1p-2) : A(0x1p-5);
-
 // log(1 + y) for -1 < y <= 0.
 FASTKD_HD float log_one_plus(float y) {
 #if defined(__CUDA_ARCH__)

@@ -173,7 +173,11 @@ A learn(const Row<A>& row, int m, A* grad) {
     }
     if (k == 0) break;
     teach<Grad>(k, learner, by, pulls, row.padded, grad, sums);
-    for (int i = 0; i < k; ++i) loss += weights[i] * scale.loss * divergence(sums[i], by[i]->z, learner.z);
+    for (int i = 0; i < k; ++i) {
+      const A near = divergence(sums[i], by[i]->z, learner.z);
+      const A kl = exact_divergence(near, by[i]->x, by[i]->e, by[i]->z, learner.x, learner.e, learner.z, row.padded);
+      loss += weights[i] * scale.loss * kl;
+    }
   }
   return loss;
 }

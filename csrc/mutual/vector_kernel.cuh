@@ -102,7 +102,7 @@ __device__ __forceinline__ void learn_vector(const Params<float>& p, const RowSh
         if constexpr (sizeof(S) == 4)
           packed[m][w] = float_to_bits(grad[w]);
         else
-          packed[m][group * kWords + w] = pack_pair(grad[2 * w], grad[2 * w + 1], S{});
+          packed[m][group * kWords + w] = pack_pair<S>(grad[2 * w], grad[2 * w + 1]);
       }
     }
   }

@@ -43,7 +43,7 @@ class LinearMultiTeacherKD(Fixed):
         kd_weight: float | Tensor = 1.0,
         temperature: float | Tensor | Sequence[float] = 1.0,
         combine: Combine = "losses",
-        divergence: str | Mapping[str, float] = "forward",
+        divergence: str | Mapping[str, float | Tensor] = "forward",
         divergence_beta: float | None = None,
         ce_weight: float | Tensor = 0.0,
         label_smoothing: float = 0.0,

@@ -159,8 +159,8 @@ class MutualKD(Fixed, Generic[Loss]):
 
     _tensors = ("weights", "teacher_weights", "temperature")
     _shown = (
-        "weights", "teacher_weights", "kd_weight", "temperature", "ce_weight", "label_smoothing", "ignore_index",
-        "class_dim", "scale_by_t2", "reduction", "return_terms",
+        "weights", "teacher_weights", "kd_weight", "temperature", "divergence", "divergence_beta", "ce_weight",
+        "label_smoothing", "ignore_index", "class_dim", "scale_by_t2", "reduction", "return_terms",
     )  # fmt: skip
 
     @overload
@@ -179,6 +179,8 @@ class MutualKD(Fixed, Generic[Loss]):
         teacher_weights: Tensor | Sequence[Sequence[float]] | None = None,
         kd_weight: float | Tensor = 1.0,
         temperature: float | Tensor = 1.0,
+        divergence: str = "forward",
+        divergence_beta: float | None = None,
         ce_weight: float | Tensor = 0.0,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
@@ -191,7 +193,7 @@ class MutualKD(Fixed, Generic[Loss]):
         self.weights, self.teacher_weights, self.temperature = weights, teacher_weights, temperature
         self.kd_weight, self.ce_weight, self.label_smoothing = kd_weight, ce_weight, label_smoothing
         self.ignore_index, self.class_dim, self.scale_by_t2 = ignore_index, class_dim, scale_by_t2
-        self.return_terms = return_terms
+        self.return_terms, self.divergence, self.divergence_beta = return_terms, divergence, divergence_beta
 
     def forward(
         self,
@@ -213,6 +215,8 @@ class MutualKD(Fixed, Generic[Loss]):
             teacher_weights=self.teacher_weights if teacher_weights is None else teacher_weights,
             kd_weight=self.kd_weight,
             temperature=self.temperature,
+            divergence=self.divergence,
+            divergence_beta=self.divergence_beta,
             ce_weight=self.ce_weight,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,

@@ -60,7 +60,7 @@ class DGKD(Method):
         drop: "none" | "bernoulli": each guide survives with probability `survival` | "fixed": exactly `drop_num`
             guides, chosen at random, are dropped. At least one guide is always kept (C): where none survives, one
             drawn uniformly. A dropped guide is not run. "none" by default (C); the paper drops only for the final
-            student (S).
+            student (P).
         survival: in [0, 1]; 0.75 (S).
         drop_num: 0 .. number of guides - 1; 1 (P, code).
         standardize: distil the z-scores of the logits, (z - mean) / std over the classes (arXiv 2403.01427), the
@@ -74,7 +74,7 @@ class DGKD(Method):
     teaches_logits = True
     student: nn.Module
     guides: nn.ModuleList
-    last_only = ("drop", "survival", "drop_num")  # the paper drops guides of the last student only (S)
+    last_only = ("drop", "survival", "drop_num")  # the paper drops guides of the last student only (P)
 
     def __init__(
         self,

@@ -26,8 +26,8 @@ class PCL(DKEL):
 
     Args:
         student, teacher, classifier, temperature, ce_weight, ramp, of, momentum, seed: as in `DKEL`; T = 3, ramp = 80
-            epochs of 300 (P), momentum None; the scaling of both to other lengths of a run is ours (C).
-        c: weight of the distillation after the ramp-up; 1 (P).
+            epochs of 300 (S), momentum None; the scaling of both to other lengths of a run is ours (C).
+        c: weight of the distillation after the ramp-up; 1 (S).
         variant: "intended" | "released": the ramp-up of the reproduction that the authors of DKEL released.
     """
 

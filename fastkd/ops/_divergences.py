@@ -20,11 +20,11 @@ from torch import Tensor
 from fastkd._core.checks import check_choice, check_number
 from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.ops._autograd import may_read_values
-from fastkd.ops._formulas import accumulate_dtype, divergence
+from fastkd.ops._formulas import accumulate_dtype, divergence, exact_divergence
 
 NAMES = ("forward", "reverse", "jsd", "tvd", "skew_forward", "skew_reverse")
 PAIR = ("forward", "reverse")
-OF_MIXTURES = ("forward", "reverse", "jsd")  # with combine="probs" and "logits"
+OF_MIXTURES = ("forward", "reverse", "jsd")  # with combine="probs" and "logits", and between networks that all learn
 KINDS = ("forward", "pair", "mixture", "tvd")  # csrc/multi_teacher/op.h
 DEFAULT_BETA = {"jsd": 0.5, "skew_forward": 0.1, "skew_reverse": 0.1}
 
@@ -66,6 +66,14 @@ def check_divergence(
     return _with_beta(op, name, DEFAULT_BETA[name] if beta is None else beta), None
 
 
+def check_mutual(op: str, name: object, beta: object, like: Tensor) -> Divergence:
+    """check_divergence() between networks that all learn."""
+    if not isinstance(name, str):
+        raise wrong_type(op, "divergence", "a name", type(name).__name__)
+    check_choice(op, "divergence", name, OF_MIXTURES)
+    return check_divergence(op, name, beta, like)[0]
+
+
 def _with_beta(op: str, name: str, beta: object) -> Divergence:
     beta = check_number(op, "divergence_beta", beta, "a number in [0, 1]", 0, 1)
     if name == "jsd":
@@ -87,7 +95,8 @@ def _check_pair(op: str, weights: Mapping[str, object], like: Tensor) -> tuple[D
     numbers = [value for value in values if not isinstance(value, Tensor)]
     if len(numbers) == len(values):
         return Divergence("pair", tuple(numbers)), None
-    rows = [torch.as_tensor(v, device=like.device, dtype=accumulate_dtype(like.dtype)).reshape(-1) for v in values]
+    rows = [torch.as_tensor(v, device=like.device, dtype=accumulate_dtype(like.dtype)) for v in values]
+    rows = [v.reshape(-1) if v.dim() else v for v in rows]  # [R], or [] of one for all rows
     return Divergence("pair", (0.0, 0.0)), torch.stack(torch.broadcast_tensors(*rows))
 
 
@@ -109,10 +118,13 @@ def _check_share(op: str, name: str, value: object, like: Tensor) -> float | Ten
 Term = tuple["float | Tensor", Tensor]
 
 
-def terms(log_p: Tensor, log_q: Tensor, which: Divergence, shares: Tensor | None) -> list[Term]:
+def terms(
+    log_p: Tensor, log_q: Tensor, which: Divergence, shares: Tensor | None, normalised: bool = True
+) -> list[Term]:
     """The divergence [R] of probabilities [R, C], in parts: (its weight, a number or [R] or [1], and the part)."""
+    kl = exact_divergence if normalised else divergence
     if which.kind == "forward":
-        return [(1.0, divergence(log_p, log_q))]
+        return [(1.0, kl(log_p, log_q))]
     if which.kind == "tvd":
         return [(1.0, (log_p.exp() - log_q.exp()).abs().sum(-1) / 2)]
     if which.kind == "mixture":
@@ -124,7 +136,7 @@ def terms(log_p: Tensor, log_q: Tensor, which: Divergence, shares: Tensor | None
             p = p.masked_fill((share == 0)[:, None], 0)
         elif share == 0:
             continue
-        result.append((share, divergence(p, log_q) if k == 0 else divergence(log_q, p)))
+        result.append((share, kl(p, log_q) if k == 0 else kl(log_q, p)))
     return result
 
 
@@ -163,10 +175,12 @@ def weighted(
     return total
 
 
-def unweighted(log_p: Tensor, log_q: Tensor, which: Divergence, shares: Tensor | None) -> Tensor:
-    """The divergence [R] from p that need not sum to 1, so that it may be below 0."""
+def unweighted(
+    log_p: Tensor, log_q: Tensor, which: Divergence, shares: Tensor | None, normalised: bool = True
+) -> Tensor:
+    """The divergence [R] from p, which need not sum to 1 unless it is `normalised`: then it may be below 0."""
     total = log_q[:, :0].sum(-1)
-    for share, value in terms(log_p, log_q, which, shares):
+    for share, value in terms(log_p, log_q, which, shares, normalised):
         if isinstance(share, Tensor):
             value = value.masked_fill((share == 0) & value.isinf(), 0)
         total = total + share * value

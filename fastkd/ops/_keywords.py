@@ -49,6 +49,8 @@ class Mutual(Shared, total=False):
     weights: Tensor | Sequence[Sequence[float]] | None
     teacher_weights: Tensor | Sequence[Sequence[float]] | None
     temperature: float | Tensor
+    divergence: str
+    divergence_beta: float | None
 
 
 class MutualCall(Mutual, total=False):

@@ -16,7 +16,7 @@ from fastkd import _backend
 from fastkd.ops import _multi_teacher_native as native
 from fastkd.ops import _topk_formula as topk
 from fastkd.ops._formulas import flat_rows, reduce_rows
-from fastkd.ops._linear_formula import sparse_entries, weights_of_rows
+from fastkd.ops._linear_formula import shares_of_rows, sparse_entries, weights_of_rows
 from fastkd.ops._linear_inputs import HEAD, LOGITS, SPARSE, Call, given
 from fastkd.ops._linear_products import project, project_back
 from fastkd.ops._multi_teacher_formula import Options, Tensors
@@ -181,7 +181,8 @@ class _Worker:
         call, dense = self.call, list(teachers)
         soft = None if call.soft is None else flat_rows(call.soft)[rows]
         target = None if call.target is None else call.target[rows].contiguous()
-        tensors = Tensors(logits, tuple(teachers.values()), target, soft, self._weights(dense, rows))
+        shares = shares_of_rows(call, rows)
+        tensors = Tensors(logits, tuple(teachers.values()), target, soft, self._weights(dense, rows), shares)
         losses, gradient = row_kernel(tensors, self._options(dense), self.learns)
         losses = losses.reshape(-1, logits.shape[0])
         for k in group.teachers:

@@ -64,7 +64,8 @@ def _row_losses(call: Call, rows: slice) -> tuple[Tensor, ...]:
         host_weights=host, temperatures=t if len(t) == 1 else tuple([t[k] for k in dense]) or (1.0,),
         reduction="none", num_items=None,
     )  # fmt: skip
-    losses = multi_teacher.reference(Tensors(student, teachers, target, soft, weights), options)
+    tensors = Tensors(student, teachers, target, soft, weights, shares_of_rows(call, rows))
+    losses = multi_teacher.reference(tensors, options)
     if len(dense) == len(call.teachers) or _is_zero(options.kd_weight):
         return losses
     kd = _sparse_kd(call, rows, student, counts).to(losses[0].dtype)
@@ -120,6 +121,12 @@ def weights_of_rows(call: Call, k: int, rows: slice | Tensor) -> float | Tensor:
     if call.weights is None:
         return call.options.host_weights[k]
     return call.weights[k] if call.weights.dim() == 1 else call.weights[k][rows]
+
+
+def shares_of_rows(call: Call, rows: slice | Tensor) -> Tensor | None:
+    """The weights of forward and reverse, [2] or [2, n]."""
+    shares = call.shares
+    return shares if shares is None or shares.dim() == 1 else shares[:, rows].contiguous()
 
 
 def sparse_entries(

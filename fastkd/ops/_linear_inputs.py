@@ -96,6 +96,7 @@ class Call(NamedTuple):
     options: Options
     classes: int  # V, at most the rows of each weight
     chunk_rows: int  # 0: chosen by memory
+    shares: Tensor | None = None  # [2] or [2, R]: weights of the forward and the reverse divergence, where not numbers
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,7 +119,7 @@ def check_call(
     check_choice(OP, "combine", combine, COMBINE)
     check_choice(OP, "reduction", reduction, REDUCTIONS)
     _check_combine(combine, known)
-    which = _check_divergence(divergence, divergence_beta, like, combine, known)
+    which, shares = _check_divergence(divergence, divergence_beta, like, combine, known)
     target, soft, labels = _check_labels(target, mask, ignore_index, like)
     label_smoothing = check_number(OP, "label_smoothing", label_smoothing, "a number in [0, 1]", 0, 1)
     ce_weight = check_scalar(OP, "ce_weight", ce_weight, "a finite number")
@@ -141,7 +142,7 @@ def check_call(
         terms=bool(return_terms), divergence=which,
     )  # fmt: skip
     projection = Projection(weight, bias, cap, scale)
-    return Call(flat_rows(hidden), projection, tuple(known), target, soft, weights, options, classes, chunk)
+    return Call(flat_rows(hidden), projection, tuple(known), target, soft, weights, options, classes, chunk, shares)
 
 
 def _check_floats(name: str, value: object, expected: str) -> None:
@@ -261,14 +262,12 @@ def _check_combine(combine: Combine, teachers: Sequence[Teacher]) -> None:
 
 def _check_divergence(
     name: object, beta: object, like: Tensor, combine: Combine, teachers: Sequence[Teacher]
-) -> Divergence:
+) -> tuple[Divergence, Tensor | None]:
     which, shares = check_divergence(OP, name, beta, like, combine)
-    if shares is not None:
-        raise wrong_value(OP, "divergence", "a name, or a dict of numbers", "a dict with a tensor")
     sparse = [k for k, teacher in enumerate(teachers) if teacher.mode is not None]
     if sparse and which != FORWARD:
         raise wrong_value(OP, "divergence", f"'forward' where teachers[{sparse[0]}] is a TopK", repr(name))
-    return which
+    return which, shares
 
 
 def _check_labels(

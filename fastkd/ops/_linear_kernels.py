@@ -73,6 +73,8 @@ def _why_learning(call: Call) -> str | None:
             return why_learning(f"teachers[{k}]", _learners(call))
     if call.weights is not None and call.weights.requires_grad:
         return "the weights require grad"
+    if call.shares is not None and call.shares.requires_grad:
+        return "the weights of forward and reverse require grad"
     if call.soft is not None and call.soft.requires_grad:
         return "the target requires grad"
     return None
@@ -103,7 +105,7 @@ def _flat(call: Call) -> tuple[list[Tensor | None], Static]:
     options, scalars = native.split(call.options)
     weight, bias, softcap, scale = call.projection
     slots = [tensor for teacher in call.teachers for tensor in teacher[1:5]]
-    tensors = [call.hidden, weight, bias, call.target, call.soft, call.weights, scalars, *slots]
+    tensors = [call.hidden, weight, bias, call.target, call.soft, call.weights, scalars, call.shares, *slots]
     floats = [
         options.kd_weight, options.ce_weight, options.label_smoothing, options.num_items or 0.0, softcap, scale,
         *[number for teacher in call.teachers for number in (teacher.softcap, teacher.scale)],
@@ -120,7 +122,7 @@ def _flat(call: Call) -> tuple[list[Tensor | None], Static]:
 
 def _unflat(tensors: Sequence[Any], static: Static) -> Call:
     """What _flat() took apart, with the numbers of `scalars` in their places."""
-    hidden, weight, bias, target, soft, weights, scalars, *slots = tensors
+    hidden, weight, bias, target, soft, weights, scalars, shares, *slots = tensors
     host_weights, temperatures, floats, integers = static
     kd_weight, ce_weight, smoothing, items, softcap, scale, *shapes = floats
     combine, ignore_index, by_t2, reduction, labels, terms, classes, chunk_rows, kind, *kinds = integers
@@ -135,7 +137,7 @@ def _unflat(tensors: Sequence[Any], static: Static) -> Call:
     )  # fmt: skip
     options = native.joined(options, scalars)
     projection = Projection(weight, bias, softcap, scale)
-    return Call(hidden, projection, tuple(teachers), target, soft, weights, options, classes, chunk_rows)
+    return Call(hidden, projection, tuple(teachers), target, soft, weights, options, classes, chunk_rows, shares)
 
 
 def _each_once(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[int]]:
@@ -152,7 +154,7 @@ def _each_once(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], l
 
 _SCHEMA = (
     "linear_multi_teacher_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? soft, "
-    "Tensor? weights, Tensor? scalars, Tensor?[] teachers, Tensor? row_scale, float[] host_weights, "
+    "Tensor? weights, Tensor? scalars, Tensor?[] shares_and_teachers, Tensor? row_scale, float[] host_weights, "
     "float[] temperatures, float[] floats, SymInt[] integers, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY = torch.library.Library("fastkd", "FRAGMENT")

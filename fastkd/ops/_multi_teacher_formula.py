@@ -12,7 +12,15 @@ from torch import Tensor
 from fastkd.ops import _divergences as divergences
 from fastkd.ops._autograd import may_read_values
 from fastkd.ops._divergences import Divergence
-from fastkd.ops._formulas import Reduction, accumulate_dtype, capped, divergence, flat_rows, log_softmax, reduce_rows
+from fastkd.ops._formulas import (
+    Reduction,
+    accumulate_dtype,
+    capped,
+    exact_divergence,
+    flat_rows,
+    log_softmax,
+    reduce_rows,
+)
 from fastkd.ops._teachers import Weights, label_losses, mean_logits, mixture
 
 Combine = Literal["losses", "probs", "logits"]
@@ -128,7 +136,8 @@ def _reference_kd(student: Tensor, tensors: Tensors, options: Options) -> Tensor
         log_p = mixture([log_softmax(z, t) for z in teachers], weights)
     else:
         log_p = log_softmax(mean_logits(teachers, weights, is_uniform(options)), t)
-    kd = scales[0] * divergences.unweighted(log_p, log_q, options.divergence, tensors.shares)
+    normalised = options.combine == "logits"  # a mixture sums to its weights
+    kd = scales[0] * divergences.unweighted(log_p, log_q, options.divergence, tensors.shares, normalised)
     if tensors.weights is None:
         return kd
     return kd.masked_fill((tensors.weights != 0).sum(0) == 0, 0)
@@ -199,7 +208,7 @@ def reference_divergences(tensors: Tensors, options: Options) -> Tensor:
     for k, teacher in enumerate(tensors.teachers):
         t = options.temperatures[k if len(options.temperatures) > 1 else 0]
         log_p, log_q = log_softmax(flat_rows(teacher).to(dtype), t), log_softmax(student, t)
-        result.append(divergence(log_p, log_q).clamp(min=0))
+        result.append(exact_divergence(log_p, log_q).clamp(min=0))
     kl, target = torch.stack(result), tensors.target
     if target is None:
         return kl

@@ -9,9 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd.ops import _divergences as divergences
 from fastkd.ops import _formulas as formulas
 from fastkd.ops import _losses
-from fastkd.ops._formulas import Reduction, accumulate_dtype, flat_rows, reduce_rows, weighted_divergence
+from fastkd.ops._divergences import Divergence
+from fastkd.ops._formulas import Reduction, accumulate_dtype, flat_rows, reduce_rows
 from fastkd.ops._teachers import label_losses
 
 
@@ -42,6 +44,7 @@ class Options(NamedTuple):
     scale_by_t2: bool = True
     reduction: Reduction = "mean"
     return_terms: bool = False
+    divergence: Divergence = divergences.FORWARD
 
 
 SCALARS = ("temperature", "kd_weight", "ce_weight", "num_items")
@@ -124,7 +127,7 @@ def _widest(zs: Sequence[Tensor]) -> torch.dtype:
 
 
 def _divergences(zs: Sequence[Tensor], tensors: Tensors, options: Options) -> list[Tensor]:
-    """T^2 * sum_n w[m, n] KL(p_n || p_m) of each learner, M x [R]. A weight of 0 reads nothing."""
+    """T^2 * sum_n w[m, n] D(p_n, p_m) of each learner, M x [R]. A weight of 0 reads nothing."""
     count, t = len(tensors.logits), options.temperature
     scale = t**2 if options.scale_by_t2 else 1.0
     weights = [[_as_rows(tensors, options, m, n, zs[0]) for n in range(len(zs))] for m in range(count)]
@@ -154,7 +157,7 @@ def _divergences(zs: Sequence[Tensor], tensors: Tensors, options: Options) -> li
             p, q = teaches(n), log_softmax(m)
             if nothing is not False:
                 p, q = (x.masked_fill(nothing[:, None], 0) for x in (p, q))
-            rows = rows + weighted_divergence(p, q, weight, scale)
+            rows = rows + divergences.weighted(p, q, options.divergence, None, weight, scale)
         result.append(rows)
     return result
 

@@ -46,7 +46,7 @@ def linear_multi_teacher_kd(
     ignore_index: int = -100,
     mask: Tensor | None = None,
     combine: Combine = "losses",
-    divergence: str | Mapping[str, float] = "forward",
+    divergence: str | Mapping[str, float | Tensor] = "forward",
     divergence_beta: float | None = None,
     vocab_size: int | None = None,
     scale_by_t2: bool = True,
@@ -85,8 +85,7 @@ def linear_multi_teacher_kd(
             per row of the student. Not normalised. A teacher of weight 0 is not read.
         vocab_size: classes from here on are padding in every network that has more: their weights are not read and get
             gradient 0. None: all have the student's V.
-        divergence, divergence_beta: as in multi_teacher_kd, with numbers as weights; with TopK, and with process_group,
-            "forward" alone.
+        divergence, divergence_beta: as in multi_teacher_kd; with TopK, and with process_group, "forward" alone.
         kd_weight, ce_weight, label_smoothing, ignore_index, mask, combine, scale_by_t2, reduction, num_items,
             return_terms: as in multi_teacher_kd. The mean is over the rows that count, also those that no teacher
             speaks about.

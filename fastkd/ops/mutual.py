@@ -3,7 +3,7 @@
 Per row, with p_n = softmax(z_n / T) of the M learners and the N frozen teachers, sg the stop of the gradient, w the
 weights [M, M + N] and n over all networks but m (kernels: csrc/mutual/README.md):
 
-    loss_m = kd_weight * T^2 * sum_n w[m, n] KL(sg p_n || p_m) + ce_weight * cross_entropy(z_m, target, label_smoothing)
+    loss_m = kd_weight * T^2 * sum_n w[m, n] D(sg p_n, p_m) + ce_weight * cross_entropy(z_m, target, label_smoothing)
 
 which is M calls of multi_teacher_kd, each with the other learners detached. The loss is a vector [M]; the gradient of
 its element m flows to z_m alone.
@@ -23,6 +23,7 @@ from fastkd.ops import _losses
 from fastkd.ops import _peer_groups as groups
 from fastkd.ops import _peer_kernels as kernels
 from fastkd.ops._autograd import host_scalars, is_transformed, on_host
+from fastkd.ops._divergences import check_mutual
 from fastkd.ops._formulas import LossTerms, Reduction
 from fastkd.ops._inputs import (
     check_labels,
@@ -83,6 +84,8 @@ def mutual_kd(
     teacher_weights: Tensor | Sequence[Sequence[float]] | None = None,
     kd_weight: float | Tensor = 1.0,
     temperature: float | Tensor = 1.0,
+    divergence: str = "forward",
+    divergence_beta: float | None = None,
     ce_weight: float | Tensor = 0.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
@@ -117,8 +120,11 @@ def mutual_kd(
         teacher_weights: the same for them: none = 1/N each; [M, N]; or [M, N, ...] per row.
         kd_weight: a number that multiplies the divergences' sum. At 0 nobody reads another, and terms.kd is 0.
         temperature: a number > 0, of all networks.
-        ce_weight: weight of cross_entropy(logits[m], target), added to each loss. These three may be 0-d tensors: a
-            schedule under torch.compile then needs one graph.
+        divergence: of another network p and network m, q: "forward" KL(p || q), "reverse" KL(q || p) or "jsd"; as in
+            multi_teacher_kd, whose kernels the last two do not have here: they are plain PyTorch.
+        divergence_beta: of jsd, none = 0.5; as in multi_teacher_kd.
+        ce_weight: weight of cross_entropy(logits[m], target), added to each loss. kd_weight, temperature and ce_weight
+            may be 0-d tensors: a schedule under torch.compile then needs one graph.
         label_smoothing: as in torch.nn.functional.cross_entropy, in [0, 1].
         mask: bool [...]: rows where it is False count nowhere, as if their target were `ignore_index`.
         class_dim: where one network's logits (and soft targets) have their classes; 1 for maps [B, C, H, W], whose
@@ -142,8 +148,8 @@ def mutual_kd(
         RuntimeError: a second derivative of inputs that were changed in place (a first one may follow such a change).
     """
     tensors, options, leading = _check(
-        logits, target, weights, teachers, teacher_weights, kd_weight, temperature, ce_weight, label_smoothing,
-        ignore_index, mask, class_dim, scale_by_t2, reduction, num_items, return_terms,
+        logits, target, weights, teachers, teacher_weights, kd_weight, temperature, divergence, divergence_beta,
+        ce_weight, label_smoothing, ignore_index, mask, class_dim, scale_by_t2, reduction, num_items, return_terms,
     )  # fmt: skip
     return dispatch(OP, tensors, options, leading)
 
@@ -185,6 +191,8 @@ def why_reference(tensors: Tensors, options: Options) -> str | None:
     reason = _backend.why_not_native(tensors.logits[0])
     if reason is not None:
         return reason
+    if options.divergence.kind != "forward":
+        return "there are kernels of divergence='forward' alone"
     if is_transformed():
         return "a torch.func transform or forward-mode AD is active"
     for k, teacher in enumerate(tensors.teachers):
@@ -203,9 +211,9 @@ def why_reference(tensors: Tensors, options: Options) -> str | None:
 
 def _check(
     logits: Tensor | Sequence[Tensor], target: Tensor | None, weights: object, teachers: object,
-    teacher_weights: object, kd_weight: object, temperature: object, ce_weight: object, label_smoothing: object,
-    ignore_index: int, mask: object, class_dim: int, scale_by_t2: object, reduction: Reduction, num_items: object,
-    return_terms: object,
+    teacher_weights: object, kd_weight: object, temperature: object, divergence: object, divergence_beta: object,
+    ce_weight: object, label_smoothing: object, ignore_index: int, mask: object, class_dim: int, scale_by_t2: object,
+    reduction: Reduction, num_items: object, return_terms: object,
 ) -> tuple[Tensors, Options, torch.Size]:  # fmt: skip
     """Tensors, options, the leading shape of one network's logits without their classes."""
     logits, stacked, class_dim = check_networks(OP, logits, class_dim, target is not None, least=2)
@@ -226,7 +234,7 @@ def _check(
     options = Options(
         numbers, check_temperature(temperature), kd_weight, ce_weight, check_reduction(OP, reduction, num_items),
         cross_entropy, check_smoothing(OP, label_smoothing), ignore_index, bool(scale_by_t2), reduction,
-        bool(return_terms),
+        bool(return_terms), check_mutual(OP, divergence, divergence_beta, first),
     )  # fmt: skip
     return tensors, options, first.shape[:-1]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator
@@ -15,13 +17,15 @@ import torch
 import fastkd
 from fastkd import models
 from fastkd._core.files import write_atomic
-from fastkd.runs import environment
+from fastkd.runs import compare_pool, environment
 from fastkd.runs.ablations import variants
+from fastkd.runs.compare_figure import draw
 from fastkd.runs.config import CompareConfig, TrainConfig
-from fastkd.runs.figures import LAST_EPOCH, pyplot, save_figure
+from fastkd.runs.figures import LAST_EPOCH
 from fastkd.runs.job import CompareJob
 from fastkd.runs.report import data_text, optimization_text, speed_text
 from fastkd.runs.runner import Result, Runner, load_data
+from fastkd.runs.study_stats import Difference, paired
 from fastkd.runs.tables import final, table
 from fastkd.train import checkpoint, same_data
 from fastkd.train.devices import to_device
@@ -31,6 +35,7 @@ from fastkd.train.time_left import duration, expected
 
 ROUNDS = 30  # of timed steps with each backend
 WARM_UP = 3
+INTERVAL = "95 % interval of it"
 
 
 @dataclass
@@ -41,6 +46,13 @@ class Comparison:
     results: dict[str, dict[int, dict[str, Result]]] = field(default_factory=dict)
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     runners: dict[str, Runner] = field(default_factory=dict)  # of the first seed
+
+    def gains(self, method: str) -> Difference | None:
+        """Over ce, seed by seed; None where ce was not run."""
+        if "ce" not in self.results or method == "ce":
+            return None
+        values = [dict(zip(self.config.seeds, self.accuracies(name), strict=True)) for name in (method, "ce")]
+        return paired(*values)
 
     def accuracies(self, method: str) -> list[float]:
         """The student's test accuracy in 0..1, one for each seed."""
@@ -94,13 +106,20 @@ def run(asked: CompareJob | CompareConfig, say: Callable[[str], None]) -> Compar
     asked: what the command found out, or its options alone.
     """
     job = asked if isinstance(asked, CompareJob) else CompareJob.of(asked)
-    config, runs = job.config, job.runs()  # what cannot be planned shows before anything is trained
+    job.runs()  # what cannot be planned shows before anything is trained
+    jobs = compare_pool.processes(job.config, job.device.type)
+    if jobs > 1:
+        log = Path(job.config.out) / compare_pool.LOG
+        say(f"{len(job.config.seeds)} seeds, {jobs} side by side; what each says is in {log}")
+        compare_pool.carry_out(job.config, jobs, say)
+        job, say = dataclasses.replace(job, config=dataclasses.replace(job.config, quiet=True)), lambda text: None
+    config, runs = job.config, job.runs()
     comparison = Comparison(config, {method: {} for method in config.methods})
     pace = Pace(config)
     for number, seed in enumerate(config.seeds):
         told = {} if number == 0 else {"note": lambda text: None}  # once, not for each seed
         data = load_data(runs[config.methods[0], seed].config, **told)
-        for method in sorted(config.methods, key=lambda name: name != "ce"):  # other methods may use what ce trains
+        for method in compare_pool.in_order(config.methods):
             runner = Runner(runs[method, seed], say, data=data)
             say(f"seed {seed}, {method}{pace.left()}")
             comparison.runners.setdefault(method, runner)
@@ -152,20 +171,28 @@ def spread(values: list[float], scale: float = 100) -> str:
 
 
 def summary_table(comparison: Comparison) -> str:
-    """One row a method: accuracy, gain over CE, time of a step on both backends."""
-    baseline = comparison.accuracies("ce") if "ce" in comparison.results else None
-    header = ["method", "student's test accuracy [%]", "gain over ce", "seeds better than ce"]
+    """One row a method: accuracy, gain over CE and its interval, time of a step on both backends."""
+    header = ["method", "student's test accuracy [%]", "gain over ce", INTERVAL, "seeds better than ce"]
     header += ["native [ms/step]", "reference [ms/step]"]
     rows = []
     for method in comparison.results:
-        values = comparison.accuracies(method)
-        gain, better = "-", "-"
-        if baseline is not None and method != "ce":
-            gains = [value - other for value, other in zip(values, baseline, strict=True)]
-            gain, better = spread(gains), f"{sum(g > 0 for g in gains)} of {len(gains)}"
+        values, found = comparison.accuracies(method), comparison.gains(method)
+        gain, interval, better = "-", "-", "-"
+        if found is not None:
+            baseline = comparison.accuracies("ce")
+            gain = spread([value - other for value, other in zip(values, baseline, strict=True)])
+            interval = interval_text(found)
+            better = f"{found.better} of {found.seeds}"
         times = [f"{1000 * comparison.seconds[method][backend]:.2f}" for backend in ("native", "reference")]
-        rows.append([method, spread(values), gain, better, *times])
+        rows.append([method, spread(values), gain, interval, better, *times])
     return table(header, rows)
+
+
+def interval_text(gain: Difference) -> str:
+    """The 95 % interval of a mean gain, in points."""
+    if math.isnan(gain.half):
+        return "-"
+    return f"{100 * (gain.mean - gain.half):+.2f} to {100 * (gain.mean + gain.half):+.2f}"
 
 
 def guides_table(comparison: Comparison) -> str:
@@ -204,38 +231,6 @@ def write_metrics(comparison: Comparison, folder: Path) -> None:
             last[-1] |= {f"seconds_per_step_{b}": value for b, value in comparison.seconds[method].items()}
     write_csv(folder / "metrics.csv", rows)
     write_csv(folder / "results.csv", last)
-
-
-def draw_bars(comparison: Comparison, path: Path) -> None:
-    """A bar with its standard deviation for each method, and a point for each seed."""
-    plt = pyplot()
-    methods = list(comparison.results)
-    values = [[100 * v for v in comparison.accuracies(method)] for method in methods]
-    many = len(methods) > 8
-    figure, axis = plt.subplots(figsize=(1.5 + (0.7 if many else 1.1) * len(methods), 4.2), layout="constrained")
-    axis.tick_params(axis="x", rotation=30 if many else 0)
-    means = [statistics.fmean(v) for v in values]
-    deviations = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-    axis.bar(methods, means, width=0.6, color="C0", alpha=0.55, zorder=2)
-    if len(values[0]) > 1:
-        error = dict(fmt="none", ecolor="0.2", capsize=5, zorder=3, label="mean +- standard deviation")
-        axis.errorbar(methods, means, yerr=deviations, **error)
-    for index, points in enumerate(values):
-        offsets = [index + 0.18 * (i - (len(points) - 1) / 2) / max(1, len(points) - 1) for i in range(len(points))]
-        label = "one seed" if index == 0 else None
-        axis.scatter(offsets, points, s=22, color="C3", edgecolor="white", linewidth=0.6, zorder=4, label=label)
-    low = min(min(points) for points in values + [[m - d] for m, d in zip(means, deviations, strict=True)])
-    high = max(max(points) for points in values + [[m + d] for m, d in zip(means, deviations, strict=True)])
-    floor = max(0.0, low - 0.25 * (high - low) - 1) if low > 5 else 0.0
-    axis.set_ylim(floor, min(100.0, high + 0.1 * (high - low) + 1))
-    axis.set_ylabel("test accuracy of the student [%]" + ("\n(the axis does not start at 0)" if floor else ""))
-    count = f"{len(values[0])} seed{'s' * (len(values[0]) > 1)}"
-    what = f"ablation of {comparison.config.ablate}: " if comparison.config.ablate else ""
-    axis.set_title(f"{what}{comparison.config.student} on {comparison.config.data}, last epoch, {count}")
-    axis.grid(axis="y", alpha=0.3, zorder=0)
-    figure.legend(fontsize="small", loc="outside lower center", ncols=2)
-    save_figure(figure, path)
-    plt.close(figure)
 
 
 def backend_text(device: torch.device) -> str:
@@ -286,7 +281,8 @@ def _reading() -> list[str]:
     lines = [LAST_EPOCH + " The numbers are what came out, also where a method does not help."]
     lines += [
         "The gain is the mean over seeds of the difference to ce with the same seed, that is with the same initial "
-        "weights and the same order of images. With few seeds, a gain smaller than its spread shows nothing.",
+        "weights and the same order of images, and its standard deviation. The interval is that of the mean gain, by "
+        "Student's t: where it holds 0, these seeds cannot tell the method from ce.",
         f"The time is the median of {ROUNDS} training steps of the student, its guides' forward passes included "
         "(also with --logits-cache), with the fused operation (native) and with its plain PyTorch formula (reference), "
         "in turns. With few classes the loss is a small part of the step, and the two are alike.",
@@ -298,6 +294,6 @@ def write(comparison: Comparison, command: str) -> list[Path]:
     """Write report.md, comparison.png, metrics.csv and results.csv into OUT; returns the paths for the user."""
     out = Path(comparison.config.out)
     write_metrics(comparison, out)
-    draw_bars(comparison, out / "comparison.png")
+    draw(comparison, out / "comparison.png")
     write_atomic(out / "report.md", text(comparison, command).encode())
     return [out / name for name in ("report.md", "comparison.png", "metrics.csv", "results.csv")]

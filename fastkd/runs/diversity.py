@@ -20,7 +20,7 @@ from fastkd.train.diversity import MEAN_TEACHER, PREFIX
 from fastkd.train.metrics import Row
 from fastkd.train.progress import each
 
-KINDS = ("learners", "learner and teacher", "teachers")
+KINDS = ("learners", "learner and teacher", "teachers", "learner and its own average")
 NETWORKS = 12  # more names than these are not written beside a matrix
 
 
@@ -64,8 +64,9 @@ def _pairs(run: Run, row: Row) -> dict[str, list[str]]:
     guides = job_of(run).stages["student"].guides
     found: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for pair in combinations(_names(row), 2):
-        teachers = sum(name in guides or name.startswith(MEAN_TEACHER) for name in pair)
-        found[KINDS[teachers]].append(".".join(pair))
+        kind = KINDS[sum(name in guides or name.startswith(MEAN_TEACHER) for name in pair)]
+        own = pair[1] in (MEAN_TEACHER, f"{MEAN_TEACHER}{pair[0].removeprefix('peer')}")
+        found[KINDS[-1] if own else kind].append(".".join(pair))
     return {kind: pairs for kind, pairs in found.items() if pairs}
 
 

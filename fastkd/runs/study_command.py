@@ -17,9 +17,10 @@ from fastkd._core.extras import require
 from fastkd._core.locks import lock
 from fastkd._core.messages import UserError
 from fastkd.runs import study_pool, study_report
+from fastkd.runs.processes import DONE, STOPPED
 from fastkd.runs.study import Run, Study, check_resumed, find, read
 from fastkd.runs.study_pool import Pool
-from fastkd.runs.study_worker import DONE, ROW, STOPPED
+from fastkd.runs.study_worker import ROW
 from fastkd.runs.tables import percent
 from fastkd.train.metrics import write_csv
 from fastkd.train.option_types import is_switch

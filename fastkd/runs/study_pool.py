@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -16,13 +15,13 @@ from typing import Any
 
 from fastkd._core.files import write_atomic
 from fastkd.runs import study_worker
+from fastkd.runs.processes import STOPPED, forking
 from fastkd.runs.study import Run
 from fastkd.train.interrupts import catch_interrupt
 from fastkd.train.time_left import expected
 
 SPENT = "spent.json"
 POLL = 0.5  # seconds
-SLOW_IMPORTS = ("matplotlib.pyplot", "yaml", "PIL.Image", "torch._dynamo")  # of every run
 
 
 @dataclass
@@ -56,7 +55,7 @@ class Pool:
     def carry_out(self, runs: Sequence[Run]) -> None:
         """After Ctrl-C or at the deadline those that run save their state and stop, and no other starts."""
         waiting = list(runs)
-        context = _context()
+        context = forking(study_worker.__name__)
         with catch_interrupt() as interrupted:
             try:
                 while self.active or (waiting and not self.stopped):
@@ -94,19 +93,10 @@ class Pool:
             self.active.remove(each)
             add_spent(self.out, each.run, time.monotonic() - each.started)
             status = each.process.exitcode
-            if status is not None and status != study_worker.STOPPED:  # None while it runs
+            if status is not None and status != STOPPED:  # None while it runs
                 self.ended(each.run, status)
             elif not self.stopped:  # by somebody else
                 self._stop()
-
-
-def _context() -> Any:
-    """Processes that are forked from one that has imported everything and done nothing; elsewhere fresh ones."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([study_worker.__name__, *SLOW_IMPORTS])
-    return context
 
 
 def spent(out: Path) -> dict[str, float]:

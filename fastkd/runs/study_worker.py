@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import statistics
 import sys
-import threading
 import traceback
-from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,6 +15,7 @@ from fastkd import models
 from fastkd._core.files import write_atomic
 from fastkd.runs.commands import train
 from fastkd.runs.config import TrainConfig
+from fastkd.runs.processes import FAILED, STOPPED, follow_parent
 from fastkd.runs.runner import Result, Runner
 from fastkd.runs.study_cost import costs
 from fastkd.runs.tables import final
@@ -25,7 +23,6 @@ from fastkd.train.devices import cpu_threads
 from fastkd.train.interrupts import Interrupted
 
 ROW = "row.json"
-DONE, FAILED, STOPPED = 0, 1, 130  # exit statuses
 
 
 def work(config: TrainConfig) -> None:
@@ -33,7 +30,7 @@ def work(config: TrainConfig) -> None:
 
     A SIGINT, and the end of the study's process, stop it after the present batch, whose state is saved.
     """
-    _follow_parent()
+    follow_parent()
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "log.txt", "a", buffering=1) as log:
@@ -47,18 +44,6 @@ def work(config: TrainConfig) -> None:
             traceback.print_exc(file=log)
             print(f"failed: {' '.join(str(error).split()) or type(error).__name__}", file=log)
             sys.exit(FAILED)
-
-
-def _follow_parent() -> None:
-    parent = parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def carry_out(config: TrainConfig, log: TextIO) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def test_the_overview_is_a_picture(tmp_path):
 
 
 def test_every_method_and_its_tests_are_there():
-    assert set(steps.METHODS) == set(steps.ABOUT) == set(steps.TESTS)
+    assert set(steps.EVERY) == set(steps.ABOUT) == set(steps.TESTS) == set(steps.NUMBERS)
     assert all(list(ROOT.glob(pattern)) for pattern in steps.TESTS.values())
     assert ("resnet56", "ORC") not in steps.chosen("", "cpu", large=False)
     assert ("resnet56", "ORC") in steps.chosen("", "cpu", large=True)
@@ -212,13 +212,15 @@ def test_training_steps_write_their_file_and_chart(tmp_path, tiny_steps, capsys,
     })  # fmt: skip
     assert other.run("steps", options(tmp_path)) == 0
     said = capsys.readouterr().out
+    assert "stage by stage" in said and "and channels-last" in said
     assert "images/s" in said and "of the step" in said and "GPU: not measured" in said
     (file,) = tmp_path.glob("steps/*.json")
     result = report.json.loads(file.read_text())
     report.validate(result, steps.LAYOUT)
-    assert [entry["method"] for entry in result["steps"]] == list(steps.METHODS)
+    assert [entry["method"] for entry in result["steps"]] == list(steps.EVERY)
     for entry in result["steps"]:
         assert entry["losses"] >= 1 and set(entry["milliseconds"]) >= {"fused", "reference", "fused loss"}
+        assert set(entry["milliseconds"]) >= {steps.PREPARED, steps.ALL} and entry["ratios"]["all"]["p50"] > 0
         assert entry["loss_share"]["fused"] > 0 and entry["images_per_second"]["fused"] > 0
     assert is_png(file.with_suffix(".png"))
 
@@ -232,7 +234,17 @@ def test_on_a_gpu_a_step_is_made_from_graphs_too(tiny_steps, monkeypatch, tmp_pa
     assert f"with CUDA graphs: ORC {entry['ratios']['graphs']['p50']:.2f}x" in steps.table(result, tmp_path)
 
 
-@pytest.mark.parametrize("method", steps.METHODS)
+def test_a_step_as_runs_make_it_gives_the_same_losses():
+    """Folded frozen networks and another order in memory change the last digits alone."""
+    usual = steps.TrainingStep("FEED", TINY, "cpu")()
+    for called, step in steps.as_run("FEED", TINY, "cpu").items():
+        torch.testing.assert_close(step(), usual, rtol=1e-4, atol=1e-5)
+        assert all(twin._copy.folded for twin in step.step.method._twins.values())
+        first = next(p for p in step.step.method.parameters() if p.dim() == 4 and p.shape[1] > 1)
+        assert first.is_contiguous(memory_format=torch.channels_last) == (called == steps.ALL)
+
+
+@pytest.mark.parametrize("method", steps.EVERY)
 def test_backends_that_differ_are_not_measured(method, monkeypatch):
     step = steps.TrainingStep(method, TINY, "cpu")
     steps.require_same(step)

@@ -31,7 +31,9 @@ def test_the_method_of_a_recipe_is_compared_with_ce(name):
 
 def test_digits_is_the_recipe_of_every_method():
     config, plain = compared("--config", "digits"), compared()
-    assert config.methods == plain.methods and config.epochs == plain.epochs == 80 and config.guide_epochs == 30
+    assert config.methods == plain.methods and config.epochs == plain.epochs == 80
+    assert config.guide_epochs == plain.guide_epochs == 80 and plain.seeds == list(range(10))
+    assert compared("--data", "cifar10").seeds == [0, 1, 2]
 
 
 def test_other_methods_may_be_asked_for(capfd):

@@ -341,3 +341,24 @@ def test_the_module_has_it_too():
 def test_kl_of_the_helpers_is_torchs():
     log_p, log_q = (torch.randn(2, 5, dtype=torch.float64).log_softmax(-1) for _ in range(2))
     torch.testing.assert_close(kl(log_p, log_q), (log_p.exp() * (log_p - log_q)).sum(-1))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("kind", ["grad", "no grad", "mutual", "statistics", "logits"])
+def test_near_networks_keep_their_digits(kind, backend):
+    """The mean of KL near 1e-5 in float32, to 1e-5."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(64, 500, generator=generator) * 3
+    teacher[:, -1], teacher[:, -2] = -math.inf, torch.finfo(torch.float32).min
+    student = (teacher + 4.5e-3 * torch.randn(64, 500, generator=generator)).requires_grad_(kind != "no grad")
+    expected = kl(*(torch.log_softmax(x.detach()[:, :-2].double(), -1) for x in (teacher, student))).mean()
+    assert 3e-6 < expected < 3e-5
+    with fastkd.use_backend(backend):
+        if kind == "mutual":
+            value = F.mutual_kd([student, teacher])[0]
+        elif kind == "statistics":
+            value = F.multi_teacher_kd(student, [teacher], temperature=1.0, return_stats=True)[1].kl.mean()
+        else:
+            combine = "logits" if kind == "logits" else "losses"
+            value = F.multi_teacher_kd(student, [teacher], temperature=1.0, combine=combine)
+    assert abs(float(value.detach()) / float(expected) - 1) < 1e-5

@@ -300,3 +300,33 @@ def test_divergences_are_those_of_whole_logits(divergence, place, at):
     torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-13)
     for a, b in zip(gradients(loss, [hidden, weight]), gradients(expected, [hidden, weight]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["rows", "one", "learns", "routed"])
+def test_weights_of_forward_and_reverse_may_be_tensors(kind):
+    share = randn(ROWS, seed=8).abs() if kind != "one" else torch.tensor(0.3, dtype=torch.float64)
+    divergence = {"forward": share.requires_grad_(kind == "learns"), "reverse": 1 - share.detach()}
+    inputs, options = student(), {"temperature": 2.0, "target": labels()}
+    if kind == "learns":
+        inputs = [*inputs, share]
+    teachers = teachers_of("crossed" if kind == "routed" else "both")
+    both = [
+        linear_multi_teacher_kd(*inputs[:2], teachers, bias=inputs[2], divergence=d, reduction="none", **options)
+        for d in ("forward", "reverse")
+    ]
+    expected = (share * both[0] + (1 - share.detach()) * both[1]).sum()
+    loss = linear_multi_teacher_kd(
+        *inputs[:2], teachers, bias=inputs[2], divergence=divergence, reduction="sum", chunk_rows=5, **options
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-13)
+    for a, b in zip(gradients(loss, inputs), gradients(expected, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_one_weight_of_forward_and_reverse_as_a_tensor_on_whole_logits():
+    logits, (teacher,) = 2 * randn(ROWS, CLASSES), teachers_of("logits")
+    tensor, number = (
+        multi_teacher_kd(logits, [teacher], divergence={"forward": w, "reverse": 0.7})
+        for w in (torch.tensor(0.3, dtype=torch.float64), 0.3)
+    )
+    torch.testing.assert_close(tensor, number, rtol=1e-12, atol=0)

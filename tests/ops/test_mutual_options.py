@@ -268,3 +268,35 @@ def test_a_schedule_needs_one_graph():
         torch.testing.assert_close(*grads)
     assert counter.frame_count == 1
     assert fastkd.explain(F.mutual_kd, logits, target, temperature=torch.tensor(2.0)).backend == "native"
+
+
+@pytest.mark.parametrize("divergence, beta", [("reverse", None), ("jsd", None), ("jsd", 0.2), ("jsd", 1.0)])
+@pytest.mark.parametrize("weights", [None, "rows"])
+def test_other_divergences_are_calls_of_multi_teacher_kd(divergence, beta, weights):
+    logits, teachers, target = make(3, 6, 20, 1, DOUBLE)
+    target[2] = -100
+    shared = dict(
+        temperature=2.0, ce_weight=0.5, kd_weight=0.7, reduction="none", divergence=divergence, divergence_beta=beta
+    )
+    w = torch.full((3, 3), 0.5, dtype=DOUBLE)
+    if weights:
+        w = torch.rand(3, 3, 6, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
+        w[0, 1, :3] = 0
+    losses = F.mutual_kd(logits, target, teachers=teachers, weights=w, **shared)
+    for m in range(3):
+        others = [n for n in range(3) if n != m]
+        each = [logits[n].detach() for n in others] + teachers
+        frozen = torch.ones_like(w[m, :1])
+        expected = F.multi_teacher_kd(logits[m], each, target, weights=torch.cat([w[m, others], frozen]), **shared)
+        torch.testing.assert_close(losses[m], expected, rtol=1e-12, atol=1e-12)
+        ours = torch.autograd.grad(losses[m].sum(), logits, retain_graph=True, allow_unused=True)
+        (slope,) = torch.autograd.grad(expected.sum(), logits[m])
+        torch.testing.assert_close(ours[m], slope, rtol=1e-12, atol=1e-12)
+        assert all(g is None or not g.any() for n, g in enumerate(ours) if n != m)
+
+
+def test_explain_names_the_plain_path_of_other_divergences():
+    networks = [torch.zeros(2, 3), torch.ones(2, 3)]
+    assert "divergence='forward' alone" in str(fastkd.explain(F.mutual_kd, networks, divergence="jsd"))
+    module = fastkd.MutualKD(divergence="jsd", divergence_beta=0.2)
+    assert torch.equal(module(networks), F.mutual_kd(networks, divergence="jsd", divergence_beta=0.2))

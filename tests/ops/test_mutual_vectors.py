@@ -17,7 +17,7 @@ def device(at):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m, n", [(1, 1), (2, 0), (2, 1), (3, 0), (2, 2), (4, 0)])
+@pytest.mark.parametrize("m, n", [(2, 0), (2, 1), (3, 0), (2, 2), (4, 0)])
 def test_networks(m, n, dtype, device):
     logits, teachers, target = make(m, 3, 72, n, dtype, device=device, seed=m)
     target[1] = -100
@@ -83,16 +83,16 @@ def test_what_is_not_read_reaches_nothing(device):
         logits[2].fill_(float("nan"))
     weights = torch.zeros(3, 3)
     weights[1, 0] = 1.0
-    loss, grads = loss_and_grads(logits, weights=weights)
-    pair, pair_grads = loss_and_grads(logits[:2], weights=weights[:2, :2])
+    loss, pair = F.mutual_kd(logits, weights=weights), F.mutual_kd(logits[:2], weights=weights[:2, :2])
+    grads, expected = torch.autograd.grad(loss.sum(), logits), torch.autograd.grad(pair.sum(), logits[:2])
     assert loss[2] == 0 and float(grads[2].abs().max()) == 0 and float(grads[0].abs().max()) == 0
     torch.testing.assert_close(loss[:2], pair, rtol=0, atol=0)
-    torch.testing.assert_close(grads[1] / 0.5, pair_grads[1] / 0.5)
+    torch.testing.assert_close(grads[1], expected[1], rtol=0, atol=0)
     nothing, grads = loss_and_grads(logits, weights=torch.zeros(3, 3))
     assert float(nothing.abs().max()) == 0 and all(float(g.abs().max()) == 0 for g in grads)
 
 
-def test_networks_without_a_gradient_and_bad_labels(device):
+def test_networks_without_a_gradient_and_bad_labels(device, values_unreadable):
     logits, _, target = make(3, 3, 32, device=device)
     logits[1].requires_grad_(False)
     with fastkd.use_backend("reference"):

@@ -1,5 +1,6 @@
 """What `import fastkd` reaches."""
 
+import os
 import subprocess
 import sys
 
@@ -18,3 +19,12 @@ else:
     raise AssertionError
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_kernels_importing_warns_of_nothing(tmp_path):
+    """As where no compiler was found: warnings that are errors stop no program before its first loss."""
+    code = "import fastkd; [getattr(fastkd, name) for name in fastkd.__all__]; print(fastkd.backend_info()['cpu'])"
+    environment = os.environ | {"FASTKD_LIBRARY_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "libfastkd_cpu.so was not built" in done.stdout

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -18,7 +19,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ["fastkd", "csrc", "tools", "tests", "benchmarks", "setup.py", "CMakeLists.txt", "pyproject.toml"]
-TREE += ["MANIFEST.in", "Makefile", "constraints.txt", "README.md"]
+TREE += ["MANIFEST.in", "Makefile", "constraints.txt", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
+TREE += ["LICENSE", "CITATION.cff", "mkdocs.yml", "docs", "examples"]
 SETTINGS = ["FASTKD_REQUIRE_NATIVE", "FASTKD_BACKEND", "FASTKD_CPU_LEVEL", "PYTHONPATH"]
 TEST_PACKAGES = ["pytest", "pytest-benchmark", "hypothesis", "expecttest"]
 NEEDED_GB = 15
@@ -80,6 +82,15 @@ def wheel_and_log(sdist, tmp_path_factory) -> tuple[Path, str]:
     log = run(*command, env=environment(FASTKD_REQUIRE_NATIVE="1", **cuda))
     (wheel,) = folder.glob("*.whl")
     return wheel, log
+
+
+def test_the_source_distribution_holds_the_tree(sdist):
+    tree = sdist.parent / "tree"
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    made = re.compile(r"\.egg-info/|^build/|\.py[cod]$|^dist/")
+    wanted = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
+    assert sorted(name for name in wanted - names if not made.search(name)) == []
 
 
 def downloads_of_torch(log: str) -> list[str]:

@@ -1,8 +1,10 @@
 """A user's file with every public call runs, and type checkers take it; wrong choices they do not take."""
 
 import inspect
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import typing
@@ -49,18 +51,70 @@ def checked(file: Path, folder: Path) -> list[str]:
     return [line for line in done.stdout.splitlines() if ": error: " in line]
 
 
+def pyright_errors(file: Path, folder: Path) -> list[dict]:
+    """By basedpyright, whose wheels hold all of pyright: that of the name `pyright` fetches itself at its first run."""
+    pytest.importorskip("basedpyright")
+    project = {"include": [str(file)], "extraPaths": [str(ROOT)], "typeCheckingMode": "standard"}
+    (folder / "pyrightconfig.json").write_text(json.dumps(project))
+    command = [sys.executable, "-m", "basedpyright", "--outputjson", "-p", str(folder), "--pythonpath", sys.executable]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    said = json.loads(done.stdout)["generalDiagnostics"]
+    return [each for each in said if each["severity"] == "error"]
+
+
 @pytest.mark.slow
 def test_a_users_file_passes_strict_type_checks(tmp_path):
     assert checked(FILE, tmp_path) == []
 
 
 @pytest.mark.slow
-def test_wrong_calls_do_not(tmp_path):
+def test_a_users_file_passes_pyright(tmp_path):
+    assert pyright_errors(FILE, tmp_path) == []
+
+
+@pytest.fixture
+def wrong(tmp_path) -> tuple[Path, set[int]]:
+    """A file of wrong calls and their lines."""
     file = tmp_path / "wrong.py"
     file.write_text(WRONG)
-    wanted = [n for n, line in enumerate(WRONG.splitlines(), 1) if n > 5 and line]
-    found = {int(line.split(":")[1]) for line in checked(file, tmp_path)}
-    assert found == set(wanted)
+    return file, {n for n, line in enumerate(WRONG.splitlines(), 1) if n > 5 and line}
+
+
+@pytest.mark.slow
+def test_wrong_calls_do_not(wrong, tmp_path):
+    file, lines = wrong
+    assert {int(line.split(":")[1]) for line in checked(file, tmp_path)} == lines
+
+
+@pytest.mark.slow
+def test_pyright_sees_wrong_calls(wrong, tmp_path):
+    file, lines = wrong
+    assert {each["range"]["start"]["line"] + 1 for each in pyright_errors(file, tmp_path)} == lines
+
+
+def of_pyright(file: Path, folder: Path) -> set[int]:
+    """The lines of `file` in which pyright sees an error."""
+    program = shutil.which("pyright")
+    if program is None:
+        pytest.skip("pyright is not installed (it needs node)")
+    if file.parent != folder:
+        shutil.copy(file, folder)
+    config = {"include": [file.name], "extraPaths": [str(ROOT)], "typeCheckingMode": "standard"}
+    (folder / "pyrightconfig.json").write_text(json.dumps(config))
+    command = [program, "-p", str(folder), "--pythonpath", sys.executable, "--outputjson"]
+    said = json.loads(subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout)
+    assert said["summary"]["filesAnalyzed"] == 1
+    return {each["range"]["start"]["line"] + 1 for each in said["generalDiagnostics"] if each["severity"] == "error"}
+
+
+@pytest.mark.slow
+def test_pyright_takes_the_users_file_and_no_wrong_call(tmp_path):
+    assert of_pyright(FILE, tmp_path) == set()
+    folder = tmp_path / "wrong"
+    folder.mkdir()
+    (folder / "wrong.py").write_text(WRONG)
+    wanted = {n for n, line in enumerate(WRONG.splitlines(), 1) if n > 5 and line}
+    assert of_pyright(folder / "wrong.py", folder) == wanted
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def other(name):
     if get_origin(kind) is Literal:
         return next(choice for choice in get_args(kind) if choice != value)
     special = {"data": "fake", "device": "auto", "momentum": 0.5, "validation": 0.25, "image_size": 16}
-    special |= {"milestones": [0.25], "nesterov": True}
+    special |= {"milestones": [0.25], "nesterov": True, "channels_last": True, "prepare_teachers": True}
     if name in special:
         return special[name]
     return not value if isinstance(value, bool) else f"{value}x" if isinstance(value, str) else (value or 0) + 1

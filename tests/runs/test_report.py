@@ -10,6 +10,7 @@ from train_helpers import TINY, one_thread, untrained  # noqa: F401
 import fastkd
 from fastkd import data as datasets
 from fastkd.runs import compare as comparing
+from fastkd.runs import compare_figure
 from fastkd.runs import figures as figures_module
 from fastkd.runs.commands import train
 from fastkd.runs.config import CompareConfig
@@ -89,10 +90,10 @@ def fake_comparison(tmp_path, accuracies: dict[str, list[float]]) -> comparing.C
 def test_summary_statistics(tmp_path):
     comparison = fake_comparison(tmp_path, {"ce": [0.80, 0.90, 0.85], "kd": [0.82, 0.91, 0.83]})
     rows = comparing.summary_table(comparison).splitlines()
-    assert [cell.strip() for cell in rows[2].split("|")[1:-1]] == ["ce", "85.00 +- 5.00", "-", "-", "1.00", "2.00"]
+    assert [cell.strip() for cell in rows[2].split("|")[1:-1]] == ["ce", "85.00 +- 5.00", "-", "-", "-", "1.00", "2.00"]
     kd = [cell.strip() for cell in rows[3].split("|")[1:-1]]
-    # Gains 2, 1, -2: mean 1/3, sample standard deviation sqrt(13 / 3).
-    assert kd == ["kd", "85.33 +- 4.93", "0.33 +- 2.08", "2 of 3", "1.00", "2.00"]
+    # Gains 2, 1, -2: mean 1/3, sample standard deviation sqrt(13 / 3); t with 2 degrees of freedom is 4.3027.
+    assert kd == ["kd", "85.33 +- 4.93", "0.33 +- 2.08", "-4.84 to +5.50", "2 of 3", "1.00", "2.00"]
 
 
 def test_one_seed_has_no_spread(tmp_path):
@@ -102,8 +103,8 @@ def test_one_seed_has_no_spread(tmp_path):
 
 def test_bars_show_means_deviations_and_seeds(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(comparing, "save_figure", lambda figure, path: figures.append(figure))
-    comparing.draw_bars(fake_comparison(tmp_path, {"ce": [0.8, 0.9], "dgkd": [0.9, 0.95]}), tmp_path / "x.png")
+    monkeypatch.setattr(compare_figure, "save_figure", lambda figure, path: figures.append(figure))
+    compare_figure.draw_bars(fake_comparison(tmp_path, {"ce": [0.8, 0.9], "dgkd": [0.9, 0.95]}), tmp_path / "x.png")
     axis = figures[0].axes[0]
     assert [bar.get_height() for bar in axis.patches] == pytest.approx([85, 92.5])
     points = [
@@ -111,6 +112,24 @@ def test_bars_show_means_deviations_and_seeds(tmp_path, monkeypatch):
     ]
     assert [80, 90] in [pytest.approx(p) for p in points] and [90, 95] in [pytest.approx(p) for p in points]
     assert "[%]" in axis.get_ylabel() and "does not start at 0" in axis.get_ylabel()
+
+
+def test_gains_are_ordered_with_their_intervals(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(compare_figure, "save_figure", lambda figure, path: figures.append(figure))
+    accuracies = {"kd": [0.82, 0.93], "ce": [0.80, 0.90], "dgkd": [0.9, 0.99], "takd": [0.78, 0.91]}
+    compare_figure.draw(fake_comparison(tmp_path, accuracies), tmp_path / "x.png")
+    axis = figures[0].axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["takd  -0.5", "kd  +2.5", "dgkd  +9.5"]
+    means = [container.lines[0].get_xdata()[0] for container in axis.containers]
+    assert means == pytest.approx([-0.5, 2.5, 9.5])
+    (low, high) = axis.containers[2].lines[2][0].get_segments()[0][:, 0]  # half: t(1) = 12.706 times 0.5
+    assert (low, high) == pytest.approx((9.5 - 6.353, 9.5 + 6.353), abs=1e-2)
+    assert [c.lines[0].get_color() for c in axis.containers] == ["0.55", "0.55", "C0"]
+    points = [sorted(each.get_offsets()[:, 0]) for each in axis.collections if len(each.get_offsets()) == 2]
+    assert pytest.approx([9, 10]) in points
+    compare_figure.draw(fake_comparison(tmp_path, {"ce": [0.8, 0.9]}), tmp_path / "x.png")
+    assert "test accuracy" in figures[1].axes[0].get_ylabel()
 
 
 def test_files_of_a_comparison(tmp_path):

@@ -13,7 +13,7 @@ from fastkd.runs import compare as comparing
 from fastkd.runs import feed_analyses
 from fastkd.runs.commands import compare
 from fastkd.runs.config import CompareConfig
-from fastkd.runs.diversity import measures
+from fastkd.runs.diversity import KINDS, _pairs, measures
 from fastkd.runs.folder import read
 from fastkd.runs.revisit import revisited
 from fastkd.train.metrics import read_csv
@@ -57,6 +57,9 @@ def test_diversity_of_the_last_checkpoint_is_what_the_run_would_have_logged(comp
     (again,) = read(tmp_path / "logged")
     assert list(measures(again)) == [1, 2] and measures(again)[2] == pytest.approx(found[2], abs=1e-9)
     assert len(found[2]) == 6 + 2 * 15 + 30
+    pairs = _pairs(run, found[2])
+    assert pairs["learner and its own average"] == [f"peer{k}.mean_teacher{k}" for k in (1, 2, 3)]
+    assert {kind: len(each) for kind, each in pairs.items()} == dict(zip(KINDS, (3, 6, 3, 3), strict=True))
 
 
 def test_every_analysis_of_a_comparison_that_has_moved(compared, tmp_path, capsys):

@@ -13,7 +13,7 @@ from train_helpers import assert_same, last_state
 
 from fastkd._core.messages import UserError
 from fastkd.cli import main
-from fastkd.runs import study_command, study_pool, study_report, study_worker
+from fastkd.runs import processes, study_command, study_pool, study_report, study_worker
 from fastkd.runs.runner import Result
 from fastkd.runs.stages import Stage
 from fastkd.runs.study import RECIPES, find, read
@@ -100,6 +100,15 @@ def test_studies_of_the_package_can_be_read():
         find("cifar10-16p")
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("gpu-*.yaml")))
+def test_studies_for_a_gpu_start(name):
+    """With made images: every method's networks are built, of all stages."""
+    made = {"data": "fake", "image_size": 8, "train_size": 20, "device": "cpu", "download": False}
+    for run in read(find(name), made).chosen(["default", "seed0"]):
+        runner = Runner(run.config(Path("nowhere")), say=lambda text: None)
+        assert list(runner.stages)[-1] == "student" and runner.config.epochs in (30, 40, 75)
+
+
 def test_options_on_the_command_line():
     found = study_command.overrides(
         ["--download", "--train-size", "50", "--assistants", "a,b", "--lr=1e-3", "--options.beta", "2", "--no-augment"]
@@ -149,7 +158,7 @@ def test_a_run_that_is_stopped_in_time_goes_on_to_the_same_end(tmp_path, capsys)
     run = read(path).runs[0]
     pool = study_pool.Pool(out, 1, math.inf, lambda run, status: pytest.fail(f"it ended with {status}"))
     metrics = out / "runs" / run.name / "metrics.csv"
-    pool._start(study_pool._context(), run)
+    pool._start(processes.forking("fastkd.runs.study_worker"), run)
     while not metrics.exists():  # until the first epoch is over
         pool._collect()
     pool._stop()

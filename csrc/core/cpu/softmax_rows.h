@@ -45,5 +45,17 @@ A powers(const A* from, int64_t n, int t, A* to) {
   }
 }
 
+// KL(p || q) of two rows x_t and x_s with their exponentials and sums, from `value`, what divergence() makes of them: by a
+// sweep of its own where that is so near 0 that it lost digits.
+template <class A>
+A exact_divergence(A value, const A* x_t, const A* e_t, A z_t, const A* x_s, const A* e_s, A z_s, int64_t n) {
+  if (!(value < A(kNearDivergence))) return value;
+  const A ratio = z_s / z_t, log_ratio = natural_log(ratio);
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t c = 0; c < n; ++c) sum += kl_part(ratio * e_t[c], e_s[c], (x_t[c] - x_s[c]) + log_ratio);
+  return sum < 0 ? A(0) : sum / z_s;
+}
+
 }  // namespace FASTKD_TARGET
 }  // namespace fastkd
