@@ -44,7 +44,7 @@ def run_example(frameworks, tmp_path) -> Callable[..., str]:
     `launcher` stands before the script: ["-m", "torch.distributed.run", "--nproc-per-node", "2"].
     """
 
-    def run(name: str, *arguments: str, launcher: Sequence[str] = (), seconds: float = 300) -> str:
+    def run(name: str, *arguments: str, launcher: Sequence[str] = (), seconds: float = 900) -> str:
         command = [frameworks, *launcher, ROOT / "examples" / name, *arguments]
         done = subprocess.run(
             [str(part) for part in command], cwd=tmp_path, env=_environment(), timeout=seconds, text=True,
