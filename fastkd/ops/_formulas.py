@@ -128,7 +128,7 @@ def exact_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
         series = series * d + 1 / (k * math.factorial(k - 2))
     parts = torch.where(small, q * d * d * series, p * d - p + q)
     exact = torch.where(p == 0, q, parts).sum(-1)
-    return value + torch.where(rounded < NEAR, exact - rounded, 0)
+    return value + torch.where(rounded < NEAR, exact - rounded, torch.zeros_like(rounded))
 
 
 def weighted_divergence(log_p: Tensor, log_q: Tensor, weight: float | Tensor, scale: float | Tensor) -> Tensor:

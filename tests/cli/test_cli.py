@@ -165,7 +165,7 @@ def test_damaged_checkpoint_is_refused_by_name(tmp_path, capfd):
 
 
 def test_divergence_is_one_line_and_status_1(tmp_path, capfd):
-    assert train(tmp_path / "run", "--method ce --epochs 5 --lr 1e30 --optimizer sgd") == 1
+    assert train(tmp_path / "run", "--method ce --epochs 5 --lr 1e30 --optimizer sgd --no-channels-last") == 1
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and "student plain2:width=0.0625 trained by CE: epoch 1, batch 2" in error
 

@@ -131,7 +131,7 @@ def assert_same_runs(plain, graphs):
     [
         ("orc", {"accumulate": 2}),
         ("dkel", {"non_finite": "skip"}),
-        ("feed-parallel", {"amp": "bf16"}),
+        ("feed-parallel", {"amp": "bf16", "channels_last": False}),
         ("ctsl-mkt", {}),
         ("dgkd", {"options": {"drop": "bernoulli"}, "channels_last": True}),
     ],

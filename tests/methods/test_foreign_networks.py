@@ -45,8 +45,11 @@ class Named(nn.Module):
         return self.returned(logits=self.network(pixel_values))
 
 
+# CAMKD reads maps through its teachers' classifiers, which a wrapper does not have.
 @pytest.mark.parametrize("chunks", [1, 3])
-@pytest.mark.parametrize("case", [case for case in CASES if CASES[case].learner is net and not CASES[case].views])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if CASES[case].learner is net and not CASES[case].views and case != "CAMKD"]
+)
 def test_a_dict_goes_in_as_keywords(case, chunks):
     make = CASES[case].make
     plain = make(lambda i: net(i, norm="group"), lambda i: net(100 + i, norm="group"))

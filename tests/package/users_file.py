@@ -92,6 +92,8 @@ def networks() -> None:
     assert_type(models.parameters_count(network(), trainable=True), int)
     models.call_network(network(), X)
     models.Teachers([network(), network()])(X)
+    models.prepared(network(), fold=True, channels_last=True, compile=False, dtype=None)(X)
+    methods.CAMKD(network(), [network(), network()], feature_weight=50.0)
     several = branches()
     assert_type(several.peer(0), models.Network)
     assert_type(several([X, X]), tuple[models.Outputs, ...])

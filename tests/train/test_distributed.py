@@ -203,7 +203,7 @@ def errors_are_shared(rank):
     assert world().broadcast(lambda: rank + 5) == 5
     assert world().any(rank == 1) and not world().any(False)
     assert world().minimum(3 - rank) == 2
-    assert world().collect(rank) == ([0, 1] if rank == 0 else [])
+    assert world().gather(rank) == ([0, 1] if rank == 0 else [])
     meter = Meter(torch.device("cpu"), 1, world=world())
     fake = {"loss": torch.tensor(float("nan") if rank else 1.0), "parts": {}, "name": "", "networks": ()}
     phase = type("Fake", (), fake | {"skipped": False, "outputs": None})()

@@ -404,7 +404,7 @@ def test_processes_have_the_same_data(tmp_path, monkeypatch, folder, many):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr("fastkd.runs.compare.ROUNDS", 1)
-    monkeypatch.setattr("fastkd.runs.compare.draw_bars", lambda comparison, path: None)
+    monkeypatch.setattr("fastkd.runs.compare.draw", lambda comparison, path: None)
 
 
 def comparison(folder, out, *more, methods="ce,kd", seeds="0"):

@@ -12,7 +12,7 @@ from fastkd.train import Runner
 
 
 def fit_of(tmp_path, method, **options):
-    runner = Runner(config(tmp_path, method=method, batch_size=8, **options))
+    runner = Runner(config(tmp_path, method=method, batch_size=8, prepare_teachers=False, **options))
     stage = runner.stages["student"]
     guides = {name: make_network(runner.stages[name].network, runner.data) for name in stage.needs}
     return runner.fit(stage, guides, None), guides
