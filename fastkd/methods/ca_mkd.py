@@ -60,8 +60,6 @@ class CAMKD(Method):
     student: nn.Module
     teachers: nn.ModuleList
 
-    teaches_logits = False  # as long as its maps count
-
     def __init__(
         self,
         student: nn.Module,
