@@ -20,7 +20,7 @@ def test_a_script_runs(name, run_example):
 
 
 def test_the_cost_of_a_step(run_example):
-    table = run_example("lm/cost.py", (), "--tiny", "--classes", "300").strip().splitlines()[-3:]
+    table = run_example("lm/cost.py", "--tiny", "--classes", "300").strip().splitlines()[-3:]
     assert [row.split(" | ")[1] for row in table] == ["eager", "whole logits", "linear"]
     assert all(int(row.split(" | ")[2]) > 0 for row in table)
 
