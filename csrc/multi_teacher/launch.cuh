@@ -38,8 +38,7 @@ struct Params {
   A kd_weight, ce_weight, smoothing;
   bool cross_entropy, terms, need_grad, half_student;
 
-  A row_factor;          // of the stored gradient
-  const A* row_counted;  // the same in memory, or null
+  StoredFactor<A> factor;  // of the stored gradient
   A *row_loss, *saved, *kl;
   int64_t saved_columns;
   void* grad;
@@ -72,7 +71,6 @@ struct Params {
     const A* at = share + row * share_stride_row;
     return {at[0], at[share_stride_kind]};
   }
-  FASTKD_HD A factor_of_rows() const { return row_counted ? *row_counted : row_factor; }
   FASTKD_HD bool in_vectors(int slot) const { return vectors >> slot & 1u; }
 
   // KD and CE without their weights, of one row.
@@ -171,8 +169,7 @@ Params<A> make_params(const Args& args) {
   p.terms = args.terms;
   p.need_grad = args.need_grad;
   p.half_student = args.student.type == DType::f16;
-  p.row_factor = A(args.row_factor);
-  p.row_counted = args.counted ? static_cast<const A*>(args.aux) : nullptr;
+  p.factor = stored_factor<A>(args);
   p.row_loss = static_cast<A*>(args.row_loss);
   p.saved = static_cast<A*>(args.saved);
   p.saved_columns = saved_columns(args);

@@ -102,7 +102,7 @@ __device__ __forceinline__ A learn(const Params<A>& p, RowState<A, kItems>& row,
 }
 
 // learn() of every teacher in `reads`, the next one's row in flight during the reductions of one.
-template <class S, int Width, class A, int kItems, class Threads, class Stats>
+template <int Width, class A, int kItems, class Threads, class Stats>
 __device__ __forceinline__ A learn_one_ahead(const Params<A>& p, RowState<A, kItems>& row, int64_t index, unsigned reads,
                                              Threads& threads, Stats& stats) {
   A loss = 0, next[kItems];
@@ -110,8 +110,12 @@ __device__ __forceinline__ A learn_one_ahead(const Params<A>& p, RowState<A, kIt
 #pragma unroll 1
   for (int k = -1; k != kNoTeacher;) {
     const int following = next_teacher(reads, k);
-    if (k >= 0) take_row<S, Width>(p, k + 1, next, row.t);
-    if (following != kNoTeacher) ask_row<S, Width>(p, following + 1, index, threads, next);
+    if (k >= 0) {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) row.t[i] = next[i];
+    }
+    if (following != kNoTeacher)
+      load_row<Width>(p, following + 1, any_row(p.network[following + 1], index), threads, next);
     if (k >= 0) loss += learn(p, row, k, index, true, 1 / A(++count), threads, stats);
     k = following;
   }
@@ -138,7 +142,7 @@ __device__ __forceinline__ A learn_in_turn(const Params<A>& p, RowState<A, kItem
 }
 
 // The distillation term; its gradient in row.acc.
-template <class S, int Width, class A, int kItems, class Threads, class Stats>
+template <int Width, class A, int kItems, class Threads, class Stats>
 __device__ __forceinline__ A distill(const Params<A>& p, RowState<A, kItems>& row, int64_t index, Threads& threads,
                                      Stats& stats) {
   const unsigned reads = p.reads_of(index);
@@ -148,7 +152,7 @@ __device__ __forceinline__ A distill(const Params<A>& p, RowState<A, kItems>& ro
   if constexpr (Stats::kWanted || kItems > 8)
     loss = learn_in_turn<Width>(p, row, index, reads, threads, stats);
   else
-    loss = learn_one_ahead<S, Width>(p, row, index, reads, threads, stats);
+    loss = learn_one_ahead<Width>(p, row, index, reads, threads, stats);
   if (p.combine == Combine::losses || reads == 0) return loss;
   if (p.combine == Combine::probs) return from_mixture(p, row, index, threads);
 #pragma unroll
@@ -233,7 +237,7 @@ template <class S, int Width, bool Other, class A, int kItems, class Threads>
 __device__ __forceinline__ void store_gradient(const Params<A>& p, RowState<A, kItems>& row, int64_t index,
                                                const LabelTerm<A>& term, Threads& threads) {
   const A mass = smoothed_mass(term.mass, p.smoothing);
-  A scale = p.factor_of_rows();
+  A scale = p.factor.value();
   if (p.half_student) {
     const A bound = Other ? row.bound : forward_bound(p, index);
     scale = A(half_scale(float(bound + magnitude(p.ce_weight * mass))));
@@ -296,7 +300,7 @@ __device__ __forceinline__ void on_chip_row(const Params<A>& p, A* buffer, int* 
     kd = distill_otherwise<kWidth>(p, row, index, threads);
     restore_exponentials(p, row);
   } else {
-    kd = distill<S, kWidth>(p, row, index, threads, stats);
+    kd = distill<kWidth>(p, row, index, threads, stats);
   }
   LabelTerm<A> term;
   if (p.cross_entropy) term = label_term<kWidth>(p, row, index, student, max_student, threads);

@@ -81,12 +81,8 @@ template <class S>
 __device__ __forceinline__ bool left_out_gradient(const Params<float>& p, int64_t row, const Range& range) {
   const Label kind = label_kind(p.target, row, p.ignore_index, p.classes);
   if (kind != Label::ignored && kind != Label::outside) return false;
-  float nothing[kRawItems<S>];
-#pragma unroll
-  for (int i = 0; i < kRawItems<S>; ++i) nothing[i] = kind == Label::ignored ? 0.f : __builtin_nanf("");
-#pragma unroll 1
-  for (unsigned v = range.begin + threadIdx.x; v < range.end; v += kVectorThreads)
-    store_raw(p.template grad_row<S>(row), v, pack<S>(nothing));
+  const float nothing = kind == Label::ignored ? 0.f : __builtin_nanf("");
+  fill_vectors<kVectorThreads>(p.template grad_row<S>(row), range.begin, range.end, nothing);
   return true;
 }
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "core/cuda/exponents.cuh"
-#include "core/cuda/raw.cuh"
+#include "core/cuda/vectors.cuh"
 #include "multi_teacher/launch.cuh"
 
 namespace fastkd::multi_teacher {
@@ -63,15 +63,7 @@ __device__ __forceinline__ Vectors<K> load_vectors(const RowOf<K>& row, unsigned
 // Calls f(vector, its contents) for this thread's vectors from `begin` to `end`, the next one's loads in flight meanwhile.
 template <int K, class F>
 __device__ __forceinline__ void over_vectors(const RowOf<K>& row, unsigned begin, unsigned end, const F& f) {
-  unsigned vector = begin + threadIdx.x;
-  if (vector >= end) return;
-  Vectors<K> next = load_vectors(row, vector);
-#pragma unroll 1
-  for (; vector < end; vector += kVectorThreads) {
-    const Vectors<K> now = next;
-    if (vector + kVectorThreads < end) next = load_vectors(row, vector + kVectorThreads);
-    f(vector, now);
-  }
+  run_vectors<kVectorThreads, true>(begin, end, [&](unsigned vector) { return load_vectors(row, vector); }, f);
 }
 
 struct Range {

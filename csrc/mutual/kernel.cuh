@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(P::kBlock, P::kBlocks) mutual_kernel(const __g
     }
 #pragma unroll 1
     for (int m = 0; m < p.learners; ++m) {
-      const A scale = p.half && p.slot[m] >= 0 ? gradient_scale(row, m) : p.factor_of_rows();
+      const A scale = p.half && p.slot[m] >= 0 ? gradient_scale(row, m) : p.factor.value();
       if (p.half && p.slot[m] >= 0 && threads.thread == 0) p.saved[p.slot[m] * p.rows + index] = 1 / scale;
       learn_tile(row, m, first, scale);
     }

@@ -27,13 +27,11 @@ struct Params {
   bool cross_entropy, half;
   int slot[kMaxLaunchLearners];
 
-  A row_factor;          // of the stored gradients
-  const A* row_counted;  // the same in memory, or null
+  StoredFactor<A> factor;  // of the stored gradients
   A *row_loss, *row_terms, *saved;
   void* grad;
 
   FASTKD_HD int networks() const { return learners + teachers; }
-  FASTKD_HD A factor_of_rows() const { return row_counted ? *row_counted : row_factor; }
   // 0 on the diagonal, and everywhere without a kd_weight.
   FASTKD_HD A weight_of(int m, int n, int64_t row) const {
     if (m == n || kd_weight == 0) return 0;
@@ -122,8 +120,7 @@ Params<A> make_params(const Args& args) {
   p.cross_entropy = args.cross_entropy;
   p.smoothing = A(args.label_smoothing);
   p.half = args.type == DType::f16;
-  p.row_factor = A(args.row_factor);
-  p.row_counted = args.counted ? static_cast<const A*>(args.aux) : nullptr;
+  p.factor = stored_factor<A>(args);
   p.row_loss = static_cast<A*>(args.row_loss);
   p.row_terms = static_cast<A*>(args.row_terms);
   p.saved = static_cast<A*>(args.saved);

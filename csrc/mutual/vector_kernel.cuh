@@ -136,7 +136,7 @@ __device__ __forceinline__ void find_pairs(RowShared<M>& row) {
 template <int M>
 __device__ __forceinline__ void find_factors(const Params<float>& p, int64_t index, int m, const NetworkSums<M>& sums,
                                              RowShared<M>& row) {
-  float bound = 0, scale = p.factor_of_rows(), z_m = 1, z_one = 1;
+  float bound = 0, scale = p.factor.value(), z_m = 1, z_one = 1;
 #pragma unroll
   for (int n = 0; n < M; ++n) {
     bound += magnitude(row.weight[m][n]);
@@ -181,19 +181,13 @@ __device__ __forceinline__ void store_learner(const Params<float>& p, int64_t in
 // A row without a loss: 0, or NaN for a label out of range.
 template <class S>
 __device__ __forceinline__ void leave_out_vectors(const Params<float>& p, int64_t index, unsigned vectors, float nothing) {
-  float none[kRawItems<S>];
-#pragma unroll
-  for (int i = 0; i < kRawItems<S>; ++i) none[i] = nothing;
   for (int m = 0; m < p.learners; ++m) {
     if (threadIdx.x == 0) {
       p.row_loss[m * p.rows + index] = nothing;
       for (int i = 0; p.row_terms && i < 2; ++i) p.row_terms[(i * p.learners + m) * p.rows + index] = nothing;
       if (p.half && p.slot[m] >= 0) p.saved[p.slot[m] * p.rows + index] = 1;
     }
-    if (p.slot[m] < 0) continue;
-#pragma unroll 1
-    for (unsigned v = threadIdx.x; v < vectors; v += kVectorThreads)
-      store_raw(p.template grad_row<S>(m, index), v, pack<S>(none));
+    if (p.slot[m] >= 0) fill_vectors<kVectorThreads>(p.template grad_row<S>(m, index), 0, vectors, nothing);
   }
 }
 

@@ -2,9 +2,9 @@
 // that are classes, without smoothing. kernel.cuh takes everything else.
 #pragma once
 
-#include "core/cuda/exponents.cuh"
-#include "core/cuda/raw.cuh"
 #include "core/cuda/block.cuh"
+#include "core/cuda/exponents.cuh"
+#include "core/cuda/vectors.cuh"
 #include "mutual/launch.cuh"
 
 namespace fastkd::mutual {
@@ -39,16 +39,7 @@ __device__ __forceinline__ Vectors<M> load_vectors(const RowShared<M>& row, unsi
 // Calls f(vector, its contents) for this thread's vectors, with `Ahead` the next one's loads in flight meanwhile.
 template <bool Ahead, int M, class F>
 __device__ __forceinline__ void over_vectors(const RowShared<M>& row, unsigned vectors, const F& f) {
-  if (threadIdx.x >= vectors) return;
-  Vectors<M> next = load_vectors(row, threadIdx.x);
-#pragma unroll 1
-  for (unsigned vector = threadIdx.x; vector < vectors; vector += kVectorThreads) {
-    const Vectors<M> now = next;
-    const bool more = vector + kVectorThreads < vectors;
-    if (Ahead && more) next = load_vectors(row, vector + kVectorThreads);
-    f(vector, now);
-    if (!Ahead && more) next = load_vectors(row, vector + kVectorThreads);
-  }
+  run_vectors<kVectorThreads, Ahead>(0, vectors, [&](unsigned vector) { return load_vectors(row, vector); }, f);
 }
 
 // A thread's sums of each network relative to its maximum so far, and its least logit.

@@ -1,4 +1,4 @@
-// Exponentials of long rows in whole vectors, and which vectors a block has.
+// Exponentials of long rows in whole vectors.
 #pragma once
 
 #include "core/exp_log.h"
