@@ -79,8 +79,10 @@ class Networks(nn.Module):
         prepare  `fastkd.models.prepared`, or a function that calls it with other options; None runs them as they are.
         note     is told in a sentence what could not be done (`Prepared.left_out`), once for each network.
         """
-        names = {} if prepare is None else dict.fromkeys(self.frozen_names)
-        self._twins = {self.get_submodule(name): Twin(as_argument(name), prepare, note) for name in names if prepare}
+        self._twins = {}
+        if prepare is not None:
+            twins = {name: Twin(as_argument(name), prepare, note) for name in self.frozen_names}
+            self._twins = {self.get_submodule(name): twin for name, twin in twins.items()}
         return self
 
     @property

@@ -24,6 +24,7 @@ from fastkd.methods._fresh import beside, weights_from
 from fastkd.methods._map_channels import map_channels
 from fastkd.methods.base import Batch, Method, Phase, Terms
 from fastkd.methods.baselines import confidence_weights
+from fastkd.methods.feed import pooled
 from fastkd.models import Outputs
 
 
@@ -169,9 +170,7 @@ class _Each(nn.Module):
 
 def resized(x: Tensor, like: Tensor) -> Tensor:
     """A map [B, c, h, w] in the size [H, W] of another: average-pooled where it is larger, else interpolated."""
-    size = like.shape[-2:]
-    if x.shape[-2:] == size:
-        return x
+    size = list(like.shape[-2:])
     if x.shape[-2] >= size[0]:
-        return torch_functional.adaptive_avg_pool2d(x, (size[0], size[1]))
-    return torch_functional.interpolate(x, size=list(size), mode="bilinear", align_corners=False)
+        return pooled(x, size)
+    return torch_functional.interpolate(x, size=size, mode="bilinear", align_corners=False)

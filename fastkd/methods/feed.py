@@ -229,10 +229,11 @@ class FT(FEED):
 def of_one_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Maps [B, c, h, w] and [B, c, H, W]: in height and in width, the larger one average-pooled to the smaller size."""
     size = [min(pair) for pair in zip(student.shape[-2:], teacher.shape[-2:], strict=True)]
-    return _pooled(student, size), _pooled(teacher, size)
+    return pooled(student, size), pooled(teacher, size)
 
 
-def _pooled(x: Tensor, size: list[int]) -> Tensor:
+def pooled(x: Tensor, size: list[int]) -> Tensor:
+    """The map [B, c, H, W] average-pooled to the size [h, w], which is not larger."""
     old = list(x.shape[-2:])
     if old == size:
         return x

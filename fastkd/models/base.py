@@ -121,6 +121,30 @@ class Network(nn.Module):
             """As `forward`."""
 
 
+class Staged(Network):
+    """A network of `stages`, a ModuleList of which the last is the branch; subclasses have the head."""
+
+    stages: nn.ModuleList
+
+    def stem_layers(self) -> tuple[str, ...]:
+        """All stages but the last."""
+        return tuple(f"stages.{i}" for i in range(len(self.stages) - 1))
+
+    def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images [B, C, H, W] -> the maps of all stages but the last."""
+        maps = []
+        for stage in self.stages[:-1]:
+            x = stage(x)
+            maps.append(x)
+        return tuple(maps)
+
+    def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
+        """The stem's maps -> logits [B, classes], features [B, D], maps of all stages."""
+        last = self.stages[-1](stem[-1])
+        features, logits = self.forward_head(last)
+        return Outputs(logits, features, (*stem, last))
+
+
 def make_norm(norm: NormName) -> Norm:
     """The function channels -> normalisation layer for `norm` = "batch" or "group".
 

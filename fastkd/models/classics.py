@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.models.base import Network, Norm, NormName, Outputs, global_pool, init_kaiming, make_norm, scaled
+from fastkd.models.base import Network, Norm, NormName, Staged, global_pool, init_kaiming, make_norm, scaled
 
 SMALL = 64  # largest image_size that is treated as small
 LEAST = 4  # pixels; a smaller map is not halved
 
 
-class Staged(Network):
+class Classic(Staged):
     """Stages of layers, the last of them the branch; a global average pooling; dropout; one linear layer."""
 
     def __init__(self, stages: Sequence[nn.Module], channels: int, num_classes: int, dropout: float = 0.0):
@@ -30,24 +30,6 @@ class Staged(Network):
         self.features_width = channels
         self.fc = nn.Linear(channels, num_classes)
         init_kaiming(self)
-
-    def stem_layers(self) -> tuple[str, ...]:
-        """All stages but the last."""
-        return tuple(f"stages.{i}" for i in range(len(self.stages) - 1))
-
-    def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Images [B, C, H, W] -> the maps of all stages but the last."""
-        maps = []
-        for stage in self.stages[:-1]:
-            x = stage(x)
-            maps.append(x)
-        return tuple(maps)
-
-    def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
-        """The stem's maps -> logits [B, classes], features [B, D], maps of all stages."""
-        last = self.stages[-1](stem[-1])
-        features, logits = self.forward_head(last)
-        return Outputs(logits, features, (*stem, last))
 
     def forward_head(self, last: Tensor) -> tuple[Tensor, Tensor]:
         """The last map -> features, logits."""
@@ -87,7 +69,7 @@ def alexnet(
     stages.append(pools.halved())
     for inputs, outputs in pairwise(widths[1:]):
         stages[-1] += [_convolution(inputs, outputs, 3, make), nn.ReLU(inplace=True)]
-    return Staged([nn.Sequential(*stage) for stage in stages], widths[-1], num_classes, dropout=0.5)
+    return Classic([nn.Sequential(*stage) for stage in stages], widths[-1], num_classes, dropout=0.5)
 
 
 class Fire(nn.Module):
@@ -119,7 +101,7 @@ def squeezenet(
         for squeeze, expand in fires:
             stages[-1].append(Fire(inputs, scaled(squeeze, width), scaled(expand, width), make))
             inputs = 2 * scaled(expand, width)
-    return Staged([nn.Sequential(*stage) for stage in stages], inputs, num_classes, dropout=0.5)
+    return Classic([nn.Sequential(*stage) for stage in stages], inputs, num_classes, dropout=0.5)
 
 
 def shuffled(x: Tensor, groups: int) -> Tensor:
@@ -163,4 +145,4 @@ def shufflenet_v1(num_classes: int, image_size: int, channels: int, *, norm: Nor
             units.append(ShuffleUnit(inputs, outputs, 3, 2 if i == 0 else 1, make, first=inputs == 24))
             inputs = outputs
         stages.append(nn.Sequential(*units))
-    return Staged(stages, inputs, num_classes)
+    return Classic(stages, inputs, num_classes)

@@ -6,7 +6,7 @@ Sources: Mirzadeh et al., arXiv 1902.03393 (even sizes), Son et al., arXiv 2009.
 import torch
 from torch import Tensor, nn
 
-from fastkd.models.base import Network, NormName, Outputs, make_norm, scaled
+from fastkd.models.base import NormName, Staged, make_norm, scaled
 
 # Numbers are 3x3 convolutions with so many channels, M is a 2x2 max-pooling; behind the bar the hidden linear layer.
 LAYOUTS = {
@@ -22,7 +22,7 @@ LAYOUTS = {
 }
 
 
-class PlainCNN(Network):
+class PlainCNN(Staged):
     """`depth` (2-10) times convolution, normalisation, ReLU, with poolings between, then one or two linear layers.
 
     These are the layouts of the CIFAR-100 experiments; the released code has narrower ones of the
@@ -66,24 +66,10 @@ class PlainCNN(Network):
             self.features_width = self.hidden.out_features
         self.fc = nn.Linear(self.features_width, num_classes)
 
-    def stem_layers(self) -> tuple[str, ...]:
-        """All stages but the last."""
-        return tuple(f"stages.{i}" for i in range(len(self.stages) - 1))
-
     def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images [B, C, H, W] -> the maps of all stages but the last."""
         _check_size(x, self.image_size)
-        maps = []
-        for stage in self.stages[:-1]:
-            x = stage(x)
-            maps.append(x)
-        return tuple(maps)
-
-    def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
-        """The stem's maps -> logits [B, classes], features [B, D], maps of all stages."""
-        last = self.stages[-1](stem[-1])  # [B, c, h, w]
-        features, logits = self.forward_head(last)
-        return Outputs(logits, features, (*stem, last))
+        return super().forward_stem(x)
 
     def forward_head(self, last: Tensor) -> tuple[Tensor, Tensor]:
         """The last map -> features, logits."""

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from fastkd.models.base import Network, NormName, Outputs, global_pool, init_kaiming, make_norm, scaled
+from fastkd.models.base import NormName, Staged, global_pool, init_kaiming, make_norm, scaled
 
 Head = Literal["linear", "mlp"]
 CHANNELS = (64, 128, 256, 512, 512)
@@ -20,7 +20,7 @@ CONVOLUTIONS = {  # in each of the five stages
 }
 
 
-class VGG(Network):
+class VGG(Staged):
     """Five stages of convolution, normalisation, ReLU; a global average pooling; one linear layer.
 
     A 2x2 max-pooling stands between two stages only while the map is larger than 4x4, so that the last
@@ -65,24 +65,6 @@ class VGG(Network):
         init_kaiming(self)
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
-
-    def stem_layers(self) -> tuple[str, ...]:
-        """All stages but the last."""
-        return tuple(f"stages.{i}" for i in range(len(self.stages) - 1))
-
-    def forward_stem(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Images [B, C, H, W] -> the maps of all stages but the last."""
-        maps = []
-        for stage in self.stages[:-1]:
-            x = stage(x)
-            maps.append(x)
-        return tuple(maps)
-
-    def forward_branch(self, stem: tuple[Tensor, ...]) -> Outputs:
-        """The stem's maps -> logits [B, classes], features [B, 512], maps of all stages."""
-        last = self.stages[-1](stem[-1])  # [B, 512, h, w]
-        features, logits = self.forward_head(last)
-        return Outputs(logits, features, (*stem, last))
 
     def forward_head(self, last: Tensor) -> tuple[Tensor, Tensor]:
         """The last map -> features, logits."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator
@@ -17,7 +16,7 @@ import torch
 import fastkd
 from fastkd import models
 from fastkd._core.files import write_atomic
-from fastkd.runs import compare_pool, environment
+from fastkd.runs import compare_pool, environment, processes
 from fastkd.runs.ablations import variants
 from fastkd.runs.compare_figure import draw
 from fastkd.runs.config import CompareConfig, TrainConfig
@@ -27,7 +26,7 @@ from fastkd.runs.report import data_text, optimization_text, speed_text
 from fastkd.runs.runner import Result, Runner, load_data
 from fastkd.runs.study_stats import Difference, paired
 from fastkd.runs.tables import final, table
-from fastkd.train import checkpoint, same_data
+from fastkd.train import same_data
 from fastkd.train.devices import to_device
 from fastkd.train.loop import Fit
 from fastkd.train.metrics import write_csv
@@ -64,9 +63,8 @@ class Pace:
 
     def __init__(self, config: CompareConfig):
         runs = [(method, seed) for seed in config.seeds for method in config.methods]
-        ends = {(method, seed): config.run(method, seed, {}) for method, seed in runs}
         self.all = len(runs)
-        self.waiting = [run for run in runs if not _finished(ends[run])]
+        self.waiting = [run for run in runs if not compare_pool.last_checkpoint(config, *run).exists()]
         self.times: dict[Hashable, list[float]] = {}
 
     @contextmanager
@@ -86,11 +84,6 @@ class Pace:
         return f" ({self.all - len(self.waiting)} of {self.all} runs are finished, about {duration(seconds)} left)"
 
 
-def _finished(one: TrainConfig) -> bool:
-    done = checkpoint.epochs(Path(one.out) / "checkpoints")
-    return bool(done) and done[-1] >= one.epochs
-
-
 def check_data(config: CompareConfig) -> None:
     """UserError where one of the runs that go on has trained on other data: before any of them is trained."""
     for seed in config.seeds:
@@ -106,14 +99,15 @@ def run(asked: CompareJob | CompareConfig, say: Callable[[str], None]) -> Compar
     asked: what the command found out, or its options alone.
     """
     job = asked if isinstance(asked, CompareJob) else CompareJob.of(asked)
-    job.runs()  # what cannot be planned shows before anything is trained
+    runs = job.runs()  # what cannot be planned shows before anything is trained
     jobs = compare_pool.processes(job.config, job.device.type)
     if jobs > 1:
-        log = Path(job.config.out) / compare_pool.LOG
+        log = Path(job.config.out) / processes.LOG
         say(f"{len(job.config.seeds)} seeds, {jobs} side by side; what each says is in {log}")
         compare_pool.carry_out(job.config, jobs, say)
         job, say = dataclasses.replace(job, config=dataclasses.replace(job.config, quiet=True)), lambda text: None
-    config, runs = job.config, job.runs()
+        runs = job.runs()
+    config = job.config
     comparison = Comparison(config, {method: {} for method in config.methods})
     pace = Pace(config)
     for number, seed in enumerate(config.seeds):
@@ -181,18 +175,10 @@ def summary_table(comparison: Comparison) -> str:
         if found is not None:
             baseline = comparison.accuracies("ce")
             gain = spread([value - other for value, other in zip(values, baseline, strict=True)])
-            interval = interval_text(found)
-            better = f"{found.better} of {found.seeds}"
+            interval, better = found.interval, f"{found.better} of {found.seeds}"
         times = [f"{1000 * comparison.seconds[method][backend]:.2f}" for backend in ("native", "reference")]
         rows.append([method, spread(values), gain, interval, better, *times])
     return table(header, rows)
-
-
-def interval_text(gain: Difference) -> str:
-    """The 95 % interval of a mean gain, in points."""
-    if math.isnan(gain.half):
-        return "-"
-    return f"{100 * (gain.mean - gain.half):+.2f} to {100 * (gain.mean + gain.half):+.2f}"
 
 
 def guides_table(comparison: Comparison) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -13,14 +12,13 @@ from typing import Any
 
 from fastkd.runs.config import CompareConfig
 from fastkd.runs.job import CompareJob
-from fastkd.runs.processes import STOPPED, follow_parent, forking
+from fastkd.runs.processes import LOG, STOPPED, follow_parent, forking, interrupt, output_to
 from fastkd.runs.runner import Runner, load_data
 from fastkd.train import checkpoint
 from fastkd.train.devices import cpu_threads
 from fastkd.train.interrupts import Interrupted, catch_interrupt
 from fastkd.train.time_left import duration
 
-LOG = "log.txt"
 POLL = 0.5  # seconds
 FEW = 10  # runs that are over before the processes have started
 WIDTH = 60
@@ -38,6 +36,12 @@ def processes(config: CompareConfig, device_type: str) -> int:
 def in_order(methods: list[str]) -> list[str]:
     """ce first: other methods may use what it trains."""
     return sorted(methods, key=lambda name: name != "ce")
+
+
+def last_checkpoint(config: CompareConfig, method: str, seed: int) -> Path:
+    """The file that a run leaves when it is finished."""
+    run = config.run(method, seed, {})
+    return checkpoint.path_of(Path(run.out) / "checkpoints", run.epochs)
 
 
 def carry_out(config: CompareConfig, jobs: int, say: Callable[[str], None]) -> None:
@@ -60,7 +64,9 @@ def carry_out(config: CompareConfig, jobs: int, say: Callable[[str], None]) -> N
                 active = [process for process in active if process.is_alive()]
                 line.show()
         finally:
-            _stop(active)
+            interrupt(active)
+            for process in active:
+                process.join()
             line.end()
 
 
@@ -69,9 +75,7 @@ def work(config: CompareConfig, seed: int) -> None:
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C in a terminal reaches the first process alone, which tells the others once
     follow_parent()
-    with open(Path(config.out) / LOG, "a", buffering=1) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    with output_to(Path(config.out) / LOG):
         try:
             train_seed(config, seed)
         except (Interrupted, KeyboardInterrupt):
@@ -88,14 +92,6 @@ def train_seed(config: CompareConfig, seed: int) -> None:
             Runner(runs[method, seed], say=lambda text: None, data=data).run()
 
 
-def _stop(active: list[Any]) -> None:
-    for process in active:
-        if process.is_alive() and process.pid is not None:
-            os.kill(process.pid, signal.SIGINT)
-    for process in active:
-        process.join()
-
-
 class Line:
     """How many runs are finished and how long the others may take: one line that is written over on a terminal.
 
@@ -104,8 +100,7 @@ class Line:
 
     def __init__(self, config: CompareConfig, say: Callable[[str], None]):
         self.say, self.terminal = say, sys.stderr.isatty() and not config.quiet
-        runs = [config.run(method, seed, {}) for seed in config.seeds for method in config.methods]
-        self.last = [checkpoint.path_of(Path(run.out) / "checkpoints", run.epochs) for run in runs]
+        self.last = [last_checkpoint(config, method, seed) for seed in config.seeds for method in config.methods]
         self.started, self.before, self.told = time.monotonic(), self.finished(), 0
 
     def finished(self) -> int:

@@ -44,7 +44,7 @@ class CompareOptions:
         methods: which methods: A,B,...; all for all of them
         ablate: a method whose switches are compared instead, as in its paper (dgkd, orc, ctsl-mkt, dkel, feed-parallel,
             feed-sequential); --methods then keeps to some of the labels
-        seeds: one run of each method for each seed: 0,1,...; default 0 to 2
+        seeds: one run of each method for each seed: 0,1,...
         options: options.NAME=VALUE sets an argument of every method that has it
         jobs: seeds that run side by side, a process each; default on a CPU where runs have one thread (digits): as many
             as cores, from ten runs on
@@ -54,7 +54,7 @@ class CompareOptions:
 
     methods: list[str] = option([*COMPARED], "stages", grows=True)
     ablate: str = option("", "stages")
-    seeds: list[int] = option([], "stages", grows=True)
+    seeds: list[int] = option([0, 1, 2], "stages", grows=True)
     options: dict[str, Any] = option({}, "stages")
     jobs: int | None = option(None, "free", least=1)
     out: str = option("runs/compare", "free")
@@ -89,7 +89,6 @@ class CompareConfig(Settings, CompareOptions):
         super().__post_init__()
         if self.train_size is None and self.data == "digits":
             self.train_size = 200
-        self.seeds = self.seeds or list(range(3))
         for name in ("methods", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):

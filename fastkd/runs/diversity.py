@@ -75,9 +75,10 @@ def _draw(found: dict[str, tuple[Run, dict[int, Row]]], path: Path) -> Path:
     size = dict(figsize=(18, 3.9 * len(found)), squeeze=False, layout="constrained")
     figure, panels = plt.subplots(len(found), 4, **size)
     for (distance, common, homogeneity, collapse), (name, (run, values)) in zip(panels, found.items(), strict=True):
-        _draw_pairs(distance, run, values, "distance", "distance of the softmax outputs")
-        _draw_pairs(homogeneity, run, values, "homogeneity", "homogeneity")
         last = max(values)
+        kinds = _pairs(run, values[last])
+        _draw_pairs(distance, kinds, values, "distance", "distance of the softmax outputs")
+        _draw_pairs(homogeneity, kinds, values, "homogeneity", "homogeneity")
         _draw_common(figure, common, values[last])
         common.set_title(f"errors that the other makes, too [%], epoch {last}", fontsize="medium")
         for network in _names(values[last]):
@@ -95,10 +96,10 @@ def _draw(found: dict[str, tuple[Run, dict[int, Row]]], path: Path) -> Path:
     return path
 
 
-def _draw_pairs(panel: Any, run: Run, values: dict[int, Row], measure: str, label: str) -> None:
+def _draw_pairs(panel: Any, kinds: dict[str, list[str]], values: dict[int, Row], measure: str, label: str) -> None:
     """The mean of each kind of pairs over the epochs, and from the least to the largest."""
     epochs = list(values)
-    for kind, pairs in _pairs(run, values[max(values)]).items():
+    for kind, pairs in kinds.items():
         color = f"C{KINDS.index(kind)}"
         points = [[row[f"{PREFIX}{measure}.{pair}"] for pair in pairs] for row in values.values()]
         points = [[value for value in each_ if math.isfinite(value)] or [math.nan] for each_ in points]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +13,7 @@ from typing import Any
 
 from fastkd._core.files import write_atomic
 from fastkd.runs import study_worker
-from fastkd.runs.processes import STOPPED, forking
+from fastkd.runs.processes import STOPPED, forking, interrupt
 from fastkd.runs.study import Run
 from fastkd.train.interrupts import catch_interrupt
 from fastkd.train.time_left import expected
@@ -81,9 +79,7 @@ class Pool:
         if self.stopped:
             return
         self.stopped = True
-        for each in self.active:
-            if each.process.is_alive() and each.process.pid is not None:
-                os.kill(each.process.pid, signal.SIGINT)
+        interrupt(each.process for each in self.active)
 
     def _collect(self) -> None:
         """Wait a moment for processes that end, and tell of them."""

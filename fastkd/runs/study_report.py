@@ -87,10 +87,8 @@ def _pairs(rows: Rows, pairs: tuple[tuple[str, str], ...]) -> str:
 
 
 def _difference(each: Difference, adjusted: float | None) -> list[str]:
-    mean, half = 100 * each.mean, 100 * each.half
-    interval = "-" if math.isnan(half) else f"{mean - half:+.2f} to {mean + half:+.2f}"
     ps = [_number(p, 4) for p in ([each.p] if adjusted is None else [each.p, adjusted])]
-    return [f"{mean:+.2f}", interval, *ps, f"{each.better} of {each.seeds}"]
+    return [f"{100 * each.mean:+.2f}", each.interval, *ps, f"{each.better} of {each.seeds}"]
 
 
 def _methods(rows: Rows) -> list[str]:

@@ -41,6 +41,12 @@ class Difference:
     seeds: int
 
     @property
+    def interval(self) -> str:
+        """The 95 % interval of the mean, in points; "-" for one seed."""
+        low, high = 100 * self.mean - 100 * self.half, 100 * self.mean + 100 * self.half
+        return "-" if math.isnan(self.half) else f"{low:+.2f} to {high:+.2f}"
+
+    @property
     def verdict(self) -> str:
         """Whether the first is better."""
         if not self.half < abs(self.mean):  # NaN: of one seed nothing can be told

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import sys
 import traceback
@@ -15,7 +14,7 @@ from fastkd import models
 from fastkd._core.files import write_atomic
 from fastkd.runs.commands import train
 from fastkd.runs.config import TrainConfig
-from fastkd.runs.processes import FAILED, STOPPED, follow_parent
+from fastkd.runs.processes import FAILED, LOG, STOPPED, follow_parent, output_to
 from fastkd.runs.runner import Result, Runner
 from fastkd.runs.study_cost import costs
 from fastkd.runs.tables import final
@@ -33,9 +32,7 @@ def work(config: TrainConfig) -> None:
     follow_parent()
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "log.txt", "a", buffering=1) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    with output_to(out / LOG) as log:
         try:
             carry_out(config, log)
         except (Interrupted, KeyboardInterrupt):
