@@ -26,7 +26,7 @@ venv: $(INSTALLED) ## make .venv with the pinned development set
 
 build: $(BUILT) ## build the native libraries in the source tree
 
-demo: $(BUILT) ## distil the handwritten digits with seven methods, ten seeds each: table, picture, report
+demo: $(BUILT) ## distil the handwritten digits with seven methods, three seeds each: table, picture, report
 	$(PY) -m fastkd compare --out $(DEMO) --resume
 
 test: $(BUILT) ## all tests that are not marked slow (under 10 minutes)
