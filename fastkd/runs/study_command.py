@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 import math
@@ -20,14 +19,14 @@ from fastkd.runs import study_pool, study_report
 from fastkd.runs.processes import DONE, STOPPED
 from fastkd.runs.study import Run, Study, check_resumed, find, read
 from fastkd.runs.study_pool import Pool
+from fastkd.runs.study_rows import adopt, finished, read_rows, write_rows
 from fastkd.runs.study_worker import ROW
 from fastkd.runs.tables import percent
-from fastkd.train.metrics import write_csv
 from fastkd.train.option_types import is_switch
 from fastkd.train.settings import Settings
 from fastkd.train.time_left import duration
 
-USAGE = "fastkd study FILE --out DIR [--jobs N] [--only A,B,...] [--limit MINUTES] [--OPTION VALUE ...]"
+USAGE = "fastkd study FILE --out DIR [--jobs N] [--only A,B,...] [--known CSV] [--limit MINUTES] [--OPTION VALUE ...]"
 ABOUT = """Methods x seeds x settings of a YAML file, one row a run in DIR/study.csv, a report with intervals and tests.
 The same command goes on where it was stopped. FILE may be the name of a study in the package, or a study.csv: then only
 its report is written. Options of `fastkd train` (--data, --download, --epochs ...) are put over those of the file."""
@@ -44,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
         "--jobs", type=int, default=1, metavar="N", help="runs at once, each with one thread (default: 1)"
     )
     found.add_argument("--only", default="", metavar="A,B", help="these methods, settings, seeds (seed0) alone")
+    found.add_argument("--known", default="", metavar="CSV", help="a study.csv whose runs are not done again")
     found.add_argument("--limit", type=float, default=math.inf, metavar="MINUTES", help="stop cleanly after this time")
     return found
 
@@ -62,6 +62,8 @@ def main(argv: list[str], command: str) -> int:
     if options.file.endswith(".csv"):
         return from_csv(Path(options.file), Path(options.out), command)
     study = read(find(options.file), overrides(rest))
+    if options.known:
+        adopt(Path(options.known), study, Path(options.out))
     only = [word for word in options.only.split(",") if word]
     return study_runs(study, Path(options.out), command, options.jobs, only, 60 * options.limit)
 
@@ -139,30 +141,6 @@ def _left(out: Path, runs: list[Run], done: dict[str, Any], jobs: int) -> str:
     return "" if seconds is None or len(done) == len(runs) else f"; about {duration(seconds)} left"
 
 
-def read_row(out: Path, run: Run) -> dict[str, Any] | None:
-    """The finished run's row, or None where there is none."""
-    path = out / "runs" / run.name / ROW
-    row: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
-    return row
-
-
-def finished(out: Path, runs: list[Run]) -> dict[str, Any]:
-    """Name of a run > its row."""
-    rows = {run.name: read_row(out, run) for run in runs}
-    return {name: row for name, row in rows.items() if row is not None}
-
-
-def write_rows(out: Path, study: Study) -> list[dict[str, Any]]:
-    """study.csv: one row for each finished run of the file, in its order."""
-    known = finished(out, list(study.runs))
-    rows = []
-    for run in study.runs:
-        if run.name in known:
-            rows.append({"method": run.method, "seed": run.seed, "setting": run.setting, **known[run.name]})
-    write_csv(out / "study.csv", rows)
-    return rows
-
-
 def finish(study: Study, out: Path, command: str, say: Callable[[str], None] = print) -> Path | None:
     """study.csv and the report of what is there."""
     rows = write_rows(out, study)
@@ -182,18 +160,3 @@ def from_csv(path: Path, out: Path, command: str, say: Callable[[str], None] = p
     say(study_report.tables(rows, facts))
     say(f"report: {study_report.write(out, rows, facts, command)}")
     return 0
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows as `write_rows` has them; UserError for a file that is none."""
-    if not path.is_file():
-        raise UserError(f"there is no file {path}: give a study.csv")
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"method", "seed", "setting", "accuracy"} <= set(rows[0]):
-        raise UserError(f"{path} is not a study.csv: it needs rows with method, seed, setting, accuracy")
-    words = ("method", "setting", "judged_on")
-    return [
-        {k: v if k in words else float(v) if v else math.nan for k, v in row.items()} | {"seed": int(row["seed"])}
-        for row in rows
-    ]

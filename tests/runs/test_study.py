@@ -13,7 +13,7 @@ from train_helpers import assert_same, last_state
 
 from fastkd._core.messages import UserError
 from fastkd.cli import main
-from fastkd.runs import processes, study_command, study_pool, study_report, study_worker
+from fastkd.runs import processes, study_command, study_pool, study_report, study_rows, study_worker
 from fastkd.runs.runner import Result
 from fastkd.runs.stages import Stage
 from fastkd.runs.study import RECIPES, find, read
@@ -145,10 +145,35 @@ def test_a_study_in_two_processes_is_resumed_and_trains_each_teacher_once(tmp_pa
     assert {"report.md", "gains-default.png", "costs-default.png"} <= {p.name for p in out.iterdir()}
     assert "4 of 4 runs" in (out / "report.md").read_text()
     assert main(["study", str(out / "study.csv"), "--out", str(tmp_path / "again")]) == 0
-    table = study_report.accuracies(study_command.read_rows(out / "study.csv"))
+    table = study_report.accuracies(study_rows.read_rows(out / "study.csv"))
     assert table in (out / "report.md").read_text() and table in (tmp_path / "again" / "report.md").read_text()
     assert main([*command, "--epochs", "3"]) == 2
     assert "--epochs was 1, now 3" in capsys.readouterr().err
+
+
+def test_rows_of_another_machine_are_not_done_again(tmp_path, capsys):
+    path, out, there = written(tmp_path), tmp_path / "out", tmp_path / "there"
+    assert main(["study", str(path), "--out", str(there), "--only", "ce"]) == 0
+    known = ["--known", str(there / "study.csv")]
+    assert main(["study", str(path), "--out", str(out), *known, "--only", "seed0"]) == 0
+    assert "1 of 2 runs are finished" in capsys.readouterr().out
+    rows, kept = ((folder / "study.csv").read_text().splitlines() for folder in (out, there))
+    assert [row for row in rows if row.startswith(("method", "ce"))] == kept and len(rows) == 4
+    assert not (out / "runs" / "ce-seed0" / "metrics.csv").exists()
+    first = (out / "study.csv").read_text()
+    assert main(["study", str(path), "--out", str(out), *known, "--only", "seed0"]) == 0  # nothing is done twice
+    assert (out / "study.csv").read_text() == first
+    for options, message in [
+        (["--epochs", "3"], "ce, seed 0, setting default has epochs 1, the study 3"),
+        (["--train-size", "40"], "has train_images 60, the study 40"),
+        (["--seeds", "1"], None),
+    ]:
+        status = main(["study", str(path), "--out", str(tmp_path / "other"), *known, *options])
+        assert status == 2 and (message or "no option --seeds") in capsys.readouterr().err
+    fewer = written(tmp_path, methods=["kd"], baselines=["kd"], pairs=[])
+    assert main(["study", str(fewer), "--out", str(tmp_path / "other"), *known]) == 2
+    assert "has a row of ce, seed 0, setting default, which is no run of small" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_run_that_is_stopped_in_time_goes_on_to_the_same_end(tmp_path, capsys):
@@ -185,7 +210,7 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, capsys):
     assert main(["study", str(path), "--out", str(tmp_path / "out")]) == 1
     assert "wild-seed0 failed" in capsys.readouterr().out
     assert "wild-seed0" not in (tmp_path / "out" / "study.csv").read_text()
-    assert [row["method"] for row in study_command.read_rows(tmp_path / "out" / "study.csv")] == ["ce"]
+    assert [row["method"] for row in study_rows.read_rows(tmp_path / "out" / "study.csv")] == ["ce"]
     assert "finite" in (tmp_path / "out" / "runs" / "wild-seed0" / "log.txt").read_text()
 
 
