@@ -70,7 +70,7 @@ wheel: $(INSTALLED) ## a manylinux wheel and the source distribution into dist (
 	ls -l dist
 
 clean: ## remove what was built, not .venv
-	rm -rf build dist *.egg-info fastkd/*.so
+	rm -rf build dist *.egg-info fastkd/*.so fastkd/left_out.json
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

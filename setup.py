@@ -25,6 +25,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import toolchain  # noqa: E402
 
+CPU, CUDA = "libfastkd_cpu.so", "libfastkd_cuda.so"
+LEFT_OUT = "left_out.json"  # as in fastkd/_library.py
+
 
 def warn(message: str) -> None:
     print(f"\nfastkd: WARNING: {message}\n", file=sys.stderr, flush=True)
@@ -43,7 +46,7 @@ class BuildNative(build_ext):
         if reason and toolchain.flag("FASTKD_REQUIRE_NATIVE"):
             raise SetupError(f"FASTKD_REQUIRE_NATIVE=1, but the native libraries cannot be built: {reason}")
         if reason:
-            self._place(None)
+            self._place(None, {CPU: reason, CUDA: reason})
             warn(f"{reason}: installing without native libraries; everything works, in plain PyTorch, slower")
 
     def _in_tree(self) -> bool:
@@ -57,12 +60,15 @@ class BuildNative(build_ext):
             raise SetupError('torch 2.11 or newer is needed to build: pip install "torch>=2.11"')
         folder = ROOT / "build" / "native" if self._in_tree() else Path(self.build_temp) / "native"
         cmake = toolchain.cmake().path
-        self._configure(cmake, folder, self._options(torch))
+        options = self._options(torch)
+        self._configure(cmake, folder, options)
         self._call([cmake, "--build", str(folder), "--parallel", str(toolchain.jobs())])
         staged = folder / "install"
         shutil.rmtree(staged, ignore_errors=True)
         self._call([cmake, "--install", str(folder), "--prefix", str(staged)])
-        self._place(staged)
+        asked = options["FASTKD_WITH_CUDA"] == "ON"
+        reason = "the torch that was there has no CUDA" if asked else toolchain.without_cuda()
+        self._place(staged, {} if (staged / CUDA).is_file() else {CUDA: reason})
 
     def _options(self, torch: Path) -> dict[str, str]:
         options = {
@@ -76,19 +82,19 @@ class BuildNative(build_ext):
             if self._package() == ROOT / "fastkd":
                 raise SetupError("FASTKD_SANITIZE=1: name a folder of its own with --build-lib, got the package's")
             return options | {"FASTKD_SANITIZE": "ON"}
-        if toolchain.with_cuda() == "0":
+        if toolchain.with_cuda() == "0":  # nothing is tried
             return options
-        wanted, nvcc = toolchain.wanted_architectures(), toolchain.nvcc()
-        if nvcc.path and wanted:
+        reason, nvcc, wanted = toolchain.without_cuda(), toolchain.nvcc(), toolchain.wanted_architectures()
+        if not reason:
             cuda = {"FASTKD_WITH_CUDA": "ON", "CMAKE_CUDA_COMPILER": nvcc.path}
             known = toolchain.known_architectures(nvcc.path, wanted)
             return options | cuda | {"CMAKE_CUDA_ARCHITECTURES": ";".join(known)}
         if toolchain.with_cuda() == "1":
-            raise SetupError(f"FASTKD_WITH_CUDA=1, but {nvcc.reason}")
+            raise SetupError(f"FASTKD_WITH_CUDA=1, but {reason}")
         if nvcc.path:
             warn("nvcc is here but no GPU is: CUDA kernels were left out; FASTKD_WITH_CUDA=1 builds them for all GPUs")
         elif wanted:
-            warn(f"{nvcc.reason}: building the CPU kernels only (FASTKD_WITH_CUDA=0 silences this)")
+            warn(f"{reason}: building the CPU kernels only (FASTKD_WITH_CUDA=0 silences this)")
         return options
 
     def _configure(self, cmake: str, folder: Path, options: dict[str, str]) -> None:
@@ -111,10 +117,14 @@ class BuildNative(build_ext):
         if status != 0:
             raise CompileError(f"{Path(command[0]).name} {command[1]} failed with status {status}; its output says why")
 
-    def _place(self, staged: Path | None) -> None:
-        """Replaces each library as a whole, since a running process may have it mapped, and removes stale ones."""
+    def _place(self, staged: Path | None, left_out: dict[str, str]) -> None:
+        """Replaces each library as a whole, since a running process may have it mapped, and removes stale ones.
+
+        `left_out` says why a library is not there; the package reads it.
+        """
         package = self._package()
         package.mkdir(parents=True, exist_ok=True)
+        (package / LEFT_OUT).write_text(json.dumps(left_out, indent=1) + "\n")
         built = sorted(staged.glob("*.so")) if staged else []
         for old in package.glob("libfastkd_*.so"):
             if old.name not in {library.name for library in built}:
@@ -127,7 +137,7 @@ class BuildNative(build_ext):
                 temporary.replace(target)
 
     def get_outputs(self) -> list[str]:
-        return sorted(str(path) for path in self._package().glob("libfastkd_*.so"))
+        return sorted(str(path) for path in [*self._package().glob("libfastkd_*.so"), self._package() / LEFT_OUT])
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

@@ -259,10 +259,10 @@ def backend_info() -> dict[str, str]:
     ['backend', 'cpu', 'cross_entropy']
     """
     cpu = _kernels("cpu") if _library.CPU.loaded else _library.CPU.reason
-    if torch.cuda.is_available():
-        cuda = _why_not_cuda(0) or "CUDA kernels"
-    else:
-        cuda = "CUDA kernels built, no GPU here" if _library.CUDA.loaded else _library.CUDA.reason
+    cuda = _why_not_cuda(0) if torch.cuda.is_available() else _library.CUDA.reason
+    if not cuda:
+        built = f"CUDA kernels for {', '.join(_library.CUDA.architectures)}"
+        cuda = built if torch.cuda.is_available() else f"{built}; no GPU here"
     info = {"backend": _chosen, "cpu": cpu, "cuda": cuda}
     kernels = {"cpu": _library.CPU.loaded, "cuda": _library.CUDA.loaded}
     uses = ", ".join(f"{kind}: {_used(loaded)}" for kind, loaded in kernels.items())

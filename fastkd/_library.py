@@ -5,6 +5,7 @@ and says nothing: each operation that runs without its kernels says so, with the
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,13 @@ import torch
 
 FOLDER = Path(os.environ.get("FASTKD_LIBRARY_DIR") or Path(__file__).parent).resolve()
 
-
+LEFT_OUT = "left_out.json"  # library > why it was not built; setup.py writes it beside the libraries
 # Without --no-cache-dir pip would take the wheel without kernels that it built before.
-AGAIN = "for the kernels get a C++20 compiler, then `pip install --no-cache-dir --force-reinstall --no-deps fastkd`"
+AGAIN = "pip install --no-cache-dir --force-reinstall --no-deps ."
+ADVICE = {
+    "libfastkd_cpu.so": f"for the kernels get a C++20 compiler, then `{AGAIN}` in the sources of fastkd",
+    "libfastkd_cuda.so": f"for the kernels `FASTKD_WITH_CUDA=1 {AGAIN}` in the sources of fastkd, which needs nvcc",
+}
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,23 @@ def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
 def _load(name: str) -> Library:
     path = FOLDER / name
     if not path.is_file():
-        return Library(False, f"{name} was not built (no C++ compiler or CMake at installation)")
+        return Library(False, f"{_why_missing(name)}; {ADVICE[name]}")
     try:
         torch.ops.load_library(path)
     except OSError as error:  # another torch than the one it was built for, a missing CUDA runtime, ...
         return Library(False, f"{name} does not load with torch {torch.__version__}: {error}")
     return Library(True)
+
+
+def _why_missing(name: str) -> str:
+    try:
+        reason = json.loads((FOLDER / LEFT_OUT).read_text()).get(name)
+    except (OSError, ValueError, AttributeError):
+        reason = None
+    if reason:
+        return f"{name} was not built: {reason}"
+    where = "which FASTKD_LIBRARY_DIR names" if os.environ.get("FASTKD_LIBRARY_DIR") else "where no build put it"
+    return f"{name} is not in {FOLDER}, {where}"
 
 
 def _cpu_level() -> int:
@@ -69,7 +85,7 @@ def _cuda_architectures() -> tuple[str, ...]:
 def _load_cpu() -> Library:
     library = _load("libfastkd_cpu.so")
     if not library.loaded:
-        return Library(False, f"{library.reason}; {AGAIN}")
+        return library
     return Library(True, cpu_level=_cpu_level())
 
 

@@ -262,6 +262,17 @@ def nvcc() -> Found:
     return Found(None, reason)
 
 
+def without_cuda() -> str:
+    """Why CUDA kernels are left out here, or ""."""
+    if with_cuda() == "0":
+        return "FASTKD_WITH_CUDA=0 left it out"
+    if flag("FASTKD_SANITIZE"):
+        return "FASTKD_SANITIZE=1 builds the CPU library alone"
+    if nvcc().path is None:
+        return nvcc().reason
+    return "" if wanted_architectures() else "no GPU was there, and FASTKD_WITH_CUDA=1 was not set"
+
+
 def missing() -> str:
     """Why the native libraries cannot be built here, or "". (torch is not looked at: pip brings it.)"""
     return cxx().reason or cmake().reason

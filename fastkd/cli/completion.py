@@ -21,25 +21,41 @@ from fastkd.runs.plans import RECIPES
 
 SCRIPT = """\
 # fastkd completion: source <(fastkd completion)
-[[ -n ${ZSH_VERSION-} ]] && autoload -U +X bashcompinit && bashcompinit
+if [[ -n ${ZSH_VERSION-} ]]; then
+  whence compdef >/dev/null || { autoload -U compinit && compinit; }
+  autoload -U +X bashcompinit && bashcompinit
+fi
 _fastkd() {
-  local at=1 words=""
+  local at=1 offered=""
   [[ ${COMP_WORDS[0]} == *python* ]] && at=3
   local current=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]}
   if ((COMP_CWORD == at)); then
-    words="@COMMANDS@"
+    offered="@COMMANDS@"
   else
     case "${COMP_WORDS[at]} $before" in
 @CASES@
     esac
   fi
-  COMPREPLY=($(compgen -W "$words" -- "$current"))
-}
-_fastkd_of_python() {
-  [[ ${COMP_WORDS[1]} == -m && ${COMP_WORDS[2]} == fastkd ]] && ((COMP_CWORD > 2)) && _fastkd
+  COMPREPLY=($(compgen -W "$offered" -- "$current"))
 }
 complete -o default -F _fastkd fastkd
-complete -o bashdefault -o default -F _fastkd_of_python python python3
+if [[ -n ${ZSH_VERSION-} ]]; then
+  # zsh knows Python's own options and modules: what is not ours goes on to what completed it before
+  [[ ${_comps[python]-} == _fastkd* ]] || _fastkd_before=${_comps[python]-_python}
+  _fastkd_of_python() {
+    if [[ ${words[2]} == -m && ${words[3]} == fastkd ]] && ((CURRENT > 3)); then
+      _bash_complete -o default -F _fastkd
+    else
+      ${=_fastkd_before}
+    fi
+  }
+  compdef _fastkd_of_python python python3
+else
+  _fastkd_of_python() {
+    [[ ${COMP_WORDS[1]} == -m && ${COMP_WORDS[2]} == fastkd ]] && ((COMP_CWORD > 2)) && _fastkd
+  }
+  complete -o bashdefault -o default -F _fastkd_of_python python python3
+fi
 """
 
 
@@ -51,7 +67,7 @@ def script(commands: Iterable[str]) -> str:
 
 
 def _case(pattern: str, words: Iterable[str]) -> str:
-    return f'      {pattern}) words="{_words(words)}" ;;'
+    return f'      {pattern}) offered="{_words(words)}" ;;'
 
 
 def _words(words: Iterable[str]) -> str:

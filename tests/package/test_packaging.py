@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ TREE += ["LICENSE", "CITATION.cff", "mkdocs.yml", "docs", "examples"]
 SETTINGS = ["FASTKD_REQUIRE_NATIVE", "FASTKD_BACKEND", "FASTKD_CPU_LEVEL", "PYTHONPATH"]
 TEST_PACKAGES = ["pytest", "pytest-benchmark", "hypothesis", "expecttest"]
 NEEDED_GB = 15
+BUILT = ("*.so", "left_out.json", "__pycache__")
 
 
 def environment(**settings: str) -> dict[str, str]:
@@ -42,7 +44,7 @@ def copy_tree(to: Path) -> Path:
     """The tracked sources alone, as a clone has them: no build folder, no library."""
     for name in TREE:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+            shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns(*BUILT))
         elif (ROOT / name).is_file():
             to.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, to / name)
@@ -60,6 +62,10 @@ class Venv:
 
     def pip(self, *arguments, **options) -> str:
         return run(self.python, "-m", "pip", "install", "--disable-pip-version-check", *arguments, **options)
+
+
+def info(venv: Venv, **options) -> str:
+    return run(venv.folder / "bin" / "fastkd", "info", **options)
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +171,7 @@ def test_pip_install_with_a_broken_nvcc_builds_for_the_cpu(tmp_path):
     code = "import fastkd; info = fastkd.backend_info(); print(fastkd.__file__, info['cpu'])"
     told = run(venv.python, "-W", "error", "-c", code, cwd=tmp_path)
     assert told.startswith(str(site)) and "CPU kernels" in told
+    assert "libfastkd_cuda.so was not built: /bin/false does not compile CUDA" in info(venv, cwd=tmp_path)
 
 
 def test_build_without_cuda_removes_an_older_cuda_library(tmp_path):
@@ -173,6 +180,8 @@ def test_build_without_cuda_removes_an_older_cuda_library(tmp_path):
     log = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, env=environment(FASTKD_WITH_CUDA="0"))
     assert "fastkd: WARNING" not in log
     assert [path.name for path in (tree / "fastkd").glob("*.so")] == ["libfastkd_cpu.so"]
+    left_out = json.loads((tree / "fastkd" / "left_out.json").read_text())
+    assert left_out == {"libfastkd_cuda.so": "FASTKD_WITH_CUDA=0 left it out"}
 
 
 def test_pip_install_without_a_compiler_is_pure_python(tmp_path):
@@ -189,3 +198,4 @@ def test_pip_install_without_a_compiler_is_pure_python(tmp_path):
     assert told.count("FallbackWarning: multi_teacher_kd runs in plain PyTorch") == 1
     run(venv.python, "-W", "error", "-c", "import fastkd", cwd=tmp_path)
     assert told.strip().splitlines()[-1] == "0.0"
+    assert "libfastkd_cpu.so was not built: no C++ compiler was found; for the kernels" in info(venv, cwd=tmp_path)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,6 +90,34 @@ def test_max_jobs(toolchain, monkeypatch):
     assert 1 <= toolchain.jobs() <= os.cpu_count()
 
 
+NVCC, BROKEN, SMI = "#!/bin/sh\nexit 0\n", "#!/bin/sh\necho error: bad >&2\nexit 1\n", "#!/bin/sh\nprintf '9.0\\n'\n"
+
+
+@pytest.mark.parametrize(
+    "with_cuda, nvcc, gpu, expected",
+    [
+        ("0", NVCC, SMI, r"FASTKD_WITH_CUDA=0 left it out"),
+        ("auto", NVCC, None, r"no GPU was there, and FASTKD_WITH_CUDA=1 was not set"),
+        ("auto", NVCC, SMI, r""),
+        ("1", NVCC, None, r""),
+        ("auto", None, SMI, r"no nvcc was found \(CUDACXX, CUDA_HOME, PATH, /usr/local/cuda\)"),
+        ("auto", None, None, r"no nvcc was found .*"),
+        ("auto", BROKEN, SMI, r".*/nvcc does not compile CUDA C\+\+20 for 90-real \(error: bad\)"),
+    ],
+)
+def test_why_cuda_kernels_are_left_out(toolchain, monkeypatch, tmp_path, with_cuda, nvcc, gpu, expected):
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FASTKD_WITH_CUDA", with_cuda)
+    for name, text in (("nvcc", nvcc), ("nvidia-smi", gpu or BROKEN)):
+        if text:
+            (tmp_path / name).write_text(text)
+            (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(toolchain, "nvcc_candidates", lambda: [str(tmp_path / "nvcc")] if nvcc else [])
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert re.fullmatch(expected, toolchain.without_cuda())
+
+
 def clean_environment(**settings: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in SETTINGS} | settings
 
@@ -102,6 +132,21 @@ def clean_environment(**settings: str) -> dict[str, str]:
     ],
 )
 def test_the_build_refuses_in_one_sentence(settings, message, tmp_path):
+    done = build(tmp_path, **settings)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_a_build_without_a_compiler_leaves_its_reason_in_the_package(tmp_path):
+    assert build(tmp_path, CXX="/bin/false").returncode == 0
+    left_out = json.loads((tmp_path / "fastkd" / "left_out.json").read_text())
+    reason = "/bin/false does not compile C++20 for this processor (no output)"
+    assert left_out == dict.fromkeys(["libfastkd_cpu.so", "libfastkd_cuda.so"], reason)
+
+
+def build(tmp_path: Path, **settings: str) -> subprocess.CompletedProcess:
+    """`setup.py build_ext --inplace` of the package's bare bones."""
     for name in ("setup.py", "CMakeLists.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "tools", tmp_path / "tools")
@@ -109,10 +154,7 @@ def test_the_build_refuses_in_one_sentence(settings, message, tmp_path):
     (tmp_path / "fastkd").mkdir()
     shutil.copy(ROOT / "fastkd" / "_version.py", tmp_path / "fastkd")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(**settings), capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
+    return subprocess.run(command, cwd=tmp_path, env=clean_environment(**settings), capture_output=True, text=True)
 
 
 def test_a_broken_nvcc_is_passed_over_and_a_wrapper_seen_through(toolchain, monkeypatch, tmp_path):
