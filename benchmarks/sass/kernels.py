@@ -166,6 +166,11 @@ def _group_stats(given: list[str]) -> Spec:
                 [Case(f"[{ROWS}, {classes}]", 1, ROWS * classes, size, 0, size)])  # fmt: skip
 
 
+def _group_stats_vectors(given: list[str]) -> Spec:
+    size = size_of(given[0])
+    return Spec(256, "loads", 16 // size, [Case(f"[{ROWS}, 32000]", 1, ROWS * 32000, size, 0, size)])
+
+
 def _feature_rows(given: list[str]) -> Spec:
     threads, rows, items = numbers(given[3])
     size, long = size_of(given[0]) + size_of(given[1]), threads >= 512
@@ -200,6 +205,7 @@ MAKERS: dict[str, Callable[[list[str]], Spec]] = {
     "mutual_kernel": _mutual,
     "vector_kernel": _mutual_vectors,
     "row_kernel": _group_stats,
+    "long_row_kernel": _group_stats_vectors,
     "rows_kernel": _feature_rows,
     "gradient_kernel": _feature_gradient,
     "angle_kernel": _angle,
