@@ -17,7 +17,7 @@ OFF_FUNCTIONS = set(
     """
     cross_entropy_of_soft device_row_offset direct_square from_mixture keep_stats_alone larger
     leave_out leave_out_vectors left_out_gradient load_scalars load_soft masked_gaps mix_logit
-    mix_probabilities row_offset scale_of soft_mass soft_part store_nothing stream_mixture
+    mix_probabilities roll row_offset scale_of soft_mass soft_part store_nothing stream_mixture
     teacher_index
     """.split()
 )
@@ -193,6 +193,11 @@ def _angle(given: list[str]) -> Spec:
     return Spec(128, "work", 8, [Case("N=1024", 1, 1024 * 1024 * 1023 // 2, 0, 0, 0)], "triplet")
 
 
+def _differences(given: list[str], pairs: int) -> Spec:
+    """16 columns of 4 x 4 pairs a turn; every 32nd or 4th turn also rolls its sums up, which is not counted."""
+    return Spec(256, "work", 256, [Case("N=1024, D=2048", 1, pairs * 2048, 0, 0, 0)], "column of a pair")
+
+
 MAKERS: dict[str, Callable[[list[str]], Spec]] = {
     "stream_forward_kernel": _stream_forward,
     "stream_backward_kernel": _stream_backward,
@@ -209,6 +214,8 @@ MAKERS: dict[str, Callable[[list[str]], Spec]] = {
     "rows_kernel": _feature_rows,
     "gradient_kernel": _feature_gradient,
     "angle_kernel": _angle,
+    "direct_kernel": functools.partial(_differences, pairs=1024 * 1023 // 2),
+    "pull_kernel": functools.partial(_differences, pairs=1024 * 1024),
 }
 
 
