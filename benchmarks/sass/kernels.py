@@ -17,7 +17,7 @@ OFF_FUNCTIONS = set(
     """
     cross_entropy_of_soft device_row_offset direct_square from_mixture keep_stats_alone larger
     leave_out leave_out_vectors left_out_gradient load_scalars load_soft masked_gaps mix_logit
-    mix_probabilities row_offset scale_of soft_mass soft_part store_nothing stream_mixture
+    mix_probabilities roll row_offset scale_of soft_mass soft_part store_nothing stream_mixture
     teacher_index
     """.split()
 )
@@ -166,6 +166,11 @@ def _group_stats(given: list[str]) -> Spec:
                 [Case(f"[{ROWS}, {classes}]", 1, ROWS * classes, size, 0, size)])  # fmt: skip
 
 
+def _group_stats_vectors(given: list[str]) -> Spec:
+    size = size_of(given[0])
+    return Spec(256, "loads", 16 // size, [Case(f"[{ROWS}, 32000]", 1, ROWS * 32000, size, 0, size)])
+
+
 def _feature_rows(given: list[str]) -> Spec:
     threads, rows, items = numbers(given[3])
     size, long = size_of(given[0]) + size_of(given[1]), threads >= 512
@@ -188,6 +193,11 @@ def _angle(given: list[str]) -> Spec:
     return Spec(128, "work", 8, [Case("N=1024", 1, 1024 * 1024 * 1023 // 2, 0, 0, 0)], "triplet")
 
 
+def _differences(given: list[str], pairs: int) -> Spec:
+    """16 columns of 4 x 4 pairs a turn; every 32nd or 4th turn also rolls its sums up, which is not counted."""
+    return Spec(256, "work", 256, [Case("N=1024, D=2048", 1, pairs * 2048, 0, 0, 0)], "column of a pair")
+
+
 MAKERS: dict[str, Callable[[list[str]], Spec]] = {
     "stream_forward_kernel": _stream_forward,
     "stream_backward_kernel": _stream_backward,
@@ -200,9 +210,12 @@ MAKERS: dict[str, Callable[[list[str]], Spec]] = {
     "mutual_kernel": _mutual,
     "vector_kernel": _mutual_vectors,
     "row_kernel": _group_stats,
+    "long_row_kernel": _group_stats_vectors,
     "rows_kernel": _feature_rows,
     "gradient_kernel": _feature_gradient,
     "angle_kernel": _angle,
+    "direct_kernel": functools.partial(_differences, pairs=1024 * 1023 // 2),
+    "pull_kernel": functools.partial(_differences, pairs=1024 * 1024),
 }
 
 

@@ -1,7 +1,7 @@
 // group_stats on CUDA: which policy takes a row, the launches. No torch header.
 #include "core/dispatch.h"
 #include "core/cuda/launch.cuh"
-#include "group_stats/row.cuh"
+#include "group_stats/vectors.cuh"
 
 namespace fastkd::group_stats {
 inline namespace FASTKD_TARGET {
@@ -77,6 +77,12 @@ void launch_for_length(const Params& p, int networks, bool soft, cudaStream_t st
   if (p.classes <= Warp::kTile) return launch<T, A, Warp>(p, networks, soft, stream);
   if (p.classes <= Small::kTile) return launch<T, A, Small>(p, networks, soft, stream);
   if (p.classes <= Medium::kTile) return launch<T, A, Medium>(p, networks, soft, stream);
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (!soft && p.vectors == (1u << networks) - 1) {
+      SIMT_LAUNCH(long_row_kernel<T>, dim3(unsigned(p.rows), unsigned(networks)), dim3(kLongThreads), 0, stream, p);
+      return;
+    }
+  }
   launch<T, A, Stream>(p, networks, soft, stream);
 }
 

@@ -16,7 +16,7 @@ void with_rows_type(DType type, const F& f) {
   type == DType::f64 ? f.template operator()<double>() : f.template operator()<float>();
 }
 
-double largest(const RowsArgs& args) {
+double scale(const RowsArgs& args) {
   double top = 0;
   with_rows_type(args.type, [&]<class A>() {
     const A* x = static_cast<const A*>(args.from);
@@ -28,7 +28,7 @@ double largest(const RowsArgs& args) {
     }
     top = double(most);
   });
-  return top;
+  return row_scale(top);
 }
 
 void copy_rows(const RowsArgs& args, int64_t begin, int64_t end) {
@@ -340,7 +340,7 @@ void diagonal(const LossArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace FASTKD_TARGET
 
-const CpuKernels FASTKD_CPU_KERNELS = {partial_elements, largest, copy_rows,   direct_squares, pull,           gram_squares, sums,
+const CpuKernels FASTKD_CPU_KERNELS = {partial_elements, scale,   copy_rows,   direct_squares, pull,           gram_squares, sums,
                                        planes,           angles,  angle_pairs, distances,      distance_pairs, diagonal};
 
 }  // namespace fastkd::relational

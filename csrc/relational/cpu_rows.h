@@ -10,7 +10,6 @@ inline namespace FASTKD_TARGET {
 constexpr int64_t kDepth = 512;     // columns whose sums stay in the rows' precision before they are added up in double
 constexpr int64_t kTerms = 64;      // the same for the terms of a gradient
 constexpr int kTall = 2, kWide = 4; // rows against rows in one loop over the columns
-constexpr double kTinySquare = 0x1p-96;  // of rows of magnitude 1: squares of floats below may have underflowed
 
 template <class A>
 double direct_square(const A* a, const A* b, int64_t width) {
@@ -128,7 +127,7 @@ void pull_pair(const PullArgs& args, int64_t a, int64_t end, A* parts, double* t
     for (int i = 0; i < kTall && a + i < end; ++i) {
       A* to = static_cast<A*>(args.grad) + (a + i) * args.columns + first;
       const int64_t stop = args.columns - first < count ? args.columns - first : count;
-      for (int64_t d = 0; d < stop; ++d) to[d] = A(totals[i * kDepth + d] * args.factor);
+      for (int64_t d = 0; d < stop; ++d) to[d] = A(totals[i * kDepth + d] * *args.factor);
     }
   }
 }

@@ -2,6 +2,7 @@
 // torch header.
 #include "core/cuda/launch.cuh"
 #include "relational/angles.cuh"
+#include "relational/direct.cuh"
 
 namespace fastkd::relational {
 inline namespace FASTKD_TARGET {
@@ -27,44 +28,72 @@ __device__ __forceinline__ double block_sum(RowSum& threads, int64_t n, const F&
 // --- sides ----------------------------------------------------------------------------------------------------------------
 
 // |x_a - x_b|^2 by a warp.
-__device__ __forceinline__ double direct_square(const double* a, const double* b, int64_t width) {
+template <class T>
+__device__ __forceinline__ double direct_square(const T* a, const T* b, int64_t width) {
   Numbers<double, 1> sum{{0}};
-  for (int64_t d = threadIdx.x % 32; d < width; d += 32) sum.v[0] += (a[d] - b[d]) * (a[d] - b[d]);
+  for (int64_t d = threadIdx.x % 32; d < width; d += 32) {
+    const double difference = double(a[d]) - double(b[d]);
+    sum.v[0] += difference * difference;
+  }
   return reduce_warp(sum, [](const auto& x, const auto& y) { return Numbers<double, 1>{{x.v[0] + y.v[0]}}; }).v[0];
 }
 
-// A block per row a.
-__global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant__ SidesArgs p) {
-  RELATIONAL_ROW_SUM(threads);
+// A squared distance as far as it is known, and whether it must be summed from the rows' differences in double.
+struct Square {
+  double value;
+  bool rough;
+};
+
+// The squared distances of row a, as square_of(b) has them, and their sums, by a block; x [N, width].
+template <class T, class F>
+__device__ __forceinline__ void row_of_squares(const SidesArgs& p, RowSum& threads, const T* x, int64_t width, const F& square_of) {
   const int64_t n = p.n, a = blockIdx.x;
   const int lane = int(threadIdx.x) % 32;
-  const double norm = p.gram[a * n + a];
   Numbers<double, 2> sums{{0, 0}};
   for (int64_t first = int64_t(threadIdx.x) - lane; first < n; first += kThreads) {  // of the warp
     const int64_t b = first + lane;
-    double square = 0, other = 0;
-    if (b < n) {
-      other = p.gram[b * n + b];
-      square = norm + other - 2 * p.gram[a * n + b];
-    }
-    unsigned near = __ballot_sync(kFullWarp, b < n && (is_near(square, norm + other) || a == b));
-    while (near) {
-      const int which = __ffs(int(near)) - 1;
-      near &= near - 1;
-      const double direct = direct_square(p.x + a * p.width, p.x + (first + which) * p.width, p.width);
-      if (which == lane) square = direct;
+    Square square = b < n ? square_of(b) : Square{0, false};
+    unsigned rough = __ballot_sync(kFullWarp, square.rough);
+    while (rough) {
+      const int which = __ffs(int(rough)) - 1;
+      rough &= rough - 1;
+      const double direct = direct_square(x + a * width, x + (first + which) * width, width);
+      if (which == lane) square.value = direct;
     }
     if (b < n) {
-      if (!p.counts(a, b)) square = 0;
-      p.squares[a * n + b] = square;
-      sums.v[0] += ::sqrt(square);
-      sums.v[1] += square > 0 ? 1 : 0;
+      if (!p.counts(a, b)) square.value = 0;
+      p.squares[a * n + b] = square.value;
+      sums.v[0] += ::sqrt(square.value);
+      sums.v[1] += square.value > 0 ? 1 : 0;
     }
   }
   sums = threads.sum(sums);
   if (threadIdx.x != 0) return;
   p.row_sums[a] = sums.v[0];
   p.row_sums[n + a] = sums.v[1];
+}
+
+// From the Gram matrix: a block per row a.
+__global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant__ SidesArgs p) {
+  RELATIONAL_ROW_SUM(threads);
+  const int64_t n = p.n, a = blockIdx.x;
+  const double norm = p.gram[a * n + a];
+  row_of_squares(p, threads, p.x, p.width, [&](int64_t b) {
+    const double other = p.gram[b * n + b], square = norm + other - 2 * p.gram[a * n + b];
+    return Square{square, is_near(square, norm + other) || a == b};
+  });
+}
+
+// From the parts of direct_kernel: a block per row a.
+template <class A>
+__global__ void __launch_bounds__(kThreads) parts_kernel(const __grid_constant__ RowsArgs rows, const __grid_constant__ SidesArgs p) {
+  RELATIONAL_ROW_SUM(threads);
+  const int64_t n = p.n, a = blockIdx.x, parts = Parts(n, rows.width).count;
+  row_of_squares(p, threads, static_cast<const A*>(rows.rows), rows.width, [&](int64_t b) {
+    double square = 0;
+    for (int64_t part = 0; part < parts; ++part) square += rows.parts[(part * n + a) * n + b];
+    return Square{square, sizeof(A) == sizeof(float) && square < kTinySquare && a != b};
+  });
 }
 
 template <class A>
@@ -192,6 +221,17 @@ void launch_angles(const LossArgs& args, cudaStream_t stream) {
   SIMT_LAUNCH((angle_rows_kernel<A>), rows, dim3(kThreads), 0, stream, args, p);
 }
 
+template <class A>
+void launch_direct(const RowsArgs& args, const SidesArgs& sides, cudaStream_t stream) {
+  const Parts parts(args.n, args.width);
+  const dim3 rows(unsigned(args.n)), grid(unsigned(parts.squares), unsigned(parts.count));
+  const dim3 blocks(unsigned(magnitude_blocks(args.n * args.columns)));
+  SIMT_LAUNCH(magnitude_kernel<A>, blocks, dim3(kScaleThreads), 0, stream, args);
+  SIMT_LAUNCH(scaled_rows_kernel<A>, rows, dim3(kScaleThreads), 0, stream, args);
+  SIMT_LAUNCH(direct_kernel<A>, grid, dim3(kDirectThreads), 0, stream, args);
+  SIMT_LAUNCH(parts_kernel<A>, rows, dim3(kThreads), 0, stream, args, sides);
+}
+
 void launch_reduce(const LossArgs& args, cudaStream_t stream) {
   if (args.loss) SIMT_LAUNCH(reduce_kernel, dim3(1), dim3(kThreads), 0, stream, args);
 }
@@ -206,6 +246,28 @@ const char* sides_cuda(const SidesArgs& args, void* stream_handle) {
   if (args.n == 0) return nullptr;
   SIMT_LAUNCH(squares_kernel, dim3(unsigned(args.n)), dim3(kThreads), 0, stream, args);
   SIMT_LAUNCH(planes_kernel, dim3(unsigned(args.n)), dim3(kThreads), 0, stream, args);
+  return launch_error();
+}
+
+int64_t magnitude_blocks_cuda(const RowsArgs& args) { return magnitude_blocks(args.n * args.columns); }
+int64_t parts_cuda(const RowsArgs& args) { return Parts(args.n, args.width).count; }
+
+const char* direct_sides_cuda(const RowsArgs& args, const SidesArgs& sides, void* stream_handle) {
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  if (args.n == 0) return nullptr;
+  args.type == DType::f64 ? launch_direct<double>(args, sides, stream) : launch_direct<float>(args, sides, stream);
+  SIMT_LAUNCH(planes_kernel, dim3(unsigned(args.n)), dim3(kThreads), 0, stream, sides);
+  return launch_error();
+}
+
+const char* pull_cuda(const PullArgs& args, void* stream_handle) {
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  if (args.n == 0) return nullptr;
+  const dim3 grid(unsigned((args.width + kSide - 1) / kSide), unsigned((args.n + kSide - 1) / kSide));
+  if (args.type == DType::f64)
+    SIMT_LAUNCH(pull_kernel<double>, grid, dim3(kDirectThreads), 0, stream, args);
+  else
+    SIMT_LAUNCH(pull_kernel<float>, grid, dim3(kDirectThreads), 0, stream, args);
   return launch_error();
 }
 

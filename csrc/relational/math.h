@@ -13,6 +13,16 @@ constexpr double kNear = 0x1p-14;
 
 FASTKD_HD bool is_near(double square, double norms) { return square < kNear * norms; }
 
+// Of rows of magnitude 1: squares of floats below may have underflowed.
+constexpr double kTinySquare = 0x1p-96;
+
+// The power of two that brings the largest magnitude into [1, 2); 1 for zeros and where it is not finite.
+FASTKD_HD double row_scale(double top) {
+  const bool scaled = top > 0 && top < double(__builtin_huge_val());
+  const int up = scaled ? -::ilogb(top) : 0;
+  return ::ldexp(1., up > 1022 ? 1022 : up);  // of subnormal doubles it would overflow
+}
+
 // Relative to the mean; everything is 0 where all rows are equal.
 FASTKD_HD double inverse_mean(double mean) { return mean == 0 ? 0. : 1 / mean; }
 

@@ -2,8 +2,6 @@
 // build of the CUDA kernels.
 #include "relational/op.h"
 
-#include <math.h>
-
 #include <tuple>
 
 #include "core/constants.h"
@@ -50,8 +48,7 @@ void run_sides(const SidesArgs& args, const Tensor&) {
 // to the same for all.
 void run_squares(RowsArgs& args) {
   const int64_t n = args.n, blocks = (n + kBlock - 1) / kBlock;
-  const double top = kernels().largest(args);
-  if (top > 0 && top < double(__builtin_inff())) args.scale = ::ldexp(1., -::ilogb(top));
+  args.scale = kernels().scale(args);
   torch::stable::parallel_for(0, n, grain(args.width),
                               [&](int64_t begin, int64_t end) { kernels().copy_rows(args, begin, end); });
   const auto block = [&](int64_t b) {
@@ -74,7 +71,15 @@ void leave_out(const SidesArgs& args) {
   });
 }
 
-void run_pull(const PullArgs& args) {
+// The planes of the distances, scaled rows, and behind the mean their scale.
+void run_distances(RowsArgs& args, const SidesArgs& sides, const Tensor&) {
+  run_squares(args);
+  if (sides.mask) leave_out(sides);
+  run_planes(sides);
+  sides.mean[2] = args.scale;
+}
+
+void run_pull(const PullArgs& args, const Tensor&) {
   // In pairs of rows, so that a pair is no other one where threads divide them otherwise.
   const int64_t pairs = (args.n + 1) / 2;
   torch::stable::parallel_for(0, pairs, grain(2 * args.n * args.width), [&](int64_t begin, int64_t end) {
@@ -107,6 +112,21 @@ int64_t partial_elements(int64_t n) { return partial_elements_cuda(n); }
 
 void run_sides(const SidesArgs& args, const Tensor& like) {
   on_stream("relational", like, [&](void* stream) { return sides_cuda(args, stream); });
+}
+
+void run_distances(RowsArgs& args, const SidesArgs& sides, const Tensor& like) {
+  const Tensor magnitudes = empty_like_device(like, {magnitude_blocks_cuda(args)}, ScalarType::Double);
+  const int64_t parts = parts_cuda(args);
+  // The squares themselves where there is one.
+  const Tensor sums = empty_like_device(like, {parts > 1 ? parts : 0, args.n, args.n}, ScalarType::Double);
+  args.magnitudes = doubles(magnitudes);
+  args.parts = parts > 1 ? doubles(sums) : args.squares;
+  args.device_scale = sides.mean + 2;
+  on_stream("relational", like, [&](void* stream) { return direct_sides_cuda(args, sides, stream); });
+}
+
+void run_pull(const PullArgs& args, const Tensor& like) {
+  on_stream("relational", like, [&](void* stream) { return pull_cuda(args, stream); });
 }
 
 void run_loss(const LossArgs& args, const Tensor& like) {
@@ -196,8 +216,6 @@ std::tuple<Tensor, Tensor> loss(const Tensor& student, const Tensor& teacher, co
   return {result, laplacian};
 }
 
-#if defined(FASTKD_BACKEND_CPU)
-
 // Planes of the distances between the rows x [N, D] (float32, float64), their mean, their number and the scale of the
 // rows [3], and the scaled rows [N, padded].
 std::tuple<Tensor, Tensor, Tensor> distances(const Tensor& x, const std::optional<Tensor>& mask) {
@@ -218,19 +236,16 @@ std::tuple<Tensor, Tensor, Tensor> distances(const Tensor& x, const std::optiona
   args.from = from.data_ptr();
   args.rows = rows.data_ptr();
   args.squares = doubles(squares);
-  run_squares(args);
   SidesArgs sides;
   sides.n = args.n;
   sides.kind = Kind::distance;
   sides.squares = args.squares;
   const std::optional<Tensor> counted = contiguous_mask(mask, args.n);
   sides.mask = optional_data<bool>(counted);
-  if (sides.mask) leave_out(sides);
   sides.row_sums = doubles(row_sums);
   sides.mean = doubles(mean);
   sides.planes = planes.data_ptr();
-  run_planes(sides);
-  sides.mean[2] = args.scale;
+  run_distances(args, sides, x);
   return {planes, mean, rows};
 }
 
@@ -249,13 +264,11 @@ Tensor pull(const Tensor& laplacian, const Tensor& rows, const Tensor& mean, int
   Tensor grad = empty_like_device(rows, {args.n, columns}, rows.scalar_type());
   args.rows = rows.data_ptr();
   args.laplacian = doubles(laplacian);
-  args.factor = doubles(mean)[2];
+  args.factor = doubles(mean) + 2;
   args.grad = grad.data_ptr();
-  run_pull(args);
+  run_pull(args, rows);
   return grad;
 }
-
-#endif
 
 }  // namespace
 }  // namespace fastkd::relational
@@ -274,10 +287,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
 STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) {
   m.impl("relational_sides", TORCH_BOX(&fastkd::relational::sides));
   m.impl("relational_loss", TORCH_BOX(&fastkd::relational::loss));
-#if defined(FASTKD_BACKEND_CPU)  // on a GPU the Gram matrix is the faster way
   m.impl("relational_distances", TORCH_BOX(&fastkd::relational::distances));
   m.impl("relational_pull", TORCH_BOX(&fastkd::relational::pull));
-#endif
 }
 
 using fastkd::relational::Kind;

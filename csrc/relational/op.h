@@ -20,7 +20,7 @@ constexpr int64_t kChunks = 16;  // parts that the vertices of angles are divide
 FASTKD_HD int64_t padded_size(int64_t n) { return ((n + kPad - 1) / kPad | 1) * kPad; }
 FASTKD_HD int plane_count(Kind kind) { return kind == Kind::single ? 3 : kind == Kind::full ? 2 : 1; }
 
-// From centred rows and their Gram matrix, or on the CPU from squared distances, to planes.
+// From centred rows and their Gram matrix, or from squared distances, to planes.
 struct SidesArgs {
   int64_t n = 0, width = 0;
   Kind kind{};
@@ -36,10 +36,10 @@ struct SidesArgs {
   FASTKD_HD bool counts(int64_t a, int64_t b) const { return !mask || (mask[a] && mask[b]); }
 };
 
-// Distances without a Gram matrix, on the CPU. Rows are a network's embeddings times a power of two that brings the
-// largest magnitude into [1, 2), so that float32 squares neither overflow nor underflow; padded with zeros to kWidth.
+// Distances without a Gram matrix. Rows are a network's embeddings times a power of two that brings the largest magnitude
+// into [1, 2), so that float32 squares neither overflow nor underflow; padded with zeros to kWidth.
 constexpr int64_t kWidth = 16;
-constexpr int64_t kBlock = 32;  // rows of a task
+constexpr int64_t kBlock = 32;  // rows of a task of the CPU
 
 FASTKD_HD int64_t padded_width(int64_t width) { return (width + kWidth - 1) / kWidth * kWidth; }
 
@@ -47,9 +47,13 @@ struct RowsArgs {
   int64_t n = 0, columns = 0, width = 0;  // width: columns, padded
   DType type{};                           // f32, f64
   const void* from = nullptr;             // [N, columns]
-  double scale = 1;
+  double scale = 1;                       // of the CPU
   void* rows = nullptr;                   // [N, width]
   double* squares = nullptr;              // [N, N] squared distances
+  // CUDA alone:
+  double* device_scale = nullptr;
+  double* magnitudes = nullptr;           // [magnitude_blocks_cuda]
+  double* parts = nullptr;                // [parts_cuda, N, N] squared distances of parts of the columns
 };
 
 // grad [N, columns] = factor * sum_b -laplacian_ab (x_a - x_b)
@@ -58,7 +62,7 @@ struct PullArgs {
   DType type{};
   const void* rows = nullptr;
   const double* laplacian = nullptr;
-  double factor = 1;
+  const double* factor = nullptr;
   void* grad = nullptr;
 };
 
@@ -86,7 +90,7 @@ struct LossArgs {
 // cpu.cpp defines one of these per instruction set; [begin, end) are rows, or chunks of vertices.
 struct CpuKernels {
   int64_t (*partial_elements)(int64_t n);
-  double (*largest)(const RowsArgs&);  // magnitude in `from`
+  double (*scale)(const RowsArgs&);
   void (*copy_rows)(const RowsArgs&, int64_t begin, int64_t end);
   void (*direct_squares)(const RowsArgs&, int64_t begin, int64_t end);  // rows of one block
   void (*pull)(const PullArgs&, int64_t begin, int64_t end);
@@ -104,6 +108,10 @@ extern const CpuKernels cpu_kernels_level1, cpu_kernels_level3, cpu_kernels_leve
 // CUDA: enqueue on a stream; an error string, or null.
 int64_t partial_elements_cuda(int64_t n);
 const char* sides_cuda(const SidesArgs&, void* stream);
+int64_t magnitude_blocks_cuda(const RowsArgs&);
+int64_t parts_cuda(const RowsArgs&);
+const char* direct_sides_cuda(const RowsArgs&, const SidesArgs&, void* stream);  // scaled rows, scale, planes, mean
+const char* pull_cuda(const PullArgs&, void* stream);
 const char* angles_cuda(const LossArgs&, void* stream);
 const char* distances_cuda(const LossArgs&, void* stream);
 

@@ -41,7 +41,7 @@ def run(tensors: Tensors, options: Options) -> Tensor:
 #           [2] that mean and the number of positive distances
 #   loss(planes, planes, student's mean, weight [N] of the N losses, kind, reduction, need_grad)
 #        -> loss [] or [N]; the matrix [N, N] whose product with the student's centred rows is the gradient
-# and for the CPU, without a Gram matrix, in x's float32 or float64:
+# and for distances alone, without a Gram matrix, in x's float32 or float64:
 #   distances(x [N, D], mask) -> planes; [3] the distances' mean, their number, the scale of the rows; scaled rows
 #   pull(matrix of loss, rows, mean, D) -> the gradient [N, D]
 # Means are over all N rows; rows that do not count hold zeros.
@@ -101,7 +101,7 @@ def _forward(
     """The loss, and the gradient [N, D] in float32 (float64 where the loss is) of its sum weighted by `weight` [N]."""
     student, teacher, mask = tensors
     ops, dtype, kind = _backend.native_ops(student), result_dtype(tensors), _kind(tensors, options)
-    direct = options.op == DISTANCE and _backend.device_kind(student) == "cpu"
+    direct = options.op == DISTANCE
     if direct:
         planes, mean, rows = ops.relational_distances(student.to(dtype), mask)
         targets, *_ = ops.relational_distances(teacher.to(dtype), mask)

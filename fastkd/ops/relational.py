@@ -7,8 +7,8 @@ beta = 1) of the student's value against the teacher's (kernels: csrc/relational
     rkd_angle      loss_j = mean_ik h(cos_ijk),   cos_ijk = <x_i - x_j, x_k - x_j> / (d_ij d_kj), the angle at vertex j
 
 A side no longer than eps * m has cosine 0 with every other. Equal rows have distance 0, and no gradient through it. The
-native kernels build neither [N, N, D] nor [N, N, N]: they take the distances from a Gram matrix in float64, or on the
-CPU, where nothing but distances is wanted, from the differences.
+native kernels build neither [N, N, D] nor [N, N, N]: they take the distances from a Gram matrix in float64, or, where
+nothing but distances is wanted, from the differences.
 """
 
 from __future__ import annotations

@@ -85,6 +85,8 @@ CASES = [
     Case("256 classes", dict(classes=256)),
     Case("257 classes, a block per row", dict(classes=257)),
     Case("1000 classes", dict(classes=1000, networks=4, rows=3)),
+    Case("9000 classes, several vectors of a thread", dict(classes=9000, networks=2, rows=2)),
+    Case("4101 classes, not in whole vectors", dict(classes=4101, networks=2, rows=2)),
     Case("ignored rows", dict(ignored=(0, 3))),
     Case("no labels", dict(labels=False)),
     Case("rounded to ties", dict(rounded=True, rows=40)),
@@ -154,7 +156,7 @@ def test_the_reference_with_soft_labels_is_torchs_cross_entropy():
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("classes", [5, 40, 300, 1000])
+@pytest.mark.parametrize("classes", [5, 40, 300, 1000, 4104])  # the last in whole vectors, also below
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ties_are_broken_as_by_argmax_and_the_first_index(classes, dtype, place, at):
     device = at(place)
@@ -182,7 +184,7 @@ def test_difficult_logits(name, place, at):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("classes", [20, 400])
+@pytest.mark.parametrize("classes", [20, 400, 4104])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_huge_logits_and_masks_by_the_smallest_number(classes, dtype, place, at):
     """A mask of finfo.min must weigh nothing, in the entropy either."""
@@ -200,7 +202,7 @@ def test_huge_logits_and_masks_by_the_smallest_number(classes, dtype, place, at)
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("classes", [40, 300])
+@pytest.mark.parametrize("classes", [40, 300, 4104])
 def test_masked_classes(classes, place, at):
     logits, target = make(5, classes, 2, device=at(place))
     for z in logits:
@@ -217,7 +219,7 @@ def test_masked_classes(classes, place, at):
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("classes", [40, 300])
+@pytest.mark.parametrize("classes", [40, 300, 4104])
 def test_nan_and_infinity_reach_the_statistics_of_their_row_alone(value, classes, place, at):
     logits, target = make(4, classes, 2, device=at(place))
     logits[1][1, 7] = value

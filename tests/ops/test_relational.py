@@ -142,12 +142,12 @@ def test_dtypes_that_differ(name, dtypes, place, at):
     check(FUNCTIONS[name], student.to(dtypes[0]), teacher.to(dtypes[1]))
 
 
+@EVERYWHERE
 @BOTH
 @pytest.mark.parametrize("scale", ["tiny", "huge"])
-def test_the_scale_of_the_embeddings_does_not_matter(name, scale, at):
+def test_the_scale_of_the_embeddings_does_not_matter(name, scale, place, at):
     """In float32 the squares of these would underflow or overflow."""
-    at("cpu")
-    student, teacher = make(16, kind=scale, teacher_kind=scale)
+    student, teacher = make(16, kind=scale, teacher_kind=scale, device=at(place))
     loss, grad = loss_and_grad(FUNCTIONS[name], student, teacher)
     exact, exact_grad = reference(FUNCTIONS[name], student.double(), teacher.double())
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
@@ -167,10 +167,45 @@ def test_rows_so_near_that_their_squared_distance_underflows(place, at):
     torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=1e-6 * float(exact_grad.abs().max()))
 
 
+@EVERYWHERE
+def test_subnormal_rows_are_scaled_up(place, at):
+    """To a magnitude of 1 it would take a power of two beyond the largest number."""
+    student, teacher = (x.mul(8).round() for x in make(12, dtype=torch.float64, device=at(place)))
+    expected = F.rkd_distance(student, teacher)
+    torch.testing.assert_close(F.rkd_distance(student * 2.0**-1060, teacher), expected, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("width", [511, 512, 513, 1100])
 @pytest.mark.parametrize("n", [31, 67, 130])
 def test_distances_of_wide_rows_in_several_blocks(n, width, at):
     check(F.rkd_distance, *make(n, width=width, teacher_width=40, kind="clusters", device=at("cpu")))
+
+
+@pytest.mark.parametrize("place", ["simt", "cuda"])
+@pytest.mark.parametrize("n, width", [(31, 1100), (67, 513), (130, 511)])
+def test_wide_rows_in_several_blocks_and_parts_of_the_cuda_kernels(n, width, place, at):
+    check(F.rkd_distance, *make(n, width=width, teacher_width=40, kind="clusters", device=at(place)))
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("kind", ["near 1e-3", "near 1e-5", "far mean"])
+def test_near_rows_beside_others_in_several_blocks(kind, place, at):
+    """Digits that a Gram matrix in float32 loses, in the distances and in the gradient."""
+    check(F.rkd_distance, *make(90, width=300, teacher_width=20, kind=kind, device=at(place)))
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_columns_are_summed_to_the_last(dtype, place, at):
+    """Beyond 512 the partial sums are added more exactly; a last column that alone tells two rows apart is seen."""
+    device = at(place)
+    student = torch.zeros(3, 1201, dtype=dtype, device=device)
+    student[1, -1], student[2] = 1, 2
+    teacher = torch.eye(3, dtype=dtype, device=device)
+    loss, grad = loss_and_grad(F.rkd_distance, student, teacher)
+    exact, exact_grad = reference(F.rkd_distance, student.double(), teacher.double())
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    assert float((grad.double() - exact_grad).norm() / exact_grad.norm()) <= 1e-6
 
 
 # --- the usual code ---------------------------------------------------------------------------------------------------

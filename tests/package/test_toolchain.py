@@ -70,6 +70,16 @@ def test_an_old_nvcc_builds_what_it_knows_of_the_default(toolchain, monkeypatch,
     assert toolchain.known_architectures(str(old), ["120-real"]) == ["120-real"]
 
 
+def test_the_newest_architectures_are_built_on_request(toolchain, monkeypatch):
+    """By the list that docs/building.md names; all GPUs beyond those of the default take its PTX."""
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert toolchain.architectures() == ["80-real", "90-real", "90-virtual"]
+    (listed,) = re.findall(r'TORCH_CUDA_ARCH_LIST="([^"]*12\.0[^"]*)"', (ROOT / "docs" / "building.md").read_text())
+    named = toolchain.architectures(listed)
+    assert {"100-real", "120-real"} < set(named) and named[-1].endswith("-virtual")
+    assert set(toolchain.architectures()) - {"90-virtual"} < set(named)
+
+
 @pytest.mark.parametrize("text", ["Hopper", "90", "9.0;sm_80", "7.5", "9.0+ptx"])
 def test_bad_architecture_list(toolchain, text):
     with pytest.raises(toolchain.ConfigurationError, match=r"TORCH_CUDA_ARCH_LIST: expected .* got "):
