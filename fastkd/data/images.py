@@ -175,6 +175,12 @@ class ImageSet(Dataset[tuple[Any, int]]):
         other.set_epoch(self.epoch)
         return other
 
+    def plain(self) -> "ImageSet":
+        """The same images as they are: without augmentation, one view."""
+        other = self.with_views(1)
+        other.augmentation = None
+        return other
+
     def set_epoch(self, epoch: int) -> None:
         """The augmentation draws anew for `epoch`."""
         self.epoch = epoch

@@ -45,6 +45,12 @@ def test_image_size_resizes():
     assert torch.corrcoef(torch.stack([small.flatten(), pooled.flatten()]))[0, 1] > 0.95
 
 
+def test_plain_images_are_those_without_augmentation():
+    augmented, plain = (data.load("digits", train_size=30, augment=on) for on in (True, False))
+    assert torch.equal(stacked(augmented.with_views(2).train.plain()), stacked(plain.train))
+    assert augmented.train.augmentation is not None and not torch.equal(stacked(augmented.train), stacked(plain.train))
+
+
 def test_train_size_is_stratified_and_nested():
     sizes = {n: set(data.load("digits", train_size=n, seed=3).train.rows.tolist()) for n in (20, 100, 400)}
     assert [len(rows) for rows in sizes.values()] == [20, 100, 400]
