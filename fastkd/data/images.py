@@ -181,6 +181,12 @@ class ImageSet(Dataset[tuple[Any, int]]):
         other.augmentation = None
         return other
 
+    def with_labels(self, labels: np.ndarray) -> "ImageSet":
+        """The same images with other labels [n]."""
+        other = copy.copy(self)
+        other.labels = labels
+        return other
+
     def set_epoch(self, epoch: int) -> None:
         """The augmentation draws anew for `epoch`."""
         self.epoch = epoch
