@@ -18,7 +18,7 @@ from fastkd.data import sources
 from fastkd.data.description import describe
 from fastkd.data.images import BadImages, ImageSet
 from fastkd.data.kept_images import keep
-from fastkd.data.seeding import check_seed, stratified_order
+from fastkd.data.seeding import check_seed, noisy_labels, stratified_order
 from fastkd.data.sources import Source, Split
 
 _SOURCES = {
@@ -99,6 +99,7 @@ def load(
     views: int = 1,
     bad_images: BadImages = "error",
     variants: int = 0,
+    label_noise: float = 0.0,
     note: Callable[[str], None] = warnings.warn,
     keep_images: bool = False,
     **options: Any,
@@ -121,6 +122,8 @@ def load(
                 (`loader` says more)
     variants    0: each epoch augments the images anew; K: the epochs cycle through K augmentations, epoch e has that
                 of epoch e % K
+    label_noise probability with which a training image has the label of another class, drawn by `seed`, the same in
+                every epoch; validation and test images keep theirs
     note        told in a sentence what an imagefolder or tiny-imagenet holds and is not used: hidden files and folders,
                 files that do not end as images do, links to a folder that they stand in
     keep_images image files cut to fewer than 96 pixels are decoded once and stay in memory (in each worker, for a pass)
@@ -142,6 +145,8 @@ def load(
         raise ValueError(f"load: bad_images must be 'error' or 'skip', got {bad_images!r}")
     if isinstance(variants, bool) or not isinstance(variants, int) or variants < 0:
         raise ValueError(f"load: variants must be an integer of at least 0, got {variants!r}")
+    if isinstance(label_noise, bool) or not isinstance(label_noise, int | float) or not 0 <= label_noise < 1:
+        raise ValueError(f"load: label_noise must be a probability from 0 to below 1, got {label_noise!r}")
     source = _source(name, Path(root).expanduser(), download, image_size, bad_images, options)
     if source.left_out:
         note(source.left_out)
@@ -153,8 +158,12 @@ def load(
         return ImageSet(part.store, part.labels, part.rows, source.image_size, source.mean, source.std, **extra)
 
     change = source.augmentation if augment else None
+    images = make(train, augmentation=change, views=views, seed=seed, variants=variants)
+    if label_noise:
+        found = noisy_labels(images.store_labels, label_noise, len(source.classes), seed)
+        images = images.with_labels(found[images.rows])
     return Data(
-        train=make(train, augmentation=change, views=views, seed=seed, variants=variants),
+        train=images,
         validation=None if held_out is None else make(held_out),
         test=make(source.test),
         num_classes=len(source.classes),

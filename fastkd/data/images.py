@@ -175,6 +175,18 @@ class ImageSet(Dataset[tuple[Any, int]]):
         other.set_epoch(self.epoch)
         return other
 
+    def plain(self) -> "ImageSet":
+        """The same images as they are: without augmentation, one view."""
+        other = self.with_views(1)
+        other.augmentation = None
+        return other
+
+    def with_labels(self, labels: np.ndarray) -> "ImageSet":
+        """The same images with other labels [n]."""
+        other = copy.copy(self)
+        other.labels = labels
+        return other
+
     def set_epoch(self, epoch: int) -> None:
         """The augmentation draws anew for `epoch`."""
         self.epoch = epoch

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-SPLIT, SHUFFLE, AUGMENT, FAKE, WORKERS = range(5)
+SPLIT, SHUFFLE, AUGMENT, FAKE, WORKERS, NOISE = range(6)
 
 
 def stream(seed: int, purpose: int, *key: int) -> np.random.Generator:
@@ -27,3 +27,14 @@ def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
         of_class = np.flatnonzero(labels[shuffled] == label)
         place[of_class] = (np.arange(len(of_class)) + 0.5) / len(of_class)
     return shuffled[np.argsort(place, kind="stable")]
+
+
+def noisy_labels(labels: np.ndarray, share: float, classes: int, seed: int) -> np.ndarray:
+    """Labels [N] of which each is, with probability `share`, one of the other classes, each as likely.
+
+    An image's label depends on seed, share and its place alone. What is wrong at one share is wrong, and the same, at
+    each larger one.
+    """
+    draws = stream(seed, NOISE).random((len(labels), 2))
+    other = (labels + 1 + (draws[:, 1] * (classes - 1)).astype(labels.dtype)) % classes
+    return np.where(draws[:, 0] < share, other, labels)

@@ -89,13 +89,13 @@ class ORC(Method):
         rank_by: "ce" | "accuracy" | "top5", who is best on the batch. "ce" (C). "fixed": the temporary teachers are
             students[1] .. students[k] in every iteration, the paper's ablation without role change; which they are is
             ours (C): with the command line's order the largest networks.
-        intensive: who is trained by intensive teaching. "pivot" (S) | "group": the whole teacher group, as the abstract
+        intensive: who is trained by intensive teaching. "pivot" (P) | "group": the whole teacher group, as the abstract
             has it (P): the pivot and the temporary teachers, each by the same loss.
         teach: which of "intensive", "private", "group" take place, in the paper's order whatever the order here. All
-            (P). A teaching that is left out updates nothing and has no phase: the paper's ablation.
+            (S). A teaching that is left out updates nothing and has no phase: the paper's ablation.
         combine: how private and group teaching take their teachers: "each" by a KD_T of its own (S), or the "mean" of
             their logits by one KD_T of weight b (C), the paper's ablation.
-        mix: what intensive teaching shows: the "mixup" of batch and feedback (P), "feedback" alone, CE(PT(x_F), y_F),
+        mix: what intensive teaching shows: the "mixup" of batch and feedback (S), "feedback" alone, CE(PT(x_F), y_F),
             or the "batch" alone, CE(PT(x_t), y_t): the paper's ablation.
         errors_only: only misclassified samples are feedback, the abstract's "error samples"; a network without one
             leaves its share to the others, and where no network has one, the highest CEs are taken. True (P). False:

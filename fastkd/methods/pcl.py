@@ -15,7 +15,7 @@ class PCL(DKEL):
         L = CE(z_e) + sum_j [ CE(z_j) + w * KD(z_j, z_e) + w * mean over k != j of KD(z_j, t_k) ]
 
     The teacher starts as a copy of the student and averages with a = min(1 - 1 / (g + 1), momentum) after step g, so
-    that it is the student after the first one (P). `initialise` does nothing.
+    that it is the student after the first one (S). `initialise` does nothing.
 
     >>> student = fastkd.models.branched("plain2", 10, branches=2, image_size=8)
     >>> method = fastkd.methods.PCL(student)

@@ -11,7 +11,7 @@ from fastkd._core.messages import UserError, guess
 from fastkd.runs import dkel_analyses, feed_analyses
 from fastkd.runs.ablations import ABLATIONS
 from fastkd.runs.diversity import diversity
-from fastkd.runs.folder import Run, read
+from fastkd.runs.folder import read
 from fastkd.runs.revisit import runs_by
 from fastkd.runs.roles import roles
 
@@ -30,18 +30,14 @@ class Analysis:
     methods: tuple[str, ...] = ()
 
 
-def _roles(runs: list[Run], out: Path) -> list[Path]:
-    return roles(runs[0], out)
-
-
 ANALYSES = {
     "diversity": Analysis(
         "how alike a run's networks are: distance, common errors, homogeneity, collapse (best: train --diversity)",
         diversity,
     ),
     "roles": Analysis(
-        "of a run of orc: who was promoted in each epoch, and what the three teachings leave to learn",
-        _roles,
+        "of runs of orc: who was promoted in each epoch, and the effect of intensive teaching on the hard samples",
+        roles,
         methods=("orc",),
     ),
     "reconstruction": Analysis(

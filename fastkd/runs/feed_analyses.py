@@ -39,7 +39,7 @@ class Member(NamedTuple):
 
 def members(again: Revisited) -> Iterator[Member]:
     """The networks of a run of ce or FEED that have the student's architecture, the student last."""
-    method = again.run.options["method"]
+    method = again.runner.config.method
     chain = method in ("feed-sequential", "ban")
     for number, (name, result) in enumerate(again.earlier.items(), 1):
         yield Member(f"sequential, generation {number}" if chain else "alone", name, result)
@@ -67,10 +67,13 @@ def restored(network: nn.Module, again: Revisited) -> tuple[float, float]:
 def reconstruction(runs: list[Run], out: Path) -> list[Path]:
     """The errors of all networks alone, of parallel and of sequential FEED, in these runs."""
     rows: list[list[Any]] = []
+    known: dict[Path, tuple[float, float]] = {}  # a first generation may be a teacher of parallel FEED, too
     for run in runs:
         with revisited(run) as again:
             for how, name, result in each(list(members(again)), f"reconstruction {run.folder}"):
-                errors = restored(result.network, again)
+                errors = known.get(result.folder or Path()) or restored(result.network, again)
+                if result.folder is not None:  # that of a student is
+                    known[result.folder] = errors
                 rows.append([run.folder.name, run.options["seed"], how, name, *errors, final(result)])
     rows.sort(key=lambda row: (row[2], row[1]))
     header = ["run", "seed", "trained", "network", "absolute_error", "relative_error", "test_accuracy"]

@@ -64,6 +64,8 @@ def data_text(config: Settings, data: Data) -> str:
     augmented = "augmented" if config.augment else "not augmented"
     if config.augment and config.variants:
         augmented += f" in {config.variants} variants"
+    if config.label_noise:
+        augmented += f", each with probability {config.label_noise:g} under a wrong label"
     size = f"{data.channels}x{data.image_size}x{data.image_size}"
     return f"{config.data}: {', '.join(parts)}, {data.num_classes} classes, {size} pixels, training images {augmented}."
 

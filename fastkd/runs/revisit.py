@@ -83,13 +83,19 @@ def revisited(run: Run) -> Iterator[Revisited]:
         yield Revisited(run)
 
 
+def method_of(run: Run) -> str:
+    """The method that trained it; of an ablation, whose runs have labels, the label's method."""
+    return job_of(run).config.method if run.options.get("ablate") else str(run.options["method"])
+
+
 def runs_by(runs: list[Run], methods: tuple[str, ...], analysis: str) -> list[Run]:
     """Those of a method that an analysis is for; UserError where there is none, with the command that makes one."""
-    found = [run for run in runs if run.options["method"] in methods]
+    found = [run for run in runs if method_of(run) in methods]
     if found:
         return found
     names, more = " or ".join(methods), f"fastkd train --method {methods[0]} --out DIR makes one"
-    if compared := runs[0].options.get("methods"):
+    compared = runs[0].options.get("methods")
+    if compared and not runs[0].options.get("ablate"):
         out = runs[0].folder.parents[1]
         more = f"fastkd compare --methods {','.join([*compared, methods[0]])} --out {out} --resume adds one"
     raise UserError(f"{analysis} is of a run of {names}, got runs of others alone: {more}")

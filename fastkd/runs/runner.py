@@ -90,6 +90,7 @@ def load_data(config: TrainConfig, note: Callable[[str], None] = note) -> datase
         "augment": config.augment,
         "bad_images": config.bad_images,
         "variants": config.variants,
+        "label_noise": config.label_noise,
         "keep_images": config.keep_images,
     }
     if config.data in _FIXED:

@@ -41,6 +41,13 @@ def held_out_batches(data: Data, settings: Settings, world: World = ALONE) -> di
     }
 
 
+def plain_batches(data: Data, settings: Settings) -> Loader:
+    """The training images as they are, without augmentation, in their order."""
+    images: Any = data.train  # a data set of fastkd.data
+    size = max(_batch_size(data, settings), 256)
+    return loader(images.plain(), size, shuffle=False, workers=settings.workers)
+
+
 def _batch_size(data: Data, settings: Settings) -> int:
     images: Any = data.train
     return min(settings.batch_size, len(images))

@@ -23,6 +23,7 @@ class DataOptions:
         image_size: resize images to this many pixels; default the data's own size
         augment: augment the training images (shift, mirror, crop)
         variants: augmentations of each image through which the epochs cycle; 0: each epoch has its own
+        label_noise: probability with which a training image has the label of another class, the same one in every epoch
         workers: processes that load images; data in memory needs none
         bad_images: a file that cannot be read stops the run (error), or is counted, named and left out (skip)
         keep_images: image files cut to fewer than 96 pixels are decoded once and stay in memory; without workers
@@ -36,6 +37,7 @@ class DataOptions:
     image_size: int | None = option(None, "data", least=1)
     augment: bool = option(True, "data")
     variants: int = option(0, "data", least=0, later=True, needs="augment")
+    label_noise: float = option(0.0, "data", least=0, later=True)
     workers: int = option(0, "free", least=0)
     bad_images: Literal["error", "skip"] = option("error", "free")
     keep_images: bool = option(False, "free")
@@ -174,6 +176,8 @@ def _check_values(config: Settings) -> None:
         raise UserError(
             f"--validation must be a fraction from 0 to below 1 or a number of images, got {config.validation!r}"
         )
+    if config.label_noise >= 1:
+        raise UserError(f"--label-noise must be a probability from 0 to below 1, got {config.label_noise!r}")
     if config.keep_images and config.workers:
         raise UserError(f"--keep-images needs --workers 0, got {config.workers}: workers forget after each epoch")
     if isinstance(config.timeout, bool) or not isinstance(config.timeout, int | float) or not 0 < config.timeout < 1e9:

@@ -45,12 +45,50 @@ def test_image_size_resizes():
     assert torch.corrcoef(torch.stack([small.flatten(), pooled.flatten()]))[0, 1] > 0.95
 
 
+def test_plain_images_are_those_without_augmentation():
+    augmented, plain = (data.load("digits", train_size=30, augment=on) for on in (True, False))
+    assert torch.equal(stacked(augmented.with_views(2).train.plain()), stacked(plain.train))
+    assert augmented.train.augmentation is not None and not torch.equal(stacked(augmented.train), stacked(plain.train))
+
+
 def test_train_size_is_stratified_and_nested():
     sizes = {n: set(data.load("digits", train_size=n, seed=3).train.rows.tolist()) for n in (20, 100, 400)}
     assert [len(rows) for rows in sizes.values()] == [20, 100, 400]
     assert sizes[20] < sizes[100] < sizes[400]
     counts = np.bincount(data.load("digits", train_size=100, seed=3).train.labels)
     assert counts.min() >= 9 and counts.max() <= 11
+
+
+def test_label_noise_is_the_share_asked_for_and_each_other_class_as_likely():
+    clean, noisy = (data.load("digits", seed=5, label_noise=share).train for share in (0.0, 0.4))
+    wrong = clean.labels != noisy.labels
+    assert abs(wrong.mean() - 0.4) < 4 * (0.24 / 1258) ** 0.5  # four standard deviations
+    steps = np.bincount((noisy.labels - clean.labels)[wrong] % 10, minlength=10)
+    assert steps[0] == 0 and abs(steps[1:] / wrong.sum() - 1 / 9).max() < 4 * (8 / 81 / wrong.sum()) ** 0.5
+    assert torch.equal(stacked(clean.plain()), stacked(noisy.plain()))
+    assert labels_of(noisy) == noisy.labels.tolist() == labels_of(noisy.with_views(2)) == labels_of(noisy.plain())
+
+
+def test_label_noise_is_of_the_training_images_and_of_the_seed_alone():
+    clean, noisy = (data.load("digits", seed=5, validation=100, label_noise=share) for share in (0.0, 0.3))
+    for part in ("validation", "test"):
+        assert np.array_equal(getattr(clean, part).labels, getattr(noisy, part).labels)
+    few = data.load("digits", seed=5, validation=100, label_noise=0.3, train_size=200).train
+    of_image = dict(zip(noisy.train.rows.tolist(), noisy.train.labels.tolist(), strict=True))
+    assert [of_image[row] for row in few.rows.tolist()] == few.labels.tolist()
+    other = data.load("digits", seed=6, label_noise=0.3).train
+    assert (other.labels != data.load("digits", seed=5, label_noise=0.3).train.labels).any()
+    assert clean.description != noisy.description
+    assert clean.description == data.load("digits", seed=5, validation=100).description
+    more = data.load("digits", seed=5, validation=100, label_noise=0.6).train.labels
+    wrong = noisy.train.labels != clean.train.labels
+    assert (more[wrong] == noisy.train.labels[wrong]).all() and (more != clean.train.labels).sum() > wrong.sum()
+
+
+@pytest.mark.parametrize("share", [1, -0.1, True, "0.1", float("nan")])
+def test_label_noise_is_a_probability(share):
+    with pytest.raises(ValueError, match=r"^load: label_noise must be a probability from 0 to below 1, got "):
+        data.load("digits", label_noise=share)
 
 
 @pytest.mark.parametrize("validation, count", [(0.1, 126), (200, 200)])

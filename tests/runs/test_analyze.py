@@ -1,5 +1,6 @@
 """`fastkd analyze`: the closed form against the simulation, what the three starts do, and the files that come out."""
 
+import csv
 import math
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 
 from fastkd.cli import main
 from fastkd.runs.dkel_analyses import STARTS, System, closed_form, diversity, monte_carlo, simulate, starting_points
+from fastkd.runs.folder import read
+from fastkd.runs.revisit import revisited
+from fastkd.runs.roles import Effect
 from fastkd.train.metrics import read_csv
 
 
@@ -69,6 +73,50 @@ def test_quantiles_are_those_of_the_runs_and_a_seed_repeats_them(tmp_path):
 
 
 SMALL = "--train-size 60 --teacher plain2:width=0.25 --assistants plain2:width=0.125 --student plain2:width=0.0625"
+
+
+def effects(folder):
+    with open(folder / "roles-hard.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert tuple(header) == Effect._fields
+    return [Effect(r[0], int(r[1]), *r[2:4], int(r[4]), *map(float, r[5:])) for r in rows]
+
+
+def test_the_pivot_without_intensive_teaching_gains_nothing(tmp_path):
+    """The identity of the measure: what is measured is that teaching's effect alone."""
+    run = tmp_path / "orc"
+    argv = ["--method", "orc", "--epochs", "1", "--quiet", "--out", str(run), *SMALL.split()]
+    assert main(["train", *argv, "--options.teach", "[private, group]"]) == 0
+    assert main(["analyze", "roles", str(run), "--out", str(tmp_path / "roles")]) == 0
+    found = effects(tmp_path / "roles")
+    assert len(found) == 4
+    assert all((e.loss, e.accuracy) == (e.loss_before, e.accuracy_before) for e in found if e.number)
+
+
+def test_hard_samples_are_those_that_a_network_of_the_group_gets_wrong(tmp_path):
+    run = tmp_path / "orc"
+    options = "--teacher plain2:width=0.25 --assistants plain2:width=0.25 --student plain2:width=0.25 --train-size 200"
+    argv = ["--method", "orc", "--epochs", "6", "--keep", "2", "--quiet", "--out", str(run), *options.split()]
+    assert main(["train", *argv]) == 0
+    assert main(["analyze", "roles", str(run), "--out", str(tmp_path / "roles")]) == 0
+    found = effects(tmp_path / "roles")
+    assert [(e.epoch, e.images, e.samples) for e in found] == [
+        (epoch, images, samples) for epoch in (5, 6) for images in ("train", "test") for samples in ("hard", "others")
+    ]
+    (one,) = read(run)
+    with revisited(one) as again:
+        method, data = again.fit(6).method.eval(), again.runner.data
+        before = again.earlier["teacher"].network.eval()
+    images = (data.train.store.images[torch.from_numpy(data.train.rows)] - data.train.mean) / data.train.std
+    labels = torch.from_numpy(data.train.labels)
+    with torch.no_grad():
+        hard = torch.stack([student(images).argmax(1) != labels for student in method.students]).any(0)
+        now, then = (network(images)[hard].double() for network in (method.pivot, before))
+    loss, loss_before = (torch.nn.functional.cross_entropy(z, labels[hard]).item() for z in (now, then))
+    (effect,) = [e for e in found if (e.epoch, e.images, e.samples) == (6, "train", "hard")]
+    assert effect.number == hard.sum() and 0 < effect.number < 200 and loss != loss_before
+    assert (effect.loss, effect.loss_before) == pytest.approx((loss, loss_before), rel=1e-5)
+    assert effect.accuracy == pytest.approx((now.argmax(1) == labels[hard]).double().mean().item())
 
 
 def test_roles_of_a_run_of_orc(tmp_path, capsys):

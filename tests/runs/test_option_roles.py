@@ -39,7 +39,12 @@ def test_an_option_of_both_commands_has_one_role():
 def test_what_is_free_and_what_is_in_a_key():
     assert {name for name, how in OPTIONS.items() if how.role == "free"} == FREE
     assert set(determining(TrainConfig(method="ce"))) == KEY
-    assert {name for name, how in OPTIONS.items() if how.later} == {"variants", "logits_dtype", "sync_batch_norm"}
+    assert {name for name, how in OPTIONS.items() if how.later} == {
+        "variants",
+        "label_noise",
+        "logits_dtype",
+        "sync_batch_norm",
+    }
 
 
 def other(name):
@@ -48,6 +53,7 @@ def other(name):
     if get_origin(kind) is Literal:
         return next(choice for choice in get_args(kind) if choice != value)
     special = {"data": "fake", "device": "auto", "momentum": 0.5, "validation": 0.25, "image_size": 16}
+    special |= {"label_noise": 0.25}
     special |= {"milestones": [0.25], "nesterov": True, "channels_last": True, "prepare_teachers": True}
     if name in special:
         return special[name]

@@ -69,8 +69,12 @@ def test_every_analysis_of_a_comparison_that_has_moved(compared, tmp_path, capsy
         assert main(["analyze", name, str(moved), "--out", str(tmp_path / "out")]) == 0
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
     assert main(["analyze", "roles", str(moved), "--out", str(tmp_path / "out")]) == 2
-    command = "--methods ce,dkel,feed-parallel,feed-sequential,orc"
-    assert command in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "--methods ce,dkel,feed-parallel,feed-sequential,orc" in said
+    command = said.partition("fastkd compare ")[2].partition(" adds one")[0]
+    assert main(["compare", *command.split()]) == 0  # no option of the first command is needed again
+    assert main(["analyze", "roles", str(moved), "--out", str(tmp_path / "out")]) == 0
+    assert {row["run"] for row in rows_of(tmp_path / "out" / "roles-hard.csv")} == {"orc-seed0", "orc-seed1"}
     rows = rows_of(tmp_path / "out" / "diversity.csv")
     assert {row["run"] for row in rows} == {"dkel-seed0", "feed-parallel-seed0", "feed-sequential-seed0"}
     kinds = {row["trained"] for row in rows_of(tmp_path / "out" / "reconstruction.csv")}
@@ -92,6 +96,29 @@ def test_generations_are_those_of_the_log(compared, tmp_path):
         assert float(rows[3 * number + 2]["gain_over_first"]) == pytest.approx(last - first)
         cached = read_csv(next((compared / "cache").glob("copy2-*")) / "metrics.csv")
         assert any(value == pytest.approx(cached[-1]["test_accuracy"]) for value in accuracies)
+
+
+def test_a_network_of_two_runs_is_restored_once(compared, tmp_path, monkeypatch):
+    """The first generation is the first teacher of parallel FEED, in the cache."""
+    seen = []
+    monkeypatch.setattr(feed_analyses, "restored", lambda network, again: seen.append(network) or (1.0, len(seen)))
+    feed_analyses.reconstruction([run for run in read(compared) if "feed" in run.options["method"]], tmp_path)
+    rows = rows_of(tmp_path / "reconstruction.csv")
+    assert len(rows) == 2 * (3 + 3) and len(seen) == 2 * (3 + 2)
+    errors = {(row["seed"], row["network"]): row["relative_error"] for row in rows}
+    assert all(errors[seed, "teacher1"] == errors[seed, "generation1"] for seed in "01")
+
+
+def test_the_runs_of_an_ablation_are_analysed_by_their_methods(tmp_path, capsys):
+    """Their names are the rows of the ablation, not methods."""
+    options = SIZES | dict(train_size=60, epochs=1, guide_epochs=1, own_epochs=1, generations=2)
+    out = tmp_path / "ablation"
+    methods = ["ce", "generations-2"]
+    compare(CompareConfig(ablate="feed-sequential", methods=methods, seeds=[0], out=str(out), **options), "")
+    assert main(["analyze", "generations", str(out), "--out", str(tmp_path / "out")]) == 0
+    assert [row["generation"] for row in rows_of(tmp_path / "out" / "generations.csv")] == ["1", "2"]
+    assert main(["analyze", "roles", str(out), "--out", str(tmp_path / "out")]) == 2
+    assert "fastkd train --method orc --out DIR makes one" in capsys.readouterr().err
 
 
 def test_reconstruction_leaves_the_network_as_it_is_and_repeats(compared):
