@@ -39,7 +39,12 @@ def test_an_option_of_both_commands_has_one_role():
 def test_what_is_free_and_what_is_in_a_key():
     assert {name for name, how in OPTIONS.items() if how.role == "free"} == FREE
     assert set(determining(TrainConfig(method="ce"))) == KEY
-    assert {name for name, how in OPTIONS.items() if how.later} == {"variants", "logits_dtype", "sync_batch_norm"}
+    assert {name for name, how in OPTIONS.items() if how.later} == {
+        "variants",
+        "logits_dtype",
+        "logits_topk",
+        "sync_batch_norm",
+    }
 
 
 def other(name):
