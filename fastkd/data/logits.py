@@ -1,7 +1,8 @@
 """What frozen networks say of the images of a data set, kept on disk: each image is shown to each network once.
 
     FOLDER/<key>/meta.json          what the key was made of, and the form of the logits
-    FOLDER/<key>/v0003.npy          logits [N, C] of the images in augmentation 3, float32 or float16
+    FOLDER/<key>/v0003.npy          logits [N, C] of the images in augmentation 3, float32 or float16; or rows [N] of
+                                    the k likeliest classes: ids, log_probs, log_tail
     FOLDER/<key>/v0003.check.npy    uint32 [N]: the check of each row, 0 for one that is not there
 
 The key changes with the network's weights and with all that the pixels depend on, so that runs share a folder.
@@ -25,21 +26,20 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastkd.data._logit_rows import FLOATS, DType, Form, form_of
 from fastkd.data.images import ImageSet
+from fastkd.ops.topk import TopK
 
 FORMAT = 1
-# (name of a network, rows of the batch, what runs it on them) -> its logits of these rows
-Taught = Callable[[str, slice, Callable[[], Tensor]], Tensor]
-DType = Literal["float32", "float16"]
-DTYPES: dict[DType, Any] = {"float32": np.float32, "float16": np.float16}
+# (name of a network, rows of the batch, what runs it on them) -> its logits of these rows, or what is kept of them
+Taught = Callable[[str, slice, Callable[[], Tensor]], Tensor | TopK]
 META = "meta.json"
-_FLOATS = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
 
 
 def identify(images: ImageSet, networks: Mapping[str, nn.Module], **more: Any) -> dict[str, dict[str, Any]]:
@@ -96,13 +96,17 @@ class LogitsCache:
         networks: name -> network in eval mode whose logits are float [B, C]; they are not run here and must not change.
         classes: C.
         dtype: "float32", exact for all but float64, or "float16" for half the room: 11 bits, up to 65504.
+        topk: k, to keep of each row its k likeliest classes alone, 6 k + 4 bytes: int32 ids, float16 log-probabilities,
+            and in float32 that of all other classes together, by their sum. `taught` then gives `fastkd.TopK` of mode
+            "tail", for methods whose `no_topk` is "". None: all logits.
         device: of the logits that are given.
         identity: what `identify(images, networks)` gave; given by the first of several processes to the others.
         note: told in a sentence of files that cannot be used and are made anew.
 
-    Errors: ValueError for images of several views, a data set that is not from `fastkd.data`, another dtype; for logits
-    that are not [B, C] or that float16 cannot hold; for a folder of other networks or images under this key. OSError
-    where a file cannot be written, as on a full disk: what was written before is whole.
+    Errors: ValueError for images of several views, a data set that is not from `fastkd.data`, another dtype, a topk
+    that is not in 1 .. C or beside float16; for logits that are not [B, C] or that float16 cannot hold; for a folder of
+    other networks or images under this key. OSError where a file cannot be written, as on a full disk: what was written
+    before is whole.
 
     Attributes:
         read, computed: rows (of all networks) that were read, and that networks were run for.
@@ -116,6 +120,7 @@ class LogitsCache:
         *,
         classes: int,
         dtype: DType = "float32",
+        topk: int | None = None,
         device: torch.device | str = "cpu",
         identity: Mapping[str, Mapping[str, Any]] | None = None,
         note: Callable[[str], None] = lambda text: None,
@@ -125,14 +130,12 @@ class LogitsCache:
             raise ValueError(f"LogitsCache: images must be a data set of fastkd.data, whose pixels it knows, got {got}")
         if images.views > 1:
             raise ValueError(f"LogitsCache: images must have one view each, got {images.views} views")
-        if dtype not in DTYPES:
-            raise ValueError(f"LogitsCache: dtype must be 'float32' or 'float16', got {dtype!r}")
-        self.images, self.device, self.dtype = images, torch.device(device), dtype
-        shape = len(images), classes
+        self.images, self.device = images, torch.device(device)
+        self.form = form_of(classes, dtype, topk)
+        facts = {"shape": [len(images), classes], **self.form.facts}
         identity = identify(images, networks) if identity is None else identity
         self.networks = {
-            name: _Network(Path(folder), {"shape": list(shape), "dtype": dtype, **identity[name]}, shape, dtype, note)
-            for name in networks
+            name: _Network(Path(folder), {**facts, **identity[name]}, len(images), self.form, note) for name in networks
         }
         self.read = self.computed = 0
 
@@ -140,12 +143,12 @@ class LogitsCache:
         """For `Method.phases(..., taught=)`: what hands out the logits of a batch, and runs networks for what is new.
 
         Args:
-            rows: int64 [B], the images of the batch, `Loader.rows`; -1 counts nowhere and gets zeros.
+            rows: int64 [B], the images of the batch, `Loader.rows`; -1 counts nowhere and gets zeros, or no entry.
             variant: their augmentation; None for the present one of the images, as while a loader goes over them.
         """
         variant = self.images.variant if variant is None else variant
 
-        def logits(name: str, part: slice, run: Callable[[], Tensor]) -> Tensor:
+        def logits(name: str, part: slice, run: Callable[[], Tensor]) -> Tensor | TopK:
             network, wanted = self.networks[name], rows[part]
             values, there = network.get(variant, wanted)
             new = int((~there).sum())
@@ -153,7 +156,7 @@ class LogitsCache:
                 values = network.put(variant, wanted, run().detach())
             self.computed += new
             self.read += int((wanted >= 0).sum()) - new
-            return torch.from_numpy(values).to(self.device, network.given, non_blocking=True)
+            return self.form.given(values, wanted >= 0, self.device, network.given)
 
         return logits
 
@@ -167,9 +170,15 @@ class _Network:
     """The files of one network."""
 
     def __init__(
-        self, folder: Path, facts: dict[str, Any], shape: tuple[int, int], dtype: DType, note: Callable[[str], None]
+        self,
+        folder: Path,
+        facts: dict[str, Any],
+        count: int,
+        form: Form,
+        note: Callable[[str], None],
     ):
-        self.facts, self.shape, self.dtype, self.note = facts, shape, np.dtype(DTYPES[dtype]), note
+        self.facts, self.form, self.note = facts, form, note
+        self.shape, self.dtype = (count, *form.shape), form.dtype  # of the file
         self.key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = folder / self.key
         self.given: torch.dtype | None = None  # of what the network gives; None while nothing is kept
@@ -177,10 +186,10 @@ class _Network:
         self._find()
 
     def get(self, variant: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Logits [B, C] of these rows, and bool [B]: which of them are there. Rows of -1 are, and are 0."""
+        """What is kept of these rows, and bool [B]: which of them are there. Rows of -1 are, and are 0."""
         counts = rows >= 0
         if not self._map(variant):
-            return np.zeros((len(rows), self.shape[1]), self.dtype), ~counts
+            return np.zeros((len(rows), *self.form.shape), self.dtype), ~counts
         assert self._open is not None
         data, checks = (np.asarray(mapped) for mapped in self._open[1:])  # plain arrays are faster
         values = data[rows]  # a copy
@@ -189,8 +198,8 @@ class _Network:
         return values, there
 
     def put(self, variant: int, rows: np.ndarray, logits: Tensor) -> np.ndarray:
-        """Keep what the network says of these rows, those that are there excepted; the logits [B, C] that are kept."""
-        given, values = logits.dtype, self._as_kept(logits, len(rows))
+        """Keep what the network says of these rows, those that are there excepted; what is kept of all B."""
+        given, values = logits.dtype, self.form.kept(logits, len(rows))
         with self._lock():
             self._keep_meta(given)
             if not self._map(variant):
@@ -204,26 +213,14 @@ class _Network:
         return kept
 
     def size(self, variants: Sequence[int]) -> tuple[int, int]:
-        count, classes = self.shape
-        whole = len(variants) * count * (classes * self.dtype.itemsize + 4)
+        count = self.shape[0]
+        whole = len(variants) * count * (math.prod(self.form.shape) * self.dtype.itemsize + 4)
         there = 0
         for path in (self._path(variant, suffix) for variant in variants for suffix in ("", ".check")):
             with contextlib.suppress(OSError):
                 found = os.stat(path)
                 there += min(found.st_size, 512 * getattr(found, "st_blocks", found.st_size))  # they have holes
         return whole, min(whole, there)
-
-    def _as_kept(self, logits: Tensor, count: int) -> np.ndarray:
-        if logits.shape != (count, self.shape[1]) or str(logits.dtype) not in _FLOATS:
-            got = f"{logits.dtype} {list(logits.shape)}"
-            raise ValueError(f"LogitsCache: logits must be floating-point [{count}, {self.shape[1]}], got {got}")
-        values = logits.float().cpu().numpy()
-        with np.errstate(over="ignore"):
-            kept = np.ascontiguousarray(values, dtype=self.dtype)
-        if kept.dtype != values.dtype and (np.isinf(kept) & ~np.isinf(values)).any():
-            largest = float(np.abs(values[np.isfinite(values)]).max())
-            raise ValueError(f"LogitsCache: float16 cannot hold the logit {largest:g}: keep them as float32")
-        return kept
 
     def _path(self, variant: int, suffix: str = "") -> Path:
         return self.folder / f"v{variant:04d}{suffix}.npy"
@@ -246,7 +243,7 @@ class _Network:
         path = self.folder / META
         try:
             meta = json.loads(path.read_text())
-            facts, given = meta["facts"], _FLOATS[meta["given"]]
+            facts, given = meta["facts"], FLOATS[meta["given"]]
         except FileNotFoundError:
             return
         except (ValueError, KeyError, TypeError):
@@ -316,7 +313,9 @@ def _checks(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def _holes(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> None:
     """An .npy file of zeros that takes no room."""
-    np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    )
     file.truncate(file.tell() + math.prod(shape) * dtype.itemsize)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,10 +12,11 @@ from torch import Tensor
 from fastkd._core.checks import check_integer
 from fastkd._core.labels import counted
 from fastkd._core.messages import wrong_type, wrong_value
+from fastkd.ops.topk import TopK
 
 Share = tuple[Tensor | int, Tensor | int]
-# (name of a frozen network, its rows of the batch, what runs it on them) -> its logits of these rows
-Taught = Callable[[str, slice, Callable[[], Tensor]], Tensor]
+# (name of a frozen network, its rows of the batch, what runs it on them) -> its logits of these rows, or k classes
+Taught = Callable[[str, slice, Callable[[], Tensor]], Tensor | TopK]
 
 
 class Batch:
@@ -91,6 +93,14 @@ class Batch:
         count, total = share
         dtype = torch.promote_types(loss.dtype, torch.float32)
         return (loss.to(dtype) * count / total).to(loss.dtype)
+
+
+def rows_of(known: Tensor | TopK, rows: slice) -> Tensor | TopK:
+    """These rows of what is known of a batch."""
+    if isinstance(known, Tensor):
+        return known[rows]
+    log_probs, tail = (None if part is None else part[rows] for part in (known.log_probs, known.tail_log_prob))
+    return dataclasses.replace(known, ids=known.ids[rows], log_probs=log_probs, tail_log_prob=tail)
 
 
 def map_tree(function: Callable[..., Any], tree: Any, *others: Any) -> Any:

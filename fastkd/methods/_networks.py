@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastkd._core.messages import wrong_type
+from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.methods._batch import Batch
 from fastkd.methods._calls import GivesLogits, as_argument, call_network, has_auxiliary_heads, logits_from, logits_in
 from fastkd.methods._checks import check_apart, check_network, check_networks, is_sequence
 from fastkd.methods._features import giving_outputs
 from fastkd.methods._twins import Twin
 from fastkd.models import prepared
+from fastkd.ops.topk import TopK
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -104,6 +105,14 @@ class Networks(nn.Module):
         """A learning network ("student", "students.0", ...) as it is run: wrapped by `map_learners`."""
         return self._wrapped[name] if name in self._wrapped else self.get_submodule(name)
 
+    @property
+    def no_topk(self) -> str:
+        """For subclasses: why `taught` cannot be `fastkd.TopK` of mode "tail", in a clause; "" where it can.
+
+        Where it can, the losses ask for it by `taught_logits_or_topk`.
+        """
+        return "its loss reads the logits of all classes"
+
     @torch.no_grad()
     def teach(self, network: nn.Module, inputs: Any, run: Callable[[nn.Module, Any], Any] | None = None) -> Any:
         """The output of a frozen network for `inputs`, or `run(network, inputs)`: in eval mode and without a graph.
@@ -118,7 +127,10 @@ class Networks(nn.Module):
             name = next((name for name in self.frozen_names if self.get_submodule(name) is network), None)
             if inputs is of_part and name is not None:  # other inputs than the batch's are not known
                 about = inputs, self._name(), as_argument(name)
-                return known.taught(name, rows, lambda: logits_from(self._as_run(network)[0], *about))
+                said = known.taught(name, rows, lambda: logits_from(self._as_run(network)[0], *about))
+                if isinstance(said, TopK) and self.no_topk:
+                    raise wrong_value(self._name(), "taught", f"logits of all classes ({self.no_topk})", "a TopK")
+                return said
         plain, full = self._as_run(network)
         return call_network(plain, inputs) if run is None else run(full, inputs)
 
@@ -132,6 +144,11 @@ class Networks(nn.Module):
     def taught_logits(self, network: nn.Module, inputs: Any, argument: str) -> Tensor:
         """The logits [..., C] of a frozen network, by `teach`; errors call it `argument`."""
         return logits_in(self.teach(network, inputs), self._name(), argument)
+
+    def taught_logits_or_topk(self, network: nn.Module, inputs: Any, argument: str) -> Tensor | TopK:
+        """The same, or k classes a row where `phases` was told no more (`taught`): for losses that take both."""
+        said = self.teach(network, inputs)
+        return said if isinstance(said, TopK) else logits_in(said, self._name(), argument)
 
     def learned_logits(self, name: str, inputs: Any) -> Tensor:
         """The logits [..., C] of a learning network ("student", "students.0", ...), as it is run."""

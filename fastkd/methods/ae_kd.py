@@ -60,6 +60,11 @@ class AEKD(DGKD):
         super().__init__(student, teachers, temperature=temperature, lam=lam)
         self.cap, self.search_steps = cap, steps
 
+    @property
+    def no_topk(self) -> str:
+        """Why the teachers' k likeliest classes are not enough."""
+        return "the teachers' weights come from their logits of all classes"
+
     def _argument(self, guide: int) -> str:
         return f"teachers[{guide}]"
 

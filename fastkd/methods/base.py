@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from fastkd import functional
 from fastkd._core.checks import check_integer
 from fastkd._core.messages import wrong_type, wrong_value
-from fastkd.methods._batch import Batch, Taught
+from fastkd.methods._batch import Batch, Taught, rows_of
 from fastkd.methods._calls import as_argument
 from fastkd.methods._networks import Networks
 from fastkd.methods._phase import Phase, Terms
 from fastkd.methods._state import pack, unpack
+from fastkd.ops.topk import TopK
 
 __all__ = ["Batch", "Method", "Phase", "Terms", "cross_entropy"]
 
@@ -113,7 +114,12 @@ class Method(Networks):
         self.epoch_steps: int | None = None
 
     def phases(
-        self, inputs: Any, target: Any = None, *, chunks: int = 1, taught: Mapping[str, Tensor] | Taught | None = None
+        self,
+        inputs: Any,
+        target: Any = None,
+        *,
+        chunks: int = 1,
+        taught: Mapping[str, Tensor | TopK] | Taught | None = None,
     ) -> Generator[Phase, None, None]:
         """The updates of one iteration, in order. Go through all of them: what follows the last one runs then.
 
@@ -127,7 +133,8 @@ class Method(Networks):
             taught: what the frozen networks say of this batch, so that they need not run: name ("guides.0", see
                 `frozen_names`) -> logits [B, C] on the device of the student's; those that are not in it are run. Or a
                 function (name, rows, run) -> logits of these rows, a slice of the batch's; run() runs the network on
-                them (`fastkd.data.LogitsCache.taught` gives one). Only where `teaches_logits`, else ValueError.
+                them (`fastkd.data.LogitsCache.taught` gives one). Only where `teaches_logits`, else ValueError. In the
+                place of logits `fastkd.TopK` of mode "tail", where `no_topk` is "", else ValueError.
 
         The method's code runs inside this iterator and inside `phase.losses`, under the autocast that holds there. An
         iterator that is left half-way changes neither counters nor random state: the same choices are made again.
@@ -143,7 +150,7 @@ class Method(Networks):
         backward: Callable[[Tensor], Any] | None = None,
         *,
         chunks: int = 1,
-        taught: Mapping[str, Tensor] | Taught | None = None,
+        taught: Mapping[str, Tensor | TopK] | Taught | None = None,
     ) -> dict[str, Tensor]:
         """One iteration: of each phase the gradients, by zero_grad(set_to_none=True) and a backward pass, and a step.
 
@@ -302,7 +309,7 @@ class Method(Networks):
         elif self._known is batch:  # not a later one: a loop may leave the last chunk's iterator to the collector
             self._known = None
 
-    def _check_taught(self, taught: Mapping[str, Tensor] | Taught) -> Taught:
+    def _check_taught(self, taught: Mapping[str, Tensor | TopK] | Taught) -> Taught:
         if not self.teaches_logits:
             expected = "None: this method takes more of its frozen networks than their logits of a batch, or has none"
             raise wrong_value(self._name(), "taught", expected, type(taught).__name__)
@@ -315,7 +322,7 @@ class Method(Networks):
             if name not in self.frozen_names:
                 expected = f"a dict whose keys are among {', '.join(self.frozen_names)}"
                 raise wrong_value(self._name(), "taught", expected, name)
-        return lambda name, rows, run: taught[name][rows] if name in taught else run()
+        return lambda name, rows, run: rows_of(taught[name], rows) if name in taught else run()
 
     def _note_start(self) -> None:
         self._unfinished += 1

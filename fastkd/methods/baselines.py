@@ -194,6 +194,13 @@ class AVER(DGKD):
             weights = confidence_weights(stats.ce)
         return weights.nan_to_num(0.0).reshape(len(taught), *taught[0].shape[:-1])  # a row that does not count is NaN
 
+    @property
+    def no_topk(self) -> str:
+        """Why the teachers' k likeliest classes are not enough for this loss; "" where they are."""
+        if self.weighting != "equal":
+            return f"weights={self.weighting!r} reads the teachers' logits of all classes"
+        return super().no_topk
+
     def _argument(self, guide: int) -> str:
         return f"teachers[{guide}]"
 

@@ -132,6 +132,15 @@ class DGKD(Method):
             return sorted(torch.randperm(count, generator=generator, device="cpu")[self.drop_num :].tolist())
         return list(range(count))
 
+    @property
+    def no_topk(self) -> str:
+        """Why the guides' k likeliest classes are not enough for this loss; "" where they are."""
+        if self.standardize:
+            return "standardize takes mean and deviation of the logits of all classes"
+        if self.temperature != 1:
+            return f"at temperature {self.temperature:g}, other than 1, the probabilities of all classes are needed"
+        return ""
+
     def _argument(self, guide: int) -> str:
         """What the caller gave this guide as, for errors."""
         return f"guides[{guide}]"
@@ -141,10 +150,12 @@ class DGKD(Method):
         return [1.0] * len(taught)
 
     def _terms(self, kept: list[int], inputs: Any, target: Any) -> Terms:
-        taught = [self.taught_logits(self.guides[g], inputs, self._argument(g)) for g in kept]  # each [..., C]
+        guides = [(self.guides[g], self._argument(g)) for g in kept]
+        taught: list[Any] = [self.taught_logits_or_topk(guide, inputs, name) for guide, name in guides]  # each [..., C]
         logits = self.learned_logits("student", inputs)  # [..., C]
-        for g, guide in zip(kept, taught, strict=True):
-            check_same_shape(self._name(), self._argument(g), guide, logits)
+        for (_, name), known in zip(guides, taught, strict=True):
+            if isinstance(known, Tensor):  # multi_teacher_kd checks a TopK
+                check_same_shape(self._name(), name, known, logits)
         weight, ce_weight = self.weights(logits.shape[-1])
         distil = distil_standardized if self.standardize else functional.multi_teacher_kd
         loss, terms = distil(

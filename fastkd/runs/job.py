@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastkd._core.messages import UserError
-from fastkd.methods import MeanTeacher
+from fastkd.methods import MeanTeacher, Method
 from fastkd.runs.ablations import Variants, asked, variants
 from fastkd.runs.config import CompareConfig, TrainConfig
 from fastkd.runs.plans import Recipe, check_options, plan, recipe
@@ -87,6 +87,17 @@ class Job(Setup):
         if self.config.diversity and not self.has_several():
             raise UserError(f"--diversity: {self.config.method} has one network alone: leave the option out")
 
+    def check_topk(self, stage: Stage, method: Method, classes: int) -> None:
+        """UserError where --logits-topk asks for what cannot be, of the stage's method and so many classes."""
+        k = self.config.logits_topk
+        if k > classes:
+            raise UserError(f"--logits-topk must be at most {classes}, the number of classes, got {k}")
+        if k and self.teaches_logits(stage) and method.no_topk:
+            raise UserError(
+                f"--logits-topk: {stage.name}, trained by {stage.method}, cannot learn from a network's {k} likeliest "
+                f"classes: {method.no_topk}; leave the option out"
+            )
+
     def has_several(self) -> bool:
         """Whether the student's stage has several networks, which --diversity can compare."""
         student = self.stages["student"]
@@ -128,6 +139,7 @@ class CompareJob:
         job = Job(run, self.device, ALONE, self.recipes[name])
         cache = job.config.logits_cache and job.keeps_logits()
         diversity = job.config.diversity and job.has_several()
+        topk = job.config.logits_topk if cache else 0
         return dataclasses.replace(
-            job, settings=dataclasses.replace(job.config, logits_cache=cache, diversity=diversity)
+            job, settings=dataclasses.replace(job.config, logits_cache=cache, logits_topk=topk, diversity=diversity)
         )

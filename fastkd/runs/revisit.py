@@ -18,7 +18,14 @@ from fastkd.train import checkpoint, same_data
 from fastkd.train.devices import cpu_threads
 from fastkd.train.loop import Fit
 
-_FREE = {"quiet": True, "tensorboard": False, "logits_cache": False, "diversity": False, "resume": False}
+_FREE = {
+    "quiet": True,
+    "tensorboard": False,
+    "logits_cache": False,
+    "logits_topk": 0,
+    "diversity": False,
+    "resume": False,
+}
 
 
 def job_of(run: Run) -> Job:

@@ -127,7 +127,7 @@ def stage_key(run: Job | TrainConfig, stage: Stage, stages: dict[str, Stage], da
     if not batch_norm.synchronises(config, job.world):
         facts.pop("sync_batch_norm", None)
     if not stage.guides:
-        facts.pop("logits_dtype", None)
+        facts = {name: value for name, value in facts.items() if name not in ("logits_dtype", "logits_topk")}
     facts |= {name: getattr(stage, name) for name in ("method", "options", "epochs", "views")}
     facts |= {"learners": [dataclasses.asdict(learner) for learner in stage.learners]}
     # Arguments that are not given have the defaults of this version of the method.
@@ -173,7 +173,8 @@ class Runner:
         self.data = load_data(self.config) if data is None else data
         _check_size(self.config, self.data)
         for stage in self.stages.values():  # a wrong name or option shows before anything is trained
-            self.build(stage, {name: make_network(self.stages[name].network, self.data) for name in stage.needs})
+            networks = {name: make_network(self.stages[name].network, self.data) for name in stage.needs}
+            self.job.check_topk(stage, self.build(stage, networks), self.data.num_classes)
 
     def run(self) -> dict[str, Result]:
         """Train what is not there yet; the results by the stages' names."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from fastkd._core.locks import UNWRITABLE, NotWritable
 from fastkd._core.messages import note
 from fastkd.data import LogitsCache
 from fastkd.data.batches import Loader, image_set
-from fastkd.data.logits import identify
+from fastkd.data.logits import Taught, identify
 from fastkd.methods import Method
+from fastkd.ops.topk import TopK
 from fastkd.train.task import Setup
 
 _NOT_THERE = (
@@ -55,6 +56,7 @@ class KeptLogits:
             networks,
             classes=classes,
             dtype=settings.logits_dtype,
+            topk=settings.logits_topk or None,
             device=setup.device,
             # The first process's: the times of files may differ between machines.
             identity=world.broadcast(lambda: identify(images, networks, amp=settings.amp)),
@@ -62,12 +64,12 @@ class KeptLogits:
         )
         self.check_room(variants, len(images))
 
-    def of_batch(self) -> Callable[..., torch.Tensor]:
+    def of_batch(self) -> Taught:
         """For `Method.phases(taught=)`: of the batch that the loader gave last."""
         rows: Any = self.batches.rows
         taught = self.cache.taught(rows)
 
-        def logits(*arguments: Any) -> torch.Tensor:
+        def logits(*arguments: Any) -> torch.Tensor | TopK:
             try:
                 return taught(*arguments)
             except OSError as error:
@@ -97,15 +99,21 @@ class KeptLogits:
         if self.world.first and not self.settings.quiet:
             counts = {"network": len(self.cache.networks), "image": images, "augmentation": len(variants)}
             what = ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items())
-            text = f"{self.who}: frozen logits ({what}) take {size(whole)} in {self.folder}, {size(there)} are there"
+            kept = (
+                f"the {top} likeliest classes of frozen logits"
+                if (top := self.settings.logits_topk)
+                else "frozen logits"
+            )
+            text = f"{self.who}: {kept} ({what}) take {size(whole)} in {self.folder}, {size(there)} are there"
             if len(variants) > 1 and not self.settings.variants:
                 text += "; as each epoch has its own augmentation, only other stages and runs read them: see --variants"
             note(text)
         if self.world.any(whole - there > free):
+            smaller = "a smaller --logits-topk" if self.settings.logits_topk else "--logits-dtype float16"
             raise StorageError(
                 f"{self.who}: the frozen networks' logits need {size(whole - there)} more in {self.folder}, where "
-                f"{size(free)} are free: make room, or take fewer --variants, --logits-dtype float16, another --cache, "
-                "or no --logits-cache"
+                f"{size(free)} are free: make room, or take fewer --variants, "
+                f"{smaller}, another --cache, or no --logits-cache"
             )
 
 

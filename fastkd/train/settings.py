@@ -122,6 +122,8 @@ class LoopOptions:
         logits_cache: keep the frozen networks' logits of each image and augmentation in CACHE/logits, and read them
             there instead of running the networks again; for methods that take nothing else from frozen networks
         logits_dtype: in which they are kept; float16 takes half the room
+        logits_topk: keep so many of the likeliest classes of each row alone, and the probability of all others; 0: all.
+            For methods that learn at temperature 1 from the teachers' probabilities alone: part of a run's results
     """
 
     device: str = option("auto", "free")
@@ -137,6 +139,7 @@ class LoopOptions:
     tensorboard: bool = option(False, "free")
     logits_cache: bool = option(False, "free")
     logits_dtype: Literal["float32", "float16"] = option("float32", "result", later=True, needs="logits_cache")
+    logits_topk: int = option(0, "result", least=0, later=True, needs="logits_cache")
 
 
 @dataclass
@@ -184,6 +187,10 @@ def _check_values(config: Settings) -> None:
         raise UserError(f"--timeout must be seconds above 0, got {config.timeout!r}")
     if config.cuda_graph and config.compile:
         raise UserError("--cuda-graph and --compile cannot be used together: leave out one of them")
+    if config.logits_topk and not config.logits_cache:
+        raise UserError(f"--logits-topk {config.logits_topk} says what --logits-cache keeps: give that, too")
+    if config.logits_topk and config.logits_dtype != "float32":
+        raise UserError("--logits-topk and --logits-dtype cannot be used together: its form is fixed, leave out one")
     if config.nesterov and config.momentum == 0:
         raise UserError("--nesterov needs --momentum above 0, got 0")
     if not all(math.isfinite(m) and m > 0 for m in config.milestones):

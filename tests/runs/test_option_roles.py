@@ -43,6 +43,7 @@ def test_what_is_free_and_what_is_in_a_key():
         "variants",
         "label_noise",
         "logits_dtype",
+        "logits_topk",
         "sync_batch_norm",
     }
 
