@@ -69,9 +69,9 @@ def test_explain_and_info_say_the_same(elsewhere, monkeypatch):
     (elsewhere / "left_out.json").write_text(json.dumps(said))
     for kind, name in (("CPU", "libfastkd_cpu.so"), ("CUDA", "libfastkd_cuda.so")):
         monkeypatch.setattr(_library, kind, _library._load(name))
-    monkeypatch.setattr(_backend, "_chosen", "auto")
     logits = torch.zeros(2, 3)
-    explained = fastkd.explain(fastkd.functional.multi_teacher_kd, logits, [logits])
+    with fastkd.use_backend("auto"):
+        explained = fastkd.explain(fastkd.functional.multi_teacher_kd, logits, [logits])
     assert explained.backend == "reference" and said["libfastkd_cpu.so"] in explained.reason
     assert explained.reason == fastkd.backend_info()["cpu"]
     assert said["libfastkd_cuda.so"] in fastkd.backend_info()["cuda"] or torch.cuda.is_available()
