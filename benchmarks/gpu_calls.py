@@ -19,6 +19,7 @@ SMALL = {
     "multi_teacher_reverse": [Logits(3, 37, 2)],
     "multi_teacher_jsd": [Logits(3, 37, 2)],
     "multi_teacher_kd_with_gradient": [Logits(3, 37, 2)],
+    "multi_label": [Logits(3, 37, 2), Logits(5, 1, 1), Logits(2, 5003, 3)],
     "mutual": [Networks(3, 37, 3), Networks(2, 5003, 2)],
     "cross_entropy": [Networks(3, 37, 3), Networks(2, 5003, 2)],
     "group_stats": [Networks(3, 37, 3), Networks(2, 5003, 2)],

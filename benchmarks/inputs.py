@@ -118,6 +118,20 @@ def multi_teacher_alone(shape: Logits, dtype: torch.dtype, device: str, seed: in
     return Inputs((student.detach(), *rest), ())
 
 
+def multi_label(shape: Logits, dtype: torch.dtype, device: str, seed: int) -> Inputs:
+    """Logits like those of a multi-label network, sure of most classes that they are not there; floating labels."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def randn() -> Tensor:
+        return torch.randn(shape.rows, shape.classes, generator=generator, device=device)
+
+    common = randn().mul_(2).sub_(3)
+    student, *teachers = [(common + randn()).to(dtype) for _ in range(shape.teachers + 1)]
+    target = (common + randn() > 0).to(dtype)
+    weights = [1 / shape.teachers] * shape.teachers
+    return Inputs((student.requires_grad_(), teachers, target, weights, 2.0, CE_WEIGHT), (student,))
+
+
 def mutual(shape: Networks, dtype: torch.dtype, device: str, seed: int) -> Inputs:
     networks, target = _group(shape, [6.0] * shape.networks, dtype, device, seed)
     networks = [z.requires_grad_() for z in networks]
@@ -189,6 +203,11 @@ def multi_teacher_bytes(shape: Logits, itemsize: int, passes: str) -> int:
     """K + 1 logits read, one gradient written when training, the targets read."""
     tensors = shape.teachers + 1 + (passes == TRAINING)
     return tensors * shape.rows * shape.classes * itemsize + _labels(shape.rows)
+
+
+def multi_label_bytes(shape: Logits, itemsize: int, passes: str) -> int:
+    """K + 1 logits and the labels read, one gradient written when training."""
+    return (shape.teachers + 2 + (passes == TRAINING)) * shape.rows * shape.classes * itemsize
 
 
 def multi_teacher_alone_bytes(shape: Logits, itemsize: int, passes: str) -> int:

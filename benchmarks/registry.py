@@ -18,6 +18,7 @@ from benchmarks.baselines import (
     group_stats_eager,
     linear_eager,
     linear_kd_eager,
+    multi_label_eager,
     multi_teacher_eager,
     mutual_eager,
     relational_eager,
@@ -134,6 +135,12 @@ def multi_teacher(student, teachers, target, weights, temperature, ce_weight) ->
     )
 
 
+def multi_label(student, teachers, target, weights, temperature, ce_weight) -> Tensor:
+    return functional.multi_label_kd(
+        student, teachers, target, weights=weights, temperature=temperature, ce_weight=ce_weight
+    )
+
+
 def multi_teacher_with_gradient(student, teachers, target, weights, temperature, ce_weight) -> tuple[Tensor, ...]:
     return functional.multi_teacher_kd_with_gradient(
         student, teachers, target, weights=weights, temperature=temperature, ce_weight=ce_weight
@@ -209,6 +216,17 @@ OPERATIONS = {
             },
             bytes_floor=inputs.multi_teacher_alone_bytes,
             tests="tests/ops/test_multi_teacher*.py",
+        ),
+        Operation(
+            name="multi_label",
+            shapes=(Logits(256, 80, 1), Logits(256, 1000, 4), Logits(65536, 1, 1)),
+            passes=PASSES,
+            make_inputs=inputs.multi_label,
+            fused=multi_label,
+            baselines=eager_and_compiled(multi_label_eager.multi_label),
+            bytes_floor=inputs.multi_label_bytes,
+            gpu=((Logits(8192, 9600, 1), BF16),),
+            tests="tests/ops/test_multi_label*.py",
         ),
         Operation(
             name="mutual",

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 from fastkd import functional, losses
 from fastkd._backend import FallbackWarning, backend_info, explain, use_backend
 from fastkd._version import __version__
-from fastkd.losses import FeatureEnsemble, LinearMultiTeacherKD, MultiTeacherKD, MutualKD, RKDAngle, RKDDistance
+from fastkd.losses import (
+    FeatureEnsemble,
+    LinearMultiTeacherKD,
+    MultiLabelKD,
+    MultiTeacherKD,
+    MutualKD,
+    RKDAngle,
+    RKDDistance,
+)
 from fastkd.ops.linear import Head, TopK
 
 if TYPE_CHECKING:
@@ -22,6 +30,7 @@ __all__ = [
     "FeatureEnsemble",
     "Head",
     "LinearMultiTeacherKD",
+    "MultiLabelKD",
     "MultiTeacherKD",
     "MutualKD",
     "RKDAngle",

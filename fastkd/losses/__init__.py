@@ -8,6 +8,7 @@ from __future__ import annotations
 from fastkd.losses.embeddings import FeatureEnsemble, RKDAngle, RKDDistance
 from fastkd.losses.linear import LinearMultiTeacherKD
 from fastkd.losses.logits import MultiTeacherKD, MutualKD
+from fastkd.losses.multi_label import MultiLabelKD
 from fastkd.ops.multi_teacher import DistillationStats
 from fastkd.ops.shared import LossTerms
 
@@ -16,6 +17,7 @@ __all__ = [
     "FeatureEnsemble",
     "LinearMultiTeacherKD",
     "LossTerms",
+    "MultiLabelKD",
     "MultiTeacherKD",
     "MutualKD",
     "RKDAngle",

@@ -12,7 +12,7 @@ from fastkd._core.typed import like
 from fastkd._outputs import find_logits
 from fastkd.losses._fixed import Fixed
 from fastkd.ops.multi_teacher import DistillationStats
-from fastkd.ops.shared import Combine, LossTerms, Reduction
+from fastkd.ops.shared import Activation, Combine, LossTerms, Reduction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -37,7 +37,7 @@ class MultiTeacherKD(Fixed, Generic[Loss]):
 
     _tensors = ("weights", "temperature")
     _shown = (
-        "weights", "temperature", "combine", "divergence", "divergence_beta", "kd_weight", "ce_weight",
+        "weights", "temperature", "combine", "divergence", "divergence_beta", "activation", "kd_weight", "ce_weight",
         "label_smoothing", "ignore_index", "class_dim", "vocab_size", "softcap", "logit_scale", "teacher_softcap",
         "teacher_logit_scale", "scale_by_t2", "reduction", "return_terms", "return_stats",
     )  # fmt: skip
@@ -75,6 +75,7 @@ class MultiTeacherKD(Fixed, Generic[Loss]):
         combine: Combine = "losses",
         divergence: str | Mapping[str, float | Tensor] = "forward",
         divergence_beta: float | None = None,
+        activation: Activation = "softmax",
         ce_weight: float | Tensor = 0.0,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
@@ -93,7 +94,7 @@ class MultiTeacherKD(Fixed, Generic[Loss]):
         self.weights, self.temperature, self.combine = weights, temperature, combine
         self.kd_weight, self.ce_weight, self.label_smoothing = kd_weight, ce_weight, label_smoothing
         self.divergence, self.divergence_beta, self.vocab_size = divergence, divergence_beta, vocab_size
-        self.softcap, self.logit_scale = softcap, logit_scale
+        self.softcap, self.logit_scale, self.activation = softcap, logit_scale, activation
         self.teacher_softcap, self.teacher_logit_scale = teacher_softcap, teacher_logit_scale
         self.ignore_index, self.class_dim, self.scale_by_t2 = ignore_index, class_dim, scale_by_t2
         self.return_terms, self.return_stats = return_terms, return_stats
@@ -110,8 +111,8 @@ class MultiTeacherKD(Fixed, Generic[Loss]):
     ) -> Loss:
         """The loss, a Tensor; behind it, where wanted, `LossTerms` (return_terms) and `DistillationStats`."""
         loss: Loss = functional.multi_teacher_kd(
-            _logits(student),
-            _several(teachers),
+            logits_of(student),
+            several_logits(teachers),
             target,
             weights=self.weights if weights is None else weights,
             kd_weight=self.kd_weight,
@@ -119,6 +120,7 @@ class MultiTeacherKD(Fixed, Generic[Loss]):
             combine=self.combine,
             divergence=self.divergence,
             divergence_beta=self.divergence_beta,
+            activation=self.activation,
             ce_weight=self.ce_weight,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
@@ -208,10 +210,10 @@ class MutualKD(Fixed, Generic[Loss]):
     ) -> Loss:
         """The losses, a Tensor [M]; with return_terms=True the losses and `LossTerms`."""
         losses: Loss = functional.mutual_kd(
-            _several(logits),
+            several_logits(logits),
             target,
             weights=self.weights if weights is None else weights,
-            teachers=_several(teachers),
+            teachers=several_logits(teachers),
             teacher_weights=self.teacher_weights if teacher_weights is None else teacher_weights,
             kd_weight=self.kd_weight,
             temperature=self.temperature,
@@ -236,17 +238,17 @@ class MutualKD(Fixed, Generic[Loss]):
             """As `forward`."""
 
 
-def _logits(output: Logits) -> Any:
+def logits_of(output: Logits) -> Any:
     """The logits of a network's output; what holds none as it is, for the operation to say what is wrong with it."""
     logits = find_logits(output)
     return output if logits is None else logits
 
 
-def _several(outputs: Logits | Sequence[Logits]) -> Any:
+def several_logits(outputs: Logits | Sequence[Logits]) -> Any:
     """Those of several networks; a NamedTuple or dict with logits is the output of one."""
     if isinstance(outputs, Tensor):
         return outputs
     logits = find_logits(outputs)
     if logits is not None:
         return [logits]
-    return [_logits(output) for output in outputs] if isinstance(outputs, Sequence) else outputs
+    return [logits_of(output) for output in outputs] if isinstance(outputs, Sequence) else outputs

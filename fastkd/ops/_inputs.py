@@ -21,24 +21,28 @@ from fastkd.ops._formulas import Reduction, rows_of
 
 MOST_CLASSES = 2**31
 REDUCTIONS = get_args(Reduction)
-ONE_LOGIT = "of shape [..., C] with C >= 2 classes (a network of one logit has a sigmoid, not a softmax)"
+ONE_LOGIT = "of shape [..., C] with C >= 2 classes (a network of one logit has a sigmoid: multi_label_kd)"
 
 
-def check_logits(op: str, name: str, value: object) -> Tensor:
+def check_logits(op: str, name: str, value: object, least: int = 2) -> Tensor:
+    """Logits of at least `least` classes: 1 where each has a sigmoid of its own."""
     if not isinstance(value, Tensor):
         raise wrong_type(op, name, "a floating-point tensor [..., C]", type(value).__name__)
     if not value.is_floating_point():
         raise wrong_type(op, name, "a floating-point tensor (logits, not labels)", f"dtype {value.dtype}")
-    if value.dim() == 0 or value.shape[-1] < 2:
-        raise wrong_value(op, name, ONE_LOGIT, f"shape {list(value.shape)}")
+    if value.dim() == 0 or value.shape[-1] < least:
+        expected = ONE_LOGIT if least == 2 else f"of shape [..., C] with C >= {least} classes"
+        raise wrong_value(op, name, expected, f"shape {list(value.shape)}")
     if value.shape[-1] >= MOST_CLASSES:
         raise wrong_value(op, name, "of fewer than 2**31 classes", value.shape[-1])
     return value
 
 
-def check_like(op: str, name: str, value: object, student: Tensor, whose: str = "the student's") -> None:
+def check_like(
+    op: str, name: str, value: object, student: Tensor, whose: str = "the student's", least: int = 2
+) -> None:
     """`value` must be logits of the student's shape and device; messages call them `whose`."""
-    value = check_logits(op, name, value)
+    value = check_logits(op, name, value, least)
     if value.shape != student.shape:
         raise wrong_value(op, name, f"of {whose} shape {list(student.shape)}", f"shape {list(value.shape)}")
     if value.device != student.device:

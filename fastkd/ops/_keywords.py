@@ -8,7 +8,8 @@ from typing import TypedDict
 from torch import Tensor
 
 from fastkd.ops._formulas import Reduction
-from fastkd.ops._multi_teacher_formula import Combine
+from fastkd.ops._multi_label_inputs import Classes
+from fastkd.ops._multi_teacher_formula import Activation, Combine
 
 
 class Shared(TypedDict, total=False):
@@ -29,6 +30,7 @@ class Distillation(Shared, total=False):
     combine: Combine
     divergence: str | Mapping[str, float | Tensor]
     divergence_beta: float | None
+    activation: Activation
     vocab_size: int | None
     softcap: float | None
     logit_scale: float
@@ -38,6 +40,29 @@ class Distillation(Shared, total=False):
 
 class DistillationCall(Distillation, total=False):
     """Arguments of multi_teacher_kd."""
+
+    mask: Tensor | None
+    num_items: float | Tensor | None
+
+
+class MultiLabel(TypedDict, total=False):
+    """Arguments of MultiLabelKD that do not change what it returns."""
+
+    weights: Tensor | Sequence[float] | None
+    kd_weight: float | Tensor
+    temperature: float | Tensor | Sequence[float]
+    combine: Combine
+    ce_weight: float | Tensor
+    pos_weight: float | Tensor | None
+    ignore_index: int
+    class_dim: int
+    classes: Classes
+    scale_by_t2: bool
+    reduction: Reduction
+
+
+class MultiLabelCall(MultiLabel, total=False):
+    """Arguments of multi_label_kd."""
 
     mask: Tensor | None
     num_items: float | Tensor | None

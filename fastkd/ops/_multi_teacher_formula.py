@@ -24,6 +24,7 @@ from fastkd.ops._formulas import (
 from fastkd.ops._teachers import Weights, label_losses, mean_logits, mixture
 
 Combine = Literal["losses", "probs", "logits"]
+Activation = Literal["softmax", "sigmoid"]
 
 
 class Tensors(NamedTuple):

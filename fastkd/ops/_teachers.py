@@ -20,7 +20,9 @@ Weights = Sequence[float | Tensor]  # w_k: numbers, or [R, 1] or [1, 1]
 POSITIVE = "a finite number > 0, or one per teacher"
 
 
-def check_teachers(op: str, teachers: object, student: Tensor, whose: str = "the student's") -> Sequence[Tensor]:
+def check_teachers(
+    op: str, teachers: object, student: Tensor, whose: str = "the student's", least: int = 2
+) -> Sequence[Tensor]:
     """K logits of the student's shape, from a sequence or from one tensor; views, never copies."""
     if isinstance(teachers, Tensor):
         if teachers.dim() == student.dim():
@@ -44,7 +46,7 @@ def check_teachers(op: str, teachers: object, student: Tensor, whose: str = "the
             and teacher.device == device
             and teacher.is_floating_point()
         ):
-            check_like(op, f"teachers[{k}]", teacher, student, whose)
+            check_like(op, f"teachers[{k}]", teacher, student, whose, least)
     return teachers
 
 

@@ -17,12 +17,13 @@ is finite gives +inf. The reference is in _multi_teacher_formula.py, what runs t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
 from fastkd import _backend
+from fastkd._core.checks import check_choice
 from fastkd.ops import _multi_teacher_inputs as inputs
 from fastkd.ops import _multi_teacher_kernels as kernels
 from fastkd.ops import _multi_teacher_native as native
@@ -33,12 +34,13 @@ from fastkd.ops._formulas import LossTerms, Reduction
 from fastkd.ops._inputs import (
     classes_last,
 )
-from fastkd.ops._multi_teacher_formula import Combine, Options, Tensors
+from fastkd.ops._multi_teacher_formula import Activation, Combine, Options, Tensors
 from fastkd.ops._multi_teacher_inputs import OP
 from fastkd.ops._multi_teacher_statistics import DistillationStats
 from fastkd.ops._topk_logits import REASON as SPARSE_REASON
 from fastkd.ops._topk_logits import checked as checked_sparse
 from fastkd.ops._topk_logits import has_sparse, with_sparse
+from fastkd.ops.multi_label import as_sigmoid, why_sigmoid_reference
 from fastkd.ops.topk import TopK
 
 if TYPE_CHECKING:
@@ -115,6 +117,7 @@ def multi_teacher_kd(
     combine: Combine = "losses",
     divergence: str | Mapping[str, float | Tensor] = "forward",
     divergence_beta: float | None = None,
+    activation: Activation = "softmax",
     ce_weight: float | Tensor = 0.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
@@ -164,6 +167,9 @@ def multi_teacher_kd(
             The mixtures of combine="probs" and "logits" take forward, reverse, their sum, and jsd.
         divergence_beta: of jsd (none = 0.5; 0 is forward and 1 is reverse, as in TRL) and of the two skewed ones
             (none = 0.1, DistiLLM's lambda), in [0, 1].
+        activation: "softmax" | "sigmoid": each class has a probability of its own, as in multi-label and binary
+            networks (C >= 1). The call is then `multi_label_kd`, which says what target and mask may be; divergence,
+            label_smoothing, vocab_size, softcaps, logit scales and return_stats keep their defaults.
         ce_weight: weight of cross_entropy(student, target), added; the KD term is not multiplied by 1 - ce_weight.
         label_smoothing: as in torch.nn.functional.cross_entropy, in [0, 1].
         ignore_index: does nothing to probabilities.
@@ -192,7 +198,8 @@ def multi_teacher_kd(
             on the CPU; on a GPU, where reading it would wait for the device, and under torch.compile, its row's loss
             and gradient are NaN (FASTKD_CHECKS=1 makes it raise there too, without compile).
     """
-    if mask is None and num_items is None and vocab_size is None and not return_stats:
+    softmax = activation == "softmax"
+    if softmax and mask is None and num_items is None and vocab_size is None and not return_stats:
         values = (
             kd_weight, temperature, combine, divergence, divergence_beta, ce_weight, label_smoothing, ignore_index,
             class_dim, softcap, logit_scale, teacher_softcap, teacher_logit_scale, scale_by_t2, reduction, return_terms,
@@ -200,7 +207,7 @@ def multi_teacher_kd(
         losses = usual.losses((inputs.check, student, teachers, target, weights, USUAL, values))
         if losses is not None:
             return (losses[0], LossTerms(*losses[1:])) if return_terms else losses[0]
-    if has_sparse(teachers):
+    if not softmax or has_sparse(teachers):
         given = dict(
             weights=weights, kd_weight=kd_weight, temperature=temperature, combine=combine, divergence=divergence,
             divergence_beta=divergence_beta, ce_weight=ce_weight, label_smoothing=label_smoothing,
@@ -209,7 +216,10 @@ def multi_teacher_kd(
             scale_by_t2=scale_by_t2, reduction=reduction, num_items=num_items, return_terms=return_terms,
             return_stats=return_stats,
         )  # fmt: skip
-        return with_sparse(multi_teacher_kd, OP, student, teachers, target, given)
+        if softmax:
+            return with_sparse(multi_teacher_kd, OP, student, teachers, target, given)
+        check_choice(OP, "activation", activation, get_args(Activation))
+        return as_sigmoid(OP, student, teachers, target, given)
     tensors, options = inputs.check(
         student, teachers, target, weights, kd_weight, temperature, combine, divergence, divergence_beta, ce_weight,
         label_smoothing, ignore_index, mask, class_dim, vocab_size, softcap, logit_scale, teacher_softcap,
@@ -259,7 +269,11 @@ def _results(tensors: Tensors, options: Options, leading: torch.Size, return_sta
     return tuple(results) if len(results) > 1 else results[0]
 
 
-def _why_reference(arguments: dict[str, Any]) -> str | None:
+def why_reference(arguments: dict[str, Any]) -> str | None:
+    """Why multi_teacher_kd(**arguments), all of them given, goes to plain PyTorch, or None."""
+    arguments = dict(arguments)
+    if arguments.pop("activation") != "softmax":
+        return why_sigmoid_reference(OP, **arguments)
     if not has_sparse(arguments["teachers"]):
         return kernels.why_reference(*inputs.check(**arguments))
     options = {name: value for name, value in arguments.items() if name not in ("student", "teachers", "target")}
@@ -267,4 +281,4 @@ def _why_reference(arguments: dict[str, Any]) -> str | None:
     return SPARSE_REASON
 
 
-_backend.register(multi_teacher_kd, OP, _why_reference, native.register_fakes)
+_backend.register(multi_teacher_kd, OP, why_reference, native.register_fakes)

@@ -12,10 +12,9 @@ from typing_extensions import Unpack
 
 from fastkd import _backend
 from fastkd.ops import _multi_teacher_inputs as inputs
-from fastkd.ops import _multi_teacher_kernels as kernels
 from fastkd.ops import _multi_teacher_usual as usual
 from fastkd.ops._keywords import DistillationCall
-from fastkd.ops.multi_teacher import USUAL, multi_teacher_kd
+from fastkd.ops.multi_teacher import USUAL, multi_teacher_kd, why_reference
 
 OP = "multi_teacher_kd_with_gradient"
 _WHOLE = inspect.signature(multi_teacher_kd)
@@ -84,7 +83,7 @@ def _why_reference(arguments: dict[str, Any]) -> str | None:
     bound = _WHOLE.bind(arguments["student"], arguments["teachers"], arguments["target"], **arguments["options"])
     bound.apply_defaults()
     with torch.no_grad():
-        return kernels.why_reference(*inputs.check(**bound.arguments))
+        return why_reference(bound.arguments)
 
 
 _backend.register(multi_teacher_kd_with_gradient, OP, _why_reference, lambda namespace: None)

@@ -26,6 +26,7 @@ SMALL_SHAPES = {
     "multi_teacher_reverse": [SMALL, Logits(1, 2, 1), Logits(5, 130, 2)],
     "multi_teacher_jsd": [SMALL, Logits(1, 2, 1), Logits(5, 130, 2)],
     "multi_teacher_kd_with_gradient": [SMALL, Logits(1, 2, 1), Logits(5, 130, 2)],
+    "multi_label": [SMALL, Logits(1, 2, 1), Logits(5, 130, 2)],
     "mutual": [Networks(6, 37, 4), Networks(1, 2, 2), Networks(5, 130, 3)],
     "cross_entropy": [Networks(6, 37, 4), Networks(1, 2, 2), Networks(5, 130, 3)],
     "group_stats": [Networks(6, 37, 4), Networks(1, 2, 2), Networks(5, 130, 3)],

@@ -35,7 +35,7 @@ def raw(student, teachers, target=None, **options):
     """The arguments of the raw operation: tensors, scalars, numbers."""
     bound = inspect.signature(F.multi_teacher_kd).bind(student, teachers, target, **options)
     bound.apply_defaults()
-    tensors, checked = inputs.check(**bound.arguments)
+    tensors, checked = inputs.check(**{name: v for name, v in bound.arguments.items() if name != "activation"})
     checked, scalars = native.split(checked)
     return list(tensors), scalars, native.numbers_of(checked)
 

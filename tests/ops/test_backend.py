@@ -35,6 +35,7 @@ def maps() -> torch.Tensor:
 # Each operation with a call that has no kernel, and the reason that it is told.
 FALLBACKS = {
     "multi_teacher_kd": (lambda: F.multi_teacher_kd(learner(), [Z, learner()]), "teachers[1] requires grad, so it"),
+    "multi_label_kd": (lambda: F.multi_label_kd(learner(), [Z, learner()]), "teachers[1] requires grad, so it gets a"),
     "mutual_kd": (lambda: F.mutual_kd([Z, learner()], teachers=[learner()]), "teachers[0] requires grad, so it gets a"),
     "feature_ensemble": (lambda: F.feature_ensemble(maps(), [maps()]), "teachers[0] requires grad, so it gets a"),
     "rkd_distance": (lambda: F.rkd_distance(learner(), learner()), "teacher requires grad, so it gets a"),

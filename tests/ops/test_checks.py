@@ -33,6 +33,8 @@ NUMBERS = {
     "multi_teacher_kd weights": lambda x: F.multi_teacher_kd(Z, [-Z, Z], weights=[x, 0.5]),
     "multi_teacher_kd ce_weight": lambda x: F.multi_teacher_kd(Z, [-Z], Y, ce_weight=x),
     "multi_teacher_kd label_smoothing": lambda x: F.multi_teacher_kd(Z, [-Z], Y, ce_weight=1.0, label_smoothing=x),
+    "multi_label_kd temperature": lambda x: F.multi_label_kd(Z, [-Z], temperature=x),
+    "multi_label_kd pos_weight": lambda x: F.multi_label_kd(Z, [-Z], Z > 0, ce_weight=1.0, pos_weight=x),
     "mutual_kd temperature": lambda x: F.mutual_kd([Z, -Z], temperature=x),
     "mutual_kd weights": lambda x: F.mutual_kd([Z, -Z], weights=[[0.0, x], [x, 0.0]]),
     "mutual_kd ce_weight": lambda x: F.mutual_kd([Z, -Z], Y, ce_weight=x, label_smoothing=x),

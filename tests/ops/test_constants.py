@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastkd import _library
 from fastkd.ops import _feature_ensemble_kernels as feature_ensemble
+from fastkd.ops import _multi_label_kernels as multi_label
 from fastkd.ops import _multi_teacher_kernels as multi_teacher
 from fastkd.ops import _multi_teacher_native as native
 from fastkd.ops import _peer_groups as mutual
@@ -59,6 +60,13 @@ def test_multi_teacher():
         "saved_columns_5": saved_columns(soft=False),
         "saved_columns_5_soft": saved_columns(soft=True),
         **numbered(native.COMBINE, REDUCTIONS, KINDS),
+    }
+
+
+def test_multi_label():
+    assert exported("multi_label") == {
+        "launch_teachers": multi_label.LAUNCH_TEACHERS,
+        **numbered(native.COMBINE, REDUCTIONS),
     }
 
 

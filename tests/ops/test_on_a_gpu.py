@@ -23,6 +23,7 @@ SHAPES = {
     "multi_teacher_kd_with_gradient": [Logits(9, 100, 3), Logits(3, 9000, 2)],
     "multi_teacher_reverse": [Logits(9, 100, 3)],
     "multi_teacher_jsd": [Logits(9, 100, 3)],
+    "multi_label": [Logits(9, 100, 3), Logits(700, 1, 1), Logits(3, 9000, 2)],
     "mutual": [Networks(9, 100, 3), Networks(2, 9000, 2)],
     "cross_entropy": [Networks(9, 100, 3), Networks(2, 9000, 2)],
     "group_stats": [Networks(9, 100, 3), Networks(2, 9000, 2)],

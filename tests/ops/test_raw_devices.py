@@ -25,6 +25,14 @@ CALLS = [
     ),
     ("multi_teacher_backward", (torch.ones(()), LOGITS, SCALE, AUX, 2), (0, 2, 3)),
     (
+        "multi_label_forward",
+        (
+            LOGITS, [LOGITS] * 2, LABELS, PROBABILITIES, torch.ones(6), torch.ones(2), None, [], [1.0], 0, 1.0, 1.0,
+            True, 2, 0.0, False, True, False, 1.0, True,
+        ),
+        (1, 2, 3, 4, 5),
+    ),
+    (
         "mutual_forward",
         (
             [LOGITS, LOGITS], [LOGITS], LABELS, PROBABILITIES, torch.ones(2, 2), torch.ones(2, 1), None, [],

@@ -126,7 +126,8 @@ def _function(arguments: str):
 
 def test_every_loss_has_its_signature_on_the_page():
     text = " ".join(block.text for block in SIGNATURES)
-    for name in ("multi_teacher_kd", "mutual_kd", "cross_entropy", "group_stats", "rkd_angle", "feature_ensemble"):
+    names = ("multi_teacher_kd", "multi_label_kd", "mutual_kd", "cross_entropy", "group_stats", "rkd_angle")
+    for name in (*names, "feature_ensemble"):
         assert f"F.{name}(" in text
 
 

@@ -30,11 +30,14 @@ from fastkd import functional, losses, methods, models
 z = torch.zeros(2, 3)
 functional.multi_teacher_kd(z, [z], reduction="men")
 functional.multi_teacher_kd(z, [z], combine="prob")
+functional.multi_teacher_kd(z, [z], activation="relu")
+functional.multi_label_kd(z, [z], classes="max")
 functional.mutual_kd([z, z], reduction="avg")
 functional.rkd_angle(z, z, reduction="average")
 functional.feature_ensemble([z], [z], norm="batch")
 functional.cross_entropy(z, None)
 losses.MultiTeacherKD(combine="mean")
+losses.MultiLabelKD(class_mean=True)
 losses.MutualKD(temperatur=2.0)
 losses.RKDDistance(reduction=0)
 methods.DGKD(models.create("plain2", 3), [], drop="all")
@@ -142,6 +145,7 @@ def test_every_argument_has_a_type_that_can_be_looked_up(what):
     [
         losses.MultiTeacherKD(weights=torch.ones(2), temperature=2.0),
         losses.MutualKD(kd_weight=0.5),
+        losses.MultiLabelKD(pos_weight=torch.ones(3)),
         losses.LinearMultiTeacherKD(softcap=30.0),
         losses.RKDDistance(reduction="sum"),
         losses.RKDAngle(eps=0.1),

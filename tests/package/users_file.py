@@ -35,6 +35,12 @@ def calls() -> None:
     both = functional.multi_teacher_kd(Z, Z, return_terms=True, return_stats=True)
     assert_type(both, tuple[Tensor, LossTerms, DistillationStats])
     assert_type(functional.multi_teacher_kd_with_gradient(Z, teachers, temperature=2.0), tuple[Tensor, Tensor])
+    binary = functional.multi_label_kd(
+        Z, teachers, MASK[:, None].expand(4, 3), pos_weight=2.0, classes="mean", mask=Z > 0
+    )
+    assert_type(binary, Tensor)
+    assert_type(functional.multi_label_kd(Z, teachers, return_terms=True), tuple[Tensor, LossTerms])
+    functional.multi_teacher_kd(Z, teachers, activation="sigmoid")
     losses_of_all, terms = functional.mutual_kd(
         teachers, Y, weights=[[0.0, 1.0], [1.0, 0.0]], teachers=[Z], teacher_weights=[[0.5], [0.5]], kd_weight=1.0,
         temperature=2.0, ce_weight=1.0, label_smoothing=0.0, reduction="none", return_terms=True,
@@ -67,6 +73,8 @@ def modules() -> None:
     assert_type(losses.MultiTeacherKD(return_terms=True)(Z, Z), tuple[Tensor, LossTerms])
     assert_type(losses.MutualKD(ce_weight=1.0, reduction="sum")([Z, Z], Y), Tensor)
     assert_type(losses.MutualKD(return_terms=True)([Z, Z], Y), tuple[Tensor, LossTerms])
+    assert_type(losses.MultiLabelKD(pos_weight=torch.ones(3), classes="mean")(Z, [Z]), Tensor)
+    assert_type(losses.MultiLabelKD(return_terms=True)(Z, [Z]), tuple[Tensor, LossTerms])
     assert_type(losses.RKDDistance(reduction="mean")(Z, Z, mask=MASK), Tensor)
     assert_type(losses.RKDAngle(eps=1e-6)(Z, Z), Tensor)
     assert_type(losses.FeatureEnsemble(p=1, norm="sample", elements="mean")([X], [X]), Tensor)
