@@ -26,8 +26,8 @@ venv: $(INSTALLED) ## make .venv with the pinned development set
 
 build: $(BUILT) ## build the native libraries in the source tree
 
-demo: $(BUILT) ## distil the handwritten digits with seven methods, three seeds each: table, picture, report
-	$(PY) -m fastkd compare --out $(DEMO) --resume
+demo: $(BUILT) ## the papers' methods on handwritten digits with wrong labels, four seeds each: table, picture, report
+	$(PY) -m fastkd compare --config demo --out $(DEMO) --resume
 
 test: $(BUILT) ## all tests that are not marked slow (under 10 minutes)
 	$(THREADS) $(PY) -m pytest -m "not slow" $(PARALLEL) --durations=10

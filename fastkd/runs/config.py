@@ -33,7 +33,7 @@ class MethodOptions:
     resume: bool = option(False, "free")
 
 
-COMPARED = ("ce", "kd", "dgkd", "orc", "ctsl-mkt", "dkel", "feed-parallel")
+COMPARED = ("ce", "kd", "dgkd", "orc", "ctsl-mkt", "dkel", "feed-parallel", "feed-sequential")
 
 
 @dataclass

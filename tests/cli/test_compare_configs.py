@@ -3,7 +3,10 @@
 import pytest
 
 from fastkd.cli.options import RECIPE_FOLDER, parse
+from fastkd.runs.analyze import ANALYSES
 from fastkd.runs.config import read_yaml
+from fastkd.runs.job import CompareJob
+from fastkd.runs.runner import Runner, load_data
 from fastkd.train import UserError, plan
 
 NAMES = sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
@@ -17,7 +20,10 @@ def trained(*argv):
     return parse("train", [*argv, "--out", "x"])
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "digits"])
+OF_NO_METHOD = ("digits", "demo")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in OF_NO_METHOD])
 def test_the_method_of_a_recipe_is_compared_with_ce(name):
     method = read_yaml(RECIPE_FOLDER / f"{name}.yaml")["method"]
     config, alone = compared("--config", name), trained("--config", name)
@@ -34,6 +40,18 @@ def test_digits_is_the_recipe_of_every_method():
     assert config.methods == plain.methods and config.epochs == plain.epochs == 80
     assert config.guide_epochs == plain.guide_epochs == 80 and plain.seeds == [0, 1, 2]
     assert compared("--data", "cifar10").seeds == [0, 1, 2]
+
+
+def test_the_demo_has_every_paper_and_a_run_for_every_analysis_of_runs():
+    config = compared("--config", "demo")
+    assert config.methods == compared().methods and {"dgkd", "orc", "ctsl-mkt", "dkel"} < set(config.methods)
+    needed = [set(analysis.methods) for analysis in ANALYSES.values() if analysis.methods]
+    assert all(any(method in config.methods for method in methods) for methods in needed)
+    assert config.label_noise == 0.4 and len(config.seeds) > 3 and config.validation == 0
+    seed, runs = config.seeds[0], CompareJob.of(config).runs()
+    data = load_data(runs["ce", seed].config)
+    for method in config.methods:
+        assert list(Runner(runs[method, seed], data=data).stages)[-1] == "student"  # builds each stage
 
 
 def test_other_methods_may_be_asked_for(capfd):
