@@ -74,7 +74,9 @@ def loss_and_gradient(given: Given) -> tuple[Tensor, Tensor] | None:
         loss, rows, saved, aux = _run(*call, True)
     except RuntimeError:
         return None
-    return loss, native.gradient_from(call[1].options, torch.ones_like(loss), rows, saved, aux, given_away=True)
+    return loss, native.gradient_from(
+        call[1].options.reduction, torch.ones_like(loss), rows, saved, aux, given_away=True
+    )
 
 
 def _call(given: Given, learns: bool) -> tuple[Tensors, _Remembered] | None:
