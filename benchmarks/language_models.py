@@ -93,21 +93,46 @@ def linear(rows: int = 1024, width: int = 512, classes: int = 32000) -> None:
     print(", ".join(f"{n} {found[n] / found['one teacher']:.2f}" for n in list(functions)[1:]), flush=True)
 
 
-def sparse(rows: int = 1024, classes: int = 32000, k: int = 64) -> None:
-    """Sparse teachers on whole logits against plain PyTorch: a log-softmax and a gather."""
-    z, t = torch.randn(rows, classes), torch.randn(rows, classes)
-    values, ids = t.log_softmax(-1).topk(k)
+def sparse_eager(mode: str, ids: Tensor, values: Tensor, tail: Tensor) -> Callable[[Tensor], Tensor]:
+    """The divergence of a sparse teacher as trainers write it: a log-softmax in float32, a gather, 1 - sum as tail."""
 
-    def eager(z: Tensor) -> Tensor:
-        return (values.exp() * (values - z.log_softmax(-1).gather(-1, ids))).sum(-1).mean()
+    def loss(z: Tensor) -> Tensor:
+        log_q, log_p = z.float().log_softmax(-1).gather(-1, ids), values
+        if mode in ("teacher", "both"):
+            log_p = log_p.log_softmax(-1)
+        if mode == "both":
+            log_q = log_q.log_softmax(-1)
+        if mode == "sampled":
+            return -(log_p.exp() * log_q).sum(-1).mean()
+        rows = (log_p.exp() * (log_p - log_q)).sum(-1)
+        if mode == "tail":
+            outside = torch.log1p(-log_q.exp().sum(-1).clamp(max=1 - 1e-7))
+            rows = rows + tail.exp() * (tail - outside)
+        return rows.mean()
 
-    modes = {m: fastkd.TopK(ids, values, mode=m) for m in ("truncate", "tail", "teacher", "both")}
-    functions = {m: lambda z, top=top: multi_teacher_kd(z, top, temperature=1.0) for m, top in modes.items()}
-    found = in_turns(
-        {n: measure.Step(f, Inputs((z,), (z,)), TRAINING) for n, f in (functions | {"eager": eager}).items()}
-    )
-    print(f"[{rows}, {classes}], k = {k}: eager {found['eager']:.2f} s; eager / mode:", end=" ")
-    print(", ".join(f"{m} {found['eager'] / found[m]:.1f}" for m in modes), flush=True)
+    return loss
+
+
+def sparse(shapes: Sequence[tuple[int, int, int]] = ((1024, 32000, 64), (256, 128256, 100))) -> None:
+    """Sparse teachers on whole logits, [rows, classes] and k entries, against plain PyTorch, mode by mode."""
+    for rows, classes, k in shapes:
+        log_p = (3 * torch.randn(rows, classes)).log_softmax(-1)
+        values, ids = log_p.topk(k)
+        tail = log_p.scatter_(1, ids, -torch.inf).logsumexp(-1)
+        for dtype in (torch.float32, torch.bfloat16):
+            z = (3 * torch.randn(rows, classes)).to(dtype)
+            print(f"[{rows}, {classes}], k = {k}, {dtype}: mode, fused ms, eager / fused:", flush=True)
+            for mode in ("tail", "truncate", "teacher", "both", "sampled"):
+                top = fastkd.TopK(ids, values, mode=mode, tail_log_prob=tail if mode == "tail" else None)  # type: ignore[arg-type]
+                functions = {
+                    "fused": lambda z, top=top: multi_teacher_kd(z, top, temperature=1.0),
+                    "eager": sparse_eager(mode, ids, values, tail),
+                }
+                steps = {n: measure.Step(f, Inputs((z,), (z,)), TRAINING) for n, f in functions.items()}
+                found = in_turns(steps)
+                memory = [f"{measure.extra_bytes(steps[n], 'cpu') / 1e6:.0f}" for n in functions]
+                text = f"{mode} | {1e3 * found['fused']:.0f} | {found['eager'] / found['fused']:.1f}"
+                print(f"{text} | {' / '.join(memory)} MB", flush=True)
 
 
 PARTS = {"divergences": divergences, "linear": linear, "sparse": sparse}

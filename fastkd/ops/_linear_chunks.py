@@ -15,6 +15,7 @@ from torch import Tensor
 from fastkd import _backend
 from fastkd.ops import _multi_teacher_native as native
 from fastkd.ops import _topk_formula as topk
+from fastkd.ops import _topk_kernels as topk_kernels
 from fastkd.ops._formulas import flat_rows, reduce_rows
 from fastkd.ops._linear_formula import shares_of_rows, sparse_entries, weights_of_rows
 from fastkd.ops._linear_inputs import HEAD, LOGITS, SPARSE, Call, given
@@ -117,7 +118,7 @@ class _Worker:
 
     def run(self, group: Group) -> None:
         count = self.losses.shape[1] if group.rows is None else group.rows.shape[0]
-        if _only_inside(self.call, group.teachers):
+        if only_inside(self.call, group.teachers):
             step, work = BOTH_ROWS, self._inside
         else:
             heads = sum(self.call.teachers[k].kind == HEAD for k in group.teachers)
@@ -231,16 +232,28 @@ class _Worker:
     def _add_sparse(self, k: int, rows: slice | Tensor, logits: Tensor, losses: Tensor, gradient: Tensor) -> None:
         t = self._temperature(k)
         counts = None if self.valid is None else self.valid[rows]
+        weight = self._sparse_weight(k, rows, t, counts)
+        if topk_kernels.has_kernel(logits):
+            value, slope = topk_kernels.weighted_rows(logits, self._sparse(k, rows), weight, t, self.learns)
+            self._add_losses(losses, value, 1.0)
+            if self.learns:
+                gradient.add_(slope)
+            return
         entries = sparse_entries(self.call, k, rows, counts, t)
         x = logits if t == 1 else logits / t
         mode = self.call.teachers[k].mode
         assert mode is not None
         value, slope = topk.divergence_and_gradient(mode, entries, x)
-        weight = self._sparse_weight(k, rows, t, counts)
         self._add_losses(losses, value, weight)
         if self.learns:
             weight = weight / t if isinstance(weight, float) else (weight / t).to(slope.dtype)[:, None]
             gradient.add_(slope.mul_(weight))
+
+    def _sparse(self, k: int, rows: slice | Tensor) -> topk_kernels.Sparse:
+        teacher = self.call.teachers[k]
+        assert teacher.mode is not None
+        values, tail = (None if t is None else t[rows] for t in (teacher.first, teacher.third))
+        return topk_kernels.Sparse(teacher.mode, given(teacher.second)[rows], values, tail, 1.0, 1.0)
 
     def _temperature(self, k: int) -> float:
         temperatures = self.call.options.temperatures
@@ -298,7 +311,7 @@ class _Worker:
             to_weight.index_add_(0, ids.flatten(), (slope.unsqueeze(2) * hidden.unsqueeze(1)).flatten(0, 1))
 
 
-def _only_inside(call: Call, teachers: tuple[int, ...]) -> bool:
+def only_inside(call: Call, teachers: tuple[int, ...]) -> bool:
     """Whether these teachers and the labels need no class but those of sparse teachers of mode "both"."""
     labelled = (call.options.labels or call.soft is not None) and (call.options.ce_weight != 0 or call.options.terms)
     return bool(teachers) and not labelled and all(call.teachers[k].mode == "both" for k in teachers)

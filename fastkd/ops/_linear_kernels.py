@@ -29,7 +29,7 @@ SLOTS = 4  # tensors of a teacher: first, second, third, rows
 def losses_of(call: Call) -> Sequence[Tensor]:
     """The loss; with `terms` also KD and CE."""
     reason = why_reference(call)
-    if reason is None or reason is SPARSE_REASON:
+    if reason is None or reason in (SPARSE_REASON, INSIDE_REASON):
         if reason is not None and _backend._chosen == "native":
             _backend.note_fallback(OP, reason)  # which raises
         return _native(call)
@@ -41,7 +41,8 @@ def losses_of(call: Call) -> Sequence[Tensor]:
     return formula.recomputed(call, chunks.chunk_rows(call, len(call.teachers)))
 
 
-SPARSE_REASON = "TopK teachers have no kernel yet: their rows are plain PyTorch, chunk by chunk"
+SPARSE_REASON = "TopK teachers have a kernel of the CPU alone: their rows are plain PyTorch, chunk by chunk"
+INSIDE_REASON = 'TopK teachers of mode "both" alone need k classes of the head, whose rows are plain PyTorch'
 
 
 def why_reference(call: Call) -> str | None:
@@ -64,7 +65,11 @@ def why_reference(call: Call) -> str | None:
             return f"{name} is a tensor that requires grad or whose value is not known on the host"
     if len(call.teachers) > LAUNCH_TEACHERS and _backend.device_kind(call.hidden) != "cpu":
         return f"more than {LAUNCH_TEACHERS} teachers on a GPU"
-    return SPARSE_REASON if any(t.kind >= SPARSE for t in call.teachers) else None
+    if not any(t.kind >= SPARSE for t in call.teachers):
+        return None
+    if _backend.device_kind(call.hidden) != "cpu":
+        return SPARSE_REASON
+    return INSIDE_REASON if chunks.only_inside(call, tuple(range(len(call.teachers)))) else None
 
 
 def _why_learning(call: Call) -> str | None:

@@ -220,23 +220,23 @@ def _backward_of_inputs(
 
 
 def gradient_from(
-    reduced: Reduction, grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor, given_away: bool = False
+    reduction: Reduction, grad: Tensor, rows: Tensor, saved: Tensor, aux: Tensor, given_away: bool = False
 ) -> Tensor:
     """The student's gradient [R, C], for a gradient of the losses, from what the forward stored: maybe `rows`.
 
     given_away: nobody reads `rows` again. On a GPU it then becomes the gradient in place, where a kernel sees whether
     anything is left to do.
     """
-    reduction = REDUCTIONS.index(reduced)
+    number = REDUCTIONS.index(reduction)
     if given_away and _backend.device_kind(rows) != "cpu":
-        _backend.native_ops(rows).multi_teacher_backward_(grad.contiguous(), rows, saved, aux, reduction)
+        _backend.native_ops(rows).multi_teacher_backward_(grad.contiguous(), rows, saved, aux, number)
         return rows
     # On the CPU the mean's factor is in the stored rows.
-    ready = reduced != "none" and rows.dtype != torch.float16 and _backend.device_kind(rows) == "cpu"
+    ready = reduction != "none" and rows.dtype != torch.float16 and _backend.device_kind(rows) == "cpu"
     # A fake tensor has no value to look at.
     if ready and type(grad) is Tensor and grad.item() == 1.0:
         return rows
-    result: Tensor = _backend.native_ops(rows).multi_teacher_backward(grad.contiguous(), rows, saved, aux, reduction)
+    result: Tensor = _backend.native_ops(rows).multi_teacher_backward(grad.contiguous(), rows, saved, aux, number)
     return result
 
 

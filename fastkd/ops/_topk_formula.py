@@ -1,7 +1,7 @@
 """The five divergences of a sparse teacher, each row's value and closed-form gradient, in plain PyTorch.
 
 All take the student's logits over temperature, x [R, C] in float32 or float64. What the teacher gives is [R, k] and
-computed in float64. csrc has no kernel of them yet.
+computed in float64. csrc/topk does the same on the CPU (_topk_kernels.py).
 """
 
 from __future__ import annotations

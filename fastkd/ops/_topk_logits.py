@@ -1,24 +1,28 @@
-"""Sparse teachers beside whole logits: what multi_teacher_kd adds for them to its loss of the dense ones."""
+"""Sparse teachers beside whole logits: what multi_teacher_kd adds for them to its loss of the dense ones.
+
+By the kernel of _topk_kernels.py, or by the formula in plain PyTorch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import _backend
 from fastkd._core.messages import wrong_value
+from fastkd.ops import _multi_teacher_inputs as inputs
 from fastkd.ops import _topk_formula as formula
+from fastkd.ops import _topk_kernels as kernels
 from fastkd.ops._autograd import is_transformed, save_for_backward, with_kept
-from fastkd.ops._formulas import LossTerms, accumulate_dtype, flat_rows, reduce_rows
-from fastkd.ops._inputs import check_labels, check_layout, classes_last
+from fastkd.ops._formulas import LossTerms, accumulate_dtype, count_rows, flat_rows, reduce_rows
+from fastkd.ops._inputs import check_labels, check_layout, check_range, classes_last
 from fastkd.ops._teachers import check_temperature, check_weights
+from fastkd.ops._topk_kernels import Sparse
 from fastkd.ops.topk import Mode, TopK, check_topk
 from fastkd.ops.topk import check_temperature as check_sparse_temperature
-
-REASON = "TopK teachers have no kernel yet: they are plain PyTorch, the dense teachers beside them are native"
 
 # The options that whole logits alone take, and what they are beside TopK teachers.
 DENSE_ALONE = {
@@ -33,20 +37,9 @@ def has_sparse(teachers: object) -> bool:
     return any([isinstance(teacher, TopK) for teacher in teachers])
 
 
-class _Sparse(NamedTuple):
-    """One sparse teacher, checked."""
-
-    mode: Mode
-    ids: Tensor  # [R, k]
-    log_probs: Tensor | None  # [R, k]
-    tail: Tensor | None  # [R]
-    weight: float | Tensor  # [] or [R]
-    temperature: float | Tensor
-
-
 def checked(
     op: str, student: Tensor, teachers: Any, target: Tensor | None, options: dict[str, Any]
-) -> tuple[list[_Sparse], dict[str, Any]]:
+) -> tuple[list[Sparse], dict[str, Any]]:
     """The sparse teachers of a call, and the arguments of the same call without them."""
     if options["combine"] != "losses":
         raise wrong_value(op, "combine", "'losses' where a teacher is a TopK", repr(options["combine"]))
@@ -70,23 +63,63 @@ def with_sparse(
 ) -> Any:
     """multi_teacher_kd(student, teachers, target, **options), where `dense_kd` is it without sparse teachers."""
     sparse, arguments = checked(op, student, teachers, target, options)
-    result = dense_kd(**arguments)
-    if options["return_terms"]:
-        loss, terms = result
-    else:
-        loss, terms = result, None
-    if _is_zero(options["kd_weight"]):
-        return result
-    if _backend._chosen == "native":
-        _backend.note_fallback(op, REASON)  # which raises
+    read = [] if _is_zero(options["kd_weight"]) else [teacher for teacher in sparse if not _is_zero(teacher.weight)]
+    if not read:
+        return dense_kd(**arguments)
+    rows = classes_last(student, check_layout(op, student, options["class_dim"], True, "student"))
+    reason = kernels.why_reference(rows, read, (options["kd_weight"], options["num_items"] or 1))
+    if reason is not None:
+        _backend.note_fallback(op, reason, student)
+    loss, terms = _dense_part(dense_kd, arguments, rows)
     class_dim = check_layout(op, student, options["class_dim"], True, "student")
-    rows = classes_last(student, class_dim)
     labels = check_labels(op, target, options["mask"], options["ignore_index"], rows, class_dim)[0]
     counts = None if labels is None else labels != options["ignore_index"]
-    kd = _row_losses(flat_rows(rows), sparse, counts, options["scale_by_t2"])
-    kd = reduce_rows(kd, counts, options["reduction"], rows.shape[:-1], options["num_items"]).to(loss.dtype)
-    loss = loss + options["kd_weight"] * kd
+    if reason is None:
+        kd_weight, kd = _native_losses(rows, read, counts, options)
+    else:
+        kd_weight, kd = options["kd_weight"], _row_losses(flat_rows(rows), read, counts, options["scale_by_t2"])
+        kd = reduce_rows(kd, counts, options["reduction"], rows.shape[:-1], options["num_items"])
+    kd = kd.to(loss.dtype)
+    loss = loss + (kd if _is_one(kd_weight) else kd_weight * kd)
     return loss if terms is None else (loss, LossTerms(terms.kd + kd.detach(), terms.ce))
+
+
+def _dense_part(dense_kd: Callable[..., Any], call: dict[str, Any], rows: Tensor) -> tuple[Tensor, LossTerms | None]:
+    """The loss of the labels and dense teachers, and its terms where they are asked for."""
+    alone = isinstance(call["weights"], list) and call["weights"] == [0.0] and _is_zero(call["ce_weight"])
+    if not alone or (call["return_terms"] and call["target"] is not None):
+        result = dense_kd(**call)
+        return result if call["return_terms"] else (result, None)
+    tensors, options = inputs.check(**call)
+    if options.labels:
+        check_range(inputs.OP, tensors.target, rows.shape[-1], options.ignore_index)
+    shape = rows.shape[:-1] if options.reduction == "none" else ()
+    nothing = rows.new_zeros(shape, dtype=accumulate_dtype(rows.dtype))
+    return nothing, LossTerms(nothing, nothing) if call["return_terms"] else None
+
+
+def _native_losses(
+    rows: Tensor, teachers: list[Sparse], counts: Tensor | None, options: dict[str, Any]
+) -> tuple[float | Tensor, Tensor]:
+    """The teachers' loss by the kernel, in whose gradient all factors are; what it still is to be multiplied by."""
+    reduction, items, number = options["reduction"], options["num_items"], count_rows(rows)
+    factor = 1.0
+    if reduction != "none" and items is not None:
+        factor = 1 / float(items)
+    elif reduction == "mean":
+        factor = 1 / max(1, number if counts is None else int(counts.sum()))
+    inside, left = (1.0, options["kd_weight"]) if options["return_terms"] else (float(options["kd_weight"]), 1.0)
+    total = None
+    for teacher in teachers:
+        t = float(teacher.temperature)
+        scale = inside * (t * t if options["scale_by_t2"] else 1.0)
+        weight = torch.as_tensor(teacher.weight, dtype=torch.float64).detach().expand(number) * scale
+        if counts is not None:
+            weight = weight.masked_fill(~counts, 0)
+        loss = kernels.loss_of(rows, teacher, kernels.Rows(weight.contiguous(), t, reduction, factor))
+        total = loss if total is None else total + loss
+    assert total is not None
+    return left, total.reshape(rows.shape[:-1]) if reduction == "none" else total
 
 
 def _is_zero(scalar: float | Tensor) -> bool:
@@ -95,7 +128,7 @@ def _is_zero(scalar: float | Tensor) -> bool:
 
 def _split(
     op: str, teachers: Any, student: Tensor, rows: Tensor, options: dict[str, Any]
-) -> tuple[list[_Sparse], list[Tensor], dict[str, Any]]:
+) -> tuple[list[Sparse], list[Tensor], dict[str, Any]]:
     """The sparse teachers, the dense ones, and the weights and temperatures of these; none is a dense one of weight 0,
     which is not read."""
     teachers = [teachers] if isinstance(teachers, TopK) else list(teachers)
@@ -109,7 +142,7 @@ def _split(
         ids, log_probs, tail = check_topk(op, name, teacher, rows)
         check_sparse_temperature(op, name, teacher.mode, t)
         weight = host[k] if weights is None else weights[k]
-        sparse.append(_Sparse(teacher.mode, ids, log_probs, tail, weight, t))
+        sparse.append(Sparse(teacher.mode, ids, log_probs, tail, weight, t))
     if not dense:
         return sparse, [student.detach()], {"weights": [0.0], "temperature": 1.0}
     given: Tensor | list[float]
@@ -121,7 +154,7 @@ def _split(
     return sparse, [teachers[k] for k in dense], {"weights": given, "temperature": some}
 
 
-def _row_losses(student: Tensor, teachers: list[_Sparse], counts: Tensor | None, by_t2: bool) -> Tensor:
+def _row_losses(student: Tensor, teachers: list[Sparse], counts: Tensor | None, by_t2: bool) -> Tensor:
     """The weighted sum of the divergences, [R], 0 in rows that do not count."""
     z = student.to(accumulate_dtype(student.dtype))
     if counts is not None:
@@ -129,8 +162,6 @@ def _row_losses(student: Tensor, teachers: list[_Sparse], counts: Tensor | None,
     total = torch.zeros_like(z[:, 0])
     for teacher in teachers:
         weight, t = teacher.weight, teacher.temperature
-        if _is_zero(weight):
-            continue
         read = counts
         if isinstance(weight, Tensor) and weight.dim() == 1 and not weight.requires_grad:
             read = weight != 0 if counts is None else counts & (weight != 0)
@@ -140,8 +171,18 @@ def _row_losses(student: Tensor, teachers: list[_Sparse], counts: Tensor | None,
     return total
 
 
-def _is_one(t: float | Tensor) -> bool:
-    return not isinstance(t, Tensor) and t == 1
+def _is_one(scalar: float | Tensor) -> bool:
+    return not isinstance(scalar, Tensor) and scalar == 1
+
+
+def why_reference(
+    op: str, student: Tensor, teachers: Any, target: Tensor | None, options: dict[str, Any]
+) -> str | None:
+    """Why plain PyTorch computes the sparse teachers of this call, or None; it is checked."""
+    sparse, arguments = checked(op, student, teachers, target, options)
+    inputs.check(**arguments)
+    read = [teacher for teacher in sparse if not _is_zero(teacher.weight)]
+    return kernels.why_reference(student, read, (options["kd_weight"], options["num_items"] or 1))
 
 
 def _divergence(mode: Mode, entries: formula.Entries, x: Tensor) -> Tensor:

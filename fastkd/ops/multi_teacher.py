@@ -29,6 +29,7 @@ from fastkd.ops import _multi_teacher_kernels as kernels
 from fastkd.ops import _multi_teacher_native as native
 from fastkd.ops import _multi_teacher_statistics as statistics
 from fastkd.ops import _multi_teacher_usual as usual
+from fastkd.ops import _topk_kernels as topk_kernels
 from fastkd.ops._autograd import on_host
 from fastkd.ops._formulas import LossTerms, Reduction
 from fastkd.ops._inputs import (
@@ -37,10 +38,9 @@ from fastkd.ops._inputs import (
 from fastkd.ops._multi_teacher_formula import Activation, Combine, Options, Tensors
 from fastkd.ops._multi_teacher_inputs import OP
 from fastkd.ops._multi_teacher_statistics import DistillationStats
-from fastkd.ops._topk_logits import REASON as SPARSE_REASON
-from fastkd.ops._topk_logits import checked as checked_sparse
 from fastkd.ops._topk_logits import has_sparse, with_sparse
 from fastkd.ops.multi_label import as_sigmoid, why_sigmoid_reference
+from fastkd.ops._topk_logits import why_reference as why_sparse_reference
 from fastkd.ops.topk import TopK
 
 if TYPE_CHECKING:
@@ -148,8 +148,8 @@ def multi_teacher_kd(
         student: logits [..., C], float32, float64, float16 or bfloat16. Leading dimensions are rows: [B, C], [B, T, V].
         teachers: K logits of the student's shape, as a sequence, or stacked [K, ..., C] (a tensor of the student's
             own shape is one teacher), each in any of these dtypes. Never converted or concatenated, and copied only
-            where the classes do not lie next to each other. Among them, or alone, `fastkd.TopK`: k classes a row, in
-            plain PyTorch; with combine="losses", and a temperature of 1 but for its modes "teacher" and "both".
+            where the classes do not lie next to each other. Among them, or alone, `fastkd.TopK`: k classes a row (on
+            a GPU in plain PyTorch); with combine="losses", and a temperature of 1 but for modes "teacher" and "both".
         target: class indices [...] of an integer dtype, or probabilities [..., C] of a floating one (one that requires
             grad gets a gradient, in plain PyTorch). Rows equal to `ignore_index` count nowhere, whatever `ce_weight`.
         weights: none = 1/K each; [K]; or [K, ...] per row. Not normalised: they multiply each teacher's term. A teacher
@@ -277,8 +277,13 @@ def why_reference(arguments: dict[str, Any]) -> str | None:
     if not has_sparse(arguments["teachers"]):
         return kernels.why_reference(*inputs.check(**arguments))
     options = {name: value for name, value in arguments.items() if name not in ("student", "teachers", "target")}
-    inputs.check(**checked_sparse(OP, arguments["student"], arguments["teachers"], arguments["target"], options)[1])
-    return SPARSE_REASON
+    student, teachers, target = (arguments[name] for name in ("student", "teachers", "target"))
+    return why_sparse_reference(OP, student, teachers, target, options)
 
 
-_backend.register(multi_teacher_kd, OP, why_reference, native.register_fakes)
+def _register_fakes(namespace: str) -> None:
+    native.register_fakes(namespace)
+    topk_kernels.register_fakes(namespace)
+
+
+_backend.register(multi_teacher_kd, OP, why_reference, _register_fakes)

@@ -15,6 +15,7 @@ from fastkd.ops import _relational_kernels as relational
 from fastkd.ops._divergences import KINDS
 from fastkd.ops._inputs import REDUCTIONS
 from fastkd.ops.feature_ensemble import NORMS
+from fastkd.ops.topk import MODES
 
 
 class Constant(ctypes.Structure):
@@ -99,3 +100,7 @@ def test_relational():
         "padded_70": sides(relational.KIND_FULL)[2],
         "padded_width_70": rows.shape[1],
     }
+
+
+def test_topk():
+    assert exported("topk") == numbered(MODES)

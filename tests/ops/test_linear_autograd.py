@@ -99,6 +99,10 @@ def test_explain_says_who_does_the_rows():
     assert explained.backend == "reference" and "TopK" in explained.reason
     with fastkd.use_backend("native"), pytest.raises(RuntimeError, match="TopK"):
         linear_multi_teacher_kd(hidden, weight, [sparse])
+    others = dataclasses.replace(sparse, mode="teacher")
+    assert fastkd.explain(linear_multi_teacher_kd, hidden, weight, [others]).backend == "native"
+    with fastkd.use_backend("native"):
+        linear_multi_teacher_kd(hidden, weight, [others])
 
 
 def test_without_native_kernels(monkeypatch):
