@@ -52,7 +52,7 @@ bool try_launch(const Args& args, int64_t most_bytes, cudaStream_t stream) {
 
 template <class S, int M>
 void launch_vectors(const Params<float>& p, cudaStream_t stream) {
-  const dim3 grid(unsigned(p.rows)), block(kVectorThreads);
+  const dim3 grid(unsigned(p.rows)), block(unsigned(vector_block(p.classes / kRawItems<S>)));
   switch (at_one_of(p.integer_t, p.cross_entropy)) {
     case AtOne::same: SIMT_LAUNCH((vector_kernel<S, M, AtOne::same>), grid, block, 0, stream, p); break;
     case AtOne::power: SIMT_LAUNCH((vector_kernel<S, M, AtOne::power>), grid, block, 0, stream, p); break;
@@ -81,10 +81,10 @@ template <class S>
 void forward_rows(const Args& args, cudaStream_t stream) {
   using A = accumulate_t<S>;
   const int64_t most = most_shared_bytes();
-  if (try_launch<S, A, Warp>(args, most, stream) || try_launch<S, A, Small>(args, most, stream)) return;
   if constexpr (sizeof(A) == sizeof(float)) {
     if (try_vectors<S>(args, stream)) return;
   }
+  if (try_launch<S, A, Warp>(args, most, stream) || try_launch<S, A, Small>(args, most, stream)) return;
   if (try_launch<S, A, Medium>(args, most, stream)) return;
   if constexpr (sizeof(A) == sizeof(float)) {
     if (try_launch<S, A, Wide>(args, most < kWideBytes ? most : kWideBytes, stream)) return;

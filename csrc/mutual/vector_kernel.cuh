@@ -1,4 +1,4 @@
-// The kernel of long rows in whole vectors: a block takes a row, reads it for the sums, and again, from the L2 cache, for
+// The kernel of rows in whole vectors: a block takes a row, reads it for the sums, and again, from the L2 cache, for
 // the divergences and the gradients.
 #pragma once
 
@@ -157,19 +157,26 @@ __device__ __forceinline__ void find_factors(const Params<float>& p, int64_t ind
   row.sharp[m] = p.ce_weight != 0 ? p.ce_weight * scale : 0.f;
 }
 
-// The loss of learner m and its terms, by one thread.
+// Thread m: the loss of learner m and its terms.
 template <class S, int M>
 __device__ __forceinline__ void store_learner(const Params<float>& p, int64_t index, int m, const NetworkSums<M>& sums,
                                               const RowShared<M>& row, const PairSums<M>& pairs) {
-  float kd = 0, ce = 0;
+  float kd = 0, ce = 0, z = 1, z_one = 1, max = 0, a[M] = {};
+#pragma unroll
+  for (int i = 0; i < M; ++i) {  // registers have no index
+    z = i == m ? sums.z[i] : z;
+    z_one = i == m ? sums.z_one[i] : z_one;
+    max = i == m ? sums.max[i] : max;
+#pragma unroll
+    for (int n = 0; n < M; ++n) a[n] = i == m ? pairs.a[i][n] : a[n];
+  }
 #pragma unroll
   for (int n = 0; n < M; ++n) {
-    if (row.pairs >> (m * M + n) & 1u)
-      kd += row.weight[m][n] * p.scale.loss * divergence(pairs.a[m][n] * p.inv_t, sums.z[n], sums.z[m]);
+    if (row.pairs >> (m * M + n) & 1u) kd += row.weight[m][n] * p.scale.loss * divergence(a[n] * p.inv_t, sums.z[n], z);
   }
   if (p.cross_entropy) {
     const float label = load_as(static_cast<const S*>(row.from[m])[p.target[index]]);
-    ce = cross_entropy(sums.z_one[m], label - base_of(sums.max[m]), 0.f, 0.f, p.classes);
+    ce = cross_entropy(z_one, label - base_of(max), 0.f, 0.f, p.classes);
   }
   const int64_t at = m * p.rows + index;
   p.row_loss[at] = weigh(p.kd_weight, kd, p.ce_weight, ce);
@@ -187,13 +194,13 @@ __device__ __forceinline__ void leave_out_vectors(const Params<float>& p, int64_
       for (int i = 0; p.row_terms && i < 2; ++i) p.row_terms[(i * p.learners + m) * p.rows + index] = nothing;
       if (p.half && p.slot[m] >= 0) p.saved[p.slot[m] * p.rows + index] = 1;
     }
-    if (p.slot[m] >= 0) fill_vectors<kVectorThreads>(p.template grad_row<S>(m, index), 0, vectors, nothing);
+    if (p.slot[m] >= 0) fill_vectors<0>(p.template grad_row<S>(m, index), 0, vectors, nothing);
   }
 }
 
 // Four pairs' sums at a time over all threads.
-template <int M, class Threads>
-__device__ __forceinline__ void sum_pairs(PairSums<M>& sums, Threads& threads) {
+template <int M>
+__device__ __forceinline__ void sum_pairs(PairSums<M>& sums, BlockThreads& threads) {
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     Numbers<float, M> of;
@@ -207,11 +214,10 @@ __device__ __forceinline__ void sum_pairs(PairSums<M>& sums, Threads& threads) {
 
 template <class S, int M, AtOne One>
 __global__ void __launch_bounds__(kVectorThreads, 1) vector_kernel(const __grid_constant__ Params<float> p) {
-  using Threads = RowThreads<float, kVectorThreads>;
   using Shared = RowShared<M>;
-  SIMT_SHARED(float, buffer, 2 * Threads::kWarps * Threads::kMost);
+  SIMT_SHARED(float, buffer, BlockThreads::kNumbers);
   SIMT_SHARED(Shared, shared, 1);
-  Threads threads{int(threadIdx.x), 0, buffer};
+  BlockThreads threads{int(threadIdx.x), 0, buffer};
   Shared& row = shared[0];
   const int64_t index = blockIdx.x;
   const unsigned vectors = unsigned(p.classes / kRawItems<S>);
@@ -250,10 +256,7 @@ __global__ void __launch_bounds__(kVectorThreads, 1) vector_kernel(const __grid_
     }
   });
   sum_pairs(pairs, threads);
-  if (threadIdx.x != 0) return;
-#pragma unroll
-  for (int m = 0; m < M; ++m)
-    if (m < p.learners) store_learner<S>(p, index, m, sums, row, pairs);
+  if (int(threadIdx.x) < p.learners) store_learner<S>(p, index, int(threadIdx.x), sums, row, pairs);
 }
 
 }  // namespace FASTKD_TARGET

@@ -1,5 +1,5 @@
-// A long row of few networks in whole vectors: up to four in the learners' dtype, float or shorter, on 16-byte borders; labels
-// that are classes, without smoothing. kernel.cuh takes everything else.
+// A row of few networks in whole vectors: up to four in the learners' dtype, float or shorter, on 16-byte borders; labels that
+// are classes, without smoothing. kernel.cuh takes everything else.
 #pragma once
 
 #include "core/cuda/block.cuh"
@@ -10,8 +10,62 @@
 namespace fastkd::mutual {
 inline namespace FASTKD_TARGET {
 
-// One block of a multiprocessor: the rows under way stay in the L2 cache for their second reading.
+// The threads of a block, by the row's length. At most one block of a multiprocessor's registers: the rows under way stay in the
+// L2 cache for their second reading.
 constexpr int kVectorThreads = 512, kVectorNetworks = 4;
+
+// At least four vectors of a thread where that leaves a warp: what a row costs beside its vectors is paid by each.
+inline int vector_block(int64_t vectors) {
+  int threads = kVectorThreads;
+  while (threads > 32 && 4 * int64_t(threads) > vectors) threads /= 2;
+  return threads;
+}
+
+// The threads of a block whose size is the launch's, a power of two from a warp on; else as RowThreads.
+struct BlockThreads {
+  static constexpr int kMost = kVectorNetworks, kNumbers = 2 * kVectorThreads / 32 * kMost;
+  int thread, parity;
+  float* buffer;  // shared, kNumbers
+
+  template <int N, class Merge>
+  __device__ __forceinline__ Numbers<float, N> reduce(Numbers<float, N> x, const Merge& merge) {
+    static_assert(N <= kMost);
+    x = reduce_warp(x, merge);
+    const int warps = int(blockDim.x) / 32;
+    if (warps == 1) return x;
+    float* part = buffer + parity * (kNumbers / 2);
+    parity ^= 1;
+    if (thread % 32 == 0) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) part[thread / 32 * kMost + i] = x.v[i];
+    }
+    __syncthreads();
+    const int lane = thread % 32 & (warps - 1);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x.v[i] = part[lane * kMost + i];
+#pragma unroll 1
+    for (int mask = warps / 2; mask > 0; mask /= 2) x = merge(x, shuffle_xor(x, mask));
+    return x;
+  }
+  template <int N>
+  __device__ __forceinline__ Numbers<float, N> max(const Numbers<float, N>& x) {
+    return reduce(x, [](const Numbers<float, N>& a, const Numbers<float, N>& b) {
+      Numbers<float, N> c;
+#pragma unroll
+      for (int i = 0; i < N; ++i) c.v[i] = a.v[i] < b.v[i] ? b.v[i] : a.v[i];
+      return c;
+    });
+  }
+  template <int N>
+  __device__ __forceinline__ Numbers<float, N> sum(const Numbers<float, N>& x) {
+    return reduce(x, [](const Numbers<float, N>& a, const Numbers<float, N>& b) {
+      Numbers<float, N> c;
+#pragma unroll
+      for (int i = 0; i < N; ++i) c.v[i] = a.v[i] + b.v[i];
+      return c;
+    });
+  }
+};
 
 template <int M>
 struct Vectors {
@@ -39,7 +93,7 @@ __device__ __forceinline__ Vectors<M> load_vectors(const RowShared<M>& row, unsi
 // Calls f(vector, its contents) for this thread's vectors, with `Ahead` the next one's loads in flight meanwhile.
 template <bool Ahead, int M, class F>
 __device__ __forceinline__ void over_vectors(const RowShared<M>& row, unsigned vectors, const F& f) {
-  run_vectors<kVectorThreads, Ahead>(0, vectors, [&](unsigned vector) { return load_vectors(row, vector); }, f);
+  run_vectors<0, Ahead>(0, vectors, [&](unsigned vector) { return load_vectors(row, vector); }, f);
 }
 
 // A thread's sums of each network relative to its maximum so far, and its least logit.
@@ -88,8 +142,8 @@ __device__ __forceinline__ void push_vectors(NetworkSums<M>& sums, const Exponen
 }
 
 // All threads' sums together, in every thread.
-template <AtOne One, int M, class Threads>
-__device__ __forceinline__ void gather(NetworkSums<M>& sums, const Exponents& c, Threads& threads) {
+template <AtOne One, int M>
+__device__ __forceinline__ void gather(NetworkSums<M>& sums, const Exponents& c, BlockThreads& threads) {
   Numbers<float, M> max, least, z, z_one;
 #pragma unroll
   for (int n = 0; n < M; ++n) {

@@ -13,6 +13,8 @@ inline namespace FASTKD_TARGET {
 constexpr int kSide = 64, kPatch = 4, kPatches = kSide / kPatch, kDirectThreads = kPatches * kPatches;
 constexpr int kStage = 16;           // columns, or rows of the gradient's sum, in shared memory at a time
 constexpr int64_t kRollColumns = 512, kRollTerms = 64;  // summed plainly before they go into a Compensated
+template <class A>
+constexpr bool kRolls = sizeof(A) == sizeof(float);  // of doubles all are: other sums beside them would cost 32 registers
 
 // A stage: line l holds the 64 numbers of one column. One more patch a line than used: lines begin on other banks.
 template <class A>
@@ -184,7 +186,7 @@ __global__ void __launch_bounds__(kDirectThreads, sizeof(A) == sizeof(float) ? 2
     }
     add_squares<A>(stage, mine_i, mine_k, sums);
     __syncthreads();
-    if ((column + kStage - begin) % kRollColumns == 0) roll(sums, totals);
+    if (kRolls<A> && (column + kStage - begin) % kRollColumns == 0) roll(sums, totals);
   }
   roll(sums, totals);
   store_squares(p, i * kSide + mine_i * kPatch, k * kSide + mine_k * kPatch, i != k, totals);
@@ -257,7 +259,7 @@ __global__ void __launch_bounds__(kDirectThreads, sizeof(A) == sizeof(float) ? 2
     }
     add_pulls<A>(stage, mine_i, mine_k, x, sums);
     __syncthreads();
-    if ((b + kStage) % kRollTerms == 0) roll(sums, totals);
+    if (kRolls<A> && (b + kStage) % kRollTerms == 0) roll(sums, totals);
   }
   roll(sums, totals);
   const double factor = *p.factor;

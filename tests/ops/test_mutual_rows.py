@@ -84,7 +84,7 @@ def test_layouts_give_the_same_bits(layout, classes, place, at):
     stacked = view(torch.stack([z.detach() for z in logits])).requires_grad_()
     together = F.mutual_kd(stacked, target, teachers=teachers, ce_weight=0.5)
     assert torch.equal(loss, expected[0]) and torch.equal(together.detach(), expected[0])
-    if place == "simt_stream" and layout == "offset" and classes % 4 == 0:
+    if place != "cpu" and layout == "offset" and classes % 4 == 0:
         # Rows that allow whole vectors have a kernel of their own: gradients differ from it in the last place.
         for a, b in zip(grads, expected[1], strict=True):
             torch.testing.assert_close(a, b, rtol=3e-6, atol=1e-7)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from mutual_helpers import check, loss_and_grads, make
+from simt.fixtures import in_every_schedule
 
 import fastkd
 
@@ -33,7 +34,7 @@ def test_temperatures(temperature, reduction, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_several_vectors_of_a_thread(dtype, device):
-    """512 threads of 4 or 8 classes a vector, and some left over."""
+    """256 or 512 threads of 4 or 8 classes a vector, and some left over."""
     logits, _, target = make(2, 1, 9000, dtype=dtype, device=device)
     check(logits, target, ce_weight=0.5)
 
@@ -42,6 +43,33 @@ def test_several_vectors_of_a_thread(dtype, device):
 def test_rows_that_would_fit_on_chip_take_it(dtype, classes, at):
     logits, _, target = make(2, 2, classes, dtype=dtype, device=at("simt"))
     check(logits, target, ce_weight=0.5)
+
+
+# Blocks of 32, 32, 64, 128, 256 and 512 threads.
+@pytest.mark.parametrize("classes", [4, 100, 1028, 2048, 4100, 8200])
+def test_every_size_of_block(classes, simt, at):
+    """A row of whole vectors has a block of its own, however short it is."""
+    logits, teachers, target = make(2, 6 if classes <= 128 else 2, classes, 1, device=at("simt"))
+    simt.reset_counters()
+    F.mutual_kd(logits, target, teachers=teachers, ce_weight=0.5, reduction="none")
+    assert simt.counters()["blocks"] >= len(target)
+    check(logits, target, teachers=teachers, ce_weight=0.5)
+
+
+@pytest.mark.parametrize("dtype, classes", [(torch.float16, 8), (torch.bfloat16, 200), (torch.bfloat16, 2048)])
+def test_short_rows_of_halves(dtype, classes, at):
+    logits, _, target = make(4, 5, classes, dtype=dtype, device=at("simt"))
+    target[2] = -100
+    check(logits, target, ce_weight=0.5)
+
+
+def test_every_order_of_threads_gives_the_same_bits(simt, at):
+    at("simt")
+    logits, _, target = make(3, 2, 520)
+    results = in_every_schedule(simt, lambda: loss_and_grads(logits, target, ce_weight=0.5, reduction="none"))
+    for loss, grads in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(grads, results[0][1], strict=True))
 
 
 def test_without_labels_and_with_weights_per_row(device):

@@ -7,20 +7,27 @@
 namespace fastkd {
 inline namespace FASTKD_TARGET {
 
+// How many threads go through the vectors of a row: `Threads`, or where that is 0 as many as were launched.
+template <int Threads>
+__device__ __forceinline__ unsigned vector_threads() {
+  return Threads > 0 ? unsigned(Threads) : blockDim.x;
+}
+
 // Calls f(vector, load(vector)) for this thread's vectors from `begin` to `end`, with `Ahead` the next one's loads in flight
 // meanwhile.
 template <int Threads, bool Ahead, class Load, class F>
 __device__ __forceinline__ void run_vectors(unsigned begin, unsigned end, const Load& load, const F& f) {
+  const unsigned threads = vector_threads<Threads>();
   unsigned vector = begin + threadIdx.x;
   if (vector >= end) return;
   auto next = load(vector);
 #pragma unroll 1
-  for (; vector < end; vector += Threads) {
+  for (; vector < end; vector += threads) {
     const auto now = next;
-    const bool more = vector + Threads < end;
-    if (Ahead && more) next = load(vector + Threads);
+    const bool more = vector + threads < end;
+    if (Ahead && more) next = load(vector + threads);
     f(vector, now);
-    if (!Ahead && more) next = load(vector + Threads);
+    if (!Ahead && more) next = load(vector + threads);
   }
 }
 
@@ -31,7 +38,8 @@ __device__ __forceinline__ void fill_vectors(S* row, unsigned begin, unsigned en
 #pragma unroll
   for (int i = 0; i < kRawItems<S>; ++i) all[i] = number;
 #pragma unroll 1
-  for (unsigned vector = begin + threadIdx.x; vector < end; vector += Threads) store_raw(row, vector, pack<S>(all));
+  for (unsigned vector = begin + threadIdx.x; vector < end; vector += vector_threads<Threads>())
+    store_raw(row, vector, pack<S>(all));
 }
 
 }  // namespace FASTKD_TARGET
