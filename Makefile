@@ -56,8 +56,10 @@ lint: $(INSTALLED) ## check style, types, and that no layer imports from above (
 	! test -x $(VENV)/bin/lint-imports || $(VENV)/bin/lint-imports --no-cache
 	$(PY) -m mypy
 
+# Without --quiet: mkdocs would count no warnings with it.
 docs: $(DOCS_VENV)/.installed ## build the site into build/site, every warning an error (a minute; its packages in .venv-docs)
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+	@echo "build/site/index.html; the search needs a server: $(DOCS_VENV)/bin/python -m http.server -d build/site"
 
 # torch's libraries stay torch's. CUDA=1 also compiles the CUDA kernels, minutes for each of TORCH_CUDA_ARCH_LIST.
 wheel: $(INSTALLED) ## a manylinux wheel and the source distribution into dist (CUDA=1: with CUDA kernels; SYSTEM=manylinux_2_34_x86_64)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import html
+import logging
 import os
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from mkdocs.structure.files import File, Files
 
@@ -19,6 +22,7 @@ PAGES |= {
 }
 API = ("fastkd", "functional", "losses", "methods", "models", "nn", "data", "train", "graphs", "testing")
 PICTURES = "benchmarks/results"  # those that pages show
+WARNINGS = logging.getLogger("mkdocs.hooks.site_pages")  # an error, in a strict build
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -55,6 +59,22 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return "".join(turned)
 
 
+def on_post_build(config: Any) -> None:
+    """Every link of the built pages leads to a file of the site and to a place in it, or to another host."""
+    site = Path(config["site_dir"])
+    pages = {page: page.read_text() for page in site.rglob("*.html") if page.name != "404.html"}
+    places = {page: set(re.findall(r'\b(?:id|name)="([^"]+)"', text)) for page, text in pages.items()}
+    for page, text in pages.items():
+        for link in map(html.unescape, re.findall(r'\b(?:href|src)="([^"]+)"', text)):
+            path, _, place = link.partition("#")
+            if re.match(r"[a-z]+:", path):
+                continue
+            found = (page.parent / unquote(path)).resolve() if path else page
+            found = found / "index.html" if found.is_dir() else found
+            if not found.is_file() or (place and found in places and unquote(place) not in places[found]):
+                WARNINGS.warning("%s: the link %s leads nowhere", page.relative_to(site), link)
+
+
 def _images(text: str, source: str, page: Any) -> str:
     def image(match: re.Match[str]) -> str:
         found = os.path.normpath(os.path.join(os.path.dirname(source), match[2])).removeprefix("docs/")
@@ -67,7 +87,7 @@ def _api(name: str) -> str:
     """The docstrings of what a module gives out, one entry each."""
     module = "fastkd" if name == "fastkd" else f"fastkd.{name}"
     tree = _tree(module)
-    lines = [f"# {module}", "", "```text", ast.get_docstring(tree) or "", "```", ""]
+    lines = [f"# {module}", "", ast.get_docstring(tree) or "", ""]
     elsewhere = {*API, *_public(_tree("fastkd.losses"))} if name == "fastkd" else set()
     for each, path in _public(tree).items():
         if each not in elsewhere and not each.startswith("__"):

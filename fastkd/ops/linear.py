@@ -86,8 +86,8 @@ def linear_multi_teacher_kd(
         vocab_size: classes from here on are padding in every network that has more: their weights are not read and get
             gradient 0. None: all have the student's V.
         divergence, divergence_beta: as in multi_teacher_kd; with TopK, and with process_group, "forward" alone.
-        kd_weight, ce_weight, label_smoothing, ignore_index, mask, combine, scale_by_t2, reduction, num_items,
-            return_terms: as in multi_teacher_kd. The mean is over the rows that count, also those that no teacher
+        kd_weight, ce_weight, label_smoothing, ignore_index, mask, combine, scale_by_t2: as in multi_teacher_kd.
+        reduction, num_items, return_terms: as there. The mean is over the rows that count, also those that no teacher
             speaks about.
         process_group: a torch.distributed.ProcessGroup whose processes have the same hidden states, labels and rows,
             and each some classes of all heads, biases and teachers' logits (column-parallel), in the order of their

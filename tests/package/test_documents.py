@@ -190,6 +190,11 @@ def test_rows_of_tables_are_short_enough_to_read(page):
     assert [row for row in documents.rows(page) if len(row) > LONGEST_ROW] == []
 
 
+def test_the_site_is_built_with_warnings_as_errors():
+    """Under --quiet mkdocs would count none."""
+    assert re.search(r"^\t.*/mkdocs build --strict$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
 def test_readmes_first_screen():
     """What it is, its licence, the line that installs it, the lines that drop in, the first number."""
     screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:30])
