@@ -39,8 +39,8 @@ from fastkd.ops._multi_teacher_formula import Activation, Combine, Options, Tens
 from fastkd.ops._multi_teacher_inputs import OP
 from fastkd.ops._multi_teacher_statistics import DistillationStats
 from fastkd.ops._topk_logits import has_sparse, with_sparse
-from fastkd.ops.multi_label import as_sigmoid, why_sigmoid_reference
 from fastkd.ops._topk_logits import why_reference as why_sparse_reference
+from fastkd.ops.multi_label import as_sigmoid, why_sigmoid_reference
 from fastkd.ops.topk import TopK
 
 if TYPE_CHECKING:
