@@ -23,6 +23,9 @@ POSITIVE = "a finite number > 0, or one per teacher"
 def check_teachers(op: str, teachers: object, student: Tensor, whose: str = "the student's") -> Sequence[Tensor]:
     """K logits of the student's shape, from a sequence or from one tensor; views, never copies."""
     if isinstance(teachers, Tensor):
+        if not teachers.is_floating_point():
+            expected = "logits, which stand before the labels"
+            raise wrong_type(op, "teachers", expected, f"{teachers.dtype} of shape {list(teachers.shape)}")
         if teachers.dim() == student.dim():
             teachers = (teachers,)
         elif teachers.dim() == student.dim() + 1:
