@@ -230,7 +230,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     """
     if function not in _operations:
         known = ", ".join(name for name, _ in _operations.values())
-        raise ValueError(f"explain: function must be one of fastkd.functional ({known}), got {function!r}")
+        got = getattr(function, "__name__", type(function).__name__)
+        raise ValueError(f"explain: function must be one of fastkd.functional ({known}), got {got}")
     operation, why_reference = _operations[function]
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()

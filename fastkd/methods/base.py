@@ -163,6 +163,9 @@ class Method(Networks):
         Returns the parts of all phases, name -> detached 0-d tensor. A step that the optimiser left out
         (`optimizer.step_was_skipped`, as accelerate has it) is told to the phase.
         """
+        if not (hasattr(optimizer, "zero_grad") and hasattr(optimizer, "step")):
+            expected = "an optimizer (the order is optimizer, inputs, target)"
+            raise wrong_type(type(self).__name__, "step: optimizer", expected, type(optimizer).__name__)
         parts: dict[str, Tensor] = {}
         for phase in self.phases(inputs, target, chunks=chunks, taught=taught):
             optimizer.zero_grad(set_to_none=True)

@@ -27,7 +27,9 @@ ONE_LOGIT = "of shape [..., C] with C >= 2 classes (a network of one logit has a
 def check_logits(op: str, name: str, value: object, least: int = 2) -> Tensor:
     """Logits of at least `least` classes: 1 where each has a sigmoid of its own."""
     if not isinstance(value, Tensor):
-        raise wrong_type(op, name, "a floating-point tensor [..., C]", type(value).__name__)
+        kind = type(value).__name__
+        got = f"the network {kind}: call it first" if isinstance(value, torch.nn.Module) else kind
+        raise wrong_type(op, name, "a floating-point tensor [..., C]", got)
     if not value.is_floating_point():
         raise wrong_type(op, name, "a floating-point tensor (logits, not labels)", f"dtype {value.dtype}")
     if value.dim() == 0 or value.shape[-1] < least:

@@ -25,6 +25,9 @@ def check_teachers(
 ) -> Sequence[Tensor]:
     """K logits of the student's shape, from a sequence or from one tensor; views, never copies."""
     if isinstance(teachers, Tensor):
+        if not teachers.is_floating_point():
+            expected = "logits, which stand before the labels"
+            raise wrong_type(op, "teachers", expected, f"{teachers.dtype} of shape {list(teachers.shape)}")
         if teachers.dim() == student.dim():
             teachers = (teachers,)
         elif teachers.dim() == student.dim() + 1:

@@ -144,6 +144,9 @@ def _options(shared: dict[str, Any], own: dict[str, Any], setting: dict[str, Any
     for layer in layers:
         merged |= layer
     name = merged["method"]
+    near = [key for key in own if guess(str(key), ["method"], cutoff=0.7)]
+    if near and "method" not in own:
+        raise UserError(f"the method {label!r} of the study has an unknown option {near[0]!r}: did you mean method?")
     how = recipe(name)
     check_options({name: how}, own.get("options", {}))
     general = how.accepted(shared.get("options", {})) | own.get("options", {})

@@ -39,6 +39,13 @@ def test_step_goes_back_by_the_function_that_it_is_given():
     assert len(losses) == 3  # one for each phase
 
 
+def test_step_says_the_order_of_its_arguments():
+    method = orc()
+    with pytest.raises(TypeError, match=r"optimizer must be .* is optimizer, inputs, target\), got Tensor"):
+        method.step(rows()[0], optimizer_of(method), rows()[1])
+    assert method.iterations == 0
+
+
 def test_a_step_that_the_optimiser_left_out_moves_no_average():
     class Skips(torch.optim.SGD):
         step_was_skipped = True  # as accelerate's, after a scaler found an infinity

@@ -126,6 +126,8 @@ def test_explain_names_the_reason():
         assert explain(student, [t.clone().requires_grad_() for t in teachers]).backend == "native"
     with pytest.raises(ValueError, match="explain: function must be one of"):
         fastkd.explain(torch.softmax, student)
+    with pytest.raises(ValueError, match=r"got MultiTeacherKD$"):
+        fastkd.explain(fastkd.MultiTeacherKD(), student)
 
 
 # --- transforms -------------------------------------------------------------------------------------------------------

@@ -31,6 +31,18 @@ WRONG = [
     ("no teacher", call(teachers=[]), ValueError, "teachers must be at least one"),
     ("no stacked teacher", call(teachers=torch.zeros(0, 4, 6)), ValueError, "teachers must be at least one"),
     ("teachers of a wrong type", call(teachers=3), TypeError, "teachers must be a sequence.*got int"),
+    (
+        "labels for teachers",
+        call(teachers=Y),
+        TypeError,
+        r"before the labels, got torch.int64 of shape \[4\]",
+    ),
+    (
+        "a network",
+        call(teachers=[T, torch.nn.Linear(6, 6)]),
+        TypeError,
+        r"teachers\[1\].*Linear: call it first",
+    ),
     ("a teacher of a wrong type", call(teachers=[T, [1.0]]), TypeError, r"teachers\[1\].*got list"),
     ("student of a wrong type", call(student=[1.0]), TypeError, "student must be.*got list"),
     ("integer logits", call(student=S.long()), TypeError, "student must be.*floating-point.*got dtype torch.int64"),

@@ -74,6 +74,10 @@ def test_a_methods_options_go_over_those_of_all_and_a_settings_over_both(tmp_pat
     "changes, message",
     [
         ({"methods": ["ce", "kdd"]}, "there is no method 'kdd'"),
+        (
+            {"methods": {"ce": None, "hot": {"methd": "kd"}}},
+            "'hot' of the study has an unknown option 'methd'",
+        ),
         ({"methods": "gone"}, "methods must be a list of names"),
         ({"methods": ["ce", "a/b"]}, "the name 'a/b' in methods"),
         ({"seeds": [0, 0]}, "seeds must be different integers"),
