@@ -53,6 +53,7 @@ gpu-check: ## on a machine with a GPU: correctness, times, bytes; results in OUT
 lint: $(INSTALLED) ## check style, types, and that no layer imports from above (under a minute)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	find csrc tests/simt -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	! test -x $(VENV)/bin/lint-imports || $(VENV)/bin/lint-imports --no-cache
 	$(PY) -m mypy
 

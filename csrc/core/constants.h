@@ -13,8 +13,8 @@ struct Constant {
 }  // namespace fastkd
 
 // FASTKD_CONSTANTS(op, {"name", value}, ...): `fastkd_<op>_constants` of the library; the list ends with a null name.
-#define FASTKD_CONSTANTS(op, ...)                                                                         \
-  extern "C" __attribute__((visibility("default"))) const fastkd::Constant* fastkd_##op##_constants() {   \
-    static const fastkd::Constant list[] = {__VA_ARGS__, {nullptr, 0}};                                   \
-    return list;                                                                                          \
+#define FASTKD_CONSTANTS(op, ...)                                                                       \
+  extern "C" __attribute__((visibility("default"))) const fastkd::Constant* fastkd_##op##_constants() { \
+    static const fastkd::Constant list[] = {__VA_ARGS__, {nullptr, 0}};                                 \
+    return list;                                                                                        \
   }

@@ -31,8 +31,9 @@ FASTKD_HD A weighted_gap(A e, A x_t, A x_s) {
 // (d - 1) e^d + 1 for small d: the class's part of KL(p || q) is q of it at d = log(p / q). Of KL(q || p), p of it at -d.
 template <class A>
 FASTKD_HD A near_gap(A d) {
-  return d * d * (A(1. / 2) + d * (A(1. / 3) + d * (A(1. / 8) + d * (A(1. / 30) + d * (A(1. / 144) + d * (A(1. / 840) +
-                 d * A(1. / 5760)))))));
+  return d * d *
+         (A(1. / 2) +
+          d * (A(1. / 3) + d * (A(1. / 8) + d * (A(1. / 30) + d * (A(1. / 144) + d * (A(1. / 840) + d * A(1. / 5760)))))));
 }
 template <class A>
 constexpr A kNearGap = sizeof(A) == 4 ? A(0x1p-2) : A(0x1p-5);

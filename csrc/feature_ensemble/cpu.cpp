@@ -8,8 +8,7 @@ inline namespace FASTKD_TARGET {
 namespace {
 
 template <int P, class S, class T, class A>
-A sample_distance(const Args& args, const Pair& pair, int64_t b, const S* student, const T* teacher,
-                  const Scratch<A>& s) {
+A sample_distance(const Args& args, const Pair& pair, int64_t b, const S* student, const T* teacher, const Scratch<A>& s) {
   const int64_t group = pair.first_group + b * pair.groups;
   if (pair.group != Group::column) return rows_distance<P, S, T, A>(args, pair, student, teacher, group, s);
   double total = 0;
@@ -61,8 +60,7 @@ void row_gradient(const Factors<A> f, A inner, A upstream, const S* a, const T* 
   for_blocks(n, [&](int64_t first, int64_t count) {
 #pragma omp simd
     for (int64_t c = 0; c < count; ++c)
-      term[first + c] =
-          gradient<P>(f, inner, upstream, A(load_as(a[first + c])), A(load_as(b[first + c])));
+      term[first + c] = gradient<P>(f, inner, upstream, A(load_as(a[first + c])), A(load_as(b[first + c])));
   });
 }
 
@@ -86,8 +84,8 @@ void piece_gradient(const Args& args, const Pair& pair, int64_t b, int64_t r, in
   if (pair.group == Group::column)
     return column_gradient<P>(state + group + c, args.total_groups, upstream, student + at, teacher + at, n, term);
   const int64_t g = group + (pair.group == Group::row ? r : 0);
-  row_gradient<P>(load_factors(state, args.total_groups, g), load_inner(state, args.total_groups, g), upstream,
-                  student + at, teacher + at, n, term);
+  row_gradient<P>(load_factors(state, args.total_groups, g), load_inner(state, args.total_groups, g), upstream, student + at,
+                  teacher + at, n, term);
 }
 
 template <class A>
@@ -99,8 +97,8 @@ A upstream_of(const Args& args, int k, int64_t b) {
 
 // Elements [c, c + n) of row r of one student's sample b: the sum over pairs [first, last) of their gradients, to `sum`.
 template <int P, class S, class A>
-void piece_of_sum(const Args& args, int first, int last, int64_t b, int64_t r, int64_t c, int64_t n, const S* student,
-                  A* sum, const Scratch<A>& s) {
+void piece_of_sum(const Args& args, int first, int last, int64_t b, int64_t r, int64_t c, int64_t n, const S* student, A* sum,
+                  const Scratch<A>& s) {
   bool empty = true;
   for (int k = first; k < last; ++k) {
     const Upstream<A> upstream = s.upstream[k - first];

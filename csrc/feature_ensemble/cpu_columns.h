@@ -9,8 +9,7 @@ namespace {
 
 // Calls row(a, b) for every row of a strip, then flush() after every kBlock of them.
 template <class S, class T, class A, class Row, class Flush>
-void for_strip(const Pair& pair, const S* a, const T* b, int64_t n, const Scratch<A>& s, const Row& row,
-               const Flush& flush) {
+void for_strip(const Pair& pair, const S* a, const T* b, int64_t n, const Scratch<A>& s, const Row& row, const Flush& flush) {
   const int64_t padded = padded_length(n);
   for (int64_t r = 0; r < pair.outer; ++r) {
     row(as_row(a + r * pair.inner, n, padded, s.a), as_row(b + r * pair.inner, n, padded, s.b));
@@ -125,8 +124,7 @@ double strip_distance(const Args& args, const Pair& pair, const S* a, const T* b
   double total = 0;
   for (int64_t c = 0; c < n; ++c) {
     const Factors<A> f{w.scale_a[c], w.scale_b[c], w.inverse[c], w.ratio[c]};
-    save_state(static_cast<A*>(args.state), args.total_groups, group + c, f, squares_a[c],
-               inner_of(P, f.inverse, inner[c]));
+    save_state(static_cast<A*>(args.state), args.total_groups, group + c, f, squares_a[c], inner_of(P, f.inverse, inner[c]));
     total += double(distance_of(P, f.inverse, distance[c]));
   }
   return total;

@@ -31,7 +31,7 @@ struct Upstream {
 template <class A>
 struct Scratch {
   A *a, *b, *term, *sum;  // each [kPiece]
-  A *columns[8];          // each [kStrip]
+  A* columns[8];          // each [kStrip]
   Upstream<A>* upstream;  // of the pairs of a task
   A* teacher;             // unpacked samples of teachers, each [elements]
 };

@@ -109,14 +109,13 @@ __global__ void __launch_bounds__(kGradThreads, 2) gradient_kernel(const __grid_
     }
   }
   store_items<kItems, kWidth>(static_cast<S*>(shape.grad) + sample * int64_t(length), first, length, kGradThreads,
-                                  int(threadIdx.x), shape.grad_vectors, grad);
+                              int(threadIdx.x), shape.grad_vectors, grad);
 }
 
 template <class S, class T, class A, class Policy>
 void launch_rows(Params<A>& p, cudaStream_t stream) {
-  const int64_t blocks = deal_blocks(p, [&](const PairParams<A>& pair) {
-    return (p.samples * pair.groups + Policy::kRows - 1) / Policy::kRows;
-  });
+  const int64_t blocks =
+      deal_blocks(p, [&](const PairParams<A>& pair) { return (p.samples * pair.groups + Policy::kRows - 1) / Policy::kRows; });
   SIMT_LAUNCH((rows_kernel<S, T, A, Policy>), dim3(unsigned(blocks)), dim3(Policy::kBlock), 0, stream, p);
 }
 
@@ -205,9 +204,8 @@ const char* backward_cuda(const Args& args, void* stream_handle) {
   if (args.samples == 0) return nullptr;
   dispatch_types(args, [&]<class S, class T, class A>() {
     Params<A> p = make_params<S, T, A>(args);
-    const int64_t all = deal_blocks(p, [&](const PairParams<A>& pair) {
-      return p.samples * ((pair.outer * pair.inner - 1) / kGradTile<A> + 1);
-    });
+    const int64_t all = deal_blocks(
+        p, [&](const PairParams<A>& pair) { return p.samples * ((pair.outer * pair.inner - 1) / kGradTile<A> + 1); });
     const unsigned blocks = unsigned(p.shared ? all / p.pairs : all);
     SIMT_LAUNCH((gradient_kernel<S, T, A>), dim3(blocks), dim3(kGradThreads), 0, stream, p);
   });

@@ -134,7 +134,8 @@ constexpr int kColumns = 32, kSlices = 8;  // of a block: neighbouring columns, 
 
 // Sums {x, y} over the slices of a column, in the same order for every thread.
 template <class A>
-__device__ __forceinline__ Numbers<A, 2> over_slices(const Numbers<A, 2>& mine, A (&shared)[2 * kColumns * kSlices], bool maximum) {
+__device__ __forceinline__ Numbers<A, 2> over_slices(const Numbers<A, 2>& mine, A (&shared)[2 * kColumns * kSlices],
+                                                     bool maximum) {
   const int lane = threadIdx.x % kColumns;
   __syncthreads();  // what was read of the sums before
   shared[2 * threadIdx.x] = mine.v[0];

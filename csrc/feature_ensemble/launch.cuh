@@ -156,8 +156,8 @@ Params<A> make_params(const Args& args) {
     // A row of rows is read in vectors where each of them is; the whole of a sample needs no more than its start.
     const int64_t row = from.group == Group::row ? from.inner : from.elements();
     to.student_vectors = rows_aligned<kWidth>(from.student, from.student_stride, row, sizeof(S));
-    to.teacher_vectors = !from.transposed &&
-        rows_aligned<kWidth>(from.teacher, from.teacher_stride, row, bytes_of(from.teacher_type));
+    to.teacher_vectors =
+        !from.transposed && rows_aligned<kWidth>(from.teacher, from.teacher_stride, row, bytes_of(from.teacher_type));
     to.grad_vectors = from.grad && rows_aligned<kWidth>(from.grad, from.elements(), row, sizeof(S));
     to.elements = args.mean_elements ? A(from.elements()) : A(1);
     to.host_weight = args.host_weight ? A(args.host_weight[k]) : A(0);

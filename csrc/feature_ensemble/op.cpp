@@ -252,18 +252,20 @@ std::vector<Tensor> add_gradients(Inputs& in, const std::vector<Tensor>& student
 }
 
 // store: also the gradients for a grad_loss of 1; those of float16 in float32, or small ones would be lost before it.
-std::tuple<Tensor, Tensor, std::vector<Tensor>> forward(
-    const std::vector<Tensor>& students, const std::vector<Tensor>& teachers, const std::optional<Tensor>& weights,
-    const std::optional<Tensor>& mask, const std::vector<double>& host_weights, int64_t p, int64_t norm,
-    bool mean_elements, int64_t reduction, double items, bool need_grad, bool store) {
+std::tuple<Tensor, Tensor, std::vector<Tensor>> forward(const std::vector<Tensor>& students,
+                                                        const std::vector<Tensor>& teachers,
+                                                        const std::optional<Tensor>& weights, const std::optional<Tensor>& mask,
+                                                        const std::vector<double>& host_weights, int64_t p, int64_t norm,
+                                                        bool mean_elements, int64_t reduction, double items, bool need_grad,
+                                                        bool store) {
   Inputs in;
   fill_inputs(in, students, teachers, weights, mask, host_weights, {p, norm, mean_elements, reduction, items});
   Args& args = in.args;
   args.need_grad = need_grad;
   const Tensor& like = students[0];
   const ScalarType type = accumulate_type(args.student_type);
-  Tensor loss = args.reduction == Reduction::none ? empty_like_device(like, {args.samples}, type)
-                                                  : empty_like_device(like, {}, type);
+  Tensor loss =
+      args.reduction == Reduction::none ? empty_like_device(like, {args.samples}, type) : empty_like_device(like, {}, type);
   Tensor state = empty_like_device(like, {need_grad ? kStatePlanes : 0, args.total_groups}, type);
   Tensor distance = empty_like_device(like, {args.pairs, args.samples}, type);
   args.loss = loss.data_ptr();
@@ -279,9 +281,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> forward(
   return {loss, state, grads};
 }
 
-std::vector<Tensor> backward(const Tensor& grad_loss, const std::vector<Tensor>& students,
-                             const std::vector<Tensor>& teachers, const std::optional<Tensor>& weights,
-                             const std::optional<Tensor>& mask, const Tensor& state,
+std::vector<Tensor> backward(const Tensor& grad_loss, const std::vector<Tensor>& students, const std::vector<Tensor>& teachers,
+                             const std::optional<Tensor>& weights, const std::optional<Tensor>& mask, const Tensor& state,
                              const std::vector<double>& host_weights, int64_t p, int64_t norm, bool mean_elements,
                              int64_t reduction, double items) {
   Inputs in;
@@ -289,7 +290,8 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const std::vector<Tensor>&
   Args& args = in.args;
   check_devices(students[0], {&state});
   check_grad_loss(grad_loss, 1, args.samples, args.reduction, state);
-  STD_TORCH_CHECK(state.numel() == kStatePlanes * args.total_groups && state.is_contiguous(), "fastkd: the state is another call's");
+  STD_TORCH_CHECK(state.numel() == kStatePlanes * args.total_groups && state.is_contiguous(),
+                  "fastkd: the state is another call's");
   std::vector<Tensor> grads = add_gradients(in, students, students[0].scalar_type());
   args.grad_loss = grad_loss.data_ptr();
   args.state = state.data_ptr();

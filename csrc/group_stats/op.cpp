@@ -61,8 +61,7 @@ void run_forward(Args& args, const Tensor& like) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const std::vector<Tensor>& networks,
                                                                    const std::optional<Tensor>& target,
-                                                                   const std::optional<Tensor>& soft,
-                                                                   int64_t ignore_index) {
+                                                                   const std::optional<Tensor>& soft, int64_t ignore_index) {
   Inputs in;
   fill_inputs(in, networks, target, soft);
   Args& args = in.args;
@@ -85,6 +84,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
 }
 #endif
 
-STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) {
-  m.impl("group_stats", TORCH_BOX(&fastkd::group_stats::forward));
-}
+STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) { m.impl("group_stats", TORCH_BOX(&fastkd::group_stats::forward)); }

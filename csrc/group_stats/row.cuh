@@ -95,8 +95,8 @@ struct SoftPart {
   }
 
   template <class T, int Items>
-  __device__ __forceinline__ static void load(const Network& soft, int64_t row, int64_t first, int64_t classes,
-                                              int thread, A (&to)[Items]) {
+  __device__ __forceinline__ static void load(const Network& soft, int64_t row, int64_t first, int64_t classes, int thread,
+                                              A (&to)[Items]) {
     load_items<Items, Width>(row_of<T>(soft, row), first, classes, Threads, thread, false, A(0), to);
   }
 
@@ -138,8 +138,7 @@ __global__ void __launch_bounds__(P::kBlock, kSoft ? 1 : 0) row_kernel(const __g
   const bool with_soft = kSoft && part.label.given;
   for (int64_t first = 0; first < p.classes; first += P::kTile) {
     A logits[P::kItems];
-    load_items<P::kItems, kWidth>(row, first, p.classes, P::kThreads, threads.thread, p.in_vectors(slot), -A(kInf),
-                                  logits);
+    load_items<P::kItems, kWidth>(row, first, p.classes, P::kThreads, threads.thread, p.in_vectors(slot), -A(kInf), logits);
     const A before = part.top.v[0];
     part.push(logits, first);
     if (with_soft) soft.push(p.soft, r, logits, first, p.classes, before, part);

@@ -17,7 +17,8 @@ struct Scratch {  // each [padded]
 constexpr int64_t kArrays = sizeof(Scratch<double>) / sizeof(double*);
 
 bool packed(const Network& network, int64_t classes) {
-  return network.data == nullptr || (network.rows.dims == 1 && (network.rows.stride[0] == classes || network.rows.size[0] == 1));
+  return network.data == nullptr ||
+         (network.rows.dims == 1 && (network.rows.stride[0] == classes || network.rows.size[0] == 1));
 }
 
 // Rows that are one piece of memory in every network go several at a time: one logit a row is then no row of its own.

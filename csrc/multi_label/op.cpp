@@ -49,9 +49,9 @@ void add_weights(Inputs& in, const std::optional<Tensor>& weights, const std::ve
 
 void add_pos_weight(Inputs& in, const std::optional<Tensor>& pos_weight) {
   if (!pos_weight) return;
-  STD_TORCH_CHECK(pos_weight->scalar_type() == accumulate_type(in.args.student.type) &&
-                      pos_weight->numel() == in.args.classes + 1,
-                  "fastkd: pos_weight [C + 1] in the dtype that is computed in");
+  STD_TORCH_CHECK(
+      pos_weight->scalar_type() == accumulate_type(in.args.student.type) && pos_weight->numel() == in.args.classes + 1,
+      "fastkd: pos_weight [C + 1] in the dtype that is computed in");
   in.pos_weight = torch::stable::contiguous(*pos_weight);
   in.args.pos_weight = in.pos_weight->data_ptr();
 }
@@ -172,6 +172,6 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) {
 }
 
 using fastkd::multi_label::Combine, fastkd::Reduction;
-FASTKD_CONSTANTS(multi_label, {"launch_teachers", fastkd::multi_label::kMaxLaunchTeachers},
-                 {"losses", int(Combine::losses)}, {"probs", int(Combine::probs)}, {"logits", int(Combine::logits)},
-                 {"none", int(Reduction::none)}, {"sum", int(Reduction::sum)}, {"mean", int(Reduction::mean)})
+FASTKD_CONSTANTS(multi_label, {"launch_teachers", fastkd::multi_label::kMaxLaunchTeachers}, {"losses", int(Combine::losses)},
+                 {"probs", int(Combine::probs)}, {"logits", int(Combine::logits)}, {"none", int(Reduction::none)},
+                 {"sum", int(Reduction::sum)}, {"mean", int(Reduction::mean)})

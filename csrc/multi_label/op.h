@@ -35,19 +35,19 @@ struct Args {
   Reduction reduction = Reduction::mean;
   double items = 0;  // > 0: what the sum of the rows is divided by, instead of those that count
   double kd_weight = 1, ce_weight = 0, class_factor = 1;  // class_factor: of a row's sum over its classes
-  bool cross_entropy = false;                             // CE is wanted: ce_weight is not 0, or `terms`, and there are labels
-  bool terms = false;                                     // KD and CE are wanted beside the loss
+  bool cross_entropy = false;  // CE is wanted: ce_weight is not 0, or `terms`, and there are labels
+  bool terms = false;  // KD and CE are wanted beside the loss
   bool scale_by_t2 = true;
   bool need_grad = false;
 
   // L = losses_of(args): the loss kd_weight * KD + ce_weight * CE and, with `terms`, KD and CE without these weights.
   void* row_loss = nullptr;  // A [L, R]
-  void* loss = nullptr;      // A [L], null for Reduction::none
-  void* grad = nullptr;      // student's type [R, C], contiguous; as multi_teacher's: see its README.md for its scale
-  void* saved = nullptr;     // A [R], inverse scales of float16 gradients
-  void* aux = nullptr;       // A [2]: factor that the stored gradient still lacks, 0
-  double row_factor = 1;     // what the stored gradient is multiplied by, 1 / max(1, rows that count) for the mean
-  bool counted = false;      // CUDA: aux[0] holds this factor before the rows are run
+  void* loss = nullptr;  // A [L], null for Reduction::none
+  void* grad = nullptr;  // student's type [R, C], contiguous; as multi_teacher's: see its README.md for its scale
+  void* saved = nullptr;  // A [R], inverse scales of float16 gradients
+  void* aux = nullptr;  // A [2]: factor that the stored gradient still lacks, 0
+  double row_factor = 1;  // what the stored gradient is multiplied by, 1 / max(1, rows that count) for the mean
+  bool counted = false;  // CUDA: aux[0] holds this factor before the rows are run
 };
 
 inline namespace FASTKD_TARGET {

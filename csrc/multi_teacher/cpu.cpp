@@ -176,8 +176,7 @@ template <class S, class A>
 void keep_nothing(Row<A>& row, A nothing) {
   const Args& args = row.args;
   for (int i = 0; i < losses_of(args); ++i) static_cast<A*>(args.row_loss)[i * args.rows + row.index] = nothing;
-  if (args.need_grad)
-    store_no_gradient(nothing, row.n, gradient_of<S>(row), static_cast<A*>(args.saved) + row.index);
+  if (args.need_grad) store_no_gradient(nothing, row.n, gradient_of<S>(row), static_cast<A*>(args.saved) + row.index);
   if (!args.kl) return;
   keep_stats(row, 0, row.s.student, row.load(0, row.s.student));
   for (int k = 0; k < args.teachers; ++k) {
@@ -223,8 +222,7 @@ template <class S, class A>
 void forward_typed(const Args& args, int64_t begin, int64_t end, void* memory) {
   const int64_t padded = padded_length(args.classes);
   A* p = aligned_scratch<A>(memory);
-  const Scratch<A> scratch{p, p + padded, p + 2 * padded, p + 3 * padded, p + 4 * padded,
-                           p + 5 * padded, p + 6 * padded};
+  const Scratch<A> scratch{p, p + padded, p + 2 * padded, p + 3 * padded, p + 4 * padded, p + 5 * padded, p + 6 * padded};
   for (int64_t r = begin; r < end; ++r) {
     Row<A> row{args, scratch, r, args.classes, padded};
     forward_row<S>(row);
@@ -242,9 +240,8 @@ void forward_rows(const Args& args, int64_t begin, int64_t end, void* scratch) {
 
 void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end) {
   const bool per_row = args.reduction == Reduction::none;
-  dispatch(args.type, [&]<class S, class A>() {
-    scale_stored<S, A>(args, begin, end, [=](int64_t row) { return per_row ? row : 0; });
-  });
+  dispatch(args.type,
+           [&]<class S, class A>() { scale_stored<S, A>(args, begin, end, [=](int64_t row) { return per_row ? row : 0; }); });
 }
 
 }  // namespace

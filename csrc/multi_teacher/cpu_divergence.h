@@ -86,8 +86,9 @@ A diverge_from_mixture(Row<A>& row, A mass, A scale) {
   normalise(s.student_x, natural_log(row.z_student), s.student_exp, row.padded);
   normalise(s.mixture, A(0), s.teacher_exp, row.padded);
   const bool pair = row.args.divergence == Divergence::pair;
-  const TwoRows<A> rows{s.mixture, s.student_x, s.student_exp, s.teacher_exp, pair ? A(1) : mass,
-                        pair || mass == 1 ? A(0) : natural_log(mass), A(1), row.padded};
+  const TwoRows<A> rows{s.mixture,     s.student_x,        s.student_exp,
+                        s.teacher_exp, pair ? A(1) : mass, pair || mass == 1 ? A(0) : natural_log(mass),
+                        A(1),          row.padded};
   return diverge(row, rows, mass, A(1), scale);
 }
 

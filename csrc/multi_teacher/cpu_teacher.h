@@ -78,7 +78,8 @@ A teach_otherwise(Row<A>& row, int k, A* teacher, A max_teacher, A weight, doubl
   const Scratch<A>& s = row.s;
   const A z = teacher_at(row, teacher, max_teacher, temperature), ratio = row.z_student / z;
   if (k >= 0) keep_forward(row, k, teacher, z);
-  const TwoRows<A> rows{teacher, s.student_x, s.student_exp, s.teacher_exp, ratio, natural_log(ratio), row.z_student, row.padded};
+  const TwoRows<A> rows{teacher, s.student_x,        s.student_exp, s.teacher_exp,
+                        ratio,   natural_log(ratio), row.z_student, row.padded};
   return diverge(row, rows, A(1), weight, temperature_scale<A>(temperature, row.args.scale_by_t2).grad);
 }
 
@@ -90,7 +91,8 @@ A teach(Row<A>& row, A* teacher, A max_teacher, A weight, double temperature) {
   const A z = teacher_at(row, teacher, max_teacher, temperature);
   if (!row.args.need_grad || weight == 0) return divergence_alone(row, teacher, z);
   const A factor = A(row.args.kd_weight) * weight * scale.grad / row.z_student;
-  const A a = gaps_and_gradient(s.teacher_exp, teacher, s.student_x, s.student_exp, factor, row.z_student / z, s.grad, row.padded);
+  const A a =
+      gaps_and_gradient(s.teacher_exp, teacher, s.student_x, s.student_exp, factor, row.z_student / z, s.grad, row.padded);
   return divergence_of(row, a, teacher, z);
 }
 

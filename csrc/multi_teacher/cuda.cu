@@ -27,8 +27,7 @@ const char* forward_cuda(const Args& given, void* stream_handle) {
   const RowFactor factor = launch_factor(args, args.student.type, bytes, stream);
   args.row_factor = factor.known;
   args.counted = factor.counted;
-  if (args.rows > 0)
-    dispatch(args.student.type, [&]<class S, class A>() { forward_rows<S>(args, stream); });
+  if (args.rows > 0) dispatch(args.student.type, [&]<class S, class A>() { forward_rows<S>(args, stream); });
   launch_reduce(args, args.student.type, losses_of(args), factor.whole, stream);
   return launch_error();
 }
@@ -36,8 +35,16 @@ const char* forward_cuda(const Args& given, void* stream_handle) {
 const char* backward_cuda(const BackwardArgs& args, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   dispatch(args.type, [&]<class S, class A>() {
-    launch_scale<S, A>({args.stored, args.grad, static_cast<const A*>(args.grad_loss), static_cast<const A*>(args.aux),
-                        static_cast<const A*>(args.saved), args.reduction == Reduction::none, args.rows, args.classes, 1, {0}},
+    launch_scale<S, A>({args.stored,
+                        args.grad,
+                        static_cast<const A*>(args.grad_loss),
+                        static_cast<const A*>(args.aux),
+                        static_cast<const A*>(args.saved),
+                        args.reduction == Reduction::none,
+                        args.rows,
+                        args.classes,
+                        1,
+                        {0}},
                        stream);
   });
   return launch_error();

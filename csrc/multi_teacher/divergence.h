@@ -39,8 +39,9 @@ FASTKD_HD double log_one_plus(double y) { return ::log1p(y); }
 // (1 + y) log(1 + y) - y for small y.
 template <class A>
 FASTKD_HD A near_entropy(A y) {
-  return y * y * (A(1. / 2) - y * (A(1. / 6) - y * (A(1. / 12) - y * (A(1. / 20) - y * (A(1. / 30) - y * (A(1. / 42) -
-                 y * A(1. / 56)))))));
+  return y * y *
+         (A(1. / 2) -
+          y * (A(1. / 6) - y * (A(1. / 12) - y * (A(1. / 20) - y * (A(1. / 30) - y * (A(1. / 42) - y * A(1. / 56)))))));
 }
 
 // KL(p || q) and KL(q || p): first and second, each as a sum of terms that are none below 0. A class whose exponential

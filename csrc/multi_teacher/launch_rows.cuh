@@ -105,8 +105,8 @@ void stream_backward_rows(const Args& args, const void* grad_loss_, cudaStream_t
     if (with_vectors<S>(args, in_vectors)) return;
   }
   const int64_t tiles = (args.classes + kStreamTile<A> - 1) / kStreamTile<A>;
-  SIMT_LAUNCH((stream_backward_kernel<S, A>), dim3(unsigned(args.rows * tiles)), dim3(kStreamThreads<A>), 0, stream, p, grad_loss,
-              per_row, aux, tiles);
+  SIMT_LAUNCH((stream_backward_kernel<S, A>), dim3(unsigned(args.rows * tiles)), dim3(kStreamThreads<A>), 0, stream, p,
+              grad_loss, per_row, aux, tiles);
 }
 
 }  // namespace FASTKD_TARGET

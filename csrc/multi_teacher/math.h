@@ -41,8 +41,9 @@ FASTKD_HD A mixture_gap(A p, A x, A e, A z, A inv_z) {
   constexpr A kLeast = A(0x1p-86), kLogLeast = A(-59.61065752815529);  // so that every quotient is a normal number
   const A q = e * inv_z, r = (q - p) / p;
   // r - log(1 + r) for small r.
-  const A series = r * r * (A(1. / 2) - r * (A(1. / 3) - r * (A(1. / 4) - r * (A(1. / 5) - r * (A(1. / 6) - r *
-                   (A(1. / 7) - r * A(1. / 8)))))));
+  const A series =
+      r * r *
+      (A(1. / 2) - r * (A(1. / 3) - r * (A(1. / 4) - r * (A(1. / 5) - r * (A(1. / 6) - r * (A(1. / 7) - r * A(1. / 8)))))));
   const A below = x < kLogLeast ? x - kLogLeast : A(0);  // what exp cannot show
   const A log_ratio = log_positive((e < kLeast ? kLeast : e) / (p * z)) + below;
   const A value = magnitude(r) <= kNear ? p * series : (q - p) - p * log_ratio;

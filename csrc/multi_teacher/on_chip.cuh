@@ -57,9 +57,8 @@ struct Statistics {
     if constexpr (Wanted) {
       group_stats::Label<A> label;
       const int64_t* target = p.labels ? p.target : nullptr;
-      visit(from, [&]<class T>(const T* row) {
-        label = group_stats::label_of<T, A>(target, index, p.ignore_index, p.classes, row);
-      });
+      visit(from,
+            [&]<class T>(const T* row) { label = group_stats::label_of<T, A>(target, index, p.ignore_index, p.classes, row); });
       group_stats::RowPart<A, Width, ThreadsPerRow> part{label, threads.thread};
       part.push(logits, 0);
       const group_stats::RowStats<A> stats = part.reduce(threads, counters, p.classes);
@@ -114,8 +113,7 @@ __device__ __forceinline__ A learn_one_ahead(const Params<A>& p, RowState<A, kIt
 #pragma unroll
       for (int i = 0; i < kItems; ++i) row.t[i] = next[i];
     }
-    if (following != kNoTeacher)
-      load_row<Width>(p, following + 1, any_row(p.network[following + 1], index), threads, next);
+    if (following != kNoTeacher) load_row<Width>(p, following + 1, any_row(p.network[following + 1], index), threads, next);
     if (k >= 0) loss += learn(p, row, k, index, true, 1 / A(++count), threads, stats);
     k = following;
   }
@@ -254,8 +252,8 @@ __device__ __forceinline__ void store_gradient(const Params<A>& p, RowState<A, k
     }
     row.acc[i] *= scale;
   }
-  store_items<kItems, Width>(p.template grad_row<S>(index), 0, p.classes, Threads::kThreads, threads.thread,
-                             p.grad_vectors, row.acc);
+  store_items<kItems, Width>(p.template grad_row<S>(index), 0, p.classes, Threads::kThreads, threads.thread, p.grad_vectors,
+                             row.acc);
 }
 
 // A row that has no loss: 0, or NaN for a label out of range, also in the gradient.
@@ -267,8 +265,8 @@ __device__ __forceinline__ void store_nothing(const Params<A>& p, RowState<A, kI
   if (threads.thread == 0 && p.half_student) p.saved[index] = 1;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) row.acc[i] = nothing;
-  store_items<kItems, Width>(p.template grad_row<S>(index), 0, p.classes, Threads::kThreads, threads.thread,
-                             p.grad_vectors, row.acc);
+  store_items<kItems, Width>(p.template grad_row<S>(index), 0, p.classes, Threads::kThreads, threads.thread, p.grad_vectors,
+                             row.acc);
 }
 
 // A row of this thread's. `Other`: of another divergence than forward, without statistics.

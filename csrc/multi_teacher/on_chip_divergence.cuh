@@ -91,8 +91,8 @@ __device__ __forceinline__ A teach_otherwise(const Params<A>& p, RowState<A, kIt
                          (row.t[i] - row.x_s[i]) * inv_t + log_ratio};
   };
   const A factor = weight * scale.grad / row.z_s;
-  const auto result = diverge(p, row, index, A(1), row.z_s, factor, threads, of,
-                              [&](int i) { return student_exponential(row, i, inv_t); });
+  const auto result =
+      diverge(p, row, index, A(1), row.z_s, factor, threads, of, [&](int i) { return student_exponential(row, i, inv_t); });
   row.bound += magnitude(weight * scale.grad) * result.bound;
   return weight * scale.loss * result.value;
 }

@@ -95,18 +95,17 @@ int64_t saved_width(const std::vector<Tensor>& teachers, const Args& args) {
 }
 
 Results forward(const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& target,
-                const std::optional<Tensor>& soft, const std::optional<Tensor>& weights,
-                const std::optional<Tensor>& shares, const std::optional<Tensor>& scalars,
-                const std::vector<double>& host_weights, const std::vector<double>& temperatures, int64_t combine,
-                double kd_weight, double ce_weight, double label_smoothing, int64_t ignore_index, bool scale_by_t2,
-                int64_t reduction, double num_items, bool uniform, bool labels, bool terms, int64_t divergence,
-                const std::vector<double>& divergence_numbers, int64_t classes, const std::vector<double>& softcaps,
-                const std::vector<double>& logit_scales, bool need_grad, bool stream) {
+                const std::optional<Tensor>& soft, const std::optional<Tensor>& weights, const std::optional<Tensor>& shares,
+                const std::optional<Tensor>& scalars, const std::vector<double>& host_weights,
+                const std::vector<double>& temperatures, int64_t combine, double kd_weight, double ce_weight,
+                double label_smoothing, int64_t ignore_index, bool scale_by_t2, int64_t reduction, double num_items,
+                bool uniform, bool labels, bool terms, int64_t divergence, const std::vector<double>& divergence_numbers,
+                int64_t classes, const std::vector<double>& softcaps, const std::vector<double>& logit_scales, bool need_grad,
+                bool stream) {
   Inputs in;
   fill_inputs(in, student, teachers, target, soft, weights, shares, scalars,
-              {host_weights, temperatures, combine, kd_weight, ce_weight, label_smoothing, ignore_index, scale_by_t2,
-               reduction, num_items, uniform, labels, terms, divergence, divergence_numbers, classes, softcaps,
-               logit_scales});
+              {host_weights, temperatures, combine, kd_weight, ce_weight, label_smoothing, ignore_index, scale_by_t2, reduction,
+               num_items, uniform, labels, terms, divergence, divergence_numbers, classes, softcaps, logit_scales});
   return forward_of(in, student, need_grad, stream, saved_width(teachers, in.args));
 }
 
@@ -116,13 +115,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const std::optional<Tensor>& weights, const std::optional<Tensor>& shares, const std::optional<Tensor>& scalars,
     const std::vector<double>& host_weights, const std::vector<double>& temperatures, int64_t combine, double kd_weight,
     double ce_weight, double label_smoothing, int64_t ignore_index, bool scale_by_t2, int64_t reduction, double num_items,
-    bool uniform, bool labels, bool terms, int64_t divergence, const std::vector<double>& divergence_numbers,
-    int64_t classes, const std::vector<double>& softcaps, const std::vector<double>& logit_scales, bool need_grad) {
+    bool uniform, bool labels, bool terms, int64_t divergence, const std::vector<double>& divergence_numbers, int64_t classes,
+    const std::vector<double>& softcaps, const std::vector<double>& logit_scales, bool need_grad) {
   Inputs in;
   fill_inputs(in, student, teachers, target, std::nullopt, weights, shares, scalars,
-              {host_weights, temperatures, combine, kd_weight, ce_weight, label_smoothing, ignore_index, scale_by_t2,
-               reduction, num_items, uniform, labels, terms, divergence, divergence_numbers, classes, softcaps,
-               logit_scales},
+              {host_weights, temperatures, combine, kd_weight, ce_weight, label_smoothing, ignore_index, scale_by_t2, reduction,
+               num_items, uniform, labels, terms, divergence, divergence_numbers, classes, softcaps, logit_scales},
               true);
   Args& args = in.args;
   const ScalarType type = accumulate_type(args.student.type);
@@ -133,8 +131,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   return std::tuple_cat(forward_of(in, student, need_grad, false, 0), std::make_tuple(kl), stats.all());
 }
 
-void backward_into(const Tensor& grad_loss, const Tensor& grad_rows, const Tensor& saved, const Tensor& aux,
-                   int64_t reduction, const Tensor& grad) {
+void backward_into(const Tensor& grad_loss, const Tensor& grad_rows, const Tensor& saved, const Tensor& aux, int64_t reduction,
+                   const Tensor& grad) {
   BackwardArgs args;
   args.rows = grad_rows.size(0);
   args.classes = grad_rows.size(1);
@@ -164,18 +162,16 @@ void backward_in_place(const Tensor& grad_loss, const Tensor& grad_rows, const T
 Tensor stream_backward(const Tensor& grad_loss, const Tensor& student, const std::vector<Tensor>& teachers,
                        const std::optional<Tensor>& target, const std::optional<Tensor>& soft,
                        const std::optional<Tensor>& weights, const std::optional<Tensor>& shares,
-                       const std::optional<Tensor>& scalars, const Tensor& saved,
-                       const Tensor& aux, const std::vector<double>& host_weights,
-                       const std::vector<double>& temperatures, int64_t combine, double kd_weight, double ce_weight,
-                       double label_smoothing, int64_t ignore_index, bool scale_by_t2, int64_t reduction,
-                       double num_items, bool uniform, bool labels, bool terms, int64_t divergence,
-                       const std::vector<double>& divergence_numbers, int64_t classes,
-                       const std::vector<double>& softcaps, const std::vector<double>& logit_scales) {
+                       const std::optional<Tensor>& scalars, const Tensor& saved, const Tensor& aux,
+                       const std::vector<double>& host_weights, const std::vector<double>& temperatures, int64_t combine,
+                       double kd_weight, double ce_weight, double label_smoothing, int64_t ignore_index, bool scale_by_t2,
+                       int64_t reduction, double num_items, bool uniform, bool labels, bool terms, int64_t divergence,
+                       const std::vector<double>& divergence_numbers, int64_t classes, const std::vector<double>& softcaps,
+                       const std::vector<double>& logit_scales) {
   Inputs in;
   fill_inputs(in, student, teachers, target, soft, weights, shares, scalars,
-              {host_weights, temperatures, combine, kd_weight, ce_weight, label_smoothing, ignore_index, scale_by_t2,
-               reduction, num_items, uniform, labels, terms, divergence, divergence_numbers, classes, softcaps,
-               logit_scales});
+              {host_weights, temperatures, combine, kd_weight, ce_weight, label_smoothing, ignore_index, scale_by_t2, reduction,
+               num_items, uniform, labels, terms, divergence, divergence_numbers, classes, softcaps, logit_scales});
   Args& args = in.args;
   check_devices(student, {&saved, &aux});
   check_grad_loss(grad_loss, 1, args.rows, args.reduction, aux);
@@ -240,8 +236,7 @@ FASTKD_CONSTANTS(multi_teacher, {"launch_teachers", fastkd::multi_teacher::kMaxL
                  {"on_chip_classes", fastkd::multi_teacher::kMaxOnChip<float>},
                  {"on_chip_classes_float64", fastkd::multi_teacher::kMaxOnChip<double>},
                  {"saved_columns_5", fastkd::multi_teacher::columns_of_5(false)},
-                 {"saved_columns_5_soft", fastkd::multi_teacher::columns_of_5(true)},
-                 {"losses", int(Combine::losses)}, {"probs", int(Combine::probs)}, {"logits", int(Combine::logits)},
-                 {"none", int(Reduction::none)}, {"sum", int(Reduction::sum)}, {"mean", int(Reduction::mean)},
-                 {"forward", int(Divergence::forward)}, {"pair", int(Divergence::pair)},
-                 {"mixture", int(Divergence::mixture)}, {"tvd", int(Divergence::tvd)})
+                 {"saved_columns_5_soft", fastkd::multi_teacher::columns_of_5(true)}, {"losses", int(Combine::losses)},
+                 {"probs", int(Combine::probs)}, {"logits", int(Combine::logits)}, {"none", int(Reduction::none)},
+                 {"sum", int(Reduction::sum)}, {"mean", int(Reduction::mean)}, {"forward", int(Divergence::forward)},
+                 {"pair", int(Divergence::pair)}, {"mixture", int(Divergence::mixture)}, {"tvd", int(Divergence::tvd)})

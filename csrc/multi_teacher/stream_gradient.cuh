@@ -48,13 +48,13 @@ __device__ __forceinline__ void student_gradient(const uint4& student, float bas
 }
 
 template <class S>
-__device__ __forceinline__ void teacher_gradient(const uint4& teacher, float base, float factor, float ratio, const Exponents& c,
-                                                 const float (&e_s)[kRawItems<S>], float (&grad)[kRawItems<S>]) {
+__device__ __forceinline__ void teacher_gradient(const uint4& teacher, float base, float factor, float ratio,
+                                                 const Exponents& c, const float (&e_s)[kRawItems<S>],
+                                                 float (&grad)[kRawItems<S>]) {
   float t[kRawItems<S>];
   unpack<S>(teacher, t);
 #pragma unroll
-  for (int i = 0; i < kRawItems<S>; ++i)
-    grad[i] += factor * (e_s[i] - ratio * exp2_approximate((t[i] - base) * c.scale));
+  for (int i = 0; i < kRawItems<S>; ++i) grad[i] += factor * (e_s[i] - ratio * exp2_approximate((t[i] - base) * c.scale));
 }
 
 template <int N>

@@ -52,8 +52,8 @@ __device__ __forceinline__ void rebase_teacher(VectorSums<K>& sums, int k, const
 
 // One vector of a teacher; x_s is relative to the student's base.
 template <class S, int K>
-__device__ __forceinline__ void push_teacher_vector(VectorSums<K>& sums, int k, const Exponents& c, const uint4& bits, float growth,
-                                                    const float (&x_s)[kRawItems<S>]) {
+__device__ __forceinline__ void push_teacher_vector(VectorSums<K>& sums, int k, const Exponents& c, const uint4& bits,
+                                                    float growth, const float (&x_s)[kRawItems<S>]) {
   float t[kRawItems<S>];
   unpack<S>(bits, t);
   rebase_teacher(sums, k, c, largest(sums.top[k], t), growth);
@@ -117,7 +117,8 @@ __device__ __forceinline__ void gather_vectors(VectorSums<K>& sums, const Expone
 
 // Of one thread: the states of these teachers, in the order of streaming.cuh. Returns their part of KD.
 template <int K>
-__device__ __forceinline__ float store_teachers(const Params<float>& p, int64_t row, const RowOf<K>& at, const VectorSums<K>& sums) {
+__device__ __forceinline__ float store_teachers(const Params<float>& p, int64_t row, const RowOf<K>& at,
+                                                const VectorSums<K>& sums) {
   float kd = 0, *saved = p.saved + row * p.saved_columns;
 #pragma unroll
   for (int k = 0; k < K; ++k) {

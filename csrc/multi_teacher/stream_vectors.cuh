@@ -92,10 +92,10 @@ unsigned parts_of_row(const Args& args, int64_t blocks) {
 // f(dtype, places for teachers, AtOne) as template arguments, for what these kernels take.
 template <class S, class F>
 bool with_vectors(const Args& args, const F& f) {
-  bool fits = sizeof(S) <= sizeof(float) && args.combine == Combine::losses &&
-              args.divergence == Divergence::forward && !args.softcap && !args.several_temperatures && !args.soft.data &&
-              (!args.cross_entropy || args.label_smoothing == 0) &&
-              args.classes / kRawItems<S> < int64_t(1) << 31 && rows_aligned<kRawItems<S>>(args.student, args.classes) &&
+  bool fits = sizeof(S) <= sizeof(float) && args.combine == Combine::losses && args.divergence == Divergence::forward &&
+              !args.softcap && !args.several_temperatures && !args.soft.data &&
+              (!args.cross_entropy || args.label_smoothing == 0) && args.classes / kRawItems<S> < int64_t(1) << 31 &&
+              rows_aligned<kRawItems<S>>(args.student, args.classes) &&
               rows_aligned<kRawItems<S>>(args.grad, args.columns, args.classes, sizeof(S));
   for (int k = 0; k < args.teachers; ++k)
     fits = fits && args.teacher[k].type == args.student.type && rows_aligned<kRawItems<S>>(args.teacher[k], args.classes);

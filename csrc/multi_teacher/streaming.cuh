@@ -66,8 +66,8 @@ __device__ __forceinline__ void load_network(const Params<A>& p, int slot, int64
 
 template <class S, class A>
 __device__ __forceinline__ void load_student(const Params<A>& p, int64_t row, int64_t first, A (&s)[kStreamItems]) {
-  load_items<kStreamItems, kVector<S, S>>(row_in_memory<S>(p.network[0], row), first, p.classes, kStreamThreads<A>, int(threadIdx.x),
-                                          p.in_vectors(0), -A(kInf), s);
+  load_items<kStreamItems, kVector<S, S>>(row_in_memory<S>(p.network[0], row), first, p.classes, kStreamThreads<A>,
+                                          int(threadIdx.x), p.in_vectors(0), -A(kInf), s);
 }
 
 template <int Width, class A>
@@ -154,8 +154,8 @@ __device__ __forceinline__ RunningTeacher<A> gather_teacher(RunningTeacher<A> st
 
 // Adds teacher k's part of a mixture of probabilities, from its logits.
 template <class A>
-__device__ __forceinline__ void mix_probabilities(const Params<A>& p, int k, int64_t row, A max, A z, const A (&t)[kStreamItems],
-                                                  A (&mixture)[kStreamItems]) {
+__device__ __forceinline__ void mix_probabilities(const Params<A>& p, int k, int64_t row, A max, A z,
+                                                  const A (&t)[kStreamItems], A (&mixture)[kStreamItems]) {
   const A factor = p.weight_of(k, row) / z, base = base_of(max);
 #pragma unroll
   for (int i = 0; i < kStreamItems; ++i) mixture[i] += factor * exp_negative((t[i] - base) * p.inv_t[0]);
@@ -216,14 +216,14 @@ __device__ __forceinline__ A gather_teachers(const Params<A>& p, int64_t row, un
 template <class S, class A>
 __device__ __forceinline__ A stream_cross_entropy(const Params<A>& p, int64_t row, A max_student, const Numbers<A, 3>& sums,
                                                   const Numbers<A, 2>& labels) {
-  if (p.soft.data)
-    return cross_entropy_of_soft(sums.v[1], labels.v[0], labels.v[1], sums.v[2], p.smoothing, p.classes);
+  if (p.soft.data) return cross_entropy_of_soft(sums.v[1], labels.v[0], labels.v[1], sums.v[2], p.smoothing, p.classes);
   const A x_label = A(load_as(row_in_memory<S>(p.network[0], row)[p.target[row]])) - base_of(max_student);
   return cross_entropy(sums.v[1], x_label, sums.v[2], p.smoothing, p.classes);
 }
 
 template <class S, class A>
-__global__ void __launch_bounds__(kStreamThreads<A>, sizeof(A) == 8 ? 3 : 2) stream_forward_kernel(const __grid_constant__ Params<A> p) {
+__global__ void __launch_bounds__(kStreamThreads<A>, sizeof(A) == 8 ? 3 : 2)
+    stream_forward_kernel(const __grid_constant__ Params<A> p) {
   using Threads = RowThreads<A, kStreamThreads<A>>;
   constexpr int kWidth = kVector<S, S>;
   SIMT_DYNAMIC_SHARED(A, memory);

@@ -33,8 +33,8 @@ struct Options {
   const std::vector<double>&softcaps, &logit_scales;
 };
 
-inline void add_networks(Inputs& in, const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& soft,
-                  int64_t classes) {
+inline void add_networks(Inputs& in, const Tensor& student, const std::vector<Tensor>& teachers,
+                         const std::optional<Tensor>& soft, int64_t classes) {
   Args& args = in.args;
   args.columns = student.size(student.dim() - 1);
   args.classes = classes > 0 ? classes : args.columns;
@@ -130,9 +130,9 @@ inline void drop_teachers(Inputs& in, bool with_stats) {
 }
 
 inline void fill_inputs(Inputs& in, const Tensor& student, const std::vector<Tensor>& teachers,
-                 const std::optional<Tensor>& target, const std::optional<Tensor>& soft,
-                 const std::optional<Tensor>& weights, const std::optional<Tensor>& shares,
-                 const std::optional<Tensor>& scalars, const Options& o, bool with_stats = false) {
+                        const std::optional<Tensor>& target, const std::optional<Tensor>& soft,
+                        const std::optional<Tensor>& weights, const std::optional<Tensor>& shares,
+                        const std::optional<Tensor>& scalars, const Options& o, bool with_stats = false) {
   Args& args = in.args;
   add_networks(in, student, teachers, soft, o.classes);
   check_devices(student, {pointer_to(target), pointer_to(weights), pointer_to(shares)});

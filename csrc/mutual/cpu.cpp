@@ -98,9 +98,8 @@ template <class A>
 A label_loss(const Row<A>& row, const Softmax<A>& learner, A max, A* grad) {
   const Args& args = row.args;
   const LabelledRow<A> labelled =
-      row.integer_t == 1
-          ? LabelledRow<A>{row.logits, learner.e, max, learner.z, row.n, row.padded}
-          : at_one(row.logits, max, learner.e, row.integer_t, row.n, row.padded, row.logits + row.padded, grad);
+      row.integer_t == 1 ? LabelledRow<A>{row.logits, learner.e, max, learner.z, row.n, row.padded}
+                         : at_one(row.logits, max, learner.e, row.integer_t, row.n, row.padded, row.logits + row.padded, grad);
   if (args.soft) return soft_label_loss(row, labelled, grad);
   return hard_label_loss(labelled, args.target[row.index], A(args.label_smoothing), A(args.ce_weight), grad);
 }
@@ -275,8 +274,8 @@ int64_t scratch_numbers(const Args& args) {
 
 int64_t scratch_bytes(const Args& args) {
   constexpr int64_t kAlignment = 64;
-  return scratch_numbers(args) * int64_t(sizeof(double)) +
-         (args.learners + args.teachers) * int64_t(sizeof(Softmax<double>)) + 2 * kAlignment;
+  return scratch_numbers(args) * int64_t(sizeof(double)) + (args.learners + args.teachers) * int64_t(sizeof(Softmax<double>)) +
+         2 * kAlignment;
 }
 
 template <class S, class A>
@@ -288,8 +287,17 @@ void forward_typed(const Args& args, int64_t begin, int64_t end, void* memory) {
   A* const logits = p + 2 * networks * padded;
   A* const weights = logits + (3 + args.learners) * padded;
   for (int n = 0; n < networks; ++n, p += 2 * padded) table[n] = {p, p + padded, A(0), false};
-  Row<A> row{args, begin, args.classes, padded, table, logits, logits + 2 * padded, logits + 3 * padded, weights,
-             A(1 / args.temperature), temperature_scale<A>(args.temperature, args.scale_by_t2),
+  Row<A> row{args,
+             begin,
+             args.classes,
+             padded,
+             table,
+             logits,
+             logits + 2 * padded,
+             logits + 3 * padded,
+             weights,
+             A(1 / args.temperature),
+             temperature_scale<A>(args.temperature, args.scale_by_t2),
              integer_temperature(args.temperature)};
   const bool each_row = args.peers.stride_row != 0 || args.frozen.stride_row != 0;
   for (; row.index < end; ++row.index) {

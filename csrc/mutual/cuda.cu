@@ -11,8 +11,7 @@ const char* forward_cuda(const Args& given, void* stream_handle) {
   const RowFactor factor = launch_factor(args, args.type, args.slots * args.rows * args.classes * bytes_of(args.type), stream);
   args.row_factor = factor.known;
   args.counted = factor.counted;
-  if (args.rows > 0)
-    dispatch(args.type, [&]<class S, class A>() { forward_rows<S>(args, stream); });
+  if (args.rows > 0) dispatch(args.type, [&]<class S, class A>() { forward_rows<S>(args, stream); });
   launch_reduce(args, args.type, args.learners, factor.whole, stream);
   if (args.terms) {
     Args terms = args;
@@ -26,9 +25,16 @@ const char* forward_cuda(const Args& given, void* stream_handle) {
 const char* backward_cuda(const BackwardArgs& args, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   dispatch(args.type, [&]<class S, class A>() {
-    StoredGradients<A> p{args.stored, args.grad, static_cast<const A*>(args.grad_loss), static_cast<const A*>(args.aux),
-                         static_cast<const A*>(args.saved), args.reduction == Reduction::none, args.rows, args.classes,
-                         args.slots, {}};
+    StoredGradients<A> p{args.stored,
+                         args.grad,
+                         static_cast<const A*>(args.grad_loss),
+                         static_cast<const A*>(args.aux),
+                         static_cast<const A*>(args.saved),
+                         args.reduction == Reduction::none,
+                         args.rows,
+                         args.classes,
+                         args.slots,
+                         {}};
     for (int s = 0; s < args.slots; ++s) p.learner[s] = int(args.learner[s]);
     launch_scale<S, A>(p, stream);
   });

@@ -15,8 +15,7 @@ __device__ __forceinline__ void find_row(const Row<S, A, P>& row) {
 #pragma unroll 1
   for (int n = row.threads.thread; n <= networks; n += P::kThreads) {
     const Network& network = n < networks ? p.network[n] : p.soft;
-    row.memory.data(n) =
-        static_cast<const char*>(network.data) + row_offset(network.rows, row.index) * bytes_of(network.type);
+    row.memory.data(n) = static_cast<const char*>(network.data) + row_offset(network.rows, row.index) * bytes_of(network.type);
   }
 #pragma unroll 1
   for (int i = row.threads.thread; i < pairs; i += P::kThreads)
@@ -151,7 +150,7 @@ __device__ __forceinline__ void learn_tile(const Row<S, A, P>& row, int m, int64
 #pragma unroll
   for (int i = 0; i < kItems; ++i) grad[i] *= scale;
   store_items<kItems, Row<S, A, P>::kWidth>(p.template grad_row<S>(m, row.index), first, p.classes, P::kThreads,
-                                               row.threads.thread, p.grad_vectors, grad);
+                                            row.threads.thread, p.grad_vectors, grad);
 }
 
 // A learner's cross-entropy at weight 1, by one thread.
@@ -198,7 +197,7 @@ __device__ __forceinline__ void leave_out(const Row<S, A, P>& row, A nothing) {
   for (int m = 0; m < p.learners; ++m)
     for (int64_t first = 0; p.slot[m] >= 0 && first < p.classes; first += P::kTile)
       store_items<P::kItems, Row<S, A, P>::kWidth>(p.template grad_row<S>(m, row.index), first, p.classes, P::kThreads,
-                                                      row.threads.thread, p.grad_vectors, grad);
+                                                   row.threads.thread, p.grad_vectors, grad);
 }
 
 template <class S, class A, class P>

@@ -68,9 +68,7 @@ struct RowMemory {
   __device__ A& weight(int m, int n) const { return pairs()[(m * networks + n) * 3]; }
   __device__ A& factor(int m, int n) const { return pairs()[(m * networks + n) * 3 + 1]; }
   __device__ A& ratio(int m, int n) const { return pairs()[(m * networks + n) * 3 + 2]; }
-  __device__ A& sum(int warp, int m, int n) const {
-    return pairs()[(3 * learners + warp * learners + m) * networks + n];
-  }
+  __device__ A& sum(int warp, int m, int n) const { return pairs()[(3 * learners + warp * learners + m) * networks + n]; }
 };
 
 // Whether a network of the learners' dtype S may be read in vectors.
@@ -107,7 +105,8 @@ Params<A> make_params(const Args& args) {
     p.slot[m] = args.slot[m];
     for (int n = 0; n < p.networks(); ++n) {
       const Weights& w = n < args.learners ? args.peers : args.frozen;
-      if (w.host) p.host_weight[m * p.networks() + n] = fastkd::mutual::weight_of<A>(w, m, n < args.learners ? n : n - args.learners, 0);
+      if (w.host)
+        p.host_weight[m * p.networks() + n] = fastkd::mutual::weight_of<A>(w, m, n < args.learners ? n : n - args.learners, 0);
     }
   }
   p.target = args.target;

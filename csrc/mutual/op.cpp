@@ -83,9 +83,9 @@ void set_scalars(Args& args, double temperature, double kd_weight, double ce_wei
                  const std::optional<Tensor>& scalars) {
   double numbers[4] = {temperature, kd_weight, ce_weight, num_items};
   if (scalars) {
-    STD_TORCH_CHECK(scalars->is_cpu() && scalars->scalar_type() == ScalarType::Double && scalars->is_contiguous() &&
-                        scalars->numel() == 4,
-                    "fastkd: scalars must be float64 on the CPU");
+    STD_TORCH_CHECK(
+        scalars->is_cpu() && scalars->scalar_type() == ScalarType::Double && scalars->is_contiguous() && scalars->numel() == 4,
+        "fastkd: scalars must be float64 on the CPU");
     for (int i = 0; i < 4; ++i) numbers[i] = static_cast<const double*>(scalars->data_ptr())[i];
   }
   constexpr double kLargest = std::numeric_limits<double>::max();
@@ -162,13 +162,12 @@ Results run(Args& args, const Tensor& like, bool with_terms) {
   return {loss, terms, grad, saved, aux};
 }
 
-Results forward(const std::vector<Tensor>& logits, const std::vector<Tensor>& teachers,
-                const std::optional<Tensor>& target, const std::optional<Tensor>& soft,
-                const std::optional<Tensor>& weights, const std::optional<Tensor>& teacher_weights,
-                const std::optional<Tensor>& scalars, const std::vector<double>& host_weights, double temperature,
-                double kd_weight, double ce_weight, double num_items, bool cross_entropy, double label_smoothing,
-                int64_t ignore_index, bool scale_by_t2, int64_t reduction, bool with_terms,
-                const std::vector<int64_t>& learners, bool stream) {
+Results forward(const std::vector<Tensor>& logits, const std::vector<Tensor>& teachers, const std::optional<Tensor>& target,
+                const std::optional<Tensor>& soft, const std::optional<Tensor>& weights,
+                const std::optional<Tensor>& teacher_weights, const std::optional<Tensor>& scalars,
+                const std::vector<double>& host_weights, double temperature, double kd_weight, double ce_weight,
+                double num_items, bool cross_entropy, double label_smoothing, int64_t ignore_index, bool scale_by_t2,
+                int64_t reduction, bool with_terms, const std::vector<int64_t>& learners, bool stream) {
   Inputs in;
   Args& args = in.args;
   set_networks(in, logits, teachers);
@@ -177,8 +176,7 @@ Results forward(const std::vector<Tensor>& logits, const std::vector<Tensor>& te
   in.peers = weights;
   in.frozen = teacher_weights;
   args.peers = make_weights(args, in.peers, in.host_weights, 0, args.learners);
-  if (args.teachers > 0)
-    args.frozen = make_weights(args, in.frozen, in.host_weights, args.learners, args.teachers);
+  if (args.teachers > 0) args.frozen = make_weights(args, in.frozen, in.host_weights, args.learners, args.teachers);
   set_target(in, target, soft, cross_entropy);
   set_scalars(args, temperature, kd_weight, ce_weight, num_items, scalars);
   if (!cross_entropy) args.ce_weight = 0;
@@ -235,8 +233,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
       "float ce_weight, float num_items, bool cross_entropy, float label_smoothing, int ignore_index, bool scale_by_t2, "
       "int reduction, bool with_terms, int[] learners, bool stream) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("mutual_backward(Tensor grad, Tensor rows, Tensor saved, Tensor aux, int[] learners, int reduction) -> Tensor");
-  m.def(
-      "mutual_backward_(Tensor grad, Tensor(a!) rows, Tensor saved, Tensor aux, int[] learners, int reduction) -> ()");
+  m.def("mutual_backward_(Tensor grad, Tensor(a!) rows, Tensor saved, Tensor aux, int[] learners, int reduction) -> ()");
 }
 #endif
 

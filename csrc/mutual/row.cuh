@@ -31,7 +31,7 @@ template <class S, class A, class P>
 struct Row {
   static constexpr int kItems = P::kItems, kWidth = P::template kWidth<S>;
   using Items = A[kItems];
-  using Bits = Raw<kWidth * int(sizeof(S))>;
+  using Bits = Raw<kWidth* int(sizeof(S))>;
   // A tile in flight: the vectors of a network that is read in such.
   struct Held {
     Bits raw[kItems / kWidth];
@@ -45,7 +45,9 @@ struct Row {
   A mass;         // sum of the soft target
 
   __device__ __forceinline__ A& x(int n, int i) const { return tile[((2 * n) * kItems + i) * P::kThreads + threads.thread]; }
-  __device__ __forceinline__ A& e(int n, int i) const { return tile[((2 * n + 1) * kItems + i) * P::kThreads + threads.thread]; }
+  __device__ __forceinline__ A& e(int n, int i) const {
+    return tile[((2 * n + 1) * kItems + i) * P::kThreads + threads.thread];
+  }
   __device__ __forceinline__ A& soft(int i) const { return x(p.networks(), i); }
 
   __device__ __forceinline__ void sync() const {

@@ -18,7 +18,9 @@ struct Division {
   int64_t n, padded, tiles, tiles_per_square, squares;
 
   FASTKD_HD explicit Division(int64_t size)
-      : n(size), padded(padded_size(size)), tiles((size + kTile - 1) / kTile),
+      : n(size),
+        padded(padded_size(size)),
+        tiles((size + kTile - 1) / kTile),
         tiles_per_square(tiles > 0 ? (tiles + kSquares - 1) / kSquares : 1),
         squares((tiles + tiles_per_square - 1) / tiles_per_square) {}
 
@@ -158,8 +160,8 @@ struct Targets {
 
 // Each address is this thread's alone in every stage and tile of the block: sums without atomics, in a fixed order.
 template <bool kGrad, class A>
-__device__ __forceinline__ void add_stage(const StageSums<A>& sums, int64_t j0, int64_t j_end, int64_t tile_i,
-                                          int64_t tile_k, int64_t padded, const Targets<A>& to) {
+__device__ __forceinline__ void add_stage(const StageSums<A>& sums, int64_t j0, int64_t j_end, int64_t tile_i, int64_t tile_k,
+                                          int64_t padded, const Targets<A>& to) {
   const int lane = int(threadIdx.x) % 32;
   for (int v = int(threadIdx.x) / 32; v < Staging<A>::kVertices; v += kWarps) {
     const int64_t j = j0 + v;

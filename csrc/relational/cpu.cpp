@@ -340,7 +340,8 @@ void diagonal(const LossArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace FASTKD_TARGET
 
-const CpuKernels FASTKD_CPU_KERNELS = {partial_elements, scale,   copy_rows,   direct_squares, pull,           gram_squares, sums,
-                                       planes,           angles,  angle_pairs, distances,      distance_pairs, diagonal};
+const CpuKernels FASTKD_CPU_KERNELS = {partial_elements, scale,          copy_rows, direct_squares, pull,
+                                       gram_squares,     sums,           planes,    angles,         angle_pairs,
+                                       distances,        distance_pairs, diagonal};
 
 }  // namespace fastkd::relational

@@ -50,9 +50,7 @@ struct SquareBlock {
   const RowsArgs& args;
   int64_t begin, end;  // its rows
 
-  const A* row(int64_t r) const {
-    return static_cast<const A*>(args.rows) + (r < args.n ? r : args.n - 1) * args.width;
-  }
+  const A* row(int64_t r) const { return static_cast<const A*>(args.rows) + (r < args.n ? r : args.n - 1) * args.width; }
 
   void add(int64_t first, int64_t count) const {
     for (int64_t b = 0; b < end; b += kWide) {

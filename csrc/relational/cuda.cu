@@ -23,7 +23,7 @@ __device__ __forceinline__ double block_sum(RowSum& threads, int64_t n, const F&
 // A macro, because shared memory cannot be declared by a function that returns it.
 #define RELATIONAL_ROW_SUM(name)                                          \
   SIMT_SHARED(double, name##_buffer, 2 * RowSum::kWarps * RowSum::kMost); \
-  RowSum name{int(threadIdx.x), 0, name##_buffer}
+  RowSum name { int(threadIdx.x), 0, name##_buffer }
 
 // --- sides ----------------------------------------------------------------------------------------------------------------
 
@@ -46,7 +46,8 @@ struct Square {
 
 // The squared distances of row a, as square_of(b) has them, and their sums, by a block; x [N, width].
 template <class T, class F>
-__device__ __forceinline__ void row_of_squares(const SidesArgs& p, RowSum& threads, const T* x, int64_t width, const F& square_of) {
+__device__ __forceinline__ void row_of_squares(const SidesArgs& p, RowSum& threads, const T* x, int64_t width,
+                                               const F& square_of) {
   const int64_t n = p.n, a = blockIdx.x;
   const int lane = int(threadIdx.x) % 32;
   Numbers<double, 2> sums{{0, 0}};
@@ -86,7 +87,8 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant
 
 // From the parts of direct_kernel: a block per row a.
 template <class A>
-__global__ void __launch_bounds__(kThreads) parts_kernel(const __grid_constant__ RowsArgs rows, const __grid_constant__ SidesArgs p) {
+__global__ void __launch_bounds__(kThreads)
+    parts_kernel(const __grid_constant__ RowsArgs rows, const __grid_constant__ SidesArgs p) {
   RELATIONAL_ROW_SUM(threads);
   const int64_t n = p.n, a = blockIdx.x, parts = Parts(n, rows.width).count;
   row_of_squares(p, threads, static_cast<const A*>(rows.rows), rows.width, [&](int64_t b) {
@@ -132,8 +134,8 @@ __global__ void __launch_bounds__(kThreads) planes_kernel(const __grid_constant_
 
 // The loss of vertex a from the blocks' sums, and row a of `laplacian`: a block per row.
 template <class A>
-__global__ void __launch_bounds__(kThreads) angle_rows_kernel(const __grid_constant__ LossArgs args,
-                                                              const __grid_constant__ AngleParams<A> p) {
+__global__ void __launch_bounds__(kThreads)
+    angle_rows_kernel(const __grid_constant__ LossArgs args, const __grid_constant__ AngleParams<A> p) {
   RELATIONAL_ROW_SUM(threads);
   const Division d(p.n);
   const int64_t n = p.n, a = blockIdx.x, plane = n * d.padded, square = n * d.padded;
@@ -151,8 +153,7 @@ __global__ void __launch_bounds__(kThreads) angle_rows_kernel(const __grid_const
       by_square += double(p.by_side[s * square + a * d.padded + b]) + double(p.by_side[s * square + b * d.padded + a]);
     const int64_t i = a > b ? a : b, k = a > b ? b : a;
     const int64_t pair = Division::pair_index(i / kTile, k / kTile), at = k % kTile * kTile + i % kTile;
-    for (int64_t c = 0; c < kChunks; ++c)
-      by_square -= double(p.by_opposite[(c * d.tile_pairs() + pair) * kTile * kTile + at]);
+    for (int64_t c = 0; c < kChunks; ++c) by_square -= double(p.by_opposite[(c * d.tile_pairs() + pair) * kTile * kTile + at]);
     args.laplacian[a * n + b] = by_square * factor;
     return by_square * factor;
   });
@@ -165,11 +166,9 @@ __global__ void __launch_bounds__(kThreads) distance_rows_kernel(const __grid_co
   const int64_t a = blockIdx.x, padded = padded_size(p.n);
   const double* s = static_cast<const double*>(p.student) + a * padded;
   const double* t = static_cast<const double*>(p.teacher) + a * padded;
-  const double loss =
-      block_sum(threads, p.n, [&](int64_t b) { return huber(s[b] - t[b], huber_slope(s[b] - t[b])); });
-  const double through_mean = block_sum(threads, p.n, [&](int64_t b) {
-    return (p.weight_of(a) + p.weight_of(b)) * huber_slope(s[b] - t[b]) * s[b];
-  });
+  const double loss = block_sum(threads, p.n, [&](int64_t b) { return huber(s[b] - t[b], huber_slope(s[b] - t[b])); });
+  const double through_mean =
+      block_sum(threads, p.n, [&](int64_t b) { return (p.weight_of(a) + p.weight_of(b)) * huber_slope(s[b] - t[b]) * s[b]; });
   if (threadIdx.x != 0) return;
   p.row_loss[a] = loss / double(p.n);
   p.row_sums[a] = through_mean;

@@ -76,8 +76,7 @@ __global__ void __launch_bounds__(kScaleThreads) scaled_rows_kernel(const __grid
   if (a == 0 && threadIdx.x == 0) *p.device_scale = scale;
   const A* from = static_cast<const A*>(p.from) + a * p.columns;
   A* to = static_cast<A*>(p.rows) + a * p.width;
-  for (int64_t d = threadIdx.x; d < p.width; d += kScaleThreads)
-    to[d] = d < p.columns ? A(double(from[d]) * scale) : A(0);
+  for (int64_t d = threadIdx.x; d < p.width; d += kScaleThreads) to[d] = d < p.columns ? A(double(from[d]) * scale) : A(0);
 }
 
 // --- squared distances ----------------------------------------------------------------------------------------------------
@@ -162,7 +161,8 @@ __device__ __forceinline__ void store_squares(const RowsArgs& p, int64_t a0, int
 
 // Grid: squares of the triangle k <= i, parts of the columns.
 template <class A>
-__global__ void __launch_bounds__(kDirectThreads, sizeof(A) == sizeof(float) ? 2 : 1) direct_kernel(const __grid_constant__ RowsArgs p) {
+__global__ void __launch_bounds__(kDirectThreads, sizeof(A) == sizeof(float) ? 2 : 1)
+    direct_kernel(const __grid_constant__ RowsArgs p) {
   using LinesShared = Lines<A>;
   SIMT_SHARED(LinesShared, stage, 2);
   int64_t i = int64_t((sqrtf(8.f * float(blockIdx.x) + 1.f) - 1.f) / 2.f);  // up to its rounding
@@ -235,7 +235,8 @@ __device__ __forceinline__ void add_pulls(const Lines<A> (&stage)[2], int i, int
 
 // Grid: 64 columns, 64 rows.
 template <class A>
-__global__ void __launch_bounds__(kDirectThreads, sizeof(A) == sizeof(float) ? 2 : 1) pull_kernel(const __grid_constant__ PullArgs p) {
+__global__ void __launch_bounds__(kDirectThreads, sizeof(A) == sizeof(float) ? 2 : 1)
+    pull_kernel(const __grid_constant__ PullArgs p) {
   using LinesShared = Lines<A>;
   SIMT_SHARED(LinesShared, stage, 2);
   const int mine_i = int(threadIdx.x) / kPatches, mine_k = int(threadIdx.x) % kPatches;

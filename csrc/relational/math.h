@@ -96,8 +96,7 @@ FASTKD_HD Triplet<A> triplet(const Plane<A>& si, const Plane<A>& sk, A s_hi, A s
   const A target = rounded_product(doubled_product(ti.hi, ti.lo, tk.hi, tk.lo, t_hi, t_lo), ti.inv * tk.inv);
   const A difference = cosine - target, slope = huber_slope(difference), weighted = slope * weight;
   const A by_opposite = weighted * product, turn = weighted * cosine;
-  return {huber(difference, slope), by_opposite - turn * (si.inv * si.inv), by_opposite - turn * sk.inv * sk.inv,
-          by_opposite};
+  return {huber(difference, slope), by_opposite - turn * (si.inv * si.inv), by_opposite - turn * sk.inv * sk.inv, by_opposite};
 }
 
 // Both sides the same: the cosine is 1, or 0 for a short side.

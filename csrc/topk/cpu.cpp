@@ -186,8 +186,7 @@ double row_of_all(const Args& args, int64_t row, const S* from, Entries& entries
 // Mode::both: no other class is read.
 template <class S, class A>
 double row_of_entries(const Args& args, int64_t row, const S* from, Entries& entries, S* to) {
-  for (int64_t j = 0; j < entries.count; ++j)
-    entries.x[j] = double(load_as(from[entries.id[j]])) / args.temperature;
+  for (int64_t j = 0; j < entries.count; ++j) entries.x[j] = double(load_as(from[entries.id[j]])) / args.temperature;
   const Divergence d = diverge(args.mode, entries, kNothing);
   if (!args.need_grad) return d.value;
   fill_row(to, args.classes, A(0));

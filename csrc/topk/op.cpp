@@ -68,9 +68,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
       "float temperature, float row_factor, bool need_grad) -> (Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) {
-  m.impl("topk_forward", TORCH_BOX(&fastkd::topk::forward));
-}
+STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_KEY, m) { m.impl("topk_forward", TORCH_BOX(&fastkd::topk::forward)); }
 
 using fastkd::topk::Mode;
 FASTKD_CONSTANTS(topk, {"tail", int(Mode::tail)}, {"truncate", int(Mode::truncate)}, {"teacher", int(Mode::teacher)},

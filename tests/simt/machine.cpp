@@ -62,7 +62,8 @@ void Machine::check_opt_in(std::size_t static_bytes) const {
   const std::size_t dynamic = launch_->dynamic_bytes;
   if (dynamic > dynamic_allowed_ && dynamic + static_bytes > SharedMemory::static_limit)
     throw Error("simt: " + kernel_name() + ": " + std::to_string(dynamic) + " bytes of dynamic and " +
-                std::to_string(static_bytes) + " of static shared memory need cudaFuncSetAttribute(kernel, "
+                std::to_string(static_bytes) +
+                " of static shared memory need cudaFuncSetAttribute(kernel, "
                 "cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) before the launch");
 }
 
@@ -87,8 +88,7 @@ void Machine::run_blocks() {
   if (settings_.schedule && blocks <= 0xffffffffu) {
     order.resize(blocks);
     std::iota(order.begin(), order.end(), 0u);
-    for (std::size_t i = 1; i < order.size(); ++i)
-      std::swap(order[i], order[random_.below(static_cast<std::uint32_t>(i + 1))]);
+    for (std::size_t i = 1; i < order.size(); ++i) std::swap(order[i], order[random_.below(static_cast<std::uint32_t>(i + 1))]);
   }
   for (std::uint64_t i = 0; i < blocks && !failure_; ++i) {
     const std::uint64_t at = order.empty() ? i : order[i];
@@ -118,8 +118,7 @@ void Machine::run_block(uint3 index) {
   jump(launcher_, threads_[first]->context);
   if (!failure_ && exited_ < size_) failure_ = std::make_exception_ptr(deadlock());
   if (!failure_)
-    if (const std::string what = shared_.overwritten(); !what.empty())
-      failure_ = std::make_exception_ptr(error_in_block(what));
+    if (const std::string what = shared_.overwritten(); !what.empty()) failure_ = std::make_exception_ptr(error_in_block(what));
   if (failure_) abandon();
   ++counters_.blocks;
 }

@@ -10,12 +10,10 @@ namespace simt {
 int Machine::barrier(Barrier kind, const char* name, int predicate, const Where& where) {
   if (abandoning_) return 0;
   if (exited_)
-    throw error(std::string(name) + " at " + place(where) + " is divergent, " + whereabouts(last_exited_) +
-                " has exited");
+    throw error(std::string(name) + " at " + place(where) + " is divergent, " + whereabouts(last_exited_) + " has exited");
   if (arrived_.threads == 0) {
     arrived_ = {0, current_, 0, name, where};
-  } else if (arrived_.name != name || arrived_.where.line() != where.line() ||
-             arrived_.where.column() != where.column() ||
+  } else if (arrived_.name != name || arrived_.where.line() != where.line() || arrived_.where.column() != where.column() ||
              std::strcmp(arrived_.where.file_name(), where.file_name()) != 0) {
     throw error(std::string(name) + " at " + place(where) + " is divergent, " + whereabouts(arrived_.first));
   }
@@ -28,9 +26,7 @@ int Machine::barrier(Barrier kind, const char* name, int predicate, const Where&
 
 void Machine::release_barrier(Barrier kind) {
   const unsigned counted = arrived_.counted;
-  barrier_result_ = kind == Barrier::count ? static_cast<int>(counted)
-                    : kind == Barrier::all ? counted == size_
-                                           : counted != 0;
+  barrier_result_ = kind == Barrier::count ? static_cast<int>(counted) : kind == Barrier::all ? counted == size_ : counted != 0;
   arrived_ = {};
   ++counters_.barriers;
   watch_.block_sync = ++watch_.now;
@@ -41,8 +37,8 @@ void Machine::release_barrier(Barrier kind) {
   ready_.settle(size_);
 }
 
-std::uint64_t Machine::warp_operation(const WarpOperation& operation, unsigned mask, std::uint64_t value,
-                                      unsigned source, const Where& where) {
+std::uint64_t Machine::warp_operation(const WarpOperation& operation, unsigned mask, std::uint64_t value, unsigned source,
+                                      const Where& where) {
   if (abandoning_) return 0;
   const unsigned lane = current_ % warp_size, first = current_ - lane;
   Warp& warp = warps_[current_ / warp_size];

@@ -50,11 +50,13 @@ void change(const F& f) {
 }
 
 void bind_settings(py::module_& m) {
-  m.def("set_schedule", [](std::uint64_t n) { change([n](auto& s) { s.schedule = n; }); }, py::arg("n"),
-        "0: threads and blocks in order. n > 0: another order, which n chooses and which repeats exactly.");
+  m.def(
+      "set_schedule", [](std::uint64_t n) { change([n](auto& s) { s.schedule = n; }); }, py::arg("n"),
+      "0: threads and blocks in order. n > 0: another order, which n chooses and which repeats exactly.");
   m.def("schedule", [] { return simt::settings().schedule; });
-  m.def("set_races", [](bool on) { change([on](auto& s) { s.races = on; }); }, py::arg("on"),
-        "Whether a race in shared memory is an error.");
+  m.def(
+      "set_races", [](bool on) { change([on](auto& s) { s.races = on; }); }, py::arg("on"),
+      "Whether a race in shared memory is an error.");
   m.def("set_device", set_device, "The properties that cudaDeviceGetAttribute reports; without arguments an H100's.");
   m.def("counters", [] {
     const simt::Counters c = simt::counters();

@@ -35,8 +35,7 @@ bool ordered(const Access& before) {
 
 [[noreturn]] void report(const char* before, const Access& access, const char* now, std::size_t at) {
   stop("data race in shared memory: thread " + std::to_string(access.thread) + " " + before + " and thread " +
-           std::to_string(watch.thread) + " " + now + " " + shared_memory().place(at) +
-           " without a barrier between them");
+       std::to_string(watch.thread) + " " + now + " " + shared_memory().place(at) + " without a barrier between them");
 }
 
 void look(Byte& byte, bool writes, std::size_t at) {
@@ -69,8 +68,7 @@ inline void seen(const void* pointer, std::size_t bytes, bool writes) {
 inline void seen_aligned(const void* pointer, std::size_t bytes, bool writes) {
   if (!watch.arena) return;
   const std::size_t off = reinterpret_cast<std::uintptr_t>(pointer) % bytes;
-  if (off != 0)
-    stop(misaligned(off, bytes));
+  if (off != 0) stop(misaligned(off, bytes));
   seen(pointer, bytes, writes);
 }
 
@@ -79,10 +77,10 @@ inline void seen_aligned(const void* pointer, std::size_t bytes, bool writes) {
 }  // namespace simt
 
 #define SIMT_HOOK __attribute__((visibility("hidden"))) void
-#define SIMT_ACCESS(bytes)                                                                     \
-  SIMT_HOOK __tsan_read##bytes(void* p) { simt::seen_aligned(p, bytes, false); }                \
-  SIMT_HOOK __tsan_write##bytes(void* p) { simt::seen_aligned(p, bytes, true); }                \
-  SIMT_HOOK __tsan_unaligned_read##bytes(void* p) { simt::seen(p, bytes, false); }              \
+#define SIMT_ACCESS(bytes)                                                         \
+  SIMT_HOOK __tsan_read##bytes(void* p) { simt::seen_aligned(p, bytes, false); }   \
+  SIMT_HOOK __tsan_write##bytes(void* p) { simt::seen_aligned(p, bytes, true); }   \
+  SIMT_HOOK __tsan_unaligned_read##bytes(void* p) { simt::seen(p, bytes, false); } \
   SIMT_HOOK __tsan_unaligned_write##bytes(void* p) { simt::seen(p, bytes, true); }
 
 extern "C" {

@@ -60,8 +60,14 @@ void run_votes(const int* x, int* out, int n) { SIMT_LAUNCH(votes, 1, n, 0, null
 void run_atomics(const int* x, int* out, int n) {
   Totals t{0, 0, 0, 0, -1000, 1000, 0, 0};
   SIMT_LAUNCH(atomics, (n + 63) / 64, 64, 0, nullptr, x, &t, n);
-  const int totals[] = {t.sum, static_cast<int>(t.count), static_cast<int>(t.wide >> 32), static_cast<int>(2 * t.real),
-                        t.greatest, t.least, static_cast<int>(t.wrapped), t.swapped};
+  const int totals[] = {t.sum,
+                        static_cast<int>(t.count),
+                        static_cast<int>(t.wide >> 32),
+                        static_cast<int>(2 * t.real),
+                        t.greatest,
+                        t.least,
+                        static_cast<int>(t.wrapped),
+                        t.swapped};
   for (int i = 0; i < 8; ++i) out[i] = totals[i];
 }
 

@@ -20,10 +20,10 @@ enum class Fault {
   bad_width,
   nested_launch,
 };
-inline constexpr const char* fault_names[] = {
-    "none",       "divergent_barrier", "barrier_after_exit", "exit_before_barrier", "exited_lane",
-    "lane_not_in_mask", "other_operation", "other_mask",     "deadlock",            "past_dynamic",
-    "before_dynamic", "past_static",   "exception",          "bad_width",           "nested_launch"};
+inline constexpr const char* fault_names[] = {"none",        "divergent_barrier", "barrier_after_exit", "exit_before_barrier",
+                                              "exited_lane", "lane_not_in_mask",  "other_operation",    "other_mask",
+                                              "deadlock",    "past_dynamic",      "before_dynamic",     "past_static",
+                                              "exception",   "bad_width",         "nested_launch"};
 
 void run_block_sum(bool with_barrier, const float* x, float* out, int rows, int n, int threads);  // x [rows, n]
 void run_warp_rotate(bool with_sync, const int* x, int* out);                                     // [32]

@@ -23,8 +23,8 @@ extern constinit thread_local Watch watch;
 const SharedMemory& shared_memory();
 [[noreturn]] void stop(const std::string& what);
 inline std::string misaligned(std::size_t off, std::size_t bytes) {
-  return "a " + std::to_string(bytes) + "-byte access is misaligned: its address is " + std::to_string(off) +
-         " modulo " + std::to_string(bytes);
+  return "a " + std::to_string(bytes) + "-byte access is misaligned: its address is " + std::to_string(off) + " modulo " +
+         std::to_string(bytes);
 }
 
 }  // namespace simt

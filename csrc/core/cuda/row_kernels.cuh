@@ -189,9 +189,8 @@ template <class S, class A, int Width>
 void launch_scale_vectors(const StoredGradients<A>& p, cudaStream_t stream) {
   const unsigned vectors = unsigned(p.classes / Width);
   const unsigned rows_per_block = vectors < kScaleVectors ? kScaleVectors / vectors : 1;
-  SIMT_LAUNCH((scale_kernel<S, A, Width>),
-              dim3(unsigned((p.rows + rows_per_block - 1) / rows_per_block), unsigned(p.slots)), dim3(kScaleThreads), 0,
-              stream, p, vectors, rows_per_block);
+  SIMT_LAUNCH((scale_kernel<S, A, Width>), dim3(unsigned((p.rows + rows_per_block - 1) / rows_per_block), unsigned(p.slots)),
+              dim3(kScaleThreads), 0, stream, p, vectors, rows_per_block);
 }
 
 template <class S, class A>

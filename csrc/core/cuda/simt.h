@@ -23,13 +23,12 @@
 
 #include <cuda_runtime.h>
 
-#define SIMT_LAUNCH(kernel, grid, block, dynamic_bytes, stream, ...) \
-  kernel<<<grid, block, dynamic_bytes, stream>>>(__VA_ARGS__)
+#define SIMT_LAUNCH(kernel, grid, block, dynamic_bytes, stream, ...) kernel<<<grid, block, dynamic_bytes, stream>>>(__VA_ARGS__)
 #define SIMT_SHARED(T, name, n) __shared__ alignas(16) alignas(T) T name[n]
 // One declaration for all element types: `extern __shared__ T name[]` clashes when a second T uses the same name.
-#define SIMT_DYNAMIC_SHARED(T, name)                            \
+#define SIMT_DYNAMIC_SHARED(T, name)                             \
   extern __shared__ __align__(16) unsigned char simt_dynamic_[]; \
-  static_assert(alignof(T) <= 16);                              \
+  static_assert(alignof(T) <= 16);                               \
   T* const name = reinterpret_cast<T*>(simt_dynamic_)
 #define SIMT_ASSERT_ALIGNED(pointer, bytes) ((void)0)
 

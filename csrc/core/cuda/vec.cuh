@@ -103,8 +103,8 @@ __device__ __forceinline__ Index item_class(Index first, int i, int threads, Thr
 
 // Items from class `first` on; those past the row's end load as `pad`.
 template <int Items, int N, class T, class A>
-__device__ __forceinline__ void load_items(const T* row, int64_t first, int64_t classes, int threads, int thread,
-                                           bool vectors, A pad, A (&to)[Items]) {
+__device__ __forceinline__ void load_items(const T* row, int64_t first, int64_t classes, int threads, int thread, bool vectors,
+                                           A pad, A (&to)[Items]) {
   static_assert(Items % N == 0);
 #pragma unroll
   for (int j = 0; j < Items / N; ++j) {
@@ -134,8 +134,8 @@ __device__ __forceinline__ A max_item(A top, const A (&x)[N]) {
 }
 
 template <int Items, int N, class T, class A>
-__device__ __forceinline__ void store_items(T* row, int64_t first, int64_t classes, int threads, int thread,
-                                            bool vectors, const A (&from)[Items]) {
+__device__ __forceinline__ void store_items(T* row, int64_t first, int64_t classes, int threads, int thread, bool vectors,
+                                            const A (&from)[Items]) {
 #pragma unroll
   for (int j = 0; j < Items / N; ++j) {
     const int64_t c = first + (int64_t(j) * threads + thread) * N;

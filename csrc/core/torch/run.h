@@ -28,8 +28,7 @@ inline void check_grad_loss(const Tensor& grad_loss, int64_t losses, int64_t row
 inline void check_stored(const Tensor& stored, const Tensor& saved, const Tensor& aux, int64_t rows) {
   const ScalarType type = accumulate_type(dtype_of(stored));
   STD_TORCH_CHECK(stored.is_contiguous() && saved.is_contiguous() && aux.is_contiguous() && aux.numel() == 2 &&
-                      aux.scalar_type() == type && saved.scalar_type() == type &&
-                      (saved.numel() == 0 || saved.numel() == rows),
+                      aux.scalar_type() == type && saved.scalar_type() == type && (saved.numel() == 0 || saved.numel() == rows),
                   "fastkd: expected the gradients that the forward stored");
   check_devices(stored, {&saved, &aux});
 }

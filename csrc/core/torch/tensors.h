@@ -50,10 +50,9 @@ inline Tensor empty_strided_like_device(const Tensor& like, const int64_t* sizes
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides,
-                                                  static_cast<int32_t>(torch::stable::detail::to<int32_t>(
-                                                      torch::stable::detail::from(type))),
-                                                  device_type, device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, sizes, strides, static_cast<int32_t>(torch::stable::detail::to<int32_t>(torch::stable::detail::from(type))),
+      device_type, device_index, &handle));
   return Tensor(handle);
 }
 

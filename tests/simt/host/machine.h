@@ -85,8 +85,8 @@ auto shared_array(const char* site, const char* name) -> T (&)[n] {
 }
 
 template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dynamic_bytes,
-            cudaStream_t, Arguments&&... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dynamic_bytes, cudaStream_t,
+            Arguments&&... arguments) {
   static_assert((std::is_trivially_copyable_v<Parameters> && ...), "CUDA copies a kernel's parameters bytewise");
   struct Call {
     void (*kernel)(Parameters...);

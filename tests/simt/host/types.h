@@ -12,14 +12,14 @@
 #define __forceinline__ inline
 #define __align__(n) __attribute__((aligned(n)))
 
-#define SIMT_VECTORS(name, T, a1, a2, a4)                                                \
-  struct name##1 { T x; };                                                               \
-  struct alignas(a2) name##2 { T x, y; };                                                \
-  struct alignas(a1) name##3 { T x, y, z; };                                             \
-  struct alignas(a4) name##4 { T x, y, z, w; };                                          \
-  inline name##1 make_##name##1(T x) { return {x}; }                                     \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                             \
-  inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                     \
+#define SIMT_VECTORS(name, T, a1, a2, a4)                            \
+  struct name##1 { T x; };                                           \
+  struct alignas(a2) name##2 { T x, y; };                            \
+  struct alignas(a1) name##3 { T x, y, z; };                         \
+  struct alignas(a4) name##4 { T x, y, z, w; };                      \
+  inline name##1 make_##name##1(T x) { return {x}; }                 \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; }         \
+  inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; } \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 
 SIMT_VECTORS(char, signed char, 1, 2, 4)

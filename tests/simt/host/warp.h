@@ -60,7 +60,9 @@ inline int segment(int width, const WarpOperation& operation) {
 }
 
 template <class T>
-std::uint64_t widen(T value) { return static_cast<std::uint64_t>(static_cast<std::int64_t>(value)); }
+std::uint64_t widen(T value) {
+  return static_cast<std::uint64_t>(static_cast<std::int64_t>(value));
+}
 
 template <class T, class F>
 std::uint64_t fold_of(std::uint64_t a, std::uint64_t b) {
@@ -72,11 +74,36 @@ struct Add {
     return static_cast<T>(static_cast<unsigned>(a) + static_cast<unsigned>(b));  // wraps, as on the device
   }
 };
-struct Min { template <class T> T operator()(T a, T b) const { return b < a ? b : a; } };
-struct Max { template <class T> T operator()(T a, T b) const { return a < b ? b : a; } };
-struct And { template <class T> T operator()(T a, T b) const { return a & b; } };
-struct Or { template <class T> T operator()(T a, T b) const { return a | b; } };
-struct Xor { template <class T> T operator()(T a, T b) const { return a ^ b; } };
+struct Min {
+  template <class T>
+  T operator()(T a, T b) const {
+    return b < a ? b : a;
+  }
+};
+struct Max {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a < b ? b : a;
+  }
+};
+struct And {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a & b;
+  }
+};
+struct Or {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a | b;
+  }
+};
+struct Xor {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a ^ b;
+  }
+};
 template <class T, class F>
 inline constexpr WarpOperation reduction{"__reduce_*_sync()", WarpOperation::fold, fold_of<T, F>};
 
@@ -119,8 +146,8 @@ inline int __all_sync(unsigned mask, int predicate, simt::Where where = simt::Wh
 // Only the caller: the one answer that is right in every schedule.
 inline unsigned __activemask() { return 1u << simt::lane(); }
 
-#define SIMT_REDUCE(name, T, F)                                                                               \
-  inline T name(unsigned mask, T value, simt::Where where = simt::Where::current()) {                         \
+#define SIMT_REDUCE(name, T, F)                                                                                   \
+  inline T name(unsigned mask, T value, simt::Where where = simt::Where::current()) {                             \
     return static_cast<T>(simt::warp_operation(simt::reduction<T, simt::F>, mask, simt::widen(value), 0, where)); \
   }
 SIMT_REDUCE(__reduce_add_sync, int, Add)
@@ -150,9 +177,9 @@ SIMT_ATOMIC T exchange(T* address, F next) {
 }
 }  // namespace simt
 
-#define SIMT_RMW(name, expression, ...)                                          \
-  template <simt::one_of<__VA_ARGS__> T>                                         \
-  SIMT_ATOMIC T name(T* address, std::type_identity_t<T> value) {                \
+#define SIMT_RMW(name, expression, ...)                                                 \
+  template <simt::one_of<__VA_ARGS__> T>                                                \
+  SIMT_ATOMIC T name(T* address, std::type_identity_t<T> value) {                       \
     return simt::exchange(address, [&](T old) SIMT_ATOMIC -> T { return expression; }); \
   }
 SIMT_RMW(atomicAdd, old + value, int, unsigned, unsigned long long, float, double)
@@ -160,7 +187,7 @@ SIMT_RMW(atomicSub, old - value, int, unsigned)
 SIMT_RMW(atomicMin, value < old ? value : old, int, unsigned, long long, unsigned long long)
 SIMT_RMW(atomicMax, value > old ? value : old, int, unsigned, long long, unsigned long long)
 SIMT_RMW(atomicExch, value, int, unsigned, unsigned long long, float)
-SIMT_RMW(atomicAnd, old & value, int, unsigned, unsigned long long)
+SIMT_RMW(atomicAnd, old& value, int, unsigned, unsigned long long)
 SIMT_RMW(atomicOr, old | value, int, unsigned, unsigned long long)
 SIMT_RMW(atomicXor, old ^ value, int, unsigned, unsigned long long)
 SIMT_RMW(atomicInc, old >= value ? 0u : old + 1, unsigned)
@@ -172,8 +199,12 @@ SIMT_ATOMIC T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_
   return simt::exchange(address, [&](T old) SIMT_ATOMIC -> T { return old == expected ? desired : old; });
 }
 
-#define SIMT_LOAD(name) \
-  template <class T> T name(const T* p) { simt::check_aligned(p, sizeof(T)); return *p; }
+#define SIMT_LOAD(name)                \
+  template <class T>                   \
+  T name(const T* p) {                 \
+    simt::check_aligned(p, sizeof(T)); \
+    return *p;                         \
+  }
 SIMT_LOAD(__ldg)
 SIMT_LOAD(__ldca)
 SIMT_LOAD(__ldcg)
@@ -181,8 +212,12 @@ SIMT_LOAD(__ldcs)
 SIMT_LOAD(__ldcv)
 SIMT_LOAD(__ldlu)
 #undef SIMT_LOAD
-#define SIMT_STORE(name) \
-  template <class T> void name(T* p, std::type_identity_t<T> value) { simt::check_aligned(p, sizeof(T)); *p = value; }
+#define SIMT_STORE(name)                           \
+  template <class T>                               \
+  void name(T* p, std::type_identity_t<T> value) { \
+    simt::check_aligned(p, sizeof(T));             \
+    *p = value;                                    \
+  }
 SIMT_STORE(__stcg)
 SIMT_STORE(__stcs)
 SIMT_STORE(__stwb)
