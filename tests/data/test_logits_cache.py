@@ -451,6 +451,7 @@ def test_sigkill_leaves_no_wrong_row(tmp_path):
     """Killed at random moments while it writes row after row; each row that is there is right."""
     rng, there = random.Random(0), 0
     for number in range(6):
+        before, deadline = len(files(tmp_path, "v????.npy")), time.monotonic() + 60
         child = os.fork()
         if child == 0:
             try:
@@ -460,7 +461,9 @@ def test_sigkill_leaves_no_wrong_row(tmp_path):
                         ask(cache, list(range(start, start + 4)), VALUES + variant, variant)
             finally:
                 os._exit(1)
-        time.sleep(rng.uniform(0.01, 0.08))
+        while len(files(tmp_path, "v????.npy")) <= before and time.monotonic() < deadline:
+            time.sleep(0.001)  # on a busy machine the child may not have run yet
+        time.sleep(rng.uniform(0.0, 0.07))
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         cache = cache_of(tmp_path, note=pytest.fail)
