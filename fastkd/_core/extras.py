@@ -14,4 +14,5 @@ def require(module: str, purpose: str, extra: str = "train") -> ModuleType:
             missing = "tensorboard"
         top = missing.split(".")[0]
         package = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}.get(top, top)
-        raise ImportError(f'{purpose} needs {package} ({error}): pip install "fastkd[{extra}]"') from error
+        how = f'pip install ".[{extra}]" in the sources of fastkd'  # it is on no index
+        raise ImportError(f"{purpose} needs {package} ({error}): {how}") from error

@@ -332,14 +332,14 @@ def test_without_the_extras_a_command_says_what_to_install(command, monkeypatch,
         assert main(argv) == 2
         said = capsys.readouterr().err
         assert said.startswith("fastkd: The command line needs jsonargparse (") and said.count("\n") == 1
-        assert said.endswith('pip install "fastkd[train]"\n')
+        assert said.endswith('pip install ".[train]" in the sources of fastkd\n')
 
 
 def test_a_package_that_another_one_misses_is_named(tmp_path, monkeypatch):
     (tmp_path / "outer_module.py").write_text("import yaml\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "yaml", None)
-    with pytest.raises(ImportError, match=r"^Reading needs pyyaml \(.*: pip install \"fastkd\[train\]\"$"):
+    with pytest.raises(ImportError, match=r"^Reading needs pyyaml \(.*: pip install \"\.\[train\]\" in the sources"):
         require("outer_module", "Reading")
 
 

@@ -263,7 +263,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, folder, package,
     monkeypatch.setattr(importlib, "import_module", pretend)
     with pytest.raises(ImportError) as caught:
         data.load(f"{name}{folder}" if name.endswith(":") else name)
-    assert shown in str(caught.value) and 'pip install "fastkd[train]"' in str(caught.value)
+    assert shown in str(caught.value) and 'pip install ".[train]"' in str(caught.value)
 
 
 def test_import_needs_neither_torchvision_nor_scikit_learn():

@@ -170,7 +170,7 @@ def test_a_missing_package_is_one_sentence_before_anything_is_made(tmp_path, mon
         assert main([*command, "--tensorboard", "--out", str(tmp_path / "run")]) == 2
         said = capsys.readouterr().err
         assert said.startswith("fastkd: --tensorboard needs tensorboard (") and said.count("\n") == 1
-        assert 'pip install "fastkd[tensorboard]"' in said
+        assert 'pip install ".[tensorboard]"' in said
     assert not (tmp_path / "run").exists()
 
 
