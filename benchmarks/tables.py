@@ -20,6 +20,7 @@ BLOCK = re.compile(r"(<!-- measured: ([^\n]*) -->\n)(.*?)(<!-- /measured -->)", 
 PUBLIC = {
     "multi_teacher": "multi_teacher_kd",
     "mutual": "mutual_kd",
+    "multi_label": "multi_label_kd",
     "multi_teacher_reverse": "multi_teacher_kd, reverse",
     "multi_teacher_jsd": "multi_teacher_kd, jsd",
 }

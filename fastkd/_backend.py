@@ -60,13 +60,14 @@ machine = Machine()
 
 @contextlib.contextmanager
 def pretend(**changes: Any) -> Iterator[None]:
-    """For tests: runs the body with another `Machine`."""
+    """For tests: runs the body with another `Machine`. Bodies that change different fields may end in any order."""
     global machine
-    before, machine = machine, machine._replace(**changes)
+    before = {name: getattr(machine, name) for name in changes}
+    machine = machine._replace(**changes)
     try:
         yield
     finally:
-        machine = before
+        machine = machine._replace(**before)
 
 
 class FallbackWarning(UserWarning):

@@ -58,7 +58,7 @@ def assert_same(operation, shape, name):
 
 
 def test_every_operation_of_the_library_is_benchmarked():
-    measured = {"multi_teacher": "multi_teacher_kd", "mutual": "mutual_kd"}
+    measured = {"multi_teacher": "multi_teacher_kd", "mutual": "mutual_kd", "multi_label": "multi_label_kd"}
     measured["linear_multi_teacher"] = "linear_multi_teacher_kd"
     options = {"multi_teacher_reverse", "multi_teacher_jsd"}  # of multi_teacher_kd
     own = set(OPERATIONS) - {"linear_kd"} - options  # linear_kd: of heads and multi_teacher_kd

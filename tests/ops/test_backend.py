@@ -167,3 +167,15 @@ def test_the_environment_chooses_and_silences(settings, warned, monkeypatch):
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "auto"
     assert ("FallbackWarning: multi_teacher_kd runs in plain PyTorch" in done.stderr) == warned
+
+
+def test_pretending_ends_in_any_order():
+    """Fixtures are torn down by their own order: what one pretended must not come back when another ends."""
+    before = _backend.machine
+    first, second = _backend.pretend(values_readable=False), _backend.pretend(stream_always=True)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert _backend.machine == before._replace(stream_always=True)
+    second.__exit__(None, None, None)
+    assert _backend.machine == before
