@@ -39,19 +39,18 @@ template <class A>
 constexpr A kNearGap = sizeof(A) == 4 ? A(0x1p-2) : A(0x1p-5);
 
 // Below this, divergence() has lost digits: what cancels in it was rounded by 1e-7 of its size. kl_part() loses none.
-constexpr double kNearDivergence = 0x1p-8;
+constexpr double kNearDivergence = 0x1p-6;
 
 // One class's part of KL(p || q) as p d - p + q, d = log(p / q), of a row whose divergence is finite: no part is below 0, so
 // that nothing cancels between near networks, and their sum is the divergence. p and q in units of the student's exponentials.
 // d is bounded where a class is masked: p underflows there.
 template <class A>
 FASTKD_HD A kl_part(A p, A q, A d) {
-  constexpr A kNear = sizeof(A) == 4 ? A(0x1p-3) : kNearGap<A>, kMost = 100;
+  constexpr A kMost = 100;
   d = d > -kMost ? d : -kMost;  // so is NaN, of two masked classes
   d = d < kMost ? d : kMost;
-  const A square = d * d;
-  const A series = sizeof(A) == 4 ? square * (A(1. / 2) + d * (A(1. / 3) + d * (A(1. / 8) + d * A(1. / 30)))) : near_gap(d);
-  return square <= kNear * kNear ? q * series : (p * d - p) + q;
+  const A near = q * near_gap(d);
+  return d * d <= kNearGap<A> * kNearGap<A> ? near : (p * d - p) + q;
 }
 
 // Cross-entropy with label smoothing: z = sum exp(s - max), x_target = s_target - max, sum = sum_c (s_c - max).

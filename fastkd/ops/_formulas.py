@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd.ops._autograd import may_read_values
 
-NEAR = 0.5**8  # a divergence below it lost digits where its parts cancel
+NEAR = 0.5**6  # a divergence below it lost digits where its parts cancel
 NEAR_GAP = {torch.float32: 0.25, torch.float64: 0.5**5}  # up to which |d| the series of exact_divergence() is right
 
 Reduction = Literal["none", "sum", "mean"]

@@ -362,3 +362,19 @@ def test_near_networks_keep_their_digits(kind, backend):
             combine = "logits" if kind == "logits" else "losses"
             value = F.multi_teacher_kd(student, [teacher], temperature=1.0, combine=combine)
     assert abs(float(value.detach()) / float(expected) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 100, 1000])
+@pytest.mark.parametrize("combine", ["losses", "logits"])
+def test_rows_below_a_64th_keep_their_digits(combine, classes):
+    """Few classes with |log(p / q)| above 1/8 were rounded by 1e-7 of p, 1e-5 of a divergence of 2^-8."""
+    generator = torch.Generator().manual_seed(1)
+    student, change, size = (torch.randn(20_000, n, generator=generator) for n in (classes, classes, 1))
+    teacher = student + change * size
+    options = dict(temperature=3.0, reduction="none", scale_by_t2=False, combine=combine)
+    with fastkd.use_backend("native"):
+        value = F.multi_teacher_kd(student, [teacher], **options).double()
+    exact = F.multi_teacher_kd(student.double(), [teacher.double()], **options)
+    rows = (exact > 2.0**-10) & (exact < 2.0**-6)
+    assert int(rows.sum()) > 1000
+    assert float((value / exact - 1)[rows].abs().max()) < 6e-6

@@ -150,9 +150,7 @@ def test_the_same_wheel_under_another_torch(version, wheel_and_log, tmp_path):
         assert told.startswith(version) and "CPU kernels" in told and "site-packages" in told
         # The CUDA kernels on the host are the same sources under any torch.
         tests = sorted(tmp_path.glob("tests/ops/test_multi_teacher*.py"))
-        # Random calls are held to twice the error of the torch that is there: only the pinned one's is a bound.
-        words = "not simt and not launch and not test_anything"
-        command = [venv.python, "-m", "pytest", "-q", "-m", "not slow", "-k", words, *tests]
+        command = [venv.python, "-m", "pytest", "-q", "-m", "not slow", "-k", "not simt and not launch", *tests]
         summary = run(*command, cwd=tmp_path).strip().splitlines()[-1]
         assert int(re.search(r"(\d+) passed", summary)[1]) >= 200
         print(f"torch {version}: {summary}")
