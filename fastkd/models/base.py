@@ -145,6 +145,17 @@ class Staged(Network):
         return Outputs(logits, features, (*stem, last))
 
 
+class _GroupNorm(nn.GroupNorm):
+    """Where it is compiled it works on contiguous maps.
+
+    PyTorch tells a compiler that group normalisation's results are contiguous, but on a CPU they stay channels-last: a
+    network that returns its last map, and a view of it as features, then fails at the view.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.contiguous() if torch.compiler.is_compiling() else input)
+
+
 def make_norm(norm: NormName) -> Norm:
     """The function channels -> normalisation layer for `norm` = "batch" or "group".
 
@@ -155,7 +166,7 @@ def make_norm(norm: NormName) -> Norm:
     if norm == "batch":
         return nn.BatchNorm2d
     if norm == "group":
-        return lambda channels: nn.GroupNorm(math.gcd(channels, max(1, min(32, channels // 8))), channels)
+        return lambda channels: _GroupNorm(math.gcd(channels, max(1, min(32, channels // 8))), channels)
     raise ValueError(f'create: norm must be "batch" or "group", got {norm!r}')
 
 

@@ -199,6 +199,19 @@ def test_group_norm_groups():
     assert sizes == {4: 1, 16: 2, 24: 3, 64: 8, 512: 32}
 
 
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_maps_and_a_view_of_the_last_pass_through_compile_in_channels_last(norm):
+    """On a CPU runs keep channels-last; the plain networks' features are the last map, flattened."""
+    torch.compiler.reset()
+    model = models.create("plain2", 5, 8, width=0.25, norm=norm).to(memory_format=torch.channels_last)
+    x = images(4, 8)
+    compiled = torch.compile(copy.deepcopy(model).forward_features, backend="aot_eager", fullgraph=True)(x)
+    plain = model.forward_features(x)
+    torch.testing.assert_close(compiled.maps, plain.maps)
+    torch.testing.assert_close(compiled.features, plain.features)
+    compiled.logits.sum().backward()
+
+
 @pytest.mark.parametrize("name", ["plain4", "resnet14", "wrn16_2", "vgg11", "resnet18", "mobilenet_v2"])
 def test_group_norm_has_no_buffers_and_sees_each_sample_alone(name):
     model = models.create(name, 5, 16, norm="group").train()
