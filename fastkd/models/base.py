@@ -152,7 +152,7 @@ class _GroupNorm(nn.GroupNorm):
     network that returns its last map, and a view of it as features, then fails at the view.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that callers may use
         return super().forward(input.contiguous() if torch.compiler.is_compiling() else input)
 
 

@@ -11,15 +11,15 @@ from torch import Tensor
 from fastkd import _backend
 from fastkd.ops import _linear_chunks as chunks
 from fastkd.ops import _linear_formula as formula
-from fastkd.ops import _multi_teacher_native as native
+from fastkd.ops import _teacher_calls as calls
 from fastkd.ops._autograd import Inputs, graph_is_kept, hand_out, is_transformed, on_host, save_for_backward, with_kept
 from fastkd.ops._divergences import KINDS, Divergence
 from fastkd.ops._formulas import accumulate_dtype
 from fastkd.ops._inputs import REDUCTIONS, check_range, why_learning
 from fastkd.ops._linear_inputs import OP, SPARSE, Call, Projection, Teacher
 from fastkd.ops._multi_teacher_formula import Options
-from fastkd.ops._multi_teacher_kernels import LAUNCH_TEACHERS
 from fastkd.ops._multi_teacher_native import COMBINE
+from fastkd.ops._teacher_calls import LAUNCH_TEACHERS
 
 Wants = tuple[bool, bool, bool]  # gradients of hidden, weight, bias
 Static = tuple[list[Any], list[Any], list[Any], list[Any]]  # host weights, temperatures, floats, integers
@@ -107,7 +107,7 @@ def _native(call: Call) -> Sequence[Tensor]:
 
 def _flat(call: Call) -> tuple[list[Tensor | None], Static]:
     """The tensors, hidden, weight and bias first, and the rest as numbers and words."""
-    options, scalars = native.split(call.options)
+    options, scalars = calls.split(call.options)
     weight, bias, softcap, scale = call.projection
     slots = [tensor for teacher in call.teachers for tensor in teacher[1:5]]
     tensors = [call.hidden, weight, bias, call.target, call.soft, call.weights, scalars, call.shares, *slots]
@@ -140,7 +140,7 @@ def _unflat(tensors: Sequence[Any], static: Static) -> Call:
         scale_by_t2=bool(by_t2), reduction=REDUCTIONS[reduction], num_items=items or None, labels=bool(labels),
         terms=bool(terms), divergence=Divergence(KINDS[kind], tuple(shapes[2 * len(kinds) :])),
     )  # fmt: skip
-    options = native.joined(options, scalars)
+    options = calls.joined(options, scalars)
     projection = Projection(weight, bias, softcap, scale)
     return Call(hidden, projection, tuple(teachers), target, soft, weights, options, classes, chunk_rows, shares)
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
+from fastkd.ops import _teacher_calls as calls
 from fastkd.ops._formulas import Reduction, accumulate_dtype, divergence, flat_rows, reduce_rows
 from fastkd.ops._multi_teacher_formula import Combine
 from fastkd.ops._teachers import Weights, mean_logits, mixture
@@ -51,43 +52,9 @@ class Options(NamedTuple):
     class_factor: float  # of the sum over a row's classes: 1, or 1 / C for their mean
 
 
-def without_zeros(tensors: Tensors, options: Options) -> tuple[Tensors, Options]:
-    """Without the teachers whose weight is known to be 0."""
-    weights, temperatures = options.host_weights, options.temperatures
-    if is_number(options.kd_weight, 0):
-        keep = []
-    elif tensors.weights is None and 0.0 in weights:
-        keep = [k for k, weight in enumerate(weights) if weight != 0]
-    else:
-        return tensors, options
-    if len(temperatures) > 1:
-        temperatures = tuple([temperatures[k] for k in keep]) or temperatures[:1]
-    weights = tuple([weights[k] for k in keep]) if weights else ()
-    tensors = tensors._replace(
-        teachers=tuple([tensors.teachers[k] for k in keep]), weights=tensors.weights if keep else None
-    )
-    return tensors, options._replace(host_weights=weights, temperatures=temperatures)
-
-
-def is_number(scalar: float | Tensor, value: float) -> bool:
-    return not isinstance(scalar, Tensor) and scalar == value
-
-
-def is_uniform(weights: Sequence[float]) -> bool:
-    """Whether all weights are 1/K: the mixture of equal networks is then exactly each of them."""
-    return len(set(weights)) == 1 and weights[0] == 1.0 / len(weights)
-
-
-def promoted(tensors: Tensors) -> torch.dtype:
-    dtype = tensors.student.dtype
-    for teacher in tensors.teachers:
-        dtype = torch.promote_types(dtype, teacher.dtype)
-    return dtype
-
-
 def reference(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
     """The specification in plain PyTorch: the loss, and with `terms` KD and CE; differentiable in all inputs."""
-    own, dtype = accumulate_dtype(tensors.student.dtype), accumulate_dtype(promoted(tensors))
+    own, dtype = accumulate_dtype(tensors.student.dtype), accumulate_dtype(calls.promoted(tensors))
     student, labels = flat_rows(tensors.student).to(dtype), tensors.labels
     teachers = [flat_rows(t).to(dtype) for t in tensors.teachers]
     labels = None if labels is None else flat_rows(labels).to(dtype)
@@ -97,10 +64,10 @@ def reference(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
         labels = None if labels is None else labels.masked_fill(~counted, 0)
     kd = _distillation(student, teachers, tensors, options) if teachers else student[:, :0].sum(-1, keepdim=True)
     kd = kd.expand_as(student)
-    loss, ce = kd if is_number(options.kd_weight, 1) else options.kd_weight * kd, torch.zeros_like(kd)
-    if options.labelled and labels is not None and (options.terms or not is_number(options.ce_weight, 0)):
+    loss, ce = kd if calls.is_number(options.kd_weight, 1) else options.kd_weight * kd, torch.zeros_like(kd)
+    if options.labelled and labels is not None and (options.terms or not calls.is_number(options.ce_weight, 0)):
         ce = label_losses(student, labels, tensors.pos_weight)
-        loss = loss if is_number(options.ce_weight, 0) else loss + options.ce_weight * ce
+        loss = loss if calls.is_number(options.ce_weight, 0) else loss + options.ce_weight * ce
     elements = [loss, kd.detach(), ce.detach()] if options.terms else [loss]
     if labels is not None:
         factor = torch.ones_like(kd).masked_fill(labels.isnan(), math.nan)  # NaN in the gradient as well
@@ -138,7 +105,7 @@ def _distillation(student: Tensor, teachers: Sequence[Tensor], tensors: Tensors,
             gap = (student - teacher).detach() / t
             total = total + weighted_divergence(log_outcomes(teacher, t), log_q, weight, scale, gap)
         return total
-    uniform = tensors.weights is None and is_uniform(options.host_weights)
+    uniform = tensors.weights is None and calls.is_uniform(options.host_weights)
     if options.combine == "logits":
         mean = _mean_logits(teachers, weights, uniform)
         gap = (student - mean).detach() / t

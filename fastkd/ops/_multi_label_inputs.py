@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkd._core.checks import check_choice, check_index, check_number
 from fastkd._core.messages import wrong_type, wrong_value
+from fastkd.ops import _teacher_calls as calls
 from fastkd.ops._autograd import is_transformed, may_read_values
 from fastkd.ops._formulas import Reduction, accumulate_dtype, rows_of
 from fastkd.ops._inputs import (
@@ -21,7 +22,7 @@ from fastkd.ops._inputs import (
     check_scalar,
     classes_last,
 )
-from fastkd.ops._multi_label_formula import IGNORED, NOWHERE, Options, Tensors, without_zeros
+from fastkd.ops._multi_label_formula import IGNORED, NOWHERE, Options, Tensors
 from fastkd.ops._multi_teacher_formula import Combine
 from fastkd.ops._multi_teacher_native import COMBINE
 from fastkd.ops._teachers import check_teachers, check_temperature, check_weights
@@ -70,7 +71,8 @@ def check(
         check_num_items(op, num_items, reduction), target is not None, bool(return_terms),
         1.0 / student.shape[-1] if classes == "mean" else 1.0,
     )  # fmt: skip
-    return without_zeros(tensors, options)
+    keep = calls.of_weight(tensors, options)
+    return (tensors, options) if keep is None else calls.only(tensors, options, keep)
 
 
 def _check_labels(op: str, target: object, student: Tensor, class_dim: int, ignore_index: int) -> tuple[Tensor, bool]:

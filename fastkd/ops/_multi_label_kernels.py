@@ -9,21 +9,17 @@ import torch
 from torch import Tensor
 
 from fastkd import _backend
+from fastkd.ops import _teacher_calls as calls
 from fastkd.ops._autograd import (
     Inputs,
     graph_is_kept,
-    host_scalars,
-    is_transformed,
-    on_host,
     save_for_backward,
     with_kept,
 )
 from fastkd.ops._formulas import accumulate_dtype, count_rows
-from fastkd.ops._inputs import REDUCTIONS, why_learning
-from fastkd.ops._multi_label_formula import Options, Tensors, is_uniform, reference
+from fastkd.ops._inputs import REDUCTIONS
+from fastkd.ops._multi_label_formula import Options, Tensors, reference
 from fastkd.ops._multi_teacher_native import COMBINE, gradient_from
-
-LAUNCH_TEACHERS = 16  # teachers of one CUDA launch; more go in groups
 
 
 def losses_of(tensors: Tensors, options: Options) -> Sequence[Tensor]:
@@ -31,89 +27,33 @@ def losses_of(tensors: Tensors, options: Options) -> Sequence[Tensor]:
     if (reason := why_reference(tensors, options)) is not None:
         _backend.note_fallback(options.operation, reason, tensors.student)
         return reference(tensors, options)
-    return _in_groups(tensors, options) if _too_many(tensors) else _run(tensors, options)
-
-
-def _too_many(tensors: Tensors) -> bool:
-    return len(tensors.teachers) > LAUNCH_TEACHERS and _backend.device_kind(tensors.student) != "cpu"
+    return _in_groups(tensors, options) if calls.too_many(tensors) else _run(tensors, options)
 
 
 def _in_groups(tensors: Tensors, options: Options) -> Sequence[Tensor]:
     """More teachers than one launch takes: the terms of combine="losses" add up, the cross-entropy goes first."""
-    total: Sequence[Tensor] = []
-    for k in range(0, len(tensors.teachers), LAUNCH_TEACHERS):
-        part, weights, temperatures = slice(k, k + LAUNCH_TEACHERS), tensors.weights, options.temperatures
-        some = tensors._replace(teachers=tensors.teachers[part], weights=None if weights is None else weights[part])
-        rest = options._replace(
-            host_weights=options.host_weights[part],
-            temperatures=temperatures if len(temperatures) == 1 else temperatures[part],
-        )
-        if k > 0:
-            rest = rest._replace(ce_weight=0.0, labelled=False)
-        losses = _run(some, rest)
-        # The loss and KD add up; CE is the first group's.
-        total = [*(a + b for a, b in zip(total[:2], losses, strict=False)), *total[2:]] if total else losses
-    return total
+
+    def run(part: range) -> Sequence[Tensor]:
+        some, rest = calls.only(tensors, options, part)
+        return _run(some, rest if part.start == 0 else rest._replace(ce_weight=0.0, labelled=False))
+
+    return calls.in_groups(len(tensors.teachers), run)
 
 
 def why_reference(tensors: Tensors, options: Options) -> str | None:
     """Why this call goes to plain PyTorch, or None where the native kernels take it."""
-    student = tensors.student
-    reason = _backend.why_not_native(student)
-    if reason is not None:
-        return reason
-    if is_transformed():
-        return "a torch.func transform or forward-mode AD is active"
-    if torch.is_grad_enabled():
-        for k, teacher in enumerate(tensors.teachers):
-            if teacher.requires_grad:
-                return why_learning(f"teachers[{k}]", (student,))
-        for name, tensor in (
-            ("weights", tensors.weights),
-            ("target", tensors.labels),
-            ("pos_weight", tensors.pos_weight),
-        ):
-            if tensor is not None and tensor.requires_grad:
-                return f"the {name} require grad" if name == "weights" else f"the {name} requires grad"
-    for name, scalar in (("kd_weight", options.kd_weight), ("ce_weight", options.ce_weight)):
-        if not on_host((scalar,)):
-            return f"{name} is a tensor that requires grad or whose value is not known on the host"
-    if not on_host(options.temperatures):
-        return "the temperature is a tensor that requires grad or whose value is not known on the host"
-    if options.combine != "losses" and _too_many(tensors):
-        return f"combine={options.combine!r} with more than {LAUNCH_TEACHERS} teachers"
-    return None
+    others = (("the target requires", tensors.labels), ("the pos_weight requires", tensors.pos_weight))
+    return calls.why_reference(tensors, options, others)
 
 
 def _run(tensors: Tensors, options: Options) -> Sequence[Tensor]:
-    options, scalars = _split(options)
+    options, scalars = calls.split(options)
     student, teachers, *rest = tensors
     if not (torch.is_grad_enabled() and student.requires_grad):
         losses = _forward(tensors, options, scalars, False)[0]
         return losses.unbind(0) if options.terms else (losses,)
     out = _Native.apply(options, scalars, student, *rest, *teachers)
     return (out,) if isinstance(out, Tensor) else out
-
-
-def _split(options: Options) -> tuple[Options, Tensor | None]:
-    """The options without tensors, and the numbers that the kernels read from `scalars` in their place."""
-    items = 0.0 if options.num_items is None else options.num_items
-    scalars = host_scalars((options.kd_weight, options.ce_weight, items, *options.temperatures))
-    if scalars is None:
-        return options, None
-    weight = 1.0 if isinstance(options.ce_weight, Tensor) else options.ce_weight
-    ones = (1.0,) * len(options.temperatures)
-    return options._replace(kd_weight=1.0, ce_weight=weight, num_items=None, temperatures=ones), scalars
-
-
-def _joined(options: Options, scalars: Tensor | None) -> Options:
-    """What _split() took apart."""
-    if scalars is None:
-        return options
-    kd_weight, ce_weight, items, *temperatures = scalars.tolist()
-    return options._replace(
-        kd_weight=kd_weight, ce_weight=ce_weight, num_items=items or None, temperatures=tuple(temperatures)
-    )
 
 
 def _forward(tensors: Tensors, options: Options, scalars: Tensor | None, need_grad: bool) -> tuple[Tensor, ...]:
@@ -124,7 +64,7 @@ def _forward(tensors: Tensors, options: Options, scalars: Tensor | None, need_gr
         student, teachers, target, labels, pos_weight, weights, scalars, options.host_weights, options.temperatures,
         COMBINE.index(options.combine), options.kd_weight, options.ce_weight, options.scale_by_t2,
         REDUCTIONS.index(options.reduction), options.num_items or 0.0,
-        bool(options.host_weights) and is_uniform(options.host_weights), options.labelled, options.terms,
+        bool(options.host_weights) and calls.is_uniform(options.host_weights), options.labelled, options.terms,
         options.class_factor, need_grad,
     )  # fmt: skip
     return out
@@ -186,7 +126,7 @@ def _second_derivative(
     labels: Tensor | None, pos_weight: Tensor | None, weights: Tensor | None, *teachers: Tensor,
 ) -> Tensor:  # fmt: skip
     tensors = Tensors(student, teachers, target, labels, pos_weight, weights)
-    loss = reference(tensors, _joined(options, scalars))[0]
+    loss = reference(tensors, calls.joined(options, scalars))[0]
     return torch.autograd.grad(loss, student, grad, create_graph=True)[0]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import _divergences as divergences
+from fastkd.ops import _teacher_calls as calls
 from fastkd.ops._autograd import may_read_values
 from fastkd.ops._divergences import Divergence
 from fastkd.ops._formulas import (
@@ -62,20 +63,14 @@ class Options(NamedTuple):
 
 def without_zeros(tensors: Tensors, options: Options) -> tuple[Tensors, Options]:
     """Without the teachers whose weight is known to be 0."""
-    weights, temperatures = options.host_weights, options.temperatures
-    if not isinstance(options.kd_weight, Tensor) and options.kd_weight == 0:
-        keep = []
-    elif tensors.weights is None and 0.0 in weights:
-        keep = [k for k, weight in enumerate(weights) if weight != 0]
-    else:
-        return tensors, options
-    if len(temperatures) > 1:
-        temperatures = tuple([temperatures[k] for k in keep]) or temperatures[:1]
-    weights = tuple([weights[k] for k in keep]) if weights else ()
-    tensors = tensors._replace(
-        teachers=tuple([tensors.teachers[k] for k in keep]), weights=tensors.weights if keep else None
-    )
-    return tensors, with_caps_of(options._replace(host_weights=weights, temperatures=temperatures), keep)
+    keep = calls.of_weight(tensors, options)
+    return (tensors, options) if keep is None else only(tensors, options, keep)
+
+
+def only(tensors: Tensors, options: Options, keep: Sequence[int]) -> tuple[Tensors, Options]:
+    """The call with these of its teachers alone, as calls.only()."""
+    tensors, options = calls.only(tensors, options, keep)
+    return tensors, with_caps_of(options, keep)
 
 
 def with_caps_of(options: Options, teachers: Sequence[int]) -> Options:
@@ -103,15 +98,12 @@ def _cut(tensors: Tensors, options: Options) -> Tensors:
 def _capped(tensors: Tensors, options: Options) -> Tensors:
     if not options.softcaps:
         return tensors
-    dtype, caps = accumulate_dtype(_promoted(tensors)), list(zip(options.softcaps, options.logit_scales, strict=True))
+    dtype, caps = (
+        accumulate_dtype(calls.promoted(tensors)),
+        list(zip(options.softcaps, options.logit_scales, strict=True)),
+    )
     teachers = [capped(t, *cap, dtype) for t, cap in zip(tensors.teachers, caps[1:], strict=True)]
     return tensors._replace(student=capped(tensors.student, *caps[0], dtype), teachers=tuple(teachers))
-
-
-def is_uniform(options: Options) -> bool:
-    """Whether all weights are 1/K: the mixture of equal networks is then exactly each of them."""
-    weights = options.host_weights
-    return len(set(weights)) == 1 and weights[0] == 1.0 / len(weights)
 
 
 def _reference_kd(student: Tensor, tensors: Tensors, options: Options) -> Tensor:
@@ -136,7 +128,7 @@ def _reference_kd(student: Tensor, tensors: Tensors, options: Options) -> Tensor
     if options.combine == "probs":
         log_p = mixture([log_softmax(z, t) for z in teachers], weights)
     else:
-        log_p = log_softmax(mean_logits(teachers, weights, is_uniform(options)), t)
+        log_p = log_softmax(mean_logits(teachers, weights, calls.is_uniform(options.host_weights)), t)
     normalised = options.combine == "logits"  # a mixture sums to its weights
     kd = scales[0] * divergences.unweighted(log_p, log_q, options.divergence, tensors.shares, normalised)
     if tensors.weights is None:
@@ -158,7 +150,7 @@ def _read_teachers(tensors: Tensors, options: Options, dtype: torch.dtype) -> tu
 
 def reference(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
     """The specification in plain PyTorch: the loss, and with `terms` KD and CE; differentiable in all inputs."""
-    own, dtype = accumulate_dtype(tensors.student.dtype), accumulate_dtype(_promoted(tensors))
+    own, dtype = accumulate_dtype(tensors.student.dtype), accumulate_dtype(calls.promoted(tensors))
     tensors = _cut(tensors, options)
     target, soft = tensors.target, tensors.soft
     valid: Tensor | None = None
@@ -176,13 +168,13 @@ def reference(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
         target = target.where(valid & ~outside, 0)
     tensors = _capped(tensors, options)
     student = flat_rows(tensors.student).to(dtype)
-    no_kd = not isinstance(options.kd_weight, Tensor) and options.kd_weight == 0
+    no_kd = calls.is_number(options.kd_weight, 0)
     kd = _reference_kd(student, tensors._replace(teachers=()) if no_kd else tensors, options)
-    loss, ce = kd if _is(options.kd_weight, 1) else options.kd_weight * kd, torch.zeros_like(kd)
-    if (options.labels or soft is not None) and (options.terms or not _is(options.ce_weight, 0)):
+    loss, ce = kd if calls.is_number(options.kd_weight, 1) else options.kd_weight * kd, torch.zeros_like(kd)
+    if (options.labels or soft is not None) and (options.terms or not calls.is_number(options.ce_weight, 0)):
         soft = None if soft is None else flat_rows(soft)
         ce = label_losses(student, target, soft, options.label_smoothing)
-        loss = loss if _is(options.ce_weight, 0) else loss + options.ce_weight * ce
+        loss = loss if calls.is_number(options.ce_weight, 0) else loss + options.ce_weight * ce
     rows = [loss, kd.detach(), ce.detach()] if options.terms else [loss]
     if valid is not None and outside is not None:
         factor = torch.ones_like(kd).masked_fill(outside, math.nan)  # NaN in the gradient as well
@@ -190,20 +182,9 @@ def reference(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
     return tuple([reduce_rows(r, valid, options.reduction, (-1,), options.num_items).to(own) for r in rows])
 
 
-def _is(scalar: float | Tensor, value: float) -> bool:
-    return not isinstance(scalar, Tensor) and scalar == value
-
-
-def _promoted(tensors: Tensors) -> torch.dtype:
-    dtype = tensors.student.dtype
-    for teacher in tensors.teachers:
-        dtype = torch.promote_types(dtype, teacher.dtype)
-    return dtype
-
-
 def reference_divergences(tensors: Tensors, options: Options) -> Tensor:
     """KL(p_k || q) of each teacher and row, [K, R]: 0 for ignored rows, NaN for labels out of range."""
-    dtype, result = accumulate_dtype(_promoted(tensors)), []
+    dtype, result = accumulate_dtype(calls.promoted(tensors)), []
     tensors = plain(tensors, options)
     student = flat_rows(tensors.student).to(dtype)
     for k, teacher in enumerate(tensors.teachers):

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fastkd import _backend
 from fastkd.ops import _multi_teacher_formula as formula
+from fastkd.ops import _teacher_calls as calls
 from fastkd.ops._autograd import (
     Inputs,
     graph_is_kept,
-    host_scalars,
     may_read_values,
     save_for_backward,
     with_kept,
@@ -39,33 +39,12 @@ def streams(student: Tensor) -> bool:
     return student.shape[-1] > ON_CHIP_CLASSES.get(student.dtype, ON_CHIP_CLASSES_DEFAULT)
 
 
-def split(options: Options) -> tuple[Options, Tensor | None]:
-    """The options without tensors, and the numbers that the kernels read from `scalars` in their place."""
-    items = 0.0 if options.num_items is None else options.num_items
-    scalars = host_scalars((options.kd_weight, options.ce_weight, items, *options.temperatures))
-    if scalars is None:
-        return options, None
-    ones = (1.0,) * len(options.temperatures)
-    weight = 1.0 if isinstance(options.ce_weight, Tensor) else options.ce_weight
-    return options._replace(kd_weight=1.0, ce_weight=weight, num_items=None, temperatures=ones), scalars
-
-
-def joined(options: Options, scalars: Tensor | None) -> Options:
-    """What split() took apart."""
-    if scalars is None:
-        return options
-    kd_weight, ce_weight, items, *temperatures = scalars.tolist()
-    return options._replace(
-        kd_weight=kd_weight, ce_weight=ce_weight, num_items=items or None, temperatures=tuple(temperatures)
-    )
-
-
 def numbers_of(options: Options) -> tuple[Any, ...]:
     """The arguments that forward and stream_backward share after the tensors."""
     return (
         options.host_weights, options.temperatures, COMBINE.index(options.combine), options.kd_weight,
         options.ce_weight, options.label_smoothing, options.ignore_index, options.scale_by_t2,
-        REDUCTIONS.index(options.reduction), options.num_items or 0.0, formula.is_uniform(options),
+        REDUCTIONS.index(options.reduction), options.num_items or 0.0, calls.is_uniform(options.host_weights),
         options.labels, options.terms, KINDS.index(options.divergence.kind), options.divergence.numbers,
         options.classes, options.softcaps, options.logit_scales,
     )  # fmt: skip
@@ -76,7 +55,7 @@ _remembered_numbers = functools.lru_cache(maxsize=128)(numbers_of)
 
 def run(tensors: Tensors, options: Options, with_stats: bool) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The losses, as losses_of() gives them; with_stats also kl [K, R] and the GroupStats [K + 1, R]."""
-    options, scalars = split(options)
+    options, scalars = calls.split(options)
     student, teachers, target, soft, weights, shares = tensors
     if torch.is_grad_enabled() and student.requires_grad:
         if not (torch.compiler.is_compiling() or streams(student)):
@@ -197,7 +176,7 @@ def _second_derivative(
     weights: Tensor | None, shares: Tensor | None, scalars: Tensor | None, *teachers: Tensor,
 ) -> Tensor:  # fmt: skip
     tensors = Tensors(student, teachers, target, soft, weights, shares)
-    loss = formula.reference(tensors, joined(options, scalars))[0]
+    loss = formula.reference(tensors, calls.joined(options, scalars))[0]
     return torch.autograd.grad(loss, student, grad, create_graph=True)[0]
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastkd import _backend
 from fastkd.ops import _multi_label_inputs as inputs
 from fastkd.ops import _multi_label_kernels as kernels
-from fastkd.ops._autograd import on_host
+from fastkd.ops import _teacher_calls as calls
 from fastkd.ops._formulas import LossTerms, Reduction
 from fastkd.ops._inputs import classes_last
 from fastkd.ops._multi_label_formula import Options, Tensors
@@ -142,17 +142,8 @@ def multi_label_kd(
 
 def dispatch(tensors: Tensors, options: Options, leading: torch.Size) -> Any:
     """The results of a checked call whose rows are `leading`."""
-    divisor = options.num_items
-    if divisor is not None and not on_host((divisor,)):  # on a GPU, or differentiated
-        options = options._replace(reduction="sum", num_items=None)
-    else:
-        divisor = None
-    losses = kernels.losses_of(tensors, options)
-    if divisor is not None:
-        losses = [loss / divisor for loss in losses]
-    if options.reduction == "none":
-        losses = [loss.reshape(leading) for loss in losses]
-    return (losses[0], LossTerms(*[term.detach() for term in losses[1:]])) if options.terms else losses[0]
+    results = calls.divided(options, leading, lambda options: kernels.losses_of(tensors, options))
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 def as_sigmoid(op: str, student: Tensor, teachers: Any, target: Tensor | None, given: dict[str, Any]) -> Any:

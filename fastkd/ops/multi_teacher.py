@@ -29,12 +29,10 @@ from fastkd.ops import _multi_teacher_kernels as kernels
 from fastkd.ops import _multi_teacher_native as native
 from fastkd.ops import _multi_teacher_statistics as statistics
 from fastkd.ops import _multi_teacher_usual as usual
+from fastkd.ops import _teacher_calls as calls
 from fastkd.ops import _topk_kernels as topk_kernels
-from fastkd.ops._autograd import on_host
 from fastkd.ops._formulas import LossTerms, Reduction
-from fastkd.ops._inputs import (
-    classes_last,
-)
+from fastkd.ops._inputs import classes_last
 from fastkd.ops._multi_teacher_formula import Activation, Combine, Options, Tensors
 from fastkd.ops._multi_teacher_inputs import OP
 from fastkd.ops._multi_teacher_statistics import DistillationStats
@@ -247,25 +245,16 @@ def why_one_reference(logits: Tensor, target: Tensor, **options: Any) -> str | N
 
 
 def _results(tensors: Tensors, options: Options, leading: torch.Size, return_stats: bool) -> Any:
-    divisor = options.num_items
-    if divisor is not None and not on_host((divisor,)):  # on a GPU, or differentiated
-        options = options._replace(reduction="sum", num_items=None)
-    else:
-        divisor = None
-    stats = None
-    if return_stats:
+    beside: list[DistillationStats] = []
+
+    def compute(options: Options) -> Sequence[Tensor]:
+        if not return_stats:
+            return kernels.losses_of(tensors, options)
         losses, stats = statistics.with_statistics(tensors, options)
-    else:
-        losses = kernels.losses_of(tensors, options)
-    if divisor is not None:
-        losses = [loss / divisor for loss in losses]
-    if options.reduction == "none":
-        losses = [loss.reshape(leading) for loss in losses]
-    results: list[Any] = [losses[0]]
-    if options.terms:
-        results.append(LossTerms(*[term.detach() for term in losses[1:]]))
-    if return_stats:
-        results.append(stats)
+        beside.append(stats)
+        return losses
+
+    results = [*calls.divided(options, leading, compute), *beside]
     return tuple(results) if len(results) > 1 else results[0]
 
 

@@ -10,6 +10,7 @@ import fastkd
 from fastkd.ops import _formulas
 from fastkd.ops import _multi_teacher_inputs as inputs
 from fastkd.ops import _multi_teacher_native as native
+from fastkd.ops import _teacher_calls as calls
 from fastkd.testing import assert_as_accurate, assert_grad_close
 
 F = fastkd.functional
@@ -36,7 +37,7 @@ def raw(student, teachers, target=None, **options):
     bound = inspect.signature(F.multi_teacher_kd).bind(student, teachers, target, **options)
     bound.apply_defaults()
     tensors, checked = inputs.check(**{name: v for name, v in bound.arguments.items() if name != "activation"})
-    checked, scalars = native.split(checked)
+    checked, scalars = calls.split(checked)
     return list(tensors), scalars, native.numbers_of(checked)
 
 

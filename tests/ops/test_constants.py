@@ -7,11 +7,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastkd import _library
 from fastkd.ops import _feature_ensemble_kernels as feature_ensemble
-from fastkd.ops import _multi_label_kernels as multi_label
-from fastkd.ops import _multi_teacher_kernels as multi_teacher
 from fastkd.ops import _multi_teacher_native as native
 from fastkd.ops import _peer_groups as mutual
 from fastkd.ops import _relational_kernels as relational
+from fastkd.ops import _teacher_calls as calls
 from fastkd.ops._divergences import KINDS
 from fastkd.ops._inputs import REDUCTIONS
 from fastkd.ops.feature_ensemble import NORMS
@@ -55,7 +54,7 @@ def sides(kind: int) -> torch.Size:
 
 def test_multi_teacher():
     assert exported("multi_teacher") == {
-        "launch_teachers": multi_teacher.LAUNCH_TEACHERS,
+        "launch_teachers": calls.LAUNCH_TEACHERS,
         "on_chip_classes": native.ON_CHIP_CLASSES_DEFAULT,
         "on_chip_classes_float64": native.ON_CHIP_CLASSES[torch.float64],
         "saved_columns_5": saved_columns(soft=False),
@@ -66,7 +65,7 @@ def test_multi_teacher():
 
 def test_multi_label():
     assert exported("multi_label") == {
-        "launch_teachers": multi_label.LAUNCH_TEACHERS,
+        "launch_teachers": calls.LAUNCH_TEACHERS,
         **numbered(native.COMBINE, REDUCTIONS),
     }
 

@@ -70,7 +70,7 @@ def lose_one(tmp_path, number: int, *options: str, epochs: int = 500) -> tuple[i
 
 
 def test_a_killed_process_ends_the_others(tmp_path):
-    """torchrun, which looks ten times a second, may end the other before it has said what it found: here it looks later."""
+    """torchrun looks ten times a second and may end the other before that has spoken: here it looks later."""
     status, said, seconds = lose_one(tmp_path, signal.SIGKILL, "--monitor-interval", "5")
     assert status == 1 and seconds < 40
     assert "fastkd: another process of this run has ended or did not answer within 10 s (--timeout)" in said
