@@ -2,12 +2,12 @@
 // of the CUDA kernels. The backward of what is stored here is multi_teacher's.
 #include "multi_label/op.h"
 
-#include <limits>
 #include <tuple>
 #include <vector>
 
 #include "core/constants.h"
 #include "core/torch/run.h"
+#include "core/torch/teachers.h"
 
 namespace fastkd::multi_label {
 namespace {
@@ -16,7 +16,7 @@ namespace {
 struct Inputs {
   Networks networks;  // the student, the teachers, the labels
   std::optional<Tensor> target, pos_weight, weights;
-  std::vector<double> temperatures;
+  std::vector<double> temperatures, host_weights;
   Args args;
 };
 
@@ -33,20 +33,6 @@ void add_networks(Inputs& in, const Tensor& student, const std::vector<Tensor>& 
   args.teacher = in.networks.list.data() + 1;
 }
 
-void add_weights(Inputs& in, const std::optional<Tensor>& weights, const std::vector<double>& host_weights) {
-  Args& args = in.args;
-  if (!weights) {
-    STD_TORCH_CHECK(int(host_weights.size()) == args.teachers, "fastkd: one weight per teacher");
-    args.host_weight = host_weights.data();
-    return;
-  }
-  in.weights = contiguous_weights(*weights, args.teachers, args.rows, args.student.type);
-  const bool per_row = in.weights->dim() == 2;
-  args.weight_stride_teacher = per_row ? args.rows : 1;
-  args.weight_stride_row = per_row ? 1 : 0;
-  args.weight = in.weights->data_ptr();
-}
-
 void add_pos_weight(Inputs& in, const std::optional<Tensor>& pos_weight) {
   if (!pos_weight) return;
   STD_TORCH_CHECK(
@@ -54,32 +40,6 @@ void add_pos_weight(Inputs& in, const std::optional<Tensor>& pos_weight) {
       "fastkd: pos_weight [C + 1] in the dtype that is computed in");
   in.pos_weight = torch::stable::contiguous(*pos_weight);
   in.args.pos_weight = in.pos_weight->data_ptr();
-}
-
-// `scalars`: as multi_teacher's, kd_weight, ce_weight, num_items (0: none) and the temperatures.
-void add_scalars(Inputs& in, const std::optional<Tensor>& scalars, const std::vector<double>& temperatures) {
-  Args& args = in.args;
-  in.temperatures = temperatures;
-  if (scalars) {
-    STD_TORCH_CHECK(scalars->is_cpu() && scalars->scalar_type() == ScalarType::Double && scalars->is_contiguous() &&
-                        scalars->numel() == 3 + int64_t(temperatures.size()),
-                    "fastkd: scalars must be float64 on the CPU");
-    const double* value = static_cast<const double*>(scalars->data_ptr());
-    args.kd_weight = value[0];
-    args.ce_weight = value[1];
-    args.items = value[2];
-    in.temperatures.assign(value + 3, value + scalars->numel());
-  }
-  constexpr double kLargest = std::numeric_limits<double>::max();
-  for (const double t : in.temperatures)
-    STD_TORCH_CHECK(t > 0 && t <= kLargest, "multi_label_kd: temperature must be a finite number > 0, got ", t);
-  STD_TORCH_CHECK(args.items >= 0 && args.items <= kLargest, "multi_label_kd: num_items must be > 0, got ", args.items);
-  for (const double w : {args.kd_weight, args.ce_weight})
-    STD_TORCH_CHECK(w >= -kLargest && w <= kLargest, "multi_label_kd: weights must be finite, got ", w);
-  STD_TORCH_CHECK(in.temperatures.size() == 1 || int(in.temperatures.size()) == args.teachers,
-                  "fastkd: one temperature, or one per teacher");
-  if (int(in.temperatures.size()) < args.teachers) in.temperatures.resize(args.teachers, in.temperatures[0]);
-  args.temperature = in.temperatures.data();
 }
 
 #if defined(FASTKD_BACKEND_CPU)
@@ -135,9 +95,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   args.kd_weight = kd_weight;
   args.ce_weight = ce_weight;
   args.items = num_items;
+  in.temperatures = temperatures;
   add_weights(in, weights, host_weights);
   add_pos_weight(in, pos_weight);
-  add_scalars(in, scalars, temperatures);
+  add_scalars(in, "multi_label_kd", scalars);
+  add_temperatures(in);
   in.target = contiguous_target(target, args.rows);
   args.target = optional_data<int64_t>(in.target);
   args.combine = Combine(combine);

@@ -2,10 +2,9 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
-#include "core/torch/tensors.h"
+#include "core/torch/teachers.h"
 #include "multi_teacher/op.h"
 
 namespace fastkd::multi_teacher {
@@ -48,20 +47,6 @@ inline void add_networks(Inputs& in, const Tensor& student, const std::vector<Te
   args.teacher = in.networks.list.data() + 1;
 }
 
-inline void add_weights(Inputs& in, const std::optional<Tensor>& weights) {
-  Args& args = in.args;
-  if (!weights) {
-    STD_TORCH_CHECK(int(in.host_weights.size()) == args.teachers, "fastkd: one weight per teacher");
-    args.host_weight = in.host_weights.data();
-    return;
-  }
-  in.weights = contiguous_weights(*weights, args.teachers, args.rows, args.student.type);
-  const bool per_row = in.weights->dim() == 2;
-  args.weight_stride_teacher = per_row ? args.rows : 1;
-  args.weight_stride_row = per_row ? 1 : 0;
-  args.weight = in.weights->data_ptr();
-}
-
 inline void add_caps(Inputs& in, const Options& o) {
   if (o.softcaps.empty()) return;
   const size_t networks = size_t(in.args.teachers) + 1;
@@ -81,41 +66,6 @@ inline void add_divergence(Inputs& in, const Options& o, const std::optional<Ten
   args.share = in.shares->data_ptr();
   args.share_stride_kind = per_row ? args.rows : 1;
   args.share_stride_row = per_row ? 1 : 0;
-}
-
-// `scalars`: kd_weight, ce_weight, num_items (0: none) and the temperatures, in the place of the numbers, where one of
-// them came as a tensor: a schedule's value must not be part of a compiled graph.
-inline void add_scalars(Inputs& in, const Options& o, const std::optional<Tensor>& scalars) {
-  Args& args = in.args;
-  args.kd_weight = o.kd_weight;
-  args.ce_weight = o.ce_weight;
-  args.items = o.num_items;
-  in.temperatures = o.temperatures;
-  if (scalars) {
-    STD_TORCH_CHECK(scalars->is_cpu() && scalars->scalar_type() == ScalarType::Double && scalars->is_contiguous() &&
-                        scalars->numel() == 3 + int64_t(o.temperatures.size()),
-                    "fastkd: scalars must be float64 on the CPU");
-    const double* value = static_cast<const double*>(scalars->data_ptr());
-    args.kd_weight = value[0];
-    args.ce_weight = value[1];
-    args.items = value[2];
-    in.temperatures.assign(value + 3, value + scalars->numel());
-  }
-  constexpr double kLargest = std::numeric_limits<double>::max();
-  for (const double t : in.temperatures)
-    STD_TORCH_CHECK(t > 0 && t <= kLargest, "multi_teacher_kd: temperature must be a finite number > 0, got ", t);
-  STD_TORCH_CHECK(args.items >= 0 && args.items <= kLargest, "multi_teacher_kd: num_items must be > 0, got ", args.items);
-  for (const double w : {args.kd_weight, args.ce_weight})
-    STD_TORCH_CHECK(w >= -kLargest && w <= kLargest, "multi_teacher_kd: weights must be finite, got ", w);
-}
-
-inline void add_temperatures(Inputs& in) {
-  Args& args = in.args;
-  args.several_temperatures = in.temperatures.size() > 1;
-  STD_TORCH_CHECK(in.temperatures.size() == (args.several_temperatures ? size_t(args.teachers) : 1),
-                  "fastkd: one temperature, or one per teacher");
-  if (!args.several_temperatures && args.teachers > 1) in.temperatures.resize(args.teachers, in.temperatures[0]);
-  args.temperature = in.temperatures.data();
 }
 
 // Without a weight the distillation's teachers are not read, but for statistics.
@@ -138,10 +88,13 @@ inline void fill_inputs(Inputs& in, const Tensor& student, const std::vector<Ten
   check_devices(student, {pointer_to(target), pointer_to(weights), pointer_to(shares)});
   add_caps(in, o);
   add_divergence(in, o, shares);
-  in.host_weights = o.host_weights;
-  add_weights(in, weights);
-  add_scalars(in, o, scalars);
-  add_temperatures(in);
+  args.kd_weight = o.kd_weight;
+  args.ce_weight = o.ce_weight;
+  args.items = o.num_items;
+  in.temperatures = o.temperatures;
+  add_weights(in, weights, o.host_weights);
+  add_scalars(in, "multi_teacher_kd", scalars);
+  args.several_temperatures = add_temperatures(in);
   in.target = contiguous_target(target, args.rows);
   args.target = optional_data<int64_t>(in.target);
   args.labels = o.labels && in.target && !soft;
