@@ -43,10 +43,10 @@ constexpr double kNearDivergence = 0x1p-6;
 
 // One class's part of KL(p || q) as p d - p + q, d = log(p / q), of a row whose divergence is finite: no part is below 0, so
 // that nothing cancels between near networks, and their sum is the divergence. p and q in units of the student's exponentials.
-// d is bounded where a class is masked: p underflows there.
+// d is infinite or NaN where a class is masked, and p is 0 there.
 template <class A>
 FASTKD_HD A kl_part(A p, A q, A d) {
-  constexpr A kMost = 100;
+  constexpr A kMost = A(0x1p+100);  // far above any finite d that counts, and finite times a p of 0
   d = d > -kMost ? d : -kMost;  // so is NaN, of two masked classes
   d = d < kMost ? d : kMost;
   const A near = q * near_gap(d);

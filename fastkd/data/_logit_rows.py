@@ -53,7 +53,9 @@ class TopClasses:
     def kept(self, logits: Tensor, count: int) -> np.ndarray:
         """B rows of a network's logits; ValueError for others."""
         log_p = checked(logits, count, self.classes).double().log_softmax(-1)
-        log_probs, ids = log_p.topk(self.k, -1)  # NaN is above all numbers: TopK refuses it where it is used
+        log_probs, ids = log_p.topk(self.k, -1)  # NaN is above all numbers
+        if bool(log_probs.isnan().any()):
+            raise ValueError("LogitsCache: logits must leave each row a softmax, got NaN or infinite ones")
         tail = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)
         rows = np.zeros(count, self.dtype)
         rows["ids"] = ids.cpu().numpy()

@@ -60,8 +60,11 @@ def check(
         expected = f"one number for combine={combine!r}"
         raise wrong_value(op, "temperature", expected, f"{len(temperatures)} numbers")
     weights, host_weights = check_weights(op, weights, len(dense), student, combine == "probs")
-    labels, partial = (None, False) if target is None else _check_labels(op, target, student, class_dim, ignore_index)
-    rows, labels = _with_mask(op, labels, partial, mask, student, class_dim)
+    counted = _check_mask(op, mask, student, class_dim)
+    labels, partial = None, False
+    if target is not None:
+        labels, partial = _check_labels(op, target, student, class_dim, ignore_index, counted)
+    rows, labels = _with_mask(labels, partial, counted, student)
     tensors = Tensors(
         rows_of(student), tuple([rows_of(t) for t in dense]), rows, None if labels is None else rows_of(labels),
         _check_pos_weight(op, pos_weight, student, target), weights,
@@ -75,8 +78,26 @@ def check(
     return (tensors, options) if keep is None else calls.only(tensors, options, keep)
 
 
-def _check_labels(op: str, target: object, student: Tensor, class_dim: int, ignore_index: int) -> tuple[Tensor, bool]:
-    """Labels [..., C] of a floating dtype, as given or 0, 1, NOWHERE and NaN of integers; whether NOWHERE may occur."""
+def _check_mask(op: str, mask: object, student: Tensor, class_dim: int) -> Tensor | None:
+    """bool [..., C] of elements or [..., 1] of rows; None: all count."""
+    if not isinstance(mask, Tensor) or mask.dim() != student.dim():
+        rows = check_mask(op, mask, student.shape[:-1], student.device)
+        return None if rows is None else rows.reshape(*student.shape[:-1], 1)
+    shape = student.movedim(-1, class_dim).shape
+    if mask.shape != shape:
+        expected = f"of shape {list(student.shape[:-1])}, one value per row, or of the student's shape {list(shape)}"
+        raise wrong_value(op, "mask", expected, f"shape {list(mask.shape)}")
+    check_mask(op, mask, shape, student.device)
+    return classes_last(mask, class_dim)
+
+
+def _check_labels(
+    op: str, target: object, student: Tensor, class_dim: int, ignore_index: int, counted: Tensor | None
+) -> tuple[Tensor, bool]:
+    """Labels [..., C] of a floating dtype, as given or 0, 1, NOWHERE and NaN; whether NOWHERE may occur.
+
+    NaN: no label, where that cannot be read. Where `counted` is False the label is 0, whatever it was.
+    """
     if not isinstance(target, Tensor):
         raise wrong_type(op, "target", "a tensor of labels", type(target).__name__)
     if target.is_complex():
@@ -88,9 +109,14 @@ def _check_labels(op: str, target: object, student: Tensor, class_dim: int, igno
     if target.device != student.device:
         raise wrong_value(op, "target", f"on the student's device {student.device}", f"device {target.device}")
     labels = classes_last(target, class_dim) if target.shape == shape else target[..., None]
+    if counted is not None:
+        labels = labels.masked_fill(~counted, 0)
     readable = may_read_values(labels) and labels.numel() > 0
     if target.is_floating_point():
-        if readable and not bool(((labels >= 0) & (labels <= 1)).all()):
+        inside = (labels >= 0) & (labels <= 1)
+        if not readable:
+            return labels.masked_fill(~inside, torch.nan), False
+        if not bool(inside.all()):
             raise wrong_value(op, "target", "labels in [0, 1]", "one outside, or NaN")
         return labels, False
     if target.dtype == torch.bool:
@@ -107,18 +133,16 @@ def _check_labels(op: str, target: object, student: Tensor, class_dim: int, igno
 
 
 def _with_mask(
-    op: str, labels: Tensor | None, partial: bool, mask: object, student: Tensor, class_dim: int
+    labels: Tensor | None, partial: bool, counted: Tensor | None, student: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Tensors.target and Tensors.labels, from labels [..., C] (`partial`: NOWHERE may occur) and a mask."""
+    """Tensors.target and Tensors.labels, from labels [..., C] (`partial`: NOWHERE may occur) and what counts."""
     rows: Tensor | None = None
-    if isinstance(mask, Tensor) and mask.dim() == student.dim():
-        mask = classes_last(mask, class_dim)
-        check_mask(op, mask, student.shape, student.device)
+    if counted is not None and counted.shape[-1] > 1:
         if labels is None:
             labels = torch.zeros(student.shape, dtype=torch.bfloat16, device=student.device)
-        labels, partial = labels.masked_fill(~mask, NOWHERE), True
-    else:
-        rows = check_mask(op, mask, student.shape[:-1], student.device)
+        labels, partial = labels.masked_fill(~counted, NOWHERE), True
+    elif counted is not None:
+        rows = counted.reshape(-1)
     if labels is not None and partial:
         some = (~(labels < 0)).any(-1).reshape(-1)
         rows = some if rows is None else rows & some
@@ -128,13 +152,14 @@ def _with_mask(
 
 
 def _check_pos_weight(op: str, pos_weight: object, student: Tensor, target: object) -> Tensor | None:
-    """[C] in the dtype that is computed in, or None where every label counts alike."""
-    if pos_weight is None or target is None:
+    """[C] in the dtype that is computed in, or None where every label counts alike, or there is none."""
+    if pos_weight is None:
         return None
     classes, dtype = student.shape[-1], accumulate_dtype(student.dtype)
     if not isinstance(pos_weight, Tensor):
         number = check_number(op, "pos_weight", pos_weight, "a finite number >= 0, or a tensor [C]", low=0)
-        return None if number == 1 else torch.full((classes,), number, dtype=dtype, device=student.device)
+        plain = number == 1 or target is None
+        return None if plain else torch.full((classes,), number, dtype=dtype, device=student.device)
     if pos_weight.is_complex() or pos_weight.dtype == torch.bool or pos_weight.shape not in ((), (1,), (classes,)):
         got = f"a tensor of {pos_weight.dtype} and shape {list(pos_weight.shape)}"
         raise wrong_value(op, "pos_weight", f"a number, or a tensor of shape [{classes}]", got)
@@ -142,7 +167,7 @@ def _check_pos_weight(op: str, pos_weight: object, student: Tensor, target: obje
         raise wrong_value(op, "pos_weight", f"on the student's device {student.device}", f"device {pos_weight.device}")
     if may_read_values(pos_weight) and not bool(((pos_weight >= 0) & pos_weight.isfinite()).all()):
         raise wrong_value(op, "pos_weight", "finite and at least 0", "another one")
-    return pos_weight.to(student.device, dtype).expand(classes)
+    return None if target is None else pos_weight.to(student.device, dtype).expand(classes)
 
 
 # Of multi_teacher_kd: what has no meaning of a sigmoid, and what it is then.

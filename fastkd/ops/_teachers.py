@@ -83,7 +83,7 @@ def check_caps(
     op: str, softcap: object, scale: object, teacher_softcap: object, teacher_scale: object, k: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The softcaps (0: none) and logit scales of the student and K teachers; both () where nobody has one."""
-    if softcap is None and teacher_softcap is None and scale == 1 and teacher_scale == 1:
+    if softcap is None and teacher_softcap is None and _is_one(scale) and _is_one(teacher_scale):
         return (), ()
     cap, factor = "a number > 0 or None", "a number > 0"
     given = [("teacher_softcap", teacher_softcap, cap), ("teacher_logit_scale", teacher_scale, factor)]
@@ -91,6 +91,10 @@ def check_caps(
     caps = (_number_or_none(op, "softcap", softcap, cap), *teacher_caps)
     scales = (_number_or_none(op, "logit_scale", scale, factor), *teacher_scales)
     return (caps, scales) if set(caps) != {0.0} or set(scales) != {1.0} else ((), ())
+
+
+def _is_one(scale: object) -> bool:
+    return isinstance(scale, int | float) and scale == 1
 
 
 def _per_teacher(op: str, name: str, value: object, k: int, expected: str) -> list[float]:

@@ -52,7 +52,8 @@ def entries_of(
     if mode == "tail":
         return Entries(ids, log_p, _log_tail(log_p, tail))
     if mode in ("teacher", "both"):
-        log_p = log_p if temperature == 1 else log_p / temperature
+        if isinstance(temperature, Tensor) or temperature != 1:  # a tensor may learn, or hide its value
+            log_p = log_p / temperature
         log_p = log_p - log_p.logsumexp(-1, keepdim=True).masked_fill(~present[:, :1], 0)
     return Entries(ids, log_p, None)
 

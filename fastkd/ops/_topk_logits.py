@@ -44,7 +44,7 @@ def checked(
     if options["combine"] != "losses":
         raise wrong_value(op, "combine", "'losses' where a teacher is a TopK", repr(options["combine"]))
     for name, plain in DENSE_ALONE.items():
-        if options[name] != plain:
+        if isinstance(options[name], Tensor) or options[name] != plain:
             raise wrong_value(op, name, f"{plain!r} where a teacher is a TopK", repr(options[name]))
     if options["return_stats"]:
         raise wrong_value(op, "return_stats", "False where a teacher is a TopK", True)

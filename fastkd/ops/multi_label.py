@@ -130,8 +130,8 @@ def multi_label_kd(
 
     Raises:
         ValueError, TypeError: one sentence with argument, what was expected, what came. An integer label besides 0, 1
-            and ignore_index raises on the CPU; on a GPU and under torch.compile the loss of its row is NaN, and so is
-            the gradient of its element.
+            and ignore_index, or a floating one outside [0, 1], raises on the CPU; on a GPU and under torch.compile the
+            loss of its row is NaN, and so is the gradient of its element.
     """
     tensors, checked = inputs.check(
         student, teachers, target, weights, kd_weight, temperature, combine, ce_weight, pos_weight, ignore_index, mask,

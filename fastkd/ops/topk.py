@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_args
 
@@ -17,6 +18,7 @@ MODES = get_args(Mode)
 RETEMPERED = ("teacher", "both")  # the others need the teacher's normaliser, which is not known at another temperature
 ABSENT = -1e3  # a log-probability of at most this, or a negative id, is no entry
 ROUNDING = 1e-2  # by which a log-probability in half precision may be above 0
+ROUNDING_OF_SUMS = 0.1  # by which the log of a row's sum may be: values in bfloat16 are 2^-9 of their size off
 INTEGERS = (torch.int64, torch.int32)
 
 
@@ -65,11 +67,12 @@ def check_topk(op: str, name: str, teacher: TopK, like: Tensor) -> tuple[Tensor,
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise wrong_type(op, f"{name}.ids", "a tensor of int64 or int32", got)
     if list(ids.shape[:-1]) != leading or ids.dim() == 0 or ids.shape[-1] == 0:
-        raise wrong_value(op, f"{name}.ids", f"of shape {[*leading, 'k']}, k >= 1", f"shape {list(ids.shape)}")
-    _check_ids(op, name, ids, like.shape[-1])
+        expected = f"of shape [{', '.join(map(str, [*leading, 'k']))}], k >= 1"
+        raise wrong_value(op, f"{name}.ids", expected, f"shape {list(ids.shape)}")
     if values is not None or teacher.mode != "sampled":
         values = _check_floats(op, f"{name}.log_probs", values, ids.shape)
         _check_values(op, f"{name}.log_probs", values, teacher.mode)
+        _check_sums(op, f"{name}.log_probs", ids, values, teacher.mode)
         values = values.reshape(-1, ids.shape[-1])
     if tail is not None:
         if teacher.mode != "tail":
@@ -82,7 +85,8 @@ def check_topk(op: str, name: str, teacher: TopK, like: Tensor) -> tuple[Tensor,
             raise wrong_value(op, name, f"on the student's device {like.device}", f"device {tensor.device}")
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise wrong_value(op, name, "of tensors that do not require grad (a TopK gets none)", "one that does")
-    return ids.reshape(-1, ids.shape[-1]), values, tail
+    ids, values = _checked_ids(op, name, ids.reshape(-1, ids.shape[-1]), values, like.shape[-1])
+    return ids, values, tail
 
 
 def check_temperature(op: str, name: str, mode: Mode, temperature: float | Tensor) -> None:
@@ -107,16 +111,33 @@ def _check_floats(op: str, name: str, value: object, shape: torch.Size) -> Tenso
     return value
 
 
-def _check_ids(op: str, name: str, ids: Tensor, classes: int) -> None:
-    if may_read_values(ids) and ids.numel() and int(ids.max()) >= classes:
-        raise wrong_value(op, f"{name}.ids", f"below {classes}, the number of classes", int(ids.max()))
+def _checked_ids(op: str, name: str, ids: Tensor, values: Tensor | None, classes: int) -> tuple[Tensor, Tensor | None]:
+    """ids and log_probs [R, k]; where they cannot be read, an id that is no class makes its row NaN."""
+    if may_read_values(ids):
+        if ids.numel() and int(ids.max()) >= classes:
+            raise wrong_value(op, f"{name}.ids", f"below {classes}, the number of classes", int(ids.max()))
+        return ids, values
+    outside = ids >= classes
+    if values is None:  # of "sampled": each entry counts alike
+        values = -(ids >= 0).sum(-1, keepdim=True).clamp(min=1).double().log().expand(ids.shape)
+    return ids.masked_fill(outside, 0), values.masked_fill(outside, math.nan)
+
+
+def _check_sums(op: str, name: str, ids: Tensor, values: Tensor, mode: Mode) -> None:
+    """Of what is not renormalised, the entries of a row are parts of 1."""
+    if mode not in ("tail", "truncate") or not may_read_values(values) or values.numel() == 0:
+        return
+    sums = values.detach().double().masked_fill(ids < 0, -math.inf).logsumexp(-1)
+    if (most := float(sums.max())) > ROUNDING_OF_SUMS:
+        expected = f"log-probabilities whose probabilities add up to at most 1 in a row, for mode={mode!r}"
+        raise wrong_value(op, name, expected, f"{math.exp(most):.3g}")
 
 
 def _check_values(op: str, name: str, values: Tensor, mode: Mode) -> None:
     if not may_read_values(values) or values.numel() == 0:
         return
     top = float(values.detach().max())  # NaN where one value is
-    if top != top:
-        raise wrong_value(op, name, "log-probabilities", "NaN")
+    if top != top or top == math.inf:
+        raise wrong_value(op, name, "log-probabilities", "NaN" if top != top else "infinity")
     if mode not in RETEMPERED and top > ROUNDING:
         raise wrong_value(op, name, f"log-probabilities, at most 0, for mode={mode!r}", top)

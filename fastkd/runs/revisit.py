@@ -21,8 +21,6 @@ from fastkd.train.loop import Fit
 _FREE = {
     "quiet": True,
     "tensorboard": False,
-    "logits_cache": False,
-    "logits_topk": 0,
     "diversity": False,
     "resume": False,
 }
@@ -34,7 +32,9 @@ def job_of(run: Run) -> Job:
     known = {field.name for field in dataclasses.fields(kind)}
     out = run.folder.parents[1] if kind is CompareConfig else run.folder
     options: dict[str, Any] = {name: value for name, value in run.options.items() if name in known}
-    config = kind(**options | _FREE | {"out": str(out)})
+    # The K of --logits-topk is a part of what a stage learned from, and stands beside the cache alone.
+    cache = bool(options.get("logits_topk"))
+    config = kind(**options | _FREE | {"logits_cache": cache, "out": str(out)})
     if isinstance(config, TrainConfig):
         return Job.of(config)
     return CompareJob.of(config).runs()[run.options["method"], run.options["seed"]]

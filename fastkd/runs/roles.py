@@ -134,6 +134,7 @@ def _draw_effect(panel: Any, found: list[Effect], images: str) -> None:
         for effect in found:
             if effect.samples == samples and math.isfinite(effect.loss):
                 of_epoch.setdefault(effect.epoch, []).append(effect.loss - effect.loss_before)
+        of_epoch = dict(sorted(of_epoch.items()))  # runs may have kept different ones
         means = [statistics.fmean(values) for values in of_epoch.values()]
         style = dict(color=color, marker="o" if len(of_epoch) < 3 else None, label=f"{samples}, mean of the runs")
         panel.plot([0, *of_epoch], [0.0, *means], **style)  # before the first step there is no change

@@ -47,14 +47,30 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows as `write_rows` has them; UserError for a file that is none."""
     if not path.is_file():
         raise UserError(f"there is no file {path}: give a study.csv")
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a study.csv: {error}") from error
     if not rows or not {"method", "seed", "setting", "accuracy"} <= set(rows[0]):
         raise UserError(f"{path} is not a study.csv: it needs rows with method, seed, setting, accuracy")
-    return [
-        {k: v if k in WORDS else float(v) if v else math.nan for k, v in row.items()} | {"seed": int(row["seed"])}
-        for row in rows
-    ]
+    return [_read_row(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _read_row(where: str, row: dict[Any, Any]) -> dict[str, Any]:
+    """The columns of one row, in words and numbers; UserError where they are none."""
+    if None in row or None in row.values():
+        raise UserError(f"{where}: it has more or fewer columns than the first line")
+    facts: dict[str, Any] = {}
+    for column, word in row.items():
+        try:
+            facts[column] = word if column in WORDS else int(word) if column == "seed" else float(word or "nan")
+        except ValueError:
+            kind = "an integer" if column == "seed" else "a number"
+            raise UserError(f"{where}: {column} must be {kind}, got {word!r}") from None
+    if not math.isfinite(facts["accuracy"]):
+        raise UserError(f"{where}: a finished run has an accuracy, got {row['accuracy']!r}: take the row out")
+    return facts
 
 
 def adopt(path: Path, study: Study, out: Path) -> None:
@@ -64,10 +80,13 @@ def adopt(path: Path, study: Study, out: Path) -> None:
     with other epochs or another number of images; the CSV does not know other options.
     """
     runs = {(run.method, run.setting, run.seed): run for run in study.runs}
-    rows = read_rows(path)
+    rows, seen = read_rows(path), set()
     for row in rows:
         if (row["method"], row["setting"], row["seed"]) not in runs:
             raise UserError(f"{path} has a row of {_told(row)}, which is no run of {study.name}: take it out")
+        if _told(row) in seen:
+            raise UserError(f"{path} has two rows of {_told(row)}: take one out")
+        seen.add(_told(row))
         run = runs[row["method"], row["setting"], row["seed"]]
         for column, option in SCALE.items():
             asked, found = getattr(run.config(out), option), row.get(column)

@@ -195,7 +195,7 @@ def test_methods_that_cannot_say_why(why):
 def test_a_topk_of_another_shape_is_refused():
     x, y = batch()
     method = BAN(mlp(1), mlp(2))
-    with pytest.raises(ValueError, match=r"multi_teacher_kd: teachers\[0\].ids must be of shape \[10, 'k'\]"):
+    with pytest.raises(ValueError, match=r"multi_teacher_kd: teachers\[0\].ids must be of shape \[10, k\]"):
         list(method.phases(x, y, taught=lambda name, rows, run: part(known(method, x, 2)[name], slice(3))))
 
 

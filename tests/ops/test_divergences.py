@@ -378,3 +378,20 @@ def test_rows_below_a_64th_keep_their_digits(combine, classes):
     rows = (exact > 2.0**-10) & (exact < 2.0**-6)
     assert int(rows.sum()) > 1000
     assert float((value / exact - 1)[rows].abs().max()) < 6e-6
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("kind", ["losses", "logits", "mutual", "statistics"])
+@pytest.mark.parametrize("gap", [40.0, 120.0, 300.0, 3000.0])
+def test_a_class_that_a_sure_student_has_given_up(gap, kind, backend):
+    """The divergence is small, since p is, but log(p / q) is not: nothing may bound it."""
+    teacher, student = torch.tensor([[0.0, 17.0]]), torch.tensor([[0.0, gap]])
+    expected = kl(*(torch.log_softmax(x.double(), -1) for x in (teacher, student))).item()
+    with fastkd.use_backend(backend):
+        if kind == "mutual":
+            value = F.mutual_kd([student, teacher])[0]
+        elif kind == "statistics":
+            value = F.multi_teacher_kd(student, [teacher], temperature=1.0, return_stats=True)[1].kl
+        else:
+            value = F.multi_teacher_kd(student, [teacher], temperature=1.0, combine=kind)
+    assert float(value) == pytest.approx(expected, rel=1e-4)

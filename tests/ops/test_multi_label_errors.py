@@ -46,8 +46,14 @@ WRONG = [
     ("pos_weight negative", call(target=Y, pos_weight=-1.0), ValueError, "pos_weight must be a finite number >= 0"),
     ("pos_weight NaN", call(target=Y, pos_weight=torch.full((6,), math.nan)), ValueError, "pos_weight must be finite"),
     ("pos_weight [5]", call(target=Y, pos_weight=torch.ones(5)), ValueError, r"or a tensor of shape \[6\].*got.*\[5\]"),
+    ("pos_weight without labels", call(pos_weight="abc"), TypeError, "pos_weight must be a finite number >= 0"),
     ("mask of integers", call(mask=Y), TypeError, "mask must be a bool tensor.*int64"),
-    ("mask of another shape", call(mask=Y[:3] > 0), ValueError, r"mask must be of shape \[4, 6\].*got shape \[3, 6\]"),
+    (
+        "mask of another shape",
+        call(mask=Y[:3] > 0),
+        ValueError,
+        r"one value per row, or of the student's shape \[4, 6\].*got shape \[3, 6\]",
+    ),
     ("unknown classes", call(classes="max"), ValueError, "classes must be one of 'sum', 'mean', got 'max'"),
     ("unknown combine", call(combine="mean"), ValueError, "combine must be one of 'losses', 'probs', 'logits'"),
     ("temperatures of a mixture", call(combine="probs", temperature=[1.0, 2.0]), ValueError, "temperature must be one"),
@@ -86,3 +92,27 @@ def test_a_softmax_of_one_logit_is_told_where_to_go():
     with pytest.raises(ValueError, match="a network of one logit has a sigmoid: multi_label_kd"):
         F.multi_teacher_kd(Z[:, :1], [Z[:, :1]])
     assert as_sigmoid()().dim() == 0
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("wrong", [9, -7, math.nan, 2.5])
+def test_labels_behind_a_mask_are_not_looked_at(wrong, rows):
+    target = torch.zeros(4, 6, dtype=torch.float32 if isinstance(wrong, float) else torch.int64)
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    mask[1] = False
+    student, clean = Z.clone().requires_grad_(), F.multi_label_kd(Z, T, target, ce_weight=1.0, mask=mask[:, 0])
+    target[1] = wrong
+    loss = F.multi_label_kd(student, T, target, ce_weight=1.0, mask=mask[:, 0] if rows else mask)
+    assert loss.item() == pytest.approx(clean.item(), rel=1e-6)
+    assert float(torch.autograd.grad(loss, student)[0][1].abs().max()) == 0
+
+
+@pytest.mark.parametrize("wrong", [-100.0, -0.5, 1.5, math.nan])
+def test_floating_labels_that_nobody_could_check_make_their_row_nan(wrong, values_unreadable):
+    target = torch.zeros(4, 6)
+    target[1, 2] = wrong
+    student = Z.clone().requires_grad_()
+    loss = F.multi_label_kd(student, T, target, ce_weight=1.0, reduction="none")
+    assert loss.isnan().tolist() == [False, True, False, False]
+    (gradient,) = torch.autograd.grad(loss.nansum(), student)
+    assert bool(gradient[[0, 2, 3]].isfinite().all())

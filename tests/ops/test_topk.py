@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import TopK
+from fastkd import TopK, _backend
 from fastkd.functional import linear_multi_teacher_kd, multi_teacher_kd
 from fastkd.ops.topk import MODES
 
@@ -245,3 +245,61 @@ def test_compiles_as_one_graph():
     loss = torch.compile(call, backend="aot_eager", fullgraph=True)(z)
     torch.testing.assert_close(loss, call(z))
     torch.testing.assert_close(torch.autograd.grad(loss, z), torch.autograd.grad(call(z), z))
+
+
+@pytest.mark.parametrize("mode", ["teacher", "both"])
+@pytest.mark.parametrize("form", ["whole", "linear"])
+def test_a_temperature_that_learns_has_its_gradient_at_1_too(form, mode):
+    z, ids, values = randn(5, CLASSES), *top(randn(5, CLASSES, seed=1))
+    weight = randn(CLASSES, CLASSES, seed=2)
+
+    def slope(t: float) -> float:
+        t = torch.tensor(t, dtype=torch.float64, requires_grad=True)
+        teacher = TopK(ids, values, mode=mode)
+        if form == "linear":
+            loss = linear_multi_teacher_kd(z, weight, [teacher], temperature=t)
+        else:
+            loss = multi_teacher_kd(z, [teacher], temperature=t)
+        return torch.autograd.grad(loss, t)[0].item()
+
+    assert slope(1.0) == pytest.approx(slope(1 + 1e-9), abs=1e-6)
+
+
+def test_a_tensor_of_a_temperature_compiles_as_one_graph():
+    z, ids, values = randn(4, CLASSES), *top(randn(4, CLASSES, seed=1))
+
+    def call(z, t):
+        return multi_teacher_kd(z, TopK(ids, values, mode="teacher"), temperature=t)
+
+    t = torch.tensor(2.0)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)(z, t)
+    torch.testing.assert_close(compiled, call(z, t))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_id_that_nobody_could_check_makes_its_row_nan(mode, backend):
+    z, ids, values = randn(4, CLASSES).requires_grad_(), *top(randn(4, CLASSES, seed=1))
+    ids[2, 1] = CLASSES + 3
+    teacher = TopK(ids, None if mode == "sampled" else values, mode=mode)
+    with _backend.pretend(values_readable=False):
+        loss = multi_teacher_kd(z, teacher, temperature=1.0, reduction="none")
+    assert loss.isnan().tolist() == [False, False, True, False]
+    (gradient,) = torch.autograd.grad(loss[[0, 1, 3]].sum(), z)
+    assert bool(gradient[[0, 1, 3]].isfinite().all())
+
+
+def test_what_is_no_probability_is_refused():
+    z, ids = torch.zeros(1, 5), torch.tensor([[0, 1]])
+    for values, mode, message in (
+        ([math.inf, 0.0], "teacher", "must be log-probabilities, got infinity"),
+        ([math.log(0.9), math.log(0.9)], "tail", "add up to at most 1 in a row, for mode='tail', got 1.8"),
+        ([math.log(0.9), math.log(0.9)], "truncate", "add up to at most 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            multi_teacher_kd(z, TopK(ids, torch.tensor([values]), mode=mode), temperature=1.0)
+    absent = TopK(torch.tensor([[0, -1]]), torch.log(torch.tensor([[0.9, 0.9]])))
+    assert multi_teacher_kd(z, absent, temperature=1.0).isfinite()
+    with pytest.raises(ValueError, match=r"of shape \[1, k\], k >= 1"):
+        multi_teacher_kd(z, TopK(ids[0], torch.zeros(2)), temperature=1.0)
+    with pytest.raises(ValueError, match=r"teacher_logit_scale must be 1\.0 where a teacher is a TopK"):
+        multi_teacher_kd(z, absent, temperature=1.0, teacher_logit_scale=torch.ones(2))

@@ -180,6 +180,28 @@ def test_rows_of_another_machine_are_not_done_again(tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ("ce,0,default,,1", "row 1: a finished run has an accuracy, got ''"),
+        ("ce,0,default,high,1", "row 1: accuracy must be a number, got 'high'"),
+        ("ce,0.5,default,0.9,1", "row 1: seed must be an integer, got '0.5'"),
+        ("ce,0,default,0.9,1,2", "row 1: it has more or fewer columns"),
+        ("ce,0,default,0.9,1\nce,1,default", "row 2: it has more or fewer columns"),
+        ("ce,0,default,0.9,1\nce,0,default,0.8,1", "has two rows of ce, seed 0, setting default: take one out"),
+        ("ce,0,default,0.9,\xff", "is not a study.csv"),
+    ],
+)
+def test_a_table_that_is_not_whole_is_refused_in_one_sentence(tmp_path, rows, message, capsys):
+    table = tmp_path / "study.csv"
+    table.write_bytes(f"method,seed,setting,accuracy,epochs\n{rows}\n".encode("latin-1"))
+    out = tmp_path / "out"
+    assert main(["study", str(written(tmp_path)), "--out", str(out), "--known", str(table)]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "study.csv" in said
+    assert not list(out.glob("runs/*"))
+
+
 def test_a_run_that_is_stopped_in_time_goes_on_to_the_same_end(tmp_path, capsys):
     path, out = written(tmp_path, methods=["ce"], seeds=1, baselines=["ce"], pairs=[], epochs=400), tmp_path / "out"
     assert main(["study", str(path), "--out", str(out), "--limit", "0"]) == 0

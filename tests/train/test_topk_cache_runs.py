@@ -12,8 +12,11 @@ from train_helpers import assert_same, config, last_state, one_thread, rows_with
 
 from fastkd import TopK, functional
 from fastkd.cli import main
+from fastkd.runs import commands
 from fastkd.runs.config import CompareConfig, differences
+from fastkd.runs.folder import read
 from fastkd.runs.plans import RECIPES
+from fastkd.runs.revisit import revisited
 from fastkd.runs.runner import stage_key
 from fastkd.train import Runner, UserError
 
@@ -182,3 +185,19 @@ def test_two_processes(tmp_path):
     for name, value in first.items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(second[name], value, rtol=0, atol=1e-4, msg=name)
+
+
+def test_an_analysis_finds_the_networks_of_this_run(tmp_path, capsys):
+    """And not those of the same command without --logits-topk, in the same cache."""
+    options = TOPK | {"method": "ban", "cache": str(tmp_path / "cache"), "epochs": 1}
+    commands.train(config(tmp_path, out=str(tmp_path / "sparse"), **options), "", say=lambda text: None)
+    sparse = folders(tmp_path / "cache")
+    run(config(tmp_path, out=str(tmp_path / "whole"), **options | {"logits_topk": 0, "logits_cache": False}))
+    with revisited(read(tmp_path / "sparse")[0]) as again:
+        found = {result.folder.name for result in again.earlier.values()}
+    assert len(found) == len(again.earlier) > 1 and found <= sparse
+    assert main(["analyze", "generations", str(tmp_path / "sparse"), "--out", str(tmp_path / "analysis")]) == 0
+
+
+def folders(cache):
+    return {path.name for path in cache.iterdir()}
