@@ -195,7 +195,8 @@ def _angle(given: list[str]) -> Spec:
 
 def _differences(given: list[str], pairs: int) -> Spec:
     """16 columns of 4 x 4 pairs a turn; every 32nd or 4th turn also rolls its sums up, which is not counted."""
-    return Spec(256, "work", 256, [Case("N=1024, D=2048", 1, pairs * 2048, 0, 0, 0)], "column of a pair")
+    columns = 2 if given[1:] == ["true"] else 16  # of squares in two floats
+    return Spec(256, "work", 16 * columns, [Case("N=1024, D=2048", 1, pairs * 2048, 0, 0, 0)], "column of a pair")
 
 
 MAKERS: dict[str, Callable[[list[str]], Spec]] = {
