@@ -16,8 +16,8 @@ from benchmarks.sass.toolkit import CSRC
 OFF_FUNCTIONS = set(
     """
     cross_entropy_of_soft device_row_offset direct_square from_mixture keep_stats_alone larger
-    leave_out leave_out_vectors left_out_gradient load_scalars load_soft masked_gaps mix_logit
-    mix_probabilities roll row_offset scale_of soft_mass soft_part store_nothing stream_mixture
+    leave_out leave_out_vectors left_out_gradient load_scalars load_soft load_words masked_gaps mix_logit
+    mix_probabilities roll row_offset scale_of soft_mass soft_part store_nothing store_words stream_mixture
     teacher_index
     """.split()
 )
