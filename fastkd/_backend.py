@@ -23,6 +23,7 @@ from fastkd import _library
 
 BACKENDS = ("auto", "native", "reference")
 OLDEST_GPU = (8, 0)
+FAST_FLOAT64 = {(8, 0), (9, 0), (10, 0)}  # matrix units for float64; most others have a 64th of float32's rate
 WhyReference = Callable[[dict[str, Any]], str | None]
 
 
@@ -44,13 +45,14 @@ class Machine(NamedTuple):
 
     cpu_namespace: the operations in torch.ops that take CPU tensors. cpu_kind: whose kernels these are, "cuda" where
     they are the host build of the CUDA kernels. stream_always: CUDA kernels treat every row as one that does not fit on
-    chip. values_readable: False as on a device that must not be waited for. check_everywhere: values are checked
-    also where reading them waits for a GPU.
+    chip. fast_float64: whether GPUs have matrix units for float64, None as they are. values_readable: False as on a
+    device that must not be waited for. check_everywhere: values are checked also where reading them waits for a GPU.
     """
 
     cpu_namespace: str = "fastkd"
     cpu_kind: str = "cpu"
     stream_always: bool = False
+    fast_float64: bool | None = None
     values_readable: bool = True
     check_everywhere: bool = os.environ.get("FASTKD_CHECKS", "0") == "1"
 
@@ -126,7 +128,7 @@ def _why_not_cuda(index: int) -> str | None:
         return _library.CUDA.reason
     if torch.version.hip is not None:
         return "there are no native kernels for ROCm"
-    return why_not_gpu(_library.CUDA, torch.cuda.get_device_capability(index))
+    return why_not_gpu(_library.CUDA, _capability(index))
 
 
 def why_not_gpu(library: _library.Library, capability: tuple[int, int]) -> str | None:
@@ -189,6 +191,18 @@ def users_level() -> int:
 def device_kind(tensor: Tensor) -> str:
     """ "cpu" or "cuda": whose kernels take this tensor."""
     return machine.cpu_kind if tensor.device.type == "cpu" else "cuda"
+
+
+def has_fast_float64(tensor: Tensor) -> bool:
+    """Whether this tensor's GPU multiplies matrices in float64 about as fast as in float32 without its tensor cores."""
+    if machine.fast_float64 is not None:
+        return machine.fast_float64
+    return tensor.device.type == "cuda" and _capability(tensor.device.index or 0) in FAST_FLOAT64
+
+
+@functools.lru_cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def native_ops(tensor: Tensor) -> Any:

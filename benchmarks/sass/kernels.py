@@ -16,8 +16,8 @@ from benchmarks.sass.toolkit import CSRC
 OFF_FUNCTIONS = set(
     """
     cross_entropy_of_soft device_row_offset direct_square from_mixture keep_stats_alone larger
-    leave_out leave_out_vectors left_out_gradient load_scalars load_soft masked_gaps mix_logit
-    mix_probabilities roll row_offset scale_of soft_mass soft_part store_nothing stream_mixture
+    leave_out leave_out_vectors left_out_gradient load_scalars load_soft load_words masked_gaps mix_logit
+    mix_probabilities roll row_offset scale_of soft_mass soft_part store_nothing store_words stream_mixture
     teacher_index
     """.split()
 )
@@ -195,7 +195,8 @@ def _angle(given: list[str]) -> Spec:
 
 def _differences(given: list[str], pairs: int) -> Spec:
     """16 columns of 4 x 4 pairs a turn; every 32nd or 4th turn also rolls its sums up, which is not counted."""
-    return Spec(256, "work", 256, [Case("N=1024, D=2048", 1, pairs * 2048, 0, 0, 0)], "column of a pair")
+    columns = 2 if given[1:] == ["true"] else 16  # of squares in two floats
+    return Spec(256, "work", 16 * columns, [Case("N=1024, D=2048", 1, pairs * 2048, 0, 0, 0)], "column of a pair")
 
 
 MAKERS: dict[str, Callable[[list[str]], Spec]] = {

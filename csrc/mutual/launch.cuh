@@ -14,6 +14,7 @@ struct Params {
   Network network[kMaxLaunchNetworks];
   unsigned vectors;  // a bit per network: its rows are of the learners' dtype and allow vector accesses
   bool grad_vectors;
+  unsigned words;  // of a row of halves for vector_kernel that lies on borders of 4 bytes alone; 0 of whole vectors
   const int64_t* target;
   int64_t ignore_index;
   Network soft;  // without data: labels

@@ -52,7 +52,7 @@ bool try_launch(const Args& args, int64_t most_bytes, cudaStream_t stream) {
 
 template <class S, int M>
 void launch_vectors(const Params<float>& p, cudaStream_t stream) {
-  const dim3 grid(unsigned(p.rows)), block(unsigned(vector_block(p.classes / kRawItems<S>)));
+  const dim3 grid(unsigned(p.rows)), block(unsigned(vector_block(row_vectors<S>(p.classes))));
   switch (at_one_of(p.integer_t, p.cross_entropy)) {
     case AtOne::same: SIMT_LAUNCH((vector_kernel<S, M, AtOne::same>), grid, block, 0, stream, p); break;
     case AtOne::power: SIMT_LAUNCH((vector_kernel<S, M, AtOne::power>), grid, block, 0, stream, p); break;
@@ -60,14 +60,24 @@ void launch_vectors(const Params<float>& p, cudaStream_t stream) {
   }
 }
 
-// Whether the kernel of whole vectors took the call.
+// Parameters for vector_kernel, if rows lie in vectors of so many elements.
+template <class S, int Width>
+bool make_vector_params(const Args& args, Params<float>& p) {
+  p = make_params<S, Width, float>(args);
+  return p.vectors == (1u << p.networks()) - 1 && p.grad_vectors;
+}
+
+// Whether the kernel of vectors took the call.
 template <class S>
 bool try_vectors(const Args& args, cudaStream_t stream) {
   const int networks = args.learners + args.teachers;
   const bool labels = !args.cross_entropy || (!args.soft && args.label_smoothing == 0);
-  if (networks > kVectorNetworks || !labels || args.classes / kRawItems<S> >= int64_t(1) << 31) return false;
-  const Params<float> p = make_params<S, kRawItems<S>, float>(args);
-  if (p.vectors != (1u << networks) - 1 || !p.grad_vectors) return false;
+  if (networks > kVectorNetworks || !labels || args.classes >= int64_t(1) << 31) return false;
+  Params<float> p;
+  if (!make_vector_params<S, kRawItems<S>>(args, p)) {
+    if (!kNarrow<S> || !make_vector_params<S, 2>(args, p)) return false;
+    p.words = unsigned(args.classes / 2);
+  }
   switch (networks) {
     case 1: launch_vectors<S, 1>(p, stream); break;
     case 2: launch_vectors<S, 2>(p, stream); break;

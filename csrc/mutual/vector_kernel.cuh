@@ -1,4 +1,4 @@
-// The kernel of rows in whole vectors: a block takes a row, reads it for the sums, and again, from the L2 cache, for
+// The kernel of rows in vectors: a block takes a row, reads it for the sums, and again, from the L2 cache, for
 // the divergences and the gradients.
 #pragma once
 
@@ -194,7 +194,12 @@ __device__ __forceinline__ void leave_out_vectors(const Params<float>& p, int64_
       for (int i = 0; p.row_terms && i < 2; ++i) p.row_terms[(i * p.learners + m) * p.rows + index] = nothing;
       if (p.half && p.slot[m] >= 0) p.saved[p.slot[m] * p.rows + index] = 1;
     }
-    if (p.slot[m] >= 0) fill_vectors<0>(p.template grad_row<S>(m, index), 0, vectors, nothing);
+    if (p.slot[m] < 0) continue;
+    S* const grad = p.template grad_row<S>(m, index);
+    if (whole_vectors<S>(p))
+      fill_vectors<0>(grad, 0, vectors, nothing);
+    else
+      for (int64_t c = threadIdx.x; c < p.classes; c += blockDim.x) store_as(grad[c], nothing);
   }
 }
 
@@ -220,7 +225,7 @@ __global__ void __launch_bounds__(kVectorThreads, 1) vector_kernel(const __grid_
   BlockThreads threads{int(threadIdx.x), 0, buffer};
   Shared& row = shared[0];
   const int64_t index = blockIdx.x;
-  const unsigned vectors = unsigned(p.classes / kRawItems<S>);
+  const unsigned vectors = unsigned(row_vectors<S>(p.classes));
   const Label kind = label_kind(p.target, index, p.ignore_index, p.classes);
   if (kind == Label::ignored || kind == Label::outside)
     return leave_out_vectors<S>(p, index, vectors, kind == Label::ignored ? 0.f : __builtin_nanf(""));
@@ -231,7 +236,7 @@ __global__ void __launch_bounds__(kVectorThreads, 1) vector_kernel(const __grid_
   if (!row.from[0]) return leave_out_vectors<S>(p, index, vectors, 0.f);  // nobody reads anything
   const Exponents c = make_exponents(p.inv_t, p.integer_t);
   NetworkSums<M> sums;
-  over_vectors<true>(row, vectors, [&](unsigned, const Vectors<M>& now) { push_vectors<S, One>(sums, c, now); });
+  over_vectors<S, true>(p, row, vectors, [&](unsigned, const Vectors<M>& now) { push_vectors<S, One>(sums, c, now); });
   gather<One>(sums, c, threads);
   if (int(threadIdx.x) < p.learners) find_factors(p, index, int(threadIdx.x), sums, row);
   __syncthreads();
@@ -245,14 +250,18 @@ __global__ void __launch_bounds__(kVectorThreads, 1) vector_kernel(const __grid_
   PairSums<M> pairs{};
   const int64_t label = p.ce_weight != 0 ? p.target[index] : -1;
   // Of four networks there are no registers for a next vector.
-  over_vectors<(M < 4)>(row, vectors, [&](unsigned vector, const Vectors<M>& now) {
+  over_vectors<S, (M < 4)>(p, row, vectors, [&](unsigned vector, const Vectors<M>& now) {
     uint32_t packed[M][4];
     const int64_t at = label - int64_t(vector) * kRawItems<S>;
     learn_vector<S, One>(p, row, c, base, masked, at >= 0 && at < kRawItems<S> ? int(at) : -1, now, pairs, packed);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      if (m < p.learners && p.slot[m] >= 0)
-        store_raw(p.template grad_row<S>(m, index), vector, uint4{packed[m][0], packed[m][1], packed[m][2], packed[m][3]});
+      if (m >= p.learners || p.slot[m] < 0) continue;
+      const uint4 bits{packed[m][0], packed[m][1], packed[m][2], packed[m][3]};
+      if (whole_vectors<S>(p))
+        store_raw(p.template grad_row<S>(m, index), vector, bits);
+      else
+        store_words(p.template grad_row<S>(m, index), vector, p.words, bits);
     }
   });
   sum_pairs(pairs, threads);

@@ -1,5 +1,5 @@
-// A row of few networks in whole vectors: up to four in the learners' dtype, float or shorter, on 16-byte borders; labels that
-// are classes, without smoothing. kernel.cuh takes everything else.
+// A row of few networks in vectors of 16 bytes: up to four in the learners' dtype, float or shorter, on 16-byte borders, or
+// halves on 4-byte borders in four loads a vector; labels that are classes, without smoothing. kernel.cuh takes everything else.
 #pragma once
 
 #include "core/cuda/block.cuh"
@@ -9,6 +9,12 @@
 
 namespace fastkd::mutual {
 inline namespace FASTKD_TARGET {
+
+// Those of a row, the last of which may have words past its end.
+template <class S>
+FASTKD_HD int64_t row_vectors(int64_t classes) {
+  return (classes + kRawItems<S> - 1) / kRawItems<S>;
+}
 
 // The threads of a block, by the row's length. At most one block of a multiprocessor's registers: the rows under way stay in the
 // L2 cache for their second reading.
@@ -75,25 +81,43 @@ struct Vectors {
 // What the threads of a row share.
 template <int M>
 struct RowShared {
-  const void* from[M];             // the row of each network; of one that nobody reads, another's
+  const void* from[M];  // the row of each network; of one that nobody reads, another's
   float weight[M][M];
   float factor[M][M], ratio[M][M];  // of math.h, with the stored gradient's scale
   float label_factor[M], sharp[M];  // of exp(z - max) and of the label
-  unsigned pairs;                   // a bit m * M + n where m learns from n
+  unsigned pairs;  // a bit m * M + n where m learns from n
 };
 
-template <int M>
-__device__ __forceinline__ Vectors<M> load_vectors(const RowShared<M>& row, unsigned vector) {
+// Whether rows may lie on borders of 4 bytes: of halves, for of 100 classes they do. Of float the code would be a twelfth more.
+template <class S>
+constexpr bool kNarrow = sizeof(S) == 2;
+
+template <class S>
+__device__ __forceinline__ bool whole_vectors(const Params<float>& p) {
+  return !kNarrow<S> || p.words == 0;
+}
+
+// -inf in both halves of a word: what lies past a row's end is like masked classes.
+template <class S>
+constexpr uint32_t kMaskedWord = is_half<S> ? 0xfc00fc00u : 0xff80ff80u;
+
+template <class S, int M>
+__device__ __forceinline__ Vectors<M> load_vectors(const Params<float>& p, const RowShared<M>& row, unsigned vector) {
   Vectors<M> loaded;
+  if (whole_vectors<S>(p)) {
 #pragma unroll
-  for (int n = 0; n < M; ++n) loaded.of[n] = load_raw(row.from[n], vector);
+    for (int n = 0; n < M; ++n) loaded.of[n] = load_raw(row.from[n], vector);
+  } else {
+#pragma unroll
+    for (int n = 0; n < M; ++n) loaded.of[n] = load_words(row.from[n], vector, p.words, kMaskedWord<S>);
+  }
   return loaded;
 }
 
 // Calls f(vector, its contents) for this thread's vectors, with `Ahead` the next one's loads in flight meanwhile.
-template <bool Ahead, int M, class F>
-__device__ __forceinline__ void over_vectors(const RowShared<M>& row, unsigned vectors, const F& f) {
-  run_vectors<0, Ahead>(0, vectors, [&](unsigned vector) { return load_vectors(row, vector); }, f);
+template <class S, bool Ahead, int M, class F>
+__device__ __forceinline__ void over_vectors(const Params<float>& p, const RowShared<M>& row, unsigned vectors, const F& f) {
+  run_vectors<0, Ahead>(0, vectors, [&](unsigned vector) { return load_vectors<S>(p, row, vector); }, f);
 }
 
 // A thread's sums of each network relative to its maximum so far, and its least logit.

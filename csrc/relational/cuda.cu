@@ -220,14 +220,14 @@ void launch_angles(const LossArgs& args, cudaStream_t stream) {
   SIMT_LAUNCH((angle_rows_kernel<A>), rows, dim3(kThreads), 0, stream, args, p);
 }
 
-template <class A>
+template <class A, bool kExact>
 void launch_direct(const RowsArgs& args, const SidesArgs& sides, cudaStream_t stream) {
   const Parts parts(args.n, args.width);
   const dim3 rows(unsigned(args.n)), grid(unsigned(parts.squares), unsigned(parts.count));
   const dim3 blocks(unsigned(magnitude_blocks(args.n * args.columns)));
   SIMT_LAUNCH(magnitude_kernel<A>, blocks, dim3(kScaleThreads), 0, stream, args);
   SIMT_LAUNCH(scaled_rows_kernel<A>, rows, dim3(kScaleThreads), 0, stream, args);
-  SIMT_LAUNCH(direct_kernel<A>, grid, dim3(kDirectThreads), 0, stream, args);
+  SIMT_LAUNCH((direct_kernel<A, kExact>), grid, dim3(kDirectThreads), 0, stream, args);
   SIMT_LAUNCH(parts_kernel<A>, rows, dim3(kThreads), 0, stream, args, sides);
 }
 
@@ -254,7 +254,10 @@ int64_t parts_cuda(const RowsArgs& args) { return Parts(args.n, args.width).coun
 const char* direct_sides_cuda(const RowsArgs& args, const SidesArgs& sides, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (args.n == 0) return nullptr;
-  args.type == DType::f64 ? launch_direct<double>(args, sides, stream) : launch_direct<float>(args, sides, stream);
+  if (args.type == DType::f64)
+    launch_direct<double, false>(args, sides, stream);
+  else
+    args.exact ? launch_direct<float, true>(args, sides, stream) : launch_direct<float, false>(args, sides, stream);
   SIMT_LAUNCH(planes_kernel, dim3(unsigned(args.n)), dim3(kThreads), 0, stream, sides);
   return launch_error();
 }

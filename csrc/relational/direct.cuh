@@ -1,4 +1,4 @@
-// Distances on CUDA from differences, and their gradient. A block: a square of 64 x 64 results, or 64 rows and 64 columns of
+// Squared distances on CUDA from differences, and the gradient. A block: a square of 64 x 64 results, or 64 rows and 64 columns of
 // the gradient; a thread: 4 x 4 of them in registers, while what they are summed over passes by in shared memory.
 #pragma once
 
@@ -11,7 +11,7 @@ namespace fastkd::relational {
 inline namespace FASTKD_TARGET {
 
 constexpr int kSide = 64, kPatch = 4, kPatches = kSide / kPatch, kDirectThreads = kPatches * kPatches;
-constexpr int kStage = 16;           // columns, or rows of the gradient's sum, in shared memory at a time
+constexpr int kStage = 16;  // columns, or rows of the gradient's sum, in shared memory at a time
 constexpr int64_t kRollColumns = 512, kRollTerms = 64;  // summed plainly before they go into a Compensated
 template <class A>
 constexpr bool kRolls = sizeof(A) == sizeof(float);  // of doubles all are: other sums beside them would cost 32 registers
@@ -131,6 +131,29 @@ __device__ __forceinline__ void add_squares(const Lines<A> (&stage)[2], int i, i
   }
 }
 
+// (x - y)^2 is added to `high`, and half of what float32 rounds off the difference, its square and the sum to `half_low`: all
+// but the square of the difference's rounding. Adding twice of it would take a product more.
+__device__ __forceinline__ void add_exact_square(float x, float y, float& high, float& half_low) {
+  const float difference = x - y, back = difference - x;
+  const float left = (x - (difference - back)) - (y + back);  // x - y = difference + left
+  const float sum = fmaf(difference, difference, high), grown = sum - high;
+  const float rest = fmaf(difference, difference, -grown) + (high - (sum - grown));
+  half_low = fmaf(difference, left, fmaf(0.5f, rest, half_low));
+  high = sum;
+}
+
+__device__ __forceinline__ void add_exact_squares(const Lines<float> (&stage)[2], int i, int k,
+                                                  Compensated<float> (&totals)[kPatch][kPatch]) {
+#pragma unroll 2  // 14 instructions a column of a pair, whose code is not to outgrow the cache
+  for (int line = 0; line < kStage; ++line) {
+    const Patch<float> x = stage[0][line][i], y = stage[1][line][k];
+#pragma unroll
+    for (int r = 0; r < kPatch; ++r)
+#pragma unroll
+      for (int c = 0; c < kPatch; ++c) add_exact_square(x.v[r], y.v[c], totals[r][c].high, totals[r][c].low);
+  }
+}
+
 template <class A>
 __device__ __forceinline__ void roll(A (&sums)[kPatch][kPatch], Compensated<A> (&totals)[kPatch][kPatch]) {
 #pragma unroll
@@ -140,6 +163,13 @@ __device__ __forceinline__ void roll(A (&sums)[kPatch][kPatch], Compensated<A> (
       totals[r][c].add(sums[r][c]);
       sums[r][c] = 0;
     }
+}
+
+__device__ __forceinline__ void double_lows(Compensated<float> (&totals)[kPatch][kPatch]) {
+#pragma unroll
+  for (int r = 0; r < kPatch; ++r)
+#pragma unroll
+    for (int c = 0; c < kPatch; ++c) totals[r][c].low *= 2;
 }
 
 // Both triangles of a part's sums.
@@ -160,7 +190,7 @@ __device__ __forceinline__ void store_squares(const RowsArgs& p, int64_t a0, int
 }
 
 // Grid: squares of the triangle k <= i, parts of the columns.
-template <class A>
+template <class A, bool kExact>
 __global__ void __launch_bounds__(kDirectThreads, sizeof(A) == sizeof(float) ? 2 : 1)
     direct_kernel(const __grid_constant__ RowsArgs p) {
   using LinesShared = Lines<A>;
@@ -184,11 +214,17 @@ __global__ void __launch_bounds__(kDirectThreads, sizeof(A) == sizeof(float) ? 2
       next_i = of_i.at(column + kStage);
       next_k = of_k.at(column + kStage);
     }
-    add_squares<A>(stage, mine_i, mine_k, sums);
+    if constexpr (kExact)
+      add_exact_squares(stage, mine_i, mine_k, totals);
+    else
+      add_squares<A>(stage, mine_i, mine_k, sums);
     __syncthreads();
-    if (kRolls<A> && (column + kStage - begin) % kRollColumns == 0) roll(sums, totals);
+    if (!kExact && kRolls<A> && (column + kStage - begin) % kRollColumns == 0) roll(sums, totals);
   }
-  roll(sums, totals);
+  if constexpr (kExact)
+    double_lows(totals);
+  else
+    roll(sums, totals);
   store_squares(p, i * kSide + mine_i * kPatch, k * kSide + mine_k * kPatch, i != k, totals);
 }
 

@@ -71,8 +71,9 @@ void leave_out(const SidesArgs& args) {
   });
 }
 
-// The planes of the distances, scaled rows, and behind the mean their scale.
+// Planes, scaled rows, and behind the mean their scale.
 void run_distances(RowsArgs& args, const SidesArgs& sides, const Tensor&) {
+  STD_TORCH_CHECK(sides.kind == Kind::distance, "fastkd: angles take a Gram matrix on the CPU");
   run_squares(args);
   if (sides.mask) leave_out(sides);
   run_planes(sides);
@@ -141,6 +142,8 @@ void check_matrix(const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2 && t.scalar_type() == ScalarType::Double, "fastkd: expected a matrix in float64");
 }
 
+ScalarType plane_type(Kind kind) { return kind == Kind::single ? ScalarType::Float : ScalarType::Double; }
+
 // bool [N], kept alive by the caller.
 std::optional<Tensor> contiguous_mask(const std::optional<Tensor>& mask, int64_t n) {
   if (!mask) return std::nullopt;
@@ -162,8 +165,7 @@ std::tuple<Tensor, Tensor> sides(const Tensor& x, const Tensor& gram, const std:
   const std::optional<Tensor> counted = contiguous_mask(mask, args.n);
   args.mask = optional_data<bool>(counted);
   args.eps = eps;
-  const ScalarType type = args.kind == Kind::single ? ScalarType::Float : ScalarType::Double;
-  Tensor planes = empty_like_device(x, {plane_count(args.kind), args.n, padded_size(args.n)}, type);
+  Tensor planes = empty_like_device(x, {plane_count(args.kind), args.n, padded_size(args.n)}, plane_type(args.kind));
   Tensor mean = empty_like_device(x, {2}, ScalarType::Double);
   Tensor squares = empty_like_device(x, {args.n, args.n}, ScalarType::Double);
   Tensor row_sums = empty_like_device(x, {2, args.n}, ScalarType::Double);
@@ -184,7 +186,7 @@ std::tuple<Tensor, Tensor> loss(const Tensor& student, const Tensor& teacher, co
   args.kind = Kind(kind);
   args.reduction = Reduction(reduction);
   args.need_grad = need_grad;
-  const ScalarType type = args.kind == Kind::single ? ScalarType::Float : ScalarType::Double;
+  const ScalarType type = plane_type(args.kind);
   for (const Tensor* t : {&student, &teacher})
     STD_TORCH_CHECK(t->dim() == 3 && t->size(0) == plane_count(args.kind) && t->size(1) == args.n &&
                         t->size(2) == padded_size(args.n) && t->scalar_type() == type && t->is_contiguous(),
@@ -218,7 +220,7 @@ std::tuple<Tensor, Tensor> loss(const Tensor& student, const Tensor& teacher, co
 
 // Planes of the distances between the rows x [N, D] (float32, float64), their mean, their number and the scale of the
 // rows [3], and the scaled rows [N, padded].
-std::tuple<Tensor, Tensor, Tensor> distances(const Tensor& x, const std::optional<Tensor>& mask) {
+std::tuple<Tensor, Tensor, Tensor> distances(const Tensor& x, const std::optional<Tensor>& mask, int64_t kind, double eps) {
   STD_TORCH_CHECK(x.dim() == 2, "fastkd: expected embeddings [N, D]");
   check_devices(x, {pointer_to(mask)});
   const Tensor from = torch::stable::contiguous(x);
@@ -230,15 +232,19 @@ std::tuple<Tensor, Tensor, Tensor> distances(const Tensor& x, const std::optiona
   STD_TORCH_CHECK(args.type == DType::f32 || args.type == DType::f64, "fastkd: embeddings in float32 or float64");
   Tensor rows = empty_like_device(x, {args.n, args.width}, x.scalar_type());
   Tensor squares = empty_like_device(x, {args.n, args.n}, ScalarType::Double);
-  Tensor planes = empty_like_device(x, {1, args.n, padded_size(args.n)}, ScalarType::Double);
+  SidesArgs sides;
+  sides.kind = Kind(kind);
+  STD_TORCH_CHECK(sides.kind == Kind::distance || (sides.kind == Kind::single) == (args.type == DType::f32),
+                  "fastkd: planes of the rows' dtype");
+  Tensor planes = empty_like_device(x, {plane_count(sides.kind), args.n, padded_size(args.n)}, plane_type(sides.kind));
   Tensor mean = empty_like_device(x, {3}, ScalarType::Double);
   Tensor row_sums = empty_like_device(x, {2, args.n}, ScalarType::Double);
   args.from = from.data_ptr();
   args.rows = rows.data_ptr();
   args.squares = doubles(squares);
-  SidesArgs sides;
+  args.exact = sides.kind == Kind::single;
   sides.n = args.n;
-  sides.kind = Kind::distance;
+  sides.eps = eps;
   sides.squares = args.squares;
   const std::optional<Tensor> counted = contiguous_mask(mask, args.n);
   sides.mask = optional_data<bool>(counted);
@@ -279,7 +285,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTKD_LIBRARY, m) {
   m.def(
       "relational_loss(Tensor student, Tensor teacher, Tensor mean, Tensor? weight, int kind, int reduction, bool need_grad) "
       "-> (Tensor, Tensor)");
-  m.def("relational_distances(Tensor x, Tensor? mask) -> (Tensor, Tensor, Tensor)");
+  m.def("relational_distances(Tensor x, Tensor? mask, int kind, float eps) -> (Tensor, Tensor, Tensor)");
   m.def("relational_pull(Tensor laplacian, Tensor rows, Tensor mean, int columns) -> Tensor");
 }
 #endif

@@ -51,6 +51,7 @@ struct RowsArgs {
   void* rows = nullptr;                   // [N, width]
   double* squares = nullptr;              // [N, N] squared distances
   // CUDA alone:
+  bool exact = false;                     // float32: squares in two floats, for angles
   double* device_scale = nullptr;
   double* magnitudes = nullptr;           // [magnitude_blocks_cuda]
   double* parts = nullptr;                // [parts_cuda, N, N] squared distances of parts of the columns

@@ -35,14 +35,18 @@ def run(tensors: Tensors, options: Options) -> Tensor:
     return loss if mask is None else loss * share(options, mask).to(loss.dtype)
 
 
+# From so many rows on, distances are taken from a Gram matrix on a GPU with fast float64: chosen by prediction.
+GRAM_ROWS = 2048
+
+
 # csrc/relational/op.cpp registers, all in float64 but for the planes of KIND_SINGLE:
 #   sides(x centred [N, D], x x^T, mask [N], kind, eps)
 #        -> planes [1 to 3, N, N padded] of the distances relative to their mean, 0 beside rows that do not count;
 #           [2] that mean and the number of positive distances
 #   loss(planes, planes, student's mean, weight [N] of the N losses, kind, reduction, need_grad)
 #        -> loss [] or [N]; the matrix [N, N] whose product with the student's centred rows is the gradient
-# and for distances alone, without a Gram matrix, in x's float32 or float64:
-#   distances(x [N, D], mask) -> planes; [3] the distances' mean, their number, the scale of the rows; scaled rows
+# and without a Gram matrix, in x's float32 or float64 (of angles in the planes' dtype, and on CUDA alone):
+#   distances(x [N, D], mask, kind, eps) -> planes; [3] the distances' mean, their number, the rows' scale; scaled rows
 #   pull(matrix of loss, rows, mean, D) -> the gradient [N, D]
 # Means are over all N rows; rows that do not count hold zeros.
 # `namespace` is fastkd, or the test build that runs the CUDA kernels on the host.
@@ -54,11 +58,13 @@ def _padded(n: int) -> int:
 def register_fakes(namespace: str) -> None:
     """The shapes that the raw operations of `namespace` return, for torch.compile and torch.export."""
 
-    def sides(x: Tensor, gram: Tensor, mask: Tensor | None, kind: int, eps: float) -> tuple[Tensor, ...]:
-        n = x.shape[0]
-        dtype = torch.float32 if kind == KIND_SINGLE else torch.float64
+    def planes_of(x: Tensor, kind: int) -> Tensor:
         planes = {KIND_DISTANCE: 1, KIND_SINGLE: 3, KIND_FULL: 2}[kind]
-        return x.new_empty((planes, n, _padded(n)), dtype=dtype), x.new_empty((2,))
+        dtype = torch.float32 if kind == KIND_SINGLE else torch.float64
+        return x.new_empty((planes, x.shape[0], _padded(x.shape[0])), dtype=dtype)
+
+    def sides(x: Tensor, gram: Tensor, mask: Tensor | None, kind: int, eps: float) -> tuple[Tensor, ...]:
+        return planes_of(x, kind), x.new_empty((2,))
 
     def loss(
         student: Tensor, teacher: Tensor, mean: Tensor, weight: Tensor | None, kind: int, reduction: int,
@@ -68,10 +74,9 @@ def register_fakes(namespace: str) -> None:
         square = (n, n) if need_grad else (0, 0)
         return mean.new_empty((n,) if reduction == 0 else ()), mean.new_empty(square)
 
-    def distances(x: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
-        n, width = x.shape[0], (x.shape[1] + 15) // 16 * 16
-        planes = x.new_empty((1, n, _padded(n)), dtype=torch.float64)
-        return planes, x.new_empty((3,), dtype=torch.float64), x.new_empty((n, width))
+    def distances(x: Tensor, mask: Tensor | None, kind: int, eps: float) -> tuple[Tensor, ...]:
+        rows = x.new_empty((x.shape[0], (x.shape[1] + 15) // 16 * 16))
+        return planes_of(x, kind), x.new_empty((3,), dtype=torch.float64), rows
 
     def pull(laplacian: Tensor, rows: Tensor, mean: Tensor, columns: int) -> Tensor:
         return rows.new_empty((rows.shape[0], columns))
@@ -88,6 +93,15 @@ def _kind(tensors: Tensors, options: Options) -> int:
     return KIND_FULL if result_dtype(tensors) == torch.float64 else KIND_SINGLE
 
 
+def _sums_differences(student: Tensor, op: str) -> bool:
+    """Whether distances are summed from differences, else taken from a Gram matrix in float64."""
+    if _backend.device_kind(student) == "cpu":  # has half of float32's rate for float64
+        return op == DISTANCE
+    if not _backend.has_fast_float64(student) or torch.compiler.is_exporting():  # an exported program has any N
+        return True
+    return op == DISTANCE and student.shape[0] < GRAM_ROWS
+
+
 def centred(x: Tensor, mask: Tensor | None = None) -> Tensor:
     x = x.double()
     if mask is None:
@@ -101,10 +115,10 @@ def _forward(
     """The loss, and the gradient [N, D] in float32 (float64 where the loss is) of its sum weighted by `weight` [N]."""
     student, teacher, mask = tensors
     ops, dtype, kind = _backend.native_ops(student), result_dtype(tensors), _kind(tensors, options)
-    direct = options.op == DISTANCE
+    direct = _sums_differences(student, options.op)
     if direct:
-        planes, mean, rows = ops.relational_distances(student.to(dtype), mask)
-        targets, *_ = ops.relational_distances(teacher.to(dtype), mask)
+        planes, mean, rows = ops.relational_distances(student.to(dtype), mask, kind, options.eps)
+        targets, *_ = ops.relational_distances(teacher.to(dtype), mask, kind, options.eps)
     else:
         # float64: from a float32 Gram matrix the distances within tight clusters are noise. Autocast leaves it alone.
         rows, others = centred(student, mask), centred(teacher, mask)

@@ -7,8 +7,8 @@ beta = 1) of the student's value against the teacher's (kernels: csrc/relational
     rkd_angle      loss_j = mean_ik h(cos_ijk),   cos_ijk = <x_i - x_j, x_k - x_j> / (d_ij d_kj), the angle at vertex j
 
 A side no longer than eps * m has cosine 0 with every other. Equal rows have distance 0, and no gradient through it. The
-native kernels build neither [N, N, D] nor [N, N, N]: they take the distances from a Gram matrix in float64, or, where
-nothing but distances is wanted, from the differences.
+native kernels build neither [N, N, D] nor [N, N, N]: they take the distances from a Gram matrix in float64, or from the
+differences, by operation, device and N.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def rkd_angle(
     """Angle-wise relational distillation: Huber loss between the cosines of the angles in all triplets of a batch.
 
     Park et al., "Relational Knowledge Distillation" (arXiv 1904.05068), equations 6 and 7, over all N^3 ordered
-    triplets. O(N^2 D + N^3) operations and O(N^2) memory, in float64 up to the distances and in float32 from there
-    (float64 where an input is float64).
+    triplets. O(N^2 D + N^3) operations and O(N^2) memory, in float64 or two float32 numbers up to the distances and in
+    float32 from there (float64 where an input is float64).
 
     >>> square = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
     >>> fastkd.functional.rkd_angle(square, 0 * square)  # collapsed: all cosines are 0

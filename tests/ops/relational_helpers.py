@@ -25,6 +25,8 @@ def embeddings(kind, n, width, seed=0):
         x[1::3] = x[:1]
     elif kind == "collapsed":
         x = x[:1].expand(n, width).clone()
+    elif kind == "nested":  # about one point, at magnitudes from 1 to 1e-4 that no magnitude of the rows tells
+        x = 1 + x * 10.0 ** -(torch.arange(n) % 5).double()[:, None]
     elif kind == "far mean":
         x = x + 1000
     elif kind == "tiny":

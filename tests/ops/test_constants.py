@@ -92,7 +92,7 @@ def test_relational():
         "full": relational.KIND_FULL,
     }
     with FakeTensorMode():
-        rows = torch.ops.fastkd.relational_distances(torch.empty(70, 70), None)[2]
+        rows = torch.ops.fastkd.relational_distances(torch.empty(70, 70), None, relational.KIND_DISTANCE, 0.0)[2]
     assert exported("relational") == {
         **kinds,
         **{f"planes_{name}": sides(kind)[0] for name, kind in kinds.items()},

@@ -63,9 +63,75 @@ def test_short_rows_of_halves(dtype, classes, at):
     check(logits, target, ce_weight=0.5)
 
 
-def test_every_order_of_threads_gives_the_same_bits(simt, at):
+HALVES = [torch.float16, torch.bfloat16]  # an even number of them, on borders of 4 bytes
+
+
+@pytest.mark.parametrize("m, n", [(2, 0), (3, 0), (2, 2)])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("classes", [2, 10, 100, 102, 1030])  # the last vector has one to four words
+def test_rows_without_whole_vectors(dtype, classes, m, n, simt, at):
+    """Each has a block of its own; what lies past its end, another row, is neither read nor written."""
+    logits, teachers, target = make(m, 5, classes, n, dtype, device=at("simt"), seed=classes)
+    target[2] = -100
+    simt.reset_counters()
+    F.mutual_kd(logits, target, teachers=teachers, ce_weight=0.5, reduction="none")
+    assert simt.counters()["blocks"] >= len(target)
+    check(logits, target, teachers=teachers, ce_weight=0.5)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("temperature", [1.0, 3.0, 0.7])
+def test_narrow_rows_at_temperatures_among_long_ones(temperature, dtype, device):
+    """Parts of wider rows, whose other classes are NaN."""
+    logits, teachers, target = make(3, 3, 5002, 1, dtype, device=device)
+    parts = []
+    for z in [*logits, *teachers]:
+        wide = torch.full((3, 5008), float("nan"), dtype=dtype)
+        wide[:, 2:5004] = z.detach()
+        parts.append(wide[:, 2:5004])
+    check([z.requires_grad_() for z in parts[:3]], target, teachers=parts[3:], temperature=temperature, ce_weight=0.5)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_halves_on_borders_of_2_bytes_take_the_other_kernel(dtype, simt, at):
+    logits, _, target = make(2, 8, 101, dtype=dtype, device=at("simt"))
+    simt.reset_counters()
+    F.mutual_kd(logits, target, ce_weight=0.5, reduction="none")
+    assert simt.counters()["blocks"] < len(target)
+    check(logits, target, ce_weight=0.5)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_masked_classes_of_narrow_rows(dtype, device):
+    """-inf at a row's end is as that past it; one that a network has alone makes it infinitely far."""
+    logits, _, target = make(2, 2, 102, dtype=dtype, device=device)
+    target[:] = 20
+    with torch.no_grad():
+        for z in logits:
+            z[:, 25:] = -INF
+    check(logits, target, ce_weight=0.5, reduction="none")
+    with torch.no_grad():
+        logits[0][1, 1] = -INF
+    loss = F.mutual_kd(logits, target, reduction="none").detach()
+    assert loss[0].isinf().tolist() == [False, True] and loss[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_equal_narrow_networks_are_exactly_0_apart(dtype, device, values_unreadable):
+    (one,), _, target = make(1, 3, 102, dtype=dtype, device=device)
+    logits = [one.detach().clone().requires_grad_() for _ in range(3)]
+    loss, grads = loss_and_grads(logits, reduction="none")
+    assert float(loss.abs().max()) == 0 and all(float(g.abs().max()) == 0 for g in grads)
+    target[:] = torch.tensor([102, -100, 5])
+    loss, grads = loss_and_grads(logits, target, ce_weight=0.5, reduction="none")
+    assert loss.isnan().tolist() == [[True, False, False]] * 3 and all(g[0].isnan().all() for g in grads)
+    assert all(g[1].eq(0).all() and g[2].isfinite().all() and g[2].ne(0).any() for g in grads)
+
+
+@pytest.mark.parametrize("dtype, classes", [(torch.float32, 520), (torch.bfloat16, 510)])
+def test_every_order_of_threads_gives_the_same_bits(dtype, classes, simt, at):
     at("simt")
-    logits, _, target = make(3, 2, 520)
+    logits, _, target = make(3, 2, classes, dtype=dtype)
     results = in_every_schedule(simt, lambda: loss_and_grads(logits, target, ce_weight=0.5, reduction="none"))
     for loss, grads in results[1:]:
         assert torch.equal(loss, results[0][0])

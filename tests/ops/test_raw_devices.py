@@ -54,7 +54,7 @@ CALLS = [
     ),
     ("relational_sides", (MATRIX, MATRIX, MASK, 0, 0.0), (1, 2)),
     ("relational_loss", (PLANES, PLANES, MEAN, ONES, 0, 2, True), (1, 2, 3)),
-    ("relational_distances", (LOGITS, MASK), (1,)),
+    ("relational_distances", (LOGITS, MASK, 0, 0.0), (1,)),
     ("relational_pull", (MATRIX, torch.zeros(4, 16), torch.ones(3, dtype=torch.float64), 5), (0, 2)),
 ]  # fmt: skip
 OPERANDS = [(name, args, place) for name, args, places in CALLS for place in places]

@@ -13,6 +13,8 @@ from rows_helpers import LAYOUTS, weighted_sum
 from simt.fixtures import in_every_schedule
 
 import fastkd
+from fastkd import _backend
+from fastkd.ops import _relational_kernels as kernels
 from fastkd.testing import DTYPES, Case, over
 
 F = fastkd.functional
@@ -51,15 +53,72 @@ CASES = [
 ]
 
 
-@over(CASES, PLACES)
-def test_table(case, place, dtype, at):
+def run_case(case, device, dtype):
     arguments = dict(case.arguments)
     function, masked = FUNCTIONS[arguments.pop("name")], arguments.pop("masked", 0)
     options = {name: arguments.pop(name) for name in ("reduction", "num_items") if name in arguments}
-    student, teacher = make(**arguments, dtype=dtype, device=at(place))
+    student, teacher = make(**arguments, dtype=dtype, device=device)
     if masked:  # every so many rows are left out
         options["mask"] = torch.arange(len(student), device=student.device) % masked != 0
     check(function, student, teacher, **options)
+
+
+@over(CASES, PLACES)
+def test_table(case, place, dtype, at):
+    run_case(case, at(place), dtype)
+
+
+@pytest.fixture(params=[False, True], ids=["differences", "gram"])
+def form(request, monkeypatch):
+    """Both ways to the distances of the CUDA kernels, one of which a GPU's rate of float64 chooses."""
+    monkeypatch.setattr(kernels, "GRAM_ROWS", 0)
+    with _backend.pretend(fast_float64=request.param):
+        yield request.param
+
+
+CUDA = ["simt", "cuda"]
+ON_CUDA = pytest.mark.parametrize("place", CUDA)
+
+
+@pytest.mark.usefixtures("form")
+@over(CASES, CUDA, dtypes=[torch.float32, torch.float64])
+def test_table_in_both_forms(case, place, dtype, at):
+    run_case(case, at(place), dtype)
+
+
+@ON_CUDA
+@BOTH
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("kind", ["random", "clusters", "nested"])
+def test_equal_networks_have_no_loss_in_both_forms(kind, name, place, at):
+    student, _ = make(19, kind=kind, device=at(place))
+    loss, grad = loss_and_grad(FUNCTIONS[name], student, student.clone())
+    assert float(loss) == 0 and float(grad.abs().max()) == 0
+
+
+def test_the_form_is_chosen_by_the_rate_of_float64_and_by_rows():
+    """On the CPU by the operation alone."""
+    few, many = torch.empty(kernels.GRAM_ROWS - 1, 1), torch.empty(kernels.GRAM_ROWS, 1)
+    sums = lambda: [kernels._sums_differences(x, name) for name in FUNCTIONS for x in (few, many)]  # noqa: E731
+    assert list(FUNCTIONS) == ["rkd_distance", "rkd_angle"]
+    assert sums() == [True, True, False, False]
+    with _backend.pretend(cpu_kind="cuda"):
+        assert sums() == [True, True, True, True]
+        with _backend.pretend(fast_float64=True):
+            assert sums() == [True, False, False, False]
+
+
+@ON_CUDA
+@pytest.mark.parametrize("width", [3, 33, 1100])
+@pytest.mark.parametrize("kind", ["random", "clusters", "near 1e-5", "nested", "far mean", "tiny", "huge"])
+def test_squares_for_angles_have_more_digits_than_float32(kind, width, place, at):
+    """As many as two floats: beside a short side, the two others nearly cancel in a cosine."""
+    x = embeddings(kind, 67, width).to(at(place), torch.float32)
+    ops = _backend.native_ops(x)
+    planes, mean, _ = ops.relational_distances(x, None, kernels.KIND_SINGLE, 0.0)
+    scaled = (planes[0].double() + planes[2].double())[:, :67] * (mean[0] / mean[2]).square()
+    exact = (x.double()[:, None] - x.double()).square().sum(-1)
+    assert float(((scaled - exact).abs() / exact).fill_diagonal_(0).max()) <= 2.0**-42
 
 
 @EVERYWHERE
@@ -181,17 +240,19 @@ def test_distances_of_wide_rows_in_several_blocks(n, width, at):
     check(F.rkd_distance, *make(n, width=width, teacher_width=40, kind="clusters", device=at("cpu")))
 
 
-@pytest.mark.parametrize("place", ["simt", "cuda"])
+@ON_CUDA
+@BOTH
 @pytest.mark.parametrize("n, width", [(31, 1100), (67, 513), (130, 511)])
-def test_wide_rows_in_several_blocks_and_parts_of_the_cuda_kernels(n, width, place, at):
-    check(F.rkd_distance, *make(n, width=width, teacher_width=40, kind="clusters", device=at(place)))
+def test_wide_rows_in_several_blocks_and_parts_of_the_cuda_kernels(n, width, name, place, at):
+    check(FUNCTIONS[name], *make(n, width=width, teacher_width=40, kind="clusters", device=at(place)))
 
 
 @EVERYWHERE
-@pytest.mark.parametrize("kind", ["near 1e-3", "near 1e-5", "far mean"])
-def test_near_rows_beside_others_in_several_blocks(kind, place, at):
+@BOTH
+@pytest.mark.parametrize("kind", ["near 1e-3", "near 1e-5", "far mean", "nested"])
+def test_near_rows_beside_others_in_several_blocks(kind, name, place, at):
     """Digits that a Gram matrix in float32 loses, in the distances and in the gradient."""
-    check(F.rkd_distance, *make(90, width=300, teacher_width=20, kind=kind, device=at(place)))
+    check(FUNCTIONS[name], *make(90, width=300, teacher_width=20, kind=kind, device=at(place)))
 
 
 @EVERYWHERE

@@ -44,6 +44,23 @@ __device__ __forceinline__ void store_raw(void* row, unsigned vector, const uint
   __stwb(to, bits);
 }
 
+// The same of a row of so many words that begins on any border of 4 bytes; `pad` is what lies past its end.
+__device__ __forceinline__ uint4 load_words(const void* row, unsigned vector, unsigned words, uint32_t pad) {
+  const uint32_t* from = static_cast<const uint32_t*>(row);
+  RawArray<uint32_t, uint4> raw;
+#pragma unroll
+  for (unsigned w = 0; w < 4; ++w) raw.v[w] = 4 * vector + w < words ? __ldg(from + 4 * vector + w) : pad;
+  return __builtin_bit_cast(uint4, raw);
+}
+
+__device__ __forceinline__ void store_words(void* row, unsigned vector, unsigned words, const uint4& bits) {
+  uint32_t* to = static_cast<uint32_t*>(row);
+  const auto raw = __builtin_bit_cast(RawArray<uint32_t, uint4>, bits);
+#pragma unroll
+  for (unsigned w = 0; w < 4; ++w)
+    if (4 * vector + w < words) to[4 * vector + w] = raw.v[w];
+}
+
 __device__ __forceinline__ void unpack_pair(uint32_t word, BFloat16, float& low, float& high) {
   low = bits_to_float(word << 16);
   high = bits_to_float(word & 0xffff0000u);
