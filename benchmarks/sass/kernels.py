@@ -206,6 +206,7 @@ MAKERS: dict[str, Callable[[list[str]], Spec]] = {
     "stream_gradients_kernel": _stream_many,
     "on_chip_kernel": _on_chip,
     "divergence_kernel": _on_chip,
+    "stream_divergence_gradient_kernel": _stream_backward,
     "scale_kernel": _scale,
     "mutual_kernel": _mutual,
     "vector_kernel": _mutual_vectors,

@@ -14,7 +14,6 @@ from fastkd.ops._autograd import (
     is_transformed,
     on_host,
 )
-from fastkd.ops._divergences import FORWARD
 from fastkd.ops._inputs import check_range, why_learning
 from fastkd.ops._multi_teacher_formula import Options, Tensors, classes_of
 
@@ -82,11 +81,8 @@ def why_reference(tensors: Tensors, options: Options) -> str | None:
             return f"{name} is a tensor that requires grad or whose value is not known on the host"
     if not on_host(options.temperatures):
         return "the temperature is a tensor that requires grad or whose value is not known on the host"
-    if _backend.device_kind(student) != "cpu":
-        if options.divergence != FORWARD and native.streams(student):
-            return "the CUDA kernels take divergences besides forward in rows of at most 8192 classes (float64: 2048)"
-        if options.softcaps:
-            return "the CUDA kernels take neither softcap nor logit_scale"
+    if _backend.device_kind(student) != "cpu" and options.softcaps:
+        return "the CUDA kernels take neither softcap nor logit_scale"
     if options.combine != "losses" and _too_many(tensors):
         return f"combine={options.combine!r} with more than {LAUNCH_TEACHERS} teachers"
     return None

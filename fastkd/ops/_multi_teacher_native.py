@@ -260,8 +260,8 @@ def _backward_of_rows(ctx: Any, grad: Tensor, rows: Tensor, saved: Tensor, aux: 
 #       in the place of its numbers; `classes`: of the student's columns (0: all), whose gradient is 0 behind them
 #    -> losses A [L] or [L, R]; rows [R, C]: the row's gradient without reduction and grad_output;
 #       saved A: [R] the power of two that float16 rows were multiplied by, or [R, 3K + 2] states to stream again
-#       (3K + 3 with soft targets); aux A [2]: the factor that `rows` still lacks (1 / rows that count), targets out of
-#       range
+#       (one more with soft targets, K more of divergences besides forward, also without gradient); aux A [2]: the
+#       factor that `rows` still lacks (1 / rows that count), targets out of range
 #   forward_stats(...), without `soft` and `stream` -> these; kl A [K, R]; the GroupStats of student and teachers, each
 #       [K + 1, R]
 #   backward(grad_output, rows, saved, aux, reduction) -> [R, C]
@@ -275,12 +275,12 @@ def register_fakes(namespace: str) -> None:
         student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, soft: Tensor | None,
         weights: Tensor | None, shares: Tensor | None, scalars: Tensor | None, *options: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        reduction, terms, (need_grad, stream) = options[8], options[12], options[-2:]
+        reduction, terms, other, (need_grad, stream) = options[8], options[12], options[13] != 0, options[-2:]
         rows, classes = count_rows(student), student.shape[-1]
         dtype, three = accumulate_dtype(student.dtype), (3,) if terms else ()
-        stored, streamed = need_grad and not stream, need_grad and stream
+        stored, streamed = need_grad and not stream, stream and (need_grad or other)
         scaled = stored and student.dtype == torch.float16
-        states = 3 * len(teachers) + (2 if soft is None else 3)
+        states = (4 if other else 3) * len(teachers) + (2 if soft is None else 3)
         return (
             student.new_empty((*three, rows) if reduction == 0 else three, dtype=dtype),
             student.new_empty((rows, classes) if stored else (0,)),
