@@ -20,7 +20,7 @@ const char* forward_cuda(const Args& given, void* stream_handle) {
   if (args.kl && args.classes > most) return "statistics of a row that is too long to be on chip";
   if (args.divergence != Divergence::forward && (args.kl || (args.classes > most && !args.stream)))
     return "other divergences than forward: without statistics, and long rows streamed";
-  if (args.softcap) return "softcap and logit_scale";
+  if (args.softcap && !args.stream) return "softcap and logit_scale: rows that are streamed";
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   const bool stored = args.need_grad && !args.stream;
   const int64_t bytes = stored ? args.rows * args.columns * bytes_of(args.student.type) : 0;

@@ -183,6 +183,7 @@ __global__ void __launch_bounds__(kStreamThreads<A>, 3)
       for (int i = 0; i < kStreamItems; ++i) s[i] -= base_of(saved[0]);
       add_label_gradient<kWidth>(p, row, first, saved, s, grad);
     }
+    uncap_gradient<S>(p, row, first, grad);
   }
   const A upstream = grad_loss[per_row ? row : 0] * aux[0];
 #pragma unroll

@@ -34,9 +34,9 @@ def _too_many(tensors: Tensors) -> bool:
     return len(tensors.teachers) > LAUNCH_TEACHERS and _backend.device_kind(tensors.student) != "cpu"
 
 
-def runs_apart(tensors: Tensors) -> bool:
+def runs_apart(tensors: Tensors, options: Options) -> bool:
     """Whether one launch does not take the call, or leaves states in the place of a gradient."""
-    return _too_many(tensors) or native.streams(tensors.student)
+    return _too_many(tensors) or native.streams(tensors.student, options)
 
 
 def _in_groups(tensors: Tensors, options: Options) -> Sequence[Tensor]:
@@ -81,8 +81,6 @@ def why_reference(tensors: Tensors, options: Options) -> str | None:
             return f"{name} is a tensor that requires grad or whose value is not known on the host"
     if not on_host(options.temperatures):
         return "the temperature is a tensor that requires grad or whose value is not known on the host"
-    if _backend.device_kind(student) != "cpu" and options.softcaps:
-        return "the CUDA kernels take neither softcap nor logit_scale"
     if options.combine != "losses" and _too_many(tensors):
         return f"combine={options.combine!r} with more than {LAUNCH_TEACHERS} teachers"
     return None

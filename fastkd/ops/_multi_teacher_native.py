@@ -30,11 +30,12 @@ ON_CHIP_CLASSES = {torch.float64: 2048}
 ON_CHIP_CLASSES_DEFAULT = 8192
 
 
-def streams(student: Tensor) -> bool:
-    """Whether the backward reads all logits again instead of a stored gradient: rows too long for one CUDA block."""
+def streams(student: Tensor, options: Options) -> bool:
+    """Whether the backward reads all logits again instead of a stored gradient: rows too long for one CUDA block, or
+    under softcaps and logit scales, which these kernels alone know."""
     if _backend.device_kind(student) == "cpu":
         return False
-    if _backend.machine.stream_always:
+    if _backend.machine.stream_always or options.softcaps:
         return True
     return student.shape[-1] > ON_CHIP_CLASSES.get(student.dtype, ON_CHIP_CLASSES_DEFAULT)
 
@@ -79,7 +80,7 @@ def run(tensors: Tensors, options: Options, with_stats: bool) -> tuple[Sequence[
     options, scalars = split(options)
     student, teachers, target, soft, weights, shares = tensors
     if torch.is_grad_enabled() and student.requires_grad:
-        if not (torch.compiler.is_compiling() or streams(student)):
+        if not (torch.compiler.is_compiling() or streams(student, options)):
             return _stored(tensors, options, scalars, with_stats)
         out = _Native.apply(options, with_stats, student, target, soft, weights, shares, scalars, *teachers)
         out = (out,) if isinstance(out, Tensor) else out
@@ -100,7 +101,7 @@ def forward(
     if with_stats:
         out = ops.multi_teacher_forward_stats(student, teachers, target, weights, shares, scalars, *numbers, need_grad)
     else:
-        out = ops.multi_teacher_forward(*tensors, scalars, *numbers, need_grad, streams(student))
+        out = ops.multi_teacher_forward(*tensors, scalars, *numbers, need_grad, streams(student, options))
     if target is not None and options.labels and may_read_values(student) and out[3].tolist()[1] != 0:
         raise out_of_range(options.operation, target, classes_of(tensors, options), options.ignore_index)
     return out
@@ -209,7 +210,7 @@ def _backward_of_inputs(
     if torch.is_grad_enabled():
         return _second_derivative(options, grad, student, target, soft, weights, shares, scalars, *teachers)
     ops = _backend.native_ops(student)
-    if not streams(student):
+    if not streams(student, options):
         reduction = REDUCTIONS.index(options.reduction)
         result: Tensor = ops.multi_teacher_backward(grad.contiguous(), rows, saved, aux, reduction)
         return result
