@@ -12,13 +12,13 @@ from benchmarks.sass.listing import Block, Place
 from benchmarks.sass.toolkit import CSRC
 
 # Source lines that a usual call does not come to: class labels, losses of teachers at one temperature, weights of the
-# host, rows in vectors, no smoothing, norms that need no rescue.
+# host, rows in vectors, no smoothing, no softcap, norms that need no rescue.
 OFF_FUNCTIONS = set(
     """
-    cross_entropy_of_soft device_row_offset direct_square from_mixture keep_stats_alone larger
+    cap_items cross_entropy_of_soft device_row_offset direct_square from_mixture keep_stats_alone larger
     leave_out leave_out_vectors left_out_gradient load_scalars load_soft masked_gaps mix_logit
     mix_probabilities roll row_offset scale_of soft_mass soft_part store_nothing stream_mixture
-    teacher_index
+    teacher_index uncap_gradient
     """.split()
 )
 OFF_LINES = re.compile(
