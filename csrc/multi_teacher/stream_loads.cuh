@@ -60,8 +60,13 @@ __device__ __forceinline__ void load_teacher(const Params<A>& p, int k, unsigned
   for (int j = mixes ? next_teacher(reads, -1) : k; j != kNoTeacher; j = mixes ? next_teacher(reads, j) : kNoTeacher) {
     load_network<Width>(p, j + 1, row, first, one);
     const A weight = p.uniform ? 1 / A(++count) : p.weight_of(j, row);
+    if (!mixes) {
 #pragma unroll
-    for (int i = 0; i < kStreamItems; ++i) t[i] = mixes ? mix_logit(t[i], one[i], p.uniform, weight) : one[i];
+      for (int i = 0; i < kStreamItems; ++i) t[i] = one[i];
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kStreamItems; ++i) t[i] = mix_logit(t[i], one[i], p.uniform, weight);
   }
 }
 
