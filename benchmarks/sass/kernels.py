@@ -12,13 +12,13 @@ from benchmarks.sass.listing import Block, Place
 from benchmarks.sass.toolkit import CSRC
 
 # Source lines that a usual call does not come to: class labels, losses of teachers at one temperature, weights of the
-# host, rows in vectors, no smoothing, norms that need no rescue.
+# host, rows in vectors, no smoothing, no softcap, norms that need no rescue.
 OFF_FUNCTIONS = set(
     """
-    cross_entropy_of_soft device_row_offset direct_square from_mixture keep_stats_alone larger
+    cap_items cross_entropy_of_soft device_row_offset direct_square from_mixture keep_stats_alone larger
     leave_out leave_out_vectors left_out_gradient load_scalars load_soft load_words masked_gaps mix_logit
     mix_probabilities roll row_offset scale_of soft_mass soft_part store_nothing store_words stream_mixture
-    teacher_index
+    teacher_index uncap_gradient
     """.split()
 )
 OFF_LINES = re.compile(
@@ -207,6 +207,7 @@ MAKERS: dict[str, Callable[[list[str]], Spec]] = {
     "stream_gradients_kernel": _stream_many,
     "on_chip_kernel": _on_chip,
     "divergence_kernel": _on_chip,
+    "stream_divergence_gradient_kernel": _stream_backward,
     "scale_kernel": _scale,
     "mutual_kernel": _mutual,
     "vector_kernel": _mutual_vectors,

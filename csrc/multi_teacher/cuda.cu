@@ -18,9 +18,9 @@ const char* forward_cuda(const Args& given, void* stream_handle) {
   const bool wide = args.student.type == DType::f64;
   const int64_t most = wide ? kMaxOnChip<double> : kMaxOnChip<float>;
   if (args.kl && args.classes > most) return "statistics of a row that is too long to be on chip";
-  if (args.divergence != Divergence::forward && (args.kl || args.stream || args.classes > most))
-    return "other divergences than forward: rows on chip, without statistics";
-  if (args.softcap) return "softcap and logit_scale";
+  if (args.divergence != Divergence::forward && (args.kl || (args.classes > most && !args.stream)))
+    return "other divergences than forward: without statistics, and long rows streamed";
+  if (args.softcap && !args.stream) return "softcap and logit_scale: rows that are streamed";
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   const bool stored = args.need_grad && !args.stream;
   const int64_t bytes = stored ? args.rows * args.columns * bytes_of(args.student.type) : 0;

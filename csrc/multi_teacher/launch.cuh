@@ -16,7 +16,9 @@ struct Params {
   Network network[kMaxLaunchTeachers + 1];  // the student, then the teachers
   Network soft;
   unsigned vectors;  // a bit per network: its rows allow vector accesses
-  bool soft_vectors, grad_vectors;
+  bool soft_vectors, grad_vectors, capped;
+  A cap[kMaxLaunchTeachers + 1], cap_inner[kMaxLaunchTeachers + 1];  // 0: none; what a logit is multiplied by before it
+  A logit_scale;                                                     // of the student
   const int64_t* target;
   int64_t ignore_index;
   bool labels;
@@ -140,6 +142,17 @@ void fill_divergence(Params<A>& p, const Args& args) {
   p.share_stride_row = args.share_stride_row;
 }
 
+template <class A>
+void fill_caps(Params<A>& p, const Args& args) {
+  p.capped = args.softcap != nullptr;
+  for (int slot = 0; p.capped && slot <= args.teachers; ++slot) {
+    const double cap = args.softcap[slot], scale = args.logit_scale[slot];
+    p.cap[slot] = A(cap);
+    p.cap_inner[slot] = A(cap > 0 ? scale / cap : scale);
+  }
+  p.logit_scale = p.capped ? A(args.logit_scale[0]) : A(1);
+}
+
 template <class S, class A>
 Params<A> make_params(const Args& args) {
   constexpr int kWidth = kVector<S, S>;
@@ -161,6 +174,7 @@ Params<A> make_params(const Args& args) {
   fill_weights(p, args);
   fill_temperatures(p, args);
   fill_divergence(p, args);
+  fill_caps(p, args);
   p.combine = args.combine;
   p.kd_weight = A(args.kd_weight);
   p.ce_weight = A(args.ce_weight);

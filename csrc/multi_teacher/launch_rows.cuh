@@ -5,6 +5,7 @@
 #include "core/cuda/launch.cuh"
 #include "multi_teacher/on_chip.cuh"
 #include "multi_teacher/rows.cuh"
+#include "multi_teacher/stream_divergence.cuh"
 #include "multi_teacher/stream_gradient.cuh"
 #include "multi_teacher/stream_rows.cuh"
 #include "multi_teacher/streaming.cuh"
@@ -52,8 +53,9 @@ unsigned forward_parts(const Args& args) {
   return args.scratch ? parts_of_row<S>(args, kWholeRows) : 1;
 }
 
+// The losses of streamed rows, of the forward divergence; what the backward reads.
 template <class S, class A>
-void launch_stream(const Args& args, const Params<A>& p, cudaStream_t stream) {
+void launch_stream_forward(const Args& args, const Params<A>& p, cudaStream_t stream) {
   if constexpr (sizeof(A) == sizeof(float)) {
     const unsigned parts = forward_parts<S>(args), groups = groups_of(args.teachers);
     float* scratch = static_cast<float*>(args.scratch);
@@ -69,6 +71,21 @@ void launch_stream(const Args& args, const Params<A>& p, cudaStream_t stream) {
   const int bytes = int(TeacherStates<A>::bytes(p.combine == Combine::logits ? 1 : p.teachers));
   allow_dynamic_shared(stream_forward_kernel<S, A>, bytes);
   SIMT_LAUNCH((stream_forward_kernel<S, A>), dim3(unsigned(p.rows)), dim3(kStreamThreads<A>), bytes, stream, p);
+}
+
+// The other divergences need each row's sums first. Of the forward divergence nothing is kept but these, nor of a mixture of
+// probabilities, which a second read makes from them.
+template <class S, class A>
+void launch_stream(const Args& args, const Params<A>& p, cudaStream_t stream) {
+  if (p.divergence == Divergence::forward) return launch_stream_forward<S>(args, p, stream);
+  Args states = args;
+  Params<A> of_states = p;
+  states.divergence = Divergence::forward;
+  if (p.combine == Combine::probs) states.combine = of_states.combine = Combine::losses;
+  of_states.kd_weight = 0;
+  of_states.need_grad = true;
+  launch_stream_forward<S>(states, of_states, stream);
+  SIMT_LAUNCH((stream_divergence_kernel<S, A>), dim3(unsigned(p.rows)), dim3(kStreamThreads<A>), 0, stream, p);
 }
 
 template <class S>
@@ -93,6 +110,12 @@ void stream_backward_rows(const Args& args, const void* grad_loss_, cudaStream_t
   const Params<A> p = make_params<S, A>(args);
   const A* aux = static_cast<const A*>(args.aux);
   const bool per_row = args.reduction == Reduction::none;
+  const int64_t tiles = (args.classes + kStreamTile<A> - 1) / kStreamTile<A>;
+  if (p.divergence != Divergence::forward) {
+    SIMT_LAUNCH((stream_divergence_gradient_kernel<S, A>), dim3(unsigned(args.rows * tiles)), dim3(kStreamThreads<A>), 0,
+                stream, p, grad_loss, per_row, aux, tiles);
+    return;
+  }
   if constexpr (sizeof(A) == sizeof(float)) {
     const unsigned parts = parts_of_row<S>(args, 4096);
     const dim3 grid(unsigned(args.rows) * parts), block(kVectorThreads);
@@ -104,7 +127,6 @@ void stream_backward_rows(const Args& args, const void* grad_loss_, cudaStream_t
     };
     if (with_vectors<S>(args, in_vectors)) return;
   }
-  const int64_t tiles = (args.classes + kStreamTile<A> - 1) / kStreamTile<A>;
   SIMT_LAUNCH((stream_backward_kernel<S, A>), dim3(unsigned(args.rows * tiles)), dim3(kStreamThreads<A>), 0, stream, p,
               grad_loss, per_row, aux, tiles);
 }

@@ -69,7 +69,8 @@ Results forward_of(Inputs& in, const Tensor& student, bool need_grad, bool strea
   args.need_grad = need_grad;
   args.stream = stream;
   const ScalarType type = accumulate_type(args.student.type);
-  const bool stored = need_grad && !stream, streamed = need_grad && stream;
+  const bool stored = need_grad && !stream;
+  const bool streamed = stream && (need_grad || args.divergence != Divergence::forward);  // whose second read needs the states
   const bool scaled = stored && args.student.type == DType::f16;
 
   Tensor rows = empty_losses(args, student, true, type);
@@ -91,7 +92,7 @@ Results forward_of(Inputs& in, const Tensor& student, bool need_grad, bool strea
 
 // Of the schema: a kd_weight of 0 leaves fewer teachers to Args, but not to the fake kernel.
 int64_t saved_width(const std::vector<Tensor>& teachers, const Args& args) {
-  return saved_columns(args) + 3 * (int64_t(teachers.size()) - args.teachers);
+  return saved_columns(args) + saved_per_teacher(args.divergence) * (int64_t(teachers.size()) - args.teachers);
 }
 
 Results forward(const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& target,
@@ -187,9 +188,10 @@ Tensor stream_backward(const Tensor& grad_loss, const Tensor& student, const std
   return grad;
 }
 
-int64_t columns_of_5(bool soft) {
+int64_t columns_of_5(bool soft, Divergence divergence = Divergence::forward) {
   Args args;
   args.teachers = 5;
+  args.divergence = divergence;
   args.soft.data = soft ? &args : nullptr;
   return saved_columns(args);
 }
@@ -236,7 +238,9 @@ FASTKD_CONSTANTS(multi_teacher, {"launch_teachers", fastkd::multi_teacher::kMaxL
                  {"on_chip_classes", fastkd::multi_teacher::kMaxOnChip<float>},
                  {"on_chip_classes_float64", fastkd::multi_teacher::kMaxOnChip<double>},
                  {"saved_columns_5", fastkd::multi_teacher::columns_of_5(false)},
-                 {"saved_columns_5_soft", fastkd::multi_teacher::columns_of_5(true)}, {"losses", int(Combine::losses)},
-                 {"probs", int(Combine::probs)}, {"logits", int(Combine::logits)}, {"none", int(Reduction::none)},
-                 {"sum", int(Reduction::sum)}, {"mean", int(Reduction::mean)}, {"forward", int(Divergence::forward)},
-                 {"pair", int(Divergence::pair)}, {"mixture", int(Divergence::mixture)}, {"tvd", int(Divergence::tvd)})
+                 {"saved_columns_5_soft", fastkd::multi_teacher::columns_of_5(true)},
+                 {"saved_columns_5_tvd", fastkd::multi_teacher::columns_of_5(false, Divergence::tvd)},
+                 {"losses", int(Combine::losses)}, {"probs", int(Combine::probs)}, {"logits", int(Combine::logits)},
+                 {"none", int(Reduction::none)}, {"sum", int(Reduction::sum)}, {"mean", int(Reduction::mean)},
+                 {"forward", int(Divergence::forward)}, {"pair", int(Divergence::pair)}, {"mixture", int(Divergence::mixture)},
+                 {"tvd", int(Divergence::tvd)})

@@ -79,8 +79,12 @@ inline namespace FASTKD_TARGET {
 
 FASTKD_HD int losses_of(const Args& args) { return args.terms ? 3 : 1; }
 
-// Of a streamed row: max_s, Z_s(T = 1); of soft targets, smoothed, their sum; per teacher max_t, Z_t, Z_s(T_k).
-FASTKD_HD int64_t saved_columns(const Args& args) { return 3 * int64_t(args.teachers) + (args.soft.data ? 3 : 2); }
+// Of a streamed row: max_s, Z_s(T = 1); of soft targets, smoothed, their sum; per teacher max_t, Z_t, Z_s(T_k); and behind
+// these, of divergences besides forward, what q is multiplied by in the gradient of each.
+FASTKD_HD int saved_per_teacher(Divergence divergence) { return divergence == Divergence::forward ? 3 : 4; }
+FASTKD_HD int64_t saved_columns(const Args& args) {
+  return int64_t(saved_per_teacher(args.divergence)) * args.teachers + (args.soft.data ? 3 : 2);
+}
 
 }  // namespace FASTKD_TARGET
 

@@ -3,17 +3,10 @@
 #pragma once
 
 #include "core/cuda/block.cuh"
-#include "multi_teacher/launch.cuh"
+#include "multi_teacher/stream_loads.cuh"
 
 namespace fastkd::multi_teacher {
 inline namespace FASTKD_TARGET {
-
-// Of double half as many, so that the states of 16 teachers, 64 KiB, fit the shared memory of every GPU.
-template <class A>
-constexpr int kStreamThreads = sizeof(A) == 8 ? 128 : 256;
-constexpr int kStreamItems = 8;
-template <class A>
-constexpr int64_t kStreamTile = int64_t(kStreamThreads<A>) * kStreamItems;
 
 // Saved per row: max_s, z at T = 1, of soft labels, smoothed, the sum; then for each teacher: max_t, z_t, z_s at its
 // temperature. combine="logits" has one teacher, the mixture.
@@ -57,43 +50,6 @@ struct RunningStudent {
     return growth;
   }
 };
-
-template <int Width, class A>
-__device__ __forceinline__ void load_network(const Params<A>& p, int slot, int64_t row, int64_t first, A (&to)[kStreamItems]) {
-  load_items<kStreamItems, Width>(any_row(p.network[slot], row), first, p.classes, kStreamThreads<A>, int(threadIdx.x),
-                                  p.in_vectors(slot), -A(kInf), to);
-}
-
-template <class S, class A>
-__device__ __forceinline__ void load_student(const Params<A>& p, int64_t row, int64_t first, A (&s)[kStreamItems]) {
-  load_items<kStreamItems, kVector<S, S>>(row_in_memory<S>(p.network[0], row), first, p.classes, kStreamThreads<A>,
-                                          int(threadIdx.x), p.in_vectors(0), -A(kInf), s);
-}
-
-template <int Width, class A>
-__device__ __forceinline__ void load_soft(const Params<A>& p, int64_t row, int64_t first, A (&y)[kStreamItems]) {
-  load_items<kStreamItems, Width>(any_row(p.soft, row), first, p.classes, kStreamThreads<A>, int(threadIdx.x), p.soft_vectors,
-                                  A(0), y);
-}
-
-// Teacher k's logits in this tile, or with combine="logits" the mixture of those in `reads`, -inf where one is masked and
-// past the end.
-template <int Width, class A>
-__device__ __forceinline__ void load_teacher(const Params<A>& p, int k, unsigned reads, int64_t row, int64_t first,
-                                             A (&t)[kStreamItems]) {
-  const bool mixes = p.combine == Combine::logits;
-  A one[kStreamItems];
-  int count = 0;
-#pragma unroll
-  for (int i = 0; i < kStreamItems; ++i) t[i] = 0;
-#pragma unroll 1
-  for (int j = mixes ? next_teacher(reads, -1) : k; j != kNoTeacher; j = mixes ? next_teacher(reads, j) : kNoTeacher) {
-    load_network<Width>(p, j + 1, row, first, one);
-    const A weight = p.uniform ? 1 / A(++count) : p.weight_of(j, row);
-#pragma unroll
-    for (int i = 0; i < kStreamItems; ++i) t[i] = mixes ? mix_logit(t[i], one[i], p.uniform, weight) : one[i];
-  }
-}
 
 // One tile: x becomes s relative to the student's base; returns the growth of that base.
 template <int Width, class A>
@@ -217,7 +173,9 @@ template <class S, class A>
 __device__ __forceinline__ A stream_cross_entropy(const Params<A>& p, int64_t row, A max_student, const Numbers<A, 3>& sums,
                                                   const Numbers<A, 2>& labels) {
   if (p.soft.data) return cross_entropy_of_soft(sums.v[1], labels.v[0], labels.v[1], sums.v[2], p.smoothing, p.classes);
-  const A x_label = A(load_as(row_in_memory<S>(p.network[0], row)[p.target[row]])) - base_of(max_student);
+  A label[1] = {A(load_as(row_in_memory<S>(p.network[0], row)[p.target[row]]))};
+  cap_items(p, 0, label);
+  const A x_label = label[0] - base_of(max_student);
   return cross_entropy(sums.v[1], x_label, sums.v[2], p.smoothing, p.classes);
 }
 
@@ -335,6 +293,7 @@ __global__ void __launch_bounds__(kStreamThreads<A>, sizeof(A) == 8 ? 4 : 3)
     for (int i = 0; i < kStreamItems; ++i) x[i] -= base;
     add_teachers_gradient<kWidth>(p, row, first, saved, x, grad);
     if (p.ce_weight != 0) add_label_gradient<kWidth>(p, row, first, saved, x, grad);
+    uncap_gradient<S>(p, row, first, grad);
   }
   const A upstream = grad_loss[per_row ? row : 0] * aux[0];
 #pragma unroll

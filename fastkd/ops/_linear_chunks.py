@@ -334,7 +334,7 @@ def _softcap_slope(logits: Tensor, softcap: float) -> Tensor:
 def row_kernel(tensors: Tensors, options: Options, learns: bool) -> tuple[Tensor, Tensor]:
     """Losses [L, n] or [n], and the gradient of the sum of the rows' losses, [n, V]."""
     losses, rows, saved, aux = native.forward(tensors, options, None, learns, False)
-    if learns and native.streams(tensors.student):  # long rows on a GPU: a second read makes the gradient
+    if learns and native.streams(tensors.student, options):  # long rows on a GPU: a second read makes the gradient
         student = tensors.student
         ones = torch.ones(student.shape[0], dtype=losses.dtype, device=student.device)
         stream = _backend.native_ops(student).multi_teacher_stream_backward

@@ -10,7 +10,6 @@ from fastkd import _backend
 from fastkd.ops import _multi_teacher_formula as formula
 from fastkd.ops import _multi_teacher_native as native
 from fastkd.ops import _teacher_calls as calls
-from fastkd.ops._divergences import FORWARD
 from fastkd.ops._inputs import check_range
 from fastkd.ops._multi_teacher_formula import Options, Tensors, classes_of
 
@@ -25,9 +24,9 @@ def losses_of(tensors: Tensors, options: Options) -> Sequence[Tensor]:
     return _in_groups(tensors, options) if calls.too_many(tensors) else native.run(tensors, options, False)[0]
 
 
-def runs_apart(tensors: Tensors) -> bool:
+def runs_apart(tensors: Tensors, options: Options) -> bool:
     """Whether one launch does not take the call, or leaves states in the place of a gradient."""
-    return calls.too_many(tensors) or native.streams(tensors.student)
+    return calls.too_many(tensors) or native.streams(tensors.student, options)
 
 
 def _in_groups(tensors: Tensors, options: Options) -> Sequence[Tensor]:
@@ -45,10 +44,4 @@ def _in_groups(tensors: Tensors, options: Options) -> Sequence[Tensor]:
 def why_reference(tensors: Tensors, options: Options) -> str | None:
     """Why this call goes to plain PyTorch, or None where the native kernels take it."""
     others = (("the target requires", tensors.soft), ("the weights of the divergences require", tensors.shares))
-    reason = calls.why_reference(tensors, options, others)
-    if reason is None and _backend.device_kind(tensors.student) != "cpu":
-        if options.divergence != FORWARD and native.streams(tensors.student):
-            return "the CUDA kernels take divergences besides forward in rows of at most 8192 classes (float64: 2048)"
-        if options.softcaps:
-            return "the CUDA kernels take neither softcap nor logit_scale"
-    return reason
+    return calls.why_reference(tensors, options, others)

@@ -30,11 +30,12 @@ ON_CHIP_CLASSES = {torch.float64: 2048}
 ON_CHIP_CLASSES_DEFAULT = 8192
 
 
-def streams(student: Tensor) -> bool:
-    """Whether the backward reads all logits again instead of a stored gradient: rows too long for one CUDA block."""
+def streams(student: Tensor, options: Options) -> bool:
+    """Whether the backward reads all logits again instead of a stored gradient: rows too long for one CUDA block, or
+    under softcaps and logit scales, which these kernels alone know."""
     if _backend.device_kind(student) == "cpu":
         return False
-    if _backend.machine.stream_always:
+    if _backend.machine.stream_always or options.softcaps:
         return True
     return student.shape[-1] > ON_CHIP_CLASSES.get(student.dtype, ON_CHIP_CLASSES_DEFAULT)
 
@@ -58,7 +59,7 @@ def run(tensors: Tensors, options: Options, with_stats: bool) -> tuple[Sequence[
     options, scalars = calls.split(options)
     student, teachers, target, soft, weights, shares = tensors
     if torch.is_grad_enabled() and student.requires_grad:
-        if not (torch.compiler.is_compiling() or streams(student)):
+        if not (torch.compiler.is_compiling() or streams(student, options)):
             return _stored(tensors, options, scalars, with_stats)
         out = _Native.apply(options, with_stats, student, target, soft, weights, shares, scalars, *teachers)
         out = (out,) if isinstance(out, Tensor) else out
@@ -79,7 +80,7 @@ def forward(
     if with_stats:
         out = ops.multi_teacher_forward_stats(student, teachers, target, weights, shares, scalars, *numbers, need_grad)
     else:
-        out = ops.multi_teacher_forward(*tensors, scalars, *numbers, need_grad, streams(student))
+        out = ops.multi_teacher_forward(*tensors, scalars, *numbers, need_grad, streams(student, options))
     if target is not None and options.labels and may_read_values(student) and out[3].tolist()[1] != 0:
         raise out_of_range(options.operation, target, classes_of(tensors, options), options.ignore_index)
     return out
@@ -188,7 +189,7 @@ def _backward_of_inputs(
     if torch.is_grad_enabled():
         return _second_derivative(options, grad, student, target, soft, weights, shares, scalars, *teachers)
     ops = _backend.native_ops(student)
-    if not streams(student):
+    if not streams(student, options):
         reduction = REDUCTIONS.index(options.reduction)
         result: Tensor = ops.multi_teacher_backward(grad.contiguous(), rows, saved, aux, reduction)
         return result
@@ -239,8 +240,8 @@ def _backward_of_rows(ctx: Any, grad: Tensor, rows: Tensor, saved: Tensor, aux: 
 #       in the place of its numbers; `classes`: of the student's columns (0: all), whose gradient is 0 behind them
 #    -> losses A [L] or [L, R]; rows [R, C]: the row's gradient without reduction and grad_output;
 #       saved A: [R] the power of two that float16 rows were multiplied by, or [R, 3K + 2] states to stream again
-#       (3K + 3 with soft targets); aux A [2]: the factor that `rows` still lacks (1 / rows that count), targets out of
-#       range
+#       (one more with soft targets, K more of divergences besides forward, also without gradient); aux A [2]: the
+#       factor that `rows` still lacks (1 / rows that count), targets out of range
 #   forward_stats(...), without `soft` and `stream` -> these; kl A [K, R]; the GroupStats of student and teachers, each
 #       [K + 1, R]
 #   backward(grad_output, rows, saved, aux, reduction) -> [R, C]
@@ -254,12 +255,12 @@ def register_fakes(namespace: str) -> None:
         student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, soft: Tensor | None,
         weights: Tensor | None, shares: Tensor | None, scalars: Tensor | None, *options: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        reduction, terms, (need_grad, stream) = options[8], options[12], options[-2:]
+        reduction, terms, other, (need_grad, stream) = options[8], options[12], options[13] != 0, options[-2:]
         rows, classes = count_rows(student), student.shape[-1]
         dtype, three = accumulate_dtype(student.dtype), (3,) if terms else ()
-        stored, streamed = need_grad and not stream, need_grad and stream
+        stored, streamed = need_grad and not stream, stream and (need_grad or other)
         scaled = stored and student.dtype == torch.float16
-        states = 3 * len(teachers) + (2 if soft is None else 3)
+        states = (4 if other else 3) * len(teachers) + (2 if soft is None else 3)
         return (
             student.new_empty((*three, rows) if reduction == 0 else three, dtype=dtype),
             student.new_empty((rows, classes) if stored else (0,)),

@@ -38,7 +38,7 @@ class DistillationStats(NamedTuple):
 
 def with_statistics(tensors: Tensors, options: Options) -> tuple[Sequence[Tensor], DistillationStats]:
     """The losses and the statistics of their inputs, from one pass where the row is at hand as a whole."""
-    apart = kernels.why_reference(tensors, options) is not None or kernels.runs_apart(tensors)
+    apart = kernels.why_reference(tensors, options) is not None or kernels.runs_apart(tensors, options)
     if options.divergence != FORWARD and _backend.device_kind(tensors.student) != "cpu":
         apart = True
     if apart or tensors.soft is not None:

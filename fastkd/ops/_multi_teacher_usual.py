@@ -94,10 +94,8 @@ def _call(given: Given, learns: bool) -> tuple[Tensors, _Remembered] | None:
     if not _alike(student, teachers, target, learns) or _backend.why_not_native(student) is not None:
         return None
     tensors = Tensors(student, tuple(teachers), target, None, None)
-    if kernels.runs_apart(tensors):
-        return None
     found = _remembered(check, len(teachers), target is not None, weights, names, *values)
-    if found is None or (found.options.softcaps and _backend.device_kind(student) != "cpu"):
+    if found is None or kernels.runs_apart(tensors, found.options):
         return None
     return tensors, found
 

@@ -34,11 +34,12 @@ def numbered(*choices) -> dict[str, int]:
     return {choice: number for names in choices for number, choice in enumerate(names)}
 
 
-def saved_columns(soft: bool) -> int:
+def saved_columns(soft: bool, divergence: str = "forward") -> int:
     """Of the states that a streamed row of 5 teachers keeps, as the fake kernel says it."""
     with FakeTensorMode():
         z = torch.empty(3, 7)
-        numbers = ([0.2] * 5, [1.0], 0, 1.0, 0.0, 0.0, -100, True, 2, 0.0, True, False, False, 0, [], 0, [], [])
+        kind = KINDS.index(divergence)
+        numbers = ([0.2] * 5, [1.0], 0, 1.0, 0.0, 0.0, -100, True, 2, 0.0, True, False, False, kind, [], 0, [], [])
         out = torch.ops.fastkd.multi_teacher_forward(
             z, [z] * 5, None, z if soft else None, None, None, None, *numbers, True, True
         )
@@ -59,6 +60,7 @@ def test_multi_teacher():
         "on_chip_classes_float64": native.ON_CHIP_CLASSES[torch.float64],
         "saved_columns_5": saved_columns(soft=False),
         "saved_columns_5_soft": saved_columns(soft=True),
+        "saved_columns_5_tvd": saved_columns(soft=False, divergence="tvd"),
         **numbered(native.COMBINE, REDUCTIONS, KINDS),
     }
 

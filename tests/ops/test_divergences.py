@@ -280,7 +280,7 @@ def test_labels_terms_and_statistics(name, place, at):
     torch.testing.assert_close(stats.kl, forward.kl, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("place", ["cpu", "simt", "cuda"])
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("classes", [31, 300, 1500, 5000])
 def test_rows_of_each_length_beside_labels(classes, place, at):
     """CUDA has a kernel for each; temperatures differ, so that the labels' exponentials are made anew or are powers."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import PLACES
 from divergence_helpers import CASES
-from multi_teacher_helpers import make, soft_labels
+from multi_teacher_helpers import both, make, soft_labels
 
 import fastkd
 
@@ -96,6 +96,7 @@ def test_softcap_and_logit_scale_are_the_eager_models(name, dtype, place, at):
     z = student.detach().double().requires_grad_()
     eager = [softcapped(teachers[0].double(), None, 1.3), softcapped(teachers[1].double(), 30.0, 1.0)]
     expected, slope = gradient_of(F.multi_teacher_kd(softcapped(z, 20.0, 0.7), eager, target, **options), z)
+    assert fastkd.explain(F.multi_teacher_kd, student, teachers, target, **caps, **options).backend == "native"
     loss, gradient = gradient_of(F.multi_teacher_kd(student, teachers, target, **caps, **options), student)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
     torch.testing.assert_close(loss.double(), expected, rtol=min(tolerance, 1e-5), atol=0)
@@ -130,6 +131,39 @@ def test_masked_classes_stay_masked_and_ignored_rows_unread(softcap, place, at):
     assert float(gradient[:, 20:].abs().max()) == 0 and float(gradient[3].abs().max()) == 0
 
 
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "name, combine", [*((name, "losses") for name in CASES), ("jsd", "probs"), ("reverse", "logits")]
+)
+def test_equal_networks_under_a_softcap_are_exactly_0_apart(name, combine, place, at):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        student, _, _ = make(2, 2300, 1, dtype, scale=9.0, device=at(place))
+        options = dict(CASES[name], softcap=13.0, logit_scale=0.7, teacher_softcap=13.0, teacher_logit_scale=0.7)
+        teachers = [student.detach().clone()] * 2
+        loss = F.multi_teacher_kd(student, teachers, temperature=2.3, combine=combine, reduction="none", **options)
+        assert float(loss.detach().abs().max()) == 0
+        assert float(torch.autograd.grad(loss.sum(), student)[0].abs().max()) == 0
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("combine", ["losses", "probs", "logits"])
+@pytest.mark.parametrize("name", ["forward", "reverse", "jsd"])
+def test_softcaps_of_long_rows_with_labels(name, combine, place, at):
+    """Also where a weight is 0, a row ignored, labels are smoothed; one of the networks has no softcap."""
+    student, teachers, target = make(4, 8300, 3, scale=9.0, device=at(place))
+    target[2] = -100
+    student.data[2, 3] = math.nan
+    weights = torch.tensor([[0.5], [0.0], [0.5]], device=student.device).expand(3, 4)
+    teachers[1][0, 5] = math.nan
+    options = dict(CASES[name], combine=combine, weights=weights, ce_weight=0.4, label_smoothing=0.1, temperature=2.0)
+    options |= dict(softcap=20.0, teacher_softcap=[None, 8.0, 15.0], teacher_logit_scale=[0.5, 1.0, 2.0])
+    results = []
+    for loss in both(lambda: F.multi_teacher_kd(student, teachers, target, **options)):
+        results.append((loss.detach(), *torch.autograd.grad(loss, student)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-6)
+
+
 def test_a_teacher_that_is_left_out_takes_its_softcap_along():
     student, teachers, _ = make(4, 9, 2)
     three = [teachers[0], torch.full_like(teachers[0], math.nan), teachers[1]]
@@ -138,8 +172,9 @@ def test_a_teacher_that_is_left_out_takes_its_softcap_along():
     assert float(ours) == float(expected)
 
 
-def test_statistics_and_a_second_derivative_are_of_capped_logits():
-    student, teachers, _ = make(4, 9, 2, torch.float64, scale=4.0)
+@pytest.mark.parametrize("place", ["cpu", "simt", "simt_stream"])
+def test_statistics_and_a_second_derivative_are_of_capped_logits(place, at):
+    student, teachers, _ = make(4, 9, 2, torch.float64, scale=4.0, device=at(place))
     caps = dict(softcap=5.0, teacher_logit_scale=0.5)
     _, stats = F.multi_teacher_kd(student, teachers, return_stats=True, **caps)
     eager = [t * 0.5 for t in teachers]
