@@ -75,7 +75,7 @@ bool try_vectors(const Args& args, cudaStream_t stream) {
   if (networks > kVectorNetworks || !labels || args.classes >= int64_t(1) << 31) return false;
   Params<float> p;
   if (!make_vector_params<S, kRawItems<S>>(args, p)) {
-    if (!kNarrow<S> || !make_vector_params<S, 2>(args, p)) return false;
+    if (!kNarrow<S, 1> || networks == kVectorNetworks || !make_vector_params<S, 2>(args, p)) return false;
     p.words = unsigned(args.classes / 2);
   }
   switch (networks) {

@@ -186,7 +186,7 @@ __device__ __forceinline__ void store_learner(const Params<float>& p, int64_t in
 }
 
 // A row without a loss: 0, or NaN for a label out of range.
-template <class S>
+template <class S, int M>
 __device__ __forceinline__ void leave_out_vectors(const Params<float>& p, int64_t index, unsigned vectors, float nothing) {
   for (int m = 0; m < p.learners; ++m) {
     if (threadIdx.x == 0) {
@@ -196,7 +196,7 @@ __device__ __forceinline__ void leave_out_vectors(const Params<float>& p, int64_
     }
     if (p.slot[m] < 0) continue;
     S* const grad = p.template grad_row<S>(m, index);
-    if (whole_vectors<S>(p))
+    if (whole_vectors<S, M>(p))
       fill_vectors<0>(grad, 0, vectors, nothing);
     else
       for (int64_t c = threadIdx.x; c < p.classes; c += blockDim.x) store_as(grad[c], nothing);
@@ -228,12 +228,12 @@ __global__ void __launch_bounds__(kVectorThreads, 1) vector_kernel(const __grid_
   const unsigned vectors = unsigned(row_vectors<S>(p.classes));
   const Label kind = label_kind(p.target, index, p.ignore_index, p.classes);
   if (kind == Label::ignored || kind == Label::outside)
-    return leave_out_vectors<S>(p, index, vectors, kind == Label::ignored ? 0.f : __builtin_nanf(""));
+    return leave_out_vectors<S, M>(p, index, vectors, kind == Label::ignored ? 0.f : __builtin_nanf(""));
   if (threadIdx.x < M) find_network<S>(p, index, int(threadIdx.x), row);
   __syncthreads();
   if (threadIdx.x == 0) find_pairs(row);
   __syncthreads();
-  if (!row.from[0]) return leave_out_vectors<S>(p, index, vectors, 0.f);  // nobody reads anything
+  if (!row.from[0]) return leave_out_vectors<S, M>(p, index, vectors, 0.f);  // nobody reads anything
   const Exponents c = make_exponents(p.inv_t, p.integer_t);
   NetworkSums<M> sums;
   over_vectors<S, true>(p, row, vectors, [&](unsigned, const Vectors<M>& now) { push_vectors<S, One>(sums, c, now); });
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kVectorThreads, 1) vector_kernel(const __grid_
     for (int m = 0; m < M; ++m) {
       if (m >= p.learners || p.slot[m] < 0) continue;
       const uint4 bits{packed[m][0], packed[m][1], packed[m][2], packed[m][3]};
-      if (whole_vectors<S>(p))
+      if (whole_vectors<S, M>(p))
         store_raw(p.template grad_row<S>(m, index), vector, bits);
       else
         store_words(p.template grad_row<S>(m, index), vector, p.words, bits);

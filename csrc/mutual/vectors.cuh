@@ -1,5 +1,5 @@
 // A row of few networks in vectors of 16 bytes: up to four in the learners' dtype, float or shorter, on 16-byte borders, or
-// halves on 4-byte borders in four loads a vector; labels that are classes, without smoothing. kernel.cuh takes everything else.
+// up to three of halves on 4-byte borders in four loads a vector; labels that are classes, without smoothing. kernel.cuh takes everything else.
 #pragma once
 
 #include "core/cuda/block.cuh"
@@ -88,13 +88,14 @@ struct RowShared {
   unsigned pairs;  // a bit m * M + n where m learns from n
 };
 
-// Whether rows may lie on borders of 4 bytes: of halves, for of 100 classes they do. Of float the code would be a twelfth more.
-template <class S>
-constexpr bool kNarrow = sizeof(S) == 2;
+// Whether rows may lie on borders of 4 bytes: of halves, for of 100 classes they do. Of float the code would be a twelfth more;
+// four networks leave no registers for it.
+template <class S, int M>
+constexpr bool kNarrow = sizeof(S) == 2 && M < kVectorNetworks;
 
-template <class S>
+template <class S, int M>
 __device__ __forceinline__ bool whole_vectors(const Params<float>& p) {
-  return !kNarrow<S> || p.words == 0;
+  return !kNarrow<S, M> || p.words == 0;
 }
 
 // -inf in both halves of a word: what lies past a row's end is like masked classes.
@@ -104,7 +105,7 @@ constexpr uint32_t kMaskedWord = is_half<S> ? 0xfc00fc00u : 0xff80ff80u;
 template <class S, int M>
 __device__ __forceinline__ Vectors<M> load_vectors(const Params<float>& p, const RowShared<M>& row, unsigned vector) {
   Vectors<M> loaded;
-  if (whole_vectors<S>(p)) {
+  if (whole_vectors<S, M>(p)) {
 #pragma unroll
     for (int n = 0; n < M; ++n) loaded.of[n] = load_raw(row.from[n], vector);
   } else {
