@@ -74,6 +74,16 @@ def function(name: str, rows: int | None):
     }[name]
 
 
+def function_of_rows(name: str, rows: int, counted: int):
+    """The same where only the first `counted` of all rows count."""
+    mask = torch.arange(rows) < counted
+    return {
+        "fused": lambda *a: linear_multi_teacher_kd(*a, mask=mask),
+        "fused 256": lambda *a: linear_multi_teacher_kd(*a, mask=mask, chunk_rows=256),
+        "eager": lambda *a: linear_eager.masked(*a, mask),
+    }[name]
+
+
 def peak_resident() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
@@ -81,8 +91,9 @@ def peak_resident() -> int:
     raise OSError("no VmHWM in /proc/self/status")
 
 
-def measured(name: str, shape: Projections, steps: int) -> dict:
-    step = measure.Step(function(name, None), inputs.linear_multi_teacher(shape, torch.float32, "cpu", 0), TRAINING)
+def measured(name: str, shape: Projections, steps: int, counted: int | None) -> dict:
+    call = function(name, None) if counted is None else function_of_rows(name, shape.rows, counted)
+    step = measure.Step(call, inputs.linear_multi_teacher(shape, torch.float32, "cpu", 0), TRAINING)
     if name == "compile":
         step()
     step.clear()
@@ -97,8 +108,9 @@ def measured(name: str, shape: Projections, steps: int) -> dict:
     return found | {"counted": measure.extra_bytes(step, "cpu")}
 
 
-def in_a_process(name: str, shape: Projections, steps: int) -> dict:
+def in_a_process(name: str, shape: Projections, steps: int, counted: int | None) -> dict:
     command = [sys.executable, "-m", "benchmarks.linear", *map(str, shape), "--steps", str(steps), "--candidate", name]
+    command += [] if counted is None else ["--counted", str(counted)]
     environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     if run.returncode:
@@ -111,15 +123,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("shape", nargs=4, type=int, metavar=("N", "H", "V", "K"))
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=CANDIDATES, choices=CANDIDATES)
+    parser.add_argument("--counted", type=int, metavar="ROWS", help="only the first ROWS count (fused and eager)")
     parser.add_argument("--candidate", choices=CANDIDATES, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     shape = Projections(*given.shape)
     if given.candidate:
-        print(json.dumps(measured(given.candidate, shape, given.steps)))
+        print(json.dumps(measured(given.candidate, shape, given.steps, given.counted)))
         return
     print(f"{shape}, {torch.get_num_threads()} thread(s)")
     for name in given.only:
-        found = in_a_process(name, shape, given.steps)
+        found = in_a_process(name, shape, given.steps, given.counted)
         if "failed" in found:
             print(f"{name:12} {found['failed']}", flush=True)
             continue

@@ -23,6 +23,16 @@ def _sum(hidden: Tensor, weight: Tensor, teachers: Teachers) -> Tensor:
     return loss
 
 
+def masked(hidden: Tensor, weight: Tensor, teachers: Teachers, mask: Tensor) -> Tensor:
+    """Of the rows in the mask [N], which are known after the logits."""
+    log_q, loss = F.log_softmax(F.linear(hidden, weight), dim=1), 0
+    for teacher, head in teachers:
+        with torch.no_grad():
+            p = F.softmax(F.linear(teacher, head), dim=1)
+        loss = loss + F.kl_div(log_q, p, reduction="none").sum(1)[mask].sum() / len(teachers)
+    return loss / mask.sum()
+
+
 def checkpointed(hidden: Tensor, weight: Tensor, teachers: Teachers, rows: int = 256) -> Tensor:
     """A loop over chunks of rows, each made again in the backward: TRL's since 2026-09, typed again."""
     total = 0
