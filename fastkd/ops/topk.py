@@ -127,7 +127,7 @@ def _check_sums(op: str, name: str, ids: Tensor, values: Tensor, mode: Mode) -> 
     """Of what is not renormalised, the entries of a row are parts of 1."""
     if mode not in ("tail", "truncate") or not may_read_values(values) or values.numel() == 0:
         return
-    sums = values.detach().double().masked_fill(ids < 0, -math.inf).logsumexp(-1)
+    sums = values.detach().float().masked_fill(ids < 0, -math.inf).logsumexp(-1)
     if (most := float(sums.max())) > ROUNDING_OF_SUMS:
         expected = f"log-probabilities whose probabilities add up to at most 1 in a row, for mode={mode!r}"
         raise wrong_value(op, name, expected, f"{math.exp(most):.3g}")
