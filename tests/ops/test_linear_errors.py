@@ -37,7 +37,7 @@ CASES = [
     ("teachers[0].mode must be one of", {"teachers": [TopK(IDS, VALUES, mode="head")]}),
     ("teachers[0].ids must be a tensor of int64 or int32", {"teachers": [TopK(IDS.float(), VALUES)]}),
     ("teachers[0].ids must be below 7", {"teachers": [TopK(IDS + 5, VALUES)]}),
-    ("teachers[0].ids must be of shape [4, 'k']", {"teachers": [TopK(IDS[:3], VALUES[:3])]}),
+    ("teachers[0].ids must be of shape [4, k]", {"teachers": [TopK(IDS[:3], VALUES[:3])]}),
     ("teachers[0].log_probs must be of shape [4, 2]", {"teachers": [TopK(IDS, VALUES[:, :1])]}),
     ("teachers[0].log_probs must be log-probabilities, got NaN", {"teachers": [TopK(IDS, VALUES * float("nan"))]}),
     ("teachers[0].log_probs must be log-probabilities, at most 0", {"teachers": [TopK(IDS, VALUES + 3)]}),

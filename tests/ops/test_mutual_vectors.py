@@ -66,7 +66,7 @@ def test_short_rows_of_halves(dtype, classes, at):
 HALVES = [torch.float16, torch.bfloat16]  # an even number of them, on borders of 4 bytes
 
 
-@pytest.mark.parametrize("m, n", [(1, 0), (2, 0), (3, 0), (2, 1)])
+@pytest.mark.parametrize("m, n", [(2, 0), (3, 0), (2, 1)])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("classes", [2, 10, 100, 102, 1030])  # the last vector has one to four words
 def test_rows_without_whole_vectors(dtype, classes, m, n, simt, at):
