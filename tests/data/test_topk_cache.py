@@ -12,6 +12,7 @@ from train_helpers import one_thread  # noqa: F401
 
 import fastkd
 from fastkd import methods
+from fastkd.data._logit_rows import TopClasses
 from fastkd.methods import AEKD, AVER, BAN, CTSLMKT, DGKD, DIST, DKD, KD, TAKD
 
 ROWS = [3, 1, 7]
@@ -207,3 +208,11 @@ def test_a_dict_of_topk_is_cut_with_the_batch():
         (phase,) = method.phases(x, y, chunks=chunks, taught=known(method, x, 2))
         parts.append(sum(loss.detach() for loss in phase.losses))
     assert abs(parts[0] - parts[1]) < 1e-12
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_rows_without_a_softmax_are_not_kept(wrong):
+    logits = torch.zeros(2, 4)
+    logits[1, 2] = wrong
+    with pytest.raises(ValueError, match="LogitsCache: logits must leave each row a softmax, got NaN or infinite ones"):
+        TopClasses(4, 2).kept(logits, 2)
