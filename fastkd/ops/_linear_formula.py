@@ -15,6 +15,7 @@ from fastkd.ops import _topk_formula as topk
 from fastkd.ops._formulas import flat_rows, reduce_rows
 from fastkd.ops._linear_inputs import HEAD, SPARSE, Call, Projection, given
 from fastkd.ops._multi_teacher_formula import Tensors
+from fastkd.ops._teacher_calls import is_number
 
 
 def logits_of(hidden: Tensor, projection: Projection, classes: int) -> Tensor:  # [R, H] -> [R, V]
@@ -66,15 +67,11 @@ def _row_losses(call: Call, rows: slice) -> tuple[Tensor, ...]:
     )  # fmt: skip
     tensors = Tensors(student, teachers, target, soft, weights, shares_of_rows(call, rows))
     losses = multi_teacher.reference(tensors, options)
-    if len(dense) == len(call.teachers) or _is_zero(options.kd_weight):
+    if len(dense) == len(call.teachers) or is_number(options.kd_weight, 0):
         return losses
     kd = _sparse_kd(call, rows, student, counts).to(losses[0].dtype)
     loss = losses[0] + call.options.kd_weight * kd
     return (loss, losses[1] + kd.detach(), losses[2]) if options.terms else (loss,)
-
-
-def _is_zero(scalar: float | Tensor) -> bool:
-    return not isinstance(scalar, Tensor) and scalar == 0
 
 
 def _cleaned(rows: Tensor, counts: Tensor | None) -> Tensor:
@@ -147,7 +144,7 @@ def _sparse_kd(call: Call, rows: slice, student: Tensor, counts: Tensor | None) 
     total, temperatures = torch.zeros_like(student[:, 0], dtype=torch.float64), call.options.temperatures
     for k, teacher in enumerate(call.teachers):
         weight = weights_of_rows(call, k, rows)
-        if teacher.mode is None or _is_zero(weight):
+        if teacher.mode is None or is_number(weight, 0):
             continue
         t = temperatures[k % len(temperatures)]
         entries = sparse_entries(call, k, rows, counts, t)

@@ -25,7 +25,7 @@ from fastkd.ops._inputs import (
 from fastkd.ops._multi_label_formula import IGNORED, NOWHERE, Options, Tensors
 from fastkd.ops._multi_teacher_formula import Combine
 from fastkd.ops._multi_teacher_native import COMBINE
-from fastkd.ops._teachers import check_teachers, check_temperature, check_weights
+from fastkd.ops._teachers import check_left_out, check_teachers, check_temperature, check_weights
 
 OP = "multi_label_kd"
 Classes = Literal["sum", "mean"]
@@ -181,8 +181,6 @@ def check_as_sigmoid(
     op: str, student: Tensor, teachers: object, target: object, given: Mapping[str, Any]
 ) -> tuple[Tensors, Options]:
     """check() of the arguments of multi_teacher_kd."""
-    for name, default in NONE_OF_A_SIGMOID.items():
-        if isinstance(given[name], Tensor) or given[name] != default:
-            raise wrong_value(op, name, f"{default!r} for activation='sigmoid'", repr(given[name]))
+    check_left_out(op, given, NONE_OF_A_SIGMOID, "for activation='sigmoid'")
     rest = {name: value for name, value in given.items() if name not in NONE_OF_A_SIGMOID}
     return check(student, teachers, target, classes="sum", pos_weight=None, op=op, **rest)

@@ -56,8 +56,9 @@ TensorsT = TypeVar("TensorsT", bound=TeacherTensors)
 OptionsT = TypeVar("OptionsT", bound=TeacherOptions)
 
 
-def is_number(scalar: float | Tensor, value: float) -> bool:
-    return not isinstance(scalar, Tensor) and scalar == value
+def is_number(scalar: object, value: object) -> bool:
+    """Whether an option is known to be this; a tensor never is."""
+    return not isinstance(scalar, Tensor) and bool(scalar == value)
 
 
 def is_uniform(weights: Sequence[float]) -> bool:

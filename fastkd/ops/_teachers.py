@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,17 @@ from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.ops._autograd import may_read_values
 from fastkd.ops._formulas import accumulate_dtype
 from fastkd.ops._inputs import check_like, check_scalar
+from fastkd.ops._teacher_calls import is_number
 
 Weights = Sequence[float | Tensor]  # w_k: numbers, or [R, 1] or [1, 1]
 POSITIVE = "a finite number > 0, or one per teacher"
+
+
+def check_left_out(op: str, given: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
+    """The options that mean nothing `where`, such as "for activation='sigmoid'", have their defaults."""
+    for name, default in defaults.items():
+        if not is_number(given[name], default):
+            raise wrong_value(op, name, f"{default!r} {where}", repr(given[name]))
 
 
 def check_teachers(

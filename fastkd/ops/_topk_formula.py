@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops._autograd import may_read_values
+from fastkd.ops._teacher_calls import is_number
 from fastkd.ops.topk import ABSENT, Mode
 
 
@@ -52,7 +53,7 @@ def entries_of(
     if mode == "tail":
         return Entries(ids, log_p, _log_tail(log_p, tail))
     if mode in ("teacher", "both"):
-        if isinstance(temperature, Tensor) or temperature != 1:  # a tensor may learn, or hide its value
+        if not is_number(temperature, 1):  # a tensor may learn, or hide its value
             log_p = log_p / temperature
         log_p = log_p - log_p.logsumexp(-1, keepdim=True).masked_fill(~present[:, :1], 0)
     return Entries(ids, log_p, None)

@@ -19,7 +19,8 @@ from fastkd.ops import _topk_kernels as kernels
 from fastkd.ops._autograd import is_transformed, save_for_backward, with_kept
 from fastkd.ops._formulas import LossTerms, accumulate_dtype, count_rows, flat_rows, reduce_rows
 from fastkd.ops._inputs import check_labels, check_layout, check_range, classes_last
-from fastkd.ops._teachers import check_temperature, check_weights
+from fastkd.ops._teacher_calls import is_number
+from fastkd.ops._teachers import check_left_out, check_temperature, check_weights
 from fastkd.ops._topk_kernels import Sparse
 from fastkd.ops.topk import Mode, TopK, check_topk
 from fastkd.ops.topk import check_temperature as check_sparse_temperature
@@ -43,9 +44,7 @@ def checked(
     """The sparse teachers of a call, and the arguments of the same call without them."""
     if options["combine"] != "losses":
         raise wrong_value(op, "combine", "'losses' where a teacher is a TopK", repr(options["combine"]))
-    for name, plain in DENSE_ALONE.items():
-        if isinstance(options[name], Tensor) or options[name] != plain:
-            raise wrong_value(op, name, f"{plain!r} where a teacher is a TopK", repr(options[name]))
+    check_left_out(op, options, DENSE_ALONE, "where a teacher is a TopK")
     if options["return_stats"]:
         raise wrong_value(op, "return_stats", "False where a teacher is a TopK", True)
     class_dim = check_layout(op, student, options["class_dim"], target is not None, "student")
@@ -63,7 +62,8 @@ def with_sparse(
 ) -> Any:
     """multi_teacher_kd(student, teachers, target, **options), where `dense_kd` is it without sparse teachers."""
     sparse, arguments = checked(op, student, teachers, target, options)
-    read = [] if _is_zero(options["kd_weight"]) else [teacher for teacher in sparse if not _is_zero(teacher.weight)]
+    unread = is_number(options["kd_weight"], 0)
+    read = [teacher for teacher in sparse if not (unread or is_number(teacher.weight, 0))]
     if not read:
         return dense_kd(**arguments)
     rows = classes_last(student, check_layout(op, student, options["class_dim"], True, "student"))
@@ -80,13 +80,13 @@ def with_sparse(
         kd_weight, kd = options["kd_weight"], _row_losses(flat_rows(rows), read, counts, options["scale_by_t2"])
         kd = reduce_rows(kd, counts, options["reduction"], rows.shape[:-1], options["num_items"])
     kd = kd.to(loss.dtype)
-    loss = loss + (kd if _is_one(kd_weight) else kd_weight * kd)
+    loss = loss + (kd if is_number(kd_weight, 1) else kd_weight * kd)
     return loss if terms is None else (loss, LossTerms(terms.kd + kd.detach(), terms.ce))
 
 
 def _dense_part(dense_kd: Callable[..., Any], call: dict[str, Any], rows: Tensor) -> tuple[Tensor, LossTerms | None]:
     """The loss of the labels and dense teachers, and its terms where they are asked for."""
-    alone = isinstance(call["weights"], list) and call["weights"] == [0.0] and _is_zero(call["ce_weight"])
+    alone = isinstance(call["weights"], list) and call["weights"] == [0.0] and is_number(call["ce_weight"], 0)
     if not alone or (call["return_terms"] and call["target"] is not None):
         result = dense_kd(**call)
         return result if call["return_terms"] else (result, None)
@@ -120,10 +120,6 @@ def _native_losses(
         total = loss if total is None else total + loss
     assert total is not None
     return left, total.reshape(rows.shape[:-1]) if reduction == "none" else total
-
-
-def _is_zero(scalar: float | Tensor) -> bool:
-    return not isinstance(scalar, Tensor) and scalar == 0
 
 
 def _split(
@@ -166,13 +162,9 @@ def _row_losses(student: Tensor, teachers: list[Sparse], counts: Tensor | None, 
         if isinstance(weight, Tensor) and weight.dim() == 1 and not weight.requires_grad:
             read = weight != 0 if counts is None else counts & (weight != 0)
         entries = formula.entries_of(teacher.mode, teacher.ids, teacher.log_probs, teacher.tail, t, read)
-        x = z if _is_one(t) else z / t
+        x = z if is_number(t, 1) else z / t
         total = total + weight * ((t * t if by_t2 else 1.0) * _divergence(teacher.mode, entries, x))
     return total
-
-
-def _is_one(scalar: float | Tensor) -> bool:
-    return not isinstance(scalar, Tensor) and scalar == 1
 
 
 def why_reference(
@@ -181,7 +173,7 @@ def why_reference(
     """Why plain PyTorch computes the sparse teachers of this call, or None; it is checked."""
     sparse, arguments = checked(op, student, teachers, target, options)
     inputs.check(**arguments)
-    read = [teacher for teacher in sparse if not _is_zero(teacher.weight)]
+    read = [teacher for teacher in sparse if not is_number(teacher.weight, 0)]
     return kernels.why_reference(student, read, (options["kd_weight"], options["num_items"] or 1))
 
 
