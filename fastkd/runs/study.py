@@ -44,7 +44,7 @@ class Study:
 
     Attributes:
         name: of the file.
-        runs: in the order in which they are started: seeds outermost, so that whole seeds come together.
+        runs: seeds outermost, so that whole seeds come together; each process takes the first of a seed of its own.
         baselines: methods to which all others are compared.
         pairs: (method, method): is the first better than the second?
     """

@@ -61,13 +61,21 @@ class Pool:
                     if self.interrupted or time.monotonic() >= self.deadline:
                         self._stop()
                     while waiting and not self.stopped and len(self.active) < self.jobs:
-                        self._start(context, waiting.pop(0))
+                        self._start(context, self._next(waiting))
                     self._collect()
             finally:
                 if self.active:  # an error here
                     self._stop()
                 for each in self.active:
                     each.process.join()
+
+    def _next(self, waiting: list[Run]) -> Run:
+        """Takes the first run of a seed that no process is at, else the first: runs of one seed share the networks
+        that are trained before, and each would wait while another trains them."""
+        busy = {each.run.seed for each in self.active}
+        run = next((run for run in waiting if run.seed not in busy), waiting[0])
+        waiting.remove(run)
+        return run
 
     def _start(self, context: Any, run: Run) -> None:
         process = context.Process(target=study_worker.work, args=(run.config(self.out),))

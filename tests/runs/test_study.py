@@ -307,6 +307,24 @@ def test_holm_steps_down():
     assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
+def test_each_process_takes_a_seed_of_its_own_so_that_none_waits_for_anothers_teacher(tmp_path, monkeypatch):
+    """Runs end in turn, the one that was started first before the others."""
+    started = []
+
+    def start(pool, context, run):
+        started.append(run.name)
+        pool.active.append(study_pool.Active(run, None, 0.0))
+
+    monkeypatch.setattr(study_pool.Pool, "_start", start)
+    monkeypatch.setattr(study_pool.Pool, "_collect", lambda pool: pool.active.pop(0))
+    runs = read(written(tmp_path, seeds=2)).runs
+    study_pool.Pool(tmp_path, 2, math.inf, lambda run, status: None).carry_out(runs)
+    assert started == ["ce-seed0", "ce-seed1", "kd-seed0", "kd-seed1"]
+    started.clear()
+    study_pool.Pool(tmp_path, 3, math.inf, lambda run, status: None).carry_out(runs)  # more processes than seeds
+    assert started == ["ce-seed0", "ce-seed1", "kd-seed0", "kd-seed1"]
+
+
 def test_time_left_is_what_runs_of_the_same_method_took(tmp_path):
     runs = read(written(tmp_path, seeds=3)).runs
     for run, seconds in zip(runs[:3], (10.0, 40.0, 20.0), strict=True):
