@@ -185,11 +185,7 @@ __global__ void __launch_bounds__(kStreamThreads<A>, 3)
     }
     uncap_gradient<S>(p, row, first, grad);
   }
-  const A upstream = grad_loss[per_row ? row : 0] * aux[0];
-#pragma unroll
-  for (int i = 0; i < kStreamItems; ++i) grad[i] *= upstream;
-  store_items<kStreamItems, kWidth>(p.template grad_row<S>(row), first, p.classes, kStreamThreads<A>, int(threadIdx.x),
-                                    p.grad_vectors, grad);
+  store_gradient<S>(p, row, first, grad_loss[per_row ? row : 0] * aux[0], grad);
 }
 
 }  // namespace FASTKD_TARGET

@@ -66,16 +66,6 @@ __device__ __forceinline__ void over_vectors(const RowOf<K>& row, unsigned begin
   run_vectors<kVectorThreads, true>(begin, end, [&](unsigned vector) { return load_vectors(row, vector); }, f);
 }
 
-struct Range {
-  unsigned begin, end;
-};
-
-// The vectors of one of a row's parts.
-__device__ __forceinline__ Range part_of_row(unsigned vectors, unsigned part, unsigned parts) {
-  const unsigned length = (vectors + parts - 1) / parts, begin = min(part * length, vectors);
-  return {begin, min(begin + length, vectors)};
-}
-
 // So many rows make two rounds of blocks on the largest GPUs; fewer are split into at most so many parts.
 constexpr int64_t kWholeRows = 1056;
 constexpr int kMostParts = 32;

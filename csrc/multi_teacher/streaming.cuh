@@ -274,6 +274,16 @@ __device__ __forceinline__ void add_teachers_gradient(const Params<A>& p, int64_
   for (int i = 0; i < kStreamItems; ++i) grad[i] = p.scale[0].grad * (factor * exp_negative(x[i] * p.inv_t[0]) - grad[i]);
 }
 
+// A tile's gradient, times what comes from above.
+template <class S, class A>
+__device__ __forceinline__ void store_gradient(const Params<A>& p, int64_t row, int64_t first, A upstream,
+                                               A (&grad)[kStreamItems]) {
+#pragma unroll
+  for (int i = 0; i < kStreamItems; ++i) grad[i] *= upstream;
+  store_items<kStreamItems, kVector<S, S>>(p.template grad_row<S>(row), first, p.classes, kStreamThreads<A>, int(threadIdx.x),
+                                           p.grad_vectors, grad);
+}
+
 // The gradient of one tile of one row; blocks are rows times tiles.
 template <class S, class A>
 __global__ void __launch_bounds__(kStreamThreads<A>, sizeof(A) == 8 ? 4 : 3)
@@ -295,11 +305,7 @@ __global__ void __launch_bounds__(kStreamThreads<A>, sizeof(A) == 8 ? 4 : 3)
     if (p.ce_weight != 0) add_label_gradient<kWidth>(p, row, first, saved, x, grad);
     uncap_gradient<S>(p, row, first, grad);
   }
-  const A upstream = grad_loss[per_row ? row : 0] * aux[0];
-#pragma unroll
-  for (int i = 0; i < kStreamItems; ++i) grad[i] *= upstream;
-  store_items<kStreamItems, kWidth>(p.template grad_row<S>(row), first, p.classes, kStreamThreads<A>, int(threadIdx.x),
-                                    p.grad_vectors, grad);
+  store_gradient<S>(p, row, first, grad_loss[per_row ? row : 0] * aux[0], grad);
 }
 
 }  // namespace FASTKD_TARGET

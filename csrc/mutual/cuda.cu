@@ -2,8 +2,16 @@
 #include "core/cuda/launch.cuh"
 #include "core/cuda/row_kernels.cuh"
 #include "mutual/rows.cuh"
+#include "mutual/split.cuh"
 
 namespace fastkd::mutual {
+
+int64_t scratch_numbers_cuda(const Args& args) {
+  const int networks = args.learners + args.teachers;
+  if (networks > kVectorNetworks || args.type == DType::f64) return 0;
+  const int64_t parts = parts_of_row(args);
+  return parts == 1 ? 0 : args.rows * parts * kPartNumbers<kVectorNetworks>;
+}
 
 const char* forward_cuda(const Args& given, void* stream_handle) {
   Args args = given;

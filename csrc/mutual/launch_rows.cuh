@@ -51,13 +51,22 @@ bool try_launch(const Args& args, int64_t most_bytes, cudaStream_t stream) {
 }
 
 template <class S, int M>
-void launch_vectors(const Params<float>& p, cudaStream_t stream) {
-  const dim3 grid(unsigned(p.rows)), block(unsigned(vector_block(row_vectors<S>(p.classes))));
+void launch_step(const Params<float>& p, const Split& split, dim3 grid, dim3 block, cudaStream_t stream) {
   switch (at_one_of(p.integer_t, p.cross_entropy)) {
-    case AtOne::same: SIMT_LAUNCH((vector_kernel<S, M, AtOne::same>), grid, block, 0, stream, p); break;
-    case AtOne::power: SIMT_LAUNCH((vector_kernel<S, M, AtOne::power>), grid, block, 0, stream, p); break;
-    case AtOne::exponential: SIMT_LAUNCH((vector_kernel<S, M, AtOne::exponential>), grid, block, 0, stream, p); break;
+    case AtOne::same: SIMT_LAUNCH((vector_kernel<S, M, AtOne::same>), grid, block, 0, stream, p, split); break;
+    case AtOne::power: SIMT_LAUNCH((vector_kernel<S, M, AtOne::power>), grid, block, 0, stream, p, split); break;
+    case AtOne::exponential: SIMT_LAUNCH((vector_kernel<S, M, AtOne::exponential>), grid, block, 0, stream, p, split); break;
   }
+}
+
+template <class S, int M>
+void launch_vectors(const Params<float>& p, unsigned parts, float* scratch, cudaStream_t stream) {
+  const dim3 rows(unsigned(p.rows)), of_parts(unsigned(p.rows) * parts);
+  const dim3 block(unsigned(vector_block(row_vectors<S>(p.classes) / parts)));
+  if (parts == 1) return launch_step<S, M>(p, {}, rows, block, stream);
+  launch_step<S, M>(p, {Step::sums, parts, scratch}, of_parts, block, stream);
+  launch_step<S, M>(p, {Step::learn, parts, scratch}, of_parts, block, stream);
+  launch_step<S, M>(p, {Step::losses, parts, scratch}, rows, dim3(kMostParts), stream);
 }
 
 // Parameters for vector_kernel, if rows lie in vectors of so many elements.
@@ -78,11 +87,13 @@ bool try_vectors(const Args& args, cudaStream_t stream) {
     if (!kNarrow<S, 1> || networks == kVectorNetworks || !make_vector_params<S, 2>(args, p)) return false;
     p.words = unsigned(args.classes / 2);
   }
+  float* const scratch = static_cast<float*>(args.scratch);
+  const unsigned parts = scratch ? unsigned(parts_of_row(args)) : 1;
   switch (networks) {
-    case 1: launch_vectors<S, 1>(p, stream); break;
-    case 2: launch_vectors<S, 2>(p, stream); break;
-    case 3: launch_vectors<S, 3>(p, stream); break;
-    default: launch_vectors<S, 4>(p, stream);
+    case 1: launch_vectors<S, 1>(p, parts, scratch, stream); break;
+    case 2: launch_vectors<S, 2>(p, parts, scratch, stream); break;
+    case 3: launch_vectors<S, 3>(p, parts, scratch, stream); break;
+    default: launch_vectors<S, 4>(p, parts, scratch, stream);
   }
   return true;
 }

@@ -69,6 +69,11 @@ void run_backward(const BackwardArgs& args, const Tensor&) {
 void run_forward(Args& args, const Tensor& like) {
   STD_TORCH_CHECK(args.learners <= kMaxLaunchLearners && args.learners + args.teachers <= kMaxLaunchNetworks,
                   "fastkd: too many networks for one launch");
+  std::optional<Tensor> scratch;
+  if (const int64_t numbers = scratch_numbers_cuda(args)) {
+    scratch = empty_like_device(like, {numbers}, ScalarType::Float);
+    args.scratch = scratch->data_ptr();
+  }
   on_stream("mutual", like, [&](void* stream) { return forward_cuda(args, stream); });
 }
 

@@ -45,6 +45,7 @@ struct Args {
   void* terms = nullptr;      // A [2, M], null where row_terms or loss is
   void* grad = nullptr;       // [S, R, C], contiguous: see README.md for its scale
   void* saved = nullptr;      // A [S, R] inverse scale of float16 gradients
+  void* scratch = nullptr;    // CUDA: float [scratch_numbers_cuda()], or null
   void* aux = nullptr;        // A [2]: factor that the stored gradients still lack, targets out of range
   double row_factor = 1;      // what the stored gradients are multiplied by, 1 / max(1, rows that count) for the mean
   bool counted = false;       // CUDA: aux[0] holds this factor before the rows are run
@@ -73,6 +74,7 @@ extern const CpuKernels cpu_kernels_level1, cpu_kernels_level3, cpu_kernels_leve
 
 // CUDA: enqueue on a stream; an error string, or null.
 const char* forward_cuda(const Args&, void* stream);
+int64_t scratch_numbers_cuda(const Args&);
 const char* backward_cuda(const BackwardArgs&, void* stream);
 
 }  // namespace fastkd::mutual

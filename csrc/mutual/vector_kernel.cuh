@@ -1,17 +1,11 @@
-// The kernel of rows in vectors: a block takes a row, reads it for the sums, and again, from the L2 cache, for
-// the divergences and the gradients.
+// The kernel of rows in vectors: a block takes a row, or where rows are few a part of one (split.cuh), reads it for the sums, and
+// again, from the L2 cache, for the divergences and the gradients.
 #pragma once
 
-#include "mutual/vectors.cuh"
+#include "mutual/split.cuh"
 
 namespace fastkd::mutual {
 inline namespace FASTKD_TARGET {
-
-// sum e_n (z_n - z_m) at T = 1 of each pair, in this thread.
-template <int M>
-struct PairSums {
-  float a[M][M];
-};
 
 // Four classes of all networks: z relative to the base, exp(z / T).
 template <int M>
@@ -135,7 +129,7 @@ __device__ __forceinline__ void find_pairs(RowShared<M>& row) {
 // What the gradient of learner m is made of, from the sums.
 template <int M>
 __device__ __forceinline__ void find_factors(const Params<float>& p, int64_t index, int m, const NetworkSums<M>& sums,
-                                             RowShared<M>& row) {
+                                             bool saves, RowShared<M>& row) {
   float bound = 0, scale = p.factor.value(), z_m = 1, z_one = 1;
 #pragma unroll
   for (int n = 0; n < M; ++n) {
@@ -145,7 +139,7 @@ __device__ __forceinline__ void find_factors(const Params<float>& p, int64_t ind
   }
   if (p.half && p.slot[m] >= 0) {
     scale = half_scale(bound * p.scale.grad * magnitude(p.kd_weight) + magnitude(p.ce_weight));
-    p.saved[p.slot[m] * p.rows + index] = 1 / scale;
+    if (saves) p.saved[p.slot[m] * p.rows + index] = 1 / scale;
   }
 #pragma unroll
   for (int n = 0; n < M; ++n) {
@@ -185,11 +179,15 @@ __device__ __forceinline__ void store_learner(const Params<float>& p, int64_t in
   p.row_terms[p.learners * p.rows + at] = ce;
 }
 
-// A row without a loss: 0, or NaN for a label out of range.
+// A row without a loss: 0, or NaN for a label out of range. Every part its gradients, the first one the losses.
 template <class S, int M>
-__device__ __forceinline__ void leave_out_vectors(const Params<float>& p, int64_t index, unsigned vectors, float nothing) {
+__device__ __forceinline__ void leave_out_vectors(const Params<float>& p, int64_t index, const Split& split, const Range& range,
+                                                  bool first, float nothing) {
+  if (split.step == Step::sums || split.step == Step::losses) return;
+  const int64_t begin = int64_t(range.begin) * kRawItems<S>, past = int64_t(range.end) * kRawItems<S>;
+  const int64_t end = past < p.classes ? past : p.classes;
   for (int m = 0; m < p.learners; ++m) {
-    if (threadIdx.x == 0) {
+    if (first && threadIdx.x == 0) {
       p.row_loss[m * p.rows + index] = nothing;
       for (int i = 0; p.row_terms && i < 2; ++i) p.row_terms[(i * p.learners + m) * p.rows + index] = nothing;
       if (p.half && p.slot[m] >= 0) p.saved[p.slot[m] * p.rows + index] = 1;
@@ -197,9 +195,9 @@ __device__ __forceinline__ void leave_out_vectors(const Params<float>& p, int64_
     if (p.slot[m] < 0) continue;
     S* const grad = p.template grad_row<S>(m, index);
     if (whole_vectors<S, M>(p))
-      fill_vectors<0>(grad, 0, vectors, nothing);
+      fill_vectors<0>(grad, range.begin, range.end, nothing);
     else
-      for (int64_t c = threadIdx.x; c < p.classes; c += blockDim.x) store_as(grad[c], nothing);
+      for (int64_t c = begin + threadIdx.x; c < end; c += blockDim.x) store_as(grad[c], nothing);
   }
 }
 
@@ -218,27 +216,38 @@ __device__ __forceinline__ void sum_pairs(PairSums<M>& sums, BlockThreads& threa
 }
 
 template <class S, int M, AtOne One>
-__global__ void __launch_bounds__(kVectorThreads, 1) vector_kernel(const __grid_constant__ Params<float> p) {
+__global__ void __launch_bounds__(kVectorThreads, 1)
+    vector_kernel(const __grid_constant__ Params<float> p, const __grid_constant__ Split split) {
   using Shared = RowShared<M>;
   SIMT_SHARED(float, buffer, BlockThreads::kNumbers);
   SIMT_SHARED(Shared, shared, 1);
   BlockThreads threads{int(threadIdx.x), 0, buffer};
   Shared& row = shared[0];
-  const int64_t index = blockIdx.x;
-  const unsigned vectors = unsigned(row_vectors<S>(p.classes));
+  const bool rows = split.step == Step::losses;  // a block each
+  const int64_t index = rows ? blockIdx.x : blockIdx.x / split.parts;
+  const unsigned part = rows ? 0 : blockIdx.x % split.parts;
+  const Range range = part_of_row(unsigned(row_vectors<S>(p.classes)), part, split.parts);
   const Label kind = label_kind(p.target, index, p.ignore_index, p.classes);
   if (kind == Label::ignored || kind == Label::outside)
-    return leave_out_vectors<S, M>(p, index, vectors, kind == Label::ignored ? 0.f : __builtin_nanf(""));
+    return leave_out_vectors<S, M>(p, index, split, range, part == 0, kind == Label::ignored ? 0.f : __builtin_nanf(""));
   if (threadIdx.x < M) find_network<S>(p, index, int(threadIdx.x), row);
   __syncthreads();
   if (threadIdx.x == 0) find_pairs(row);
   __syncthreads();
-  if (!row.from[0]) return leave_out_vectors<S, M>(p, index, vectors, 0.f);  // nobody reads anything
+  if (!row.from[0]) return leave_out_vectors<S, M>(p, index, split, range, part == 0, 0.f);  // nobody reads anything
   const Exponents c = make_exponents(p.inv_t, p.integer_t);
+  constexpr int kNumbers = kPartNumbers<M>;
   NetworkSums<M> sums;
-  over_vectors<S, true>(p, row, vectors, [&](unsigned, const Vectors<M>& now) { push_vectors<S, One>(sums, c, now); });
+  if (split.step == Step::whole || split.step == Step::sums)
+    over_vectors<S, true>(p, row, range, [&](unsigned, const Vectors<M>& now) { push_vectors<S, One>(sums, c, now); });
+  else if (threadIdx.x < split.parts)  // at most a warp of them
+    load_part(split.numbers(index, threadIdx.x, kNumbers), sums);
   gather<One>(sums, c, threads);
-  if (int(threadIdx.x) < p.learners) find_factors(p, index, int(threadIdx.x), sums, row);
+  if (split.step == Step::sums) {
+    if (threadIdx.x == 0) store_part(sums, split.numbers(index, part, kNumbers));
+    return;
+  }
+  if (int(threadIdx.x) < p.learners) find_factors(p, index, int(threadIdx.x), sums, part == 0, row);
   __syncthreads();
   float base[M];
   bool masked = false;
@@ -250,7 +259,8 @@ __global__ void __launch_bounds__(kVectorThreads, 1) vector_kernel(const __grid_
   PairSums<M> pairs{};
   const int64_t label = p.ce_weight != 0 ? p.target[index] : -1;
   // Of four networks there are no registers for a next vector.
-  over_vectors<S, (M < 4)>(p, row, vectors, [&](unsigned vector, const Vectors<M>& now) {
+  const Range learnt = rows ? Range{0, 0} : range;
+  over_vectors<S, (M < 4)>(p, row, learnt, [&](unsigned vector, const Vectors<M>& now) {
     uint32_t packed[M][4];
     const int64_t at = label - int64_t(vector) * kRawItems<S>;
     learn_vector<S, One>(p, row, c, base, masked, at >= 0 && at < kRawItems<S> ? int(at) : -1, now, pairs, packed);
@@ -264,7 +274,12 @@ __global__ void __launch_bounds__(kVectorThreads, 1) vector_kernel(const __grid_
         store_words(p.template grad_row<S>(m, index), vector, p.words, bits);
     }
   });
+  if (rows && threadIdx.x < split.parts) load_part(split.numbers(index, threadIdx.x, kNumbers), pairs);
   sum_pairs(pairs, threads);
+  if (split.step == Step::learn) {
+    if (threadIdx.x == 0) store_part(pairs, split.numbers(index, part, kNumbers));
+    return;
+  }
   if (int(threadIdx.x) < p.learners) store_learner<S>(p, index, int(threadIdx.x), sums, row, pairs);
 }
 

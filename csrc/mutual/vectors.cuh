@@ -115,11 +115,17 @@ __device__ __forceinline__ Vectors<M> load_vectors(const Params<float>& p, const
   return loaded;
 }
 
-// Calls f(vector, its contents) for this thread's vectors, with `Ahead` the next one's loads in flight meanwhile.
+// Calls f(vector, its contents) for this thread's vectors of `range`, with `Ahead` the next one's loads in flight meanwhile.
 template <class S, bool Ahead, int M, class F>
-__device__ __forceinline__ void over_vectors(const Params<float>& p, const RowShared<M>& row, unsigned vectors, const F& f) {
-  run_vectors<0, Ahead>(0, vectors, [&](unsigned vector) { return load_vectors<S>(p, row, vector); }, f);
+__device__ __forceinline__ void over_vectors(const Params<float>& p, const RowShared<M>& row, const Range& range, const F& f) {
+  run_vectors<0, Ahead>(range.begin, range.end, [&](unsigned vector) { return load_vectors<S>(p, row, vector); }, f);
 }
+
+// sum e_n (z_n - z_m) at T = 1 of each pair, in this thread.
+template <int M>
+struct PairSums {
+  float a[M][M];
+};
 
 // A thread's sums of each network relative to its maximum so far, and its least logit.
 template <int M>

@@ -197,3 +197,92 @@ def test_networks_without_a_gradient_and_bad_labels(device, values_unreadable):
     found = F.mutual_kd(logits, target, ce_weight=0.5, reduction="none")
     (grad,) = torch.autograd.grad(found.sum(), logits[0])
     assert found[:, 1].isnan().all() and grad[1].isnan().all() and grad[0].isfinite().all()
+
+
+# Rows of at least 16 KiB, of which there are few, have a block for each part of 8 KiB or more.
+SPLIT = [(torch.float32, 4100, 2), (torch.float32, 12300, 6), (torch.bfloat16, 8208, 2), (torch.float16, 8202, 2)]
+
+
+@pytest.mark.parametrize("dtype, classes, parts", SPLIT)
+@pytest.mark.parametrize("m, n", [(2, 0), (2, 1), (4, 0)])
+def test_few_long_rows_are_split(m, n, dtype, classes, parts, simt, at):
+    whole = classes * dtype.itemsize % 16 == 0
+    if m == 4 and not whole:
+        pytest.skip("four networks take no rows on borders of 4 bytes")
+    logits, teachers, target = make(m, 3, classes, n, dtype, device=at("simt"), seed=m)
+    target[:] = torch.tensor([classes - 1, -100, classes // 2])
+    simt.reset_counters()
+    F.mutual_kd(logits, target, teachers=teachers, ce_weight=0.5, reduction="none")
+    counters = simt.counters()
+    assert counters["launches"] >= 3 and counters["blocks"] >= 3 * (2 * parts + 1)
+    check(logits, target, teachers=teachers, ce_weight=0.5)
+
+
+def test_many_long_rows_are_not_split(simt, at):
+    logits, _, _ = make(2, 264, 4096, device=at("simt"))
+    simt.reset_counters()
+    F.mutual_kd(logits, reduction="none")
+    assert 264 <= simt.counters()["blocks"] < 2 * 264
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0, 0.7])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_split_rows_at_temperatures_with_weights_per_row(temperature, reduction, device):
+    logits, teachers, target = make(2, 3, 6152, 1, device=device)
+    g = torch.Generator().manual_seed(1)
+    weights, teacher_weights = torch.rand(2, 2, 3, generator=g), torch.rand(2, 1, 3, generator=g)
+    weights[:, :, 1] = teacher_weights[:, :, 1] = 0  # a row from which nobody learns
+    check(logits, target, teachers=teachers, weights=weights, teacher_weights=teacher_weights, temperature=temperature,
+          ce_weight=0.5, reduction=reduction)  # fmt: skip
+    check(logits, teachers=teachers, weights=weights, teacher_weights=teacher_weights, reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype, classes", [(torch.float32, 6152), (torch.bfloat16, 12302)])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_equal_split_networks_are_exactly_0_apart(temperature, dtype, classes, device, values_unreadable):
+    (one,), _, target = make(1, 3, classes, dtype=dtype, device=device)
+    logits = [one.detach().clone().requires_grad_() for _ in range(3)]
+    loss, grads = loss_and_grads(logits, temperature=temperature, reduction="none")
+    assert float(loss.abs().max()) == 0 and all(float(g.abs().max()) == 0 for g in grads)
+    target[:] = torch.tensor([classes, -100, 5])
+    loss, grads = loss_and_grads(logits, target, ce_weight=0.5, reduction="none")
+    assert loss.isnan().tolist() == [[True, False, False]] * 3 and all(g[0].isnan().all() for g in grads)
+    assert all(g[1].eq(0).all() and g[2].isfinite().all() and g[2].ne(0).any() for g in grads)
+
+
+@pytest.mark.parametrize("masked", [slice(0, 4096), slice(2048, 4096), slice(4000, None)])  # parts of 2052 classes
+def test_masked_parts_of_split_rows(masked, device):
+    """A part may have no class at all; one that a network has alone makes what it learns infinite."""
+    logits, _, target = make(2, 2, 6152, device=device)
+    target[:] = 3999 if masked.start == 4000 else 5000
+    with torch.no_grad():
+        for z in logits:
+            z[:, masked] = -INF
+    check(logits, target, ce_weight=0.5, reduction="none")
+    with torch.no_grad():
+        logits[0][1, 1 if masked.start == 4000 else 6000] = -INF
+    loss = F.mutual_kd(logits, target, reduction="none").detach()
+    assert loss[0].isinf().tolist() == [False, True] and loss[1].isfinite().all()
+
+
+def test_split_rows_give_the_same_bits_in_every_order_of_threads(simt, at):
+    at("simt")
+    logits, _, target = make(2, 1, 4100)
+    results = in_every_schedule(simt, lambda: loss_and_grads(logits, target, ce_weight=0.5, reduction="none"))
+    for loss, grads in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(grads, results[0][1], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("clusters", [False, True])
+def test_split_rows_with_large_and_near_logits(clusters, dtype, device):
+    """Logits of a trained model: a few classes far above the rest, or all networks nearly equal."""
+    (first, second), _, target = make(2, 3, 12304, dtype=dtype, device=device)
+    with torch.no_grad():
+        if clusters:
+            for z in (first, second):
+                z[:, 5000:5010] += 60
+        else:
+            second.copy_(first + 0.01 * second)
+    check([first, second], target, ce_weight=0.5, reduction="none")

@@ -7,6 +7,16 @@
 namespace fastkd {
 inline namespace FASTKD_TARGET {
 
+struct Range {
+  unsigned begin, end;
+};
+
+// The vectors of one of a row's parts.
+__device__ __forceinline__ Range part_of_row(unsigned vectors, unsigned part, unsigned parts) {
+  const unsigned length = (vectors + parts - 1) / parts, begin = min(part * length, vectors);
+  return {begin, min(begin + length, vectors)};
+}
+
 // How many threads go through the vectors of a row: `Threads`, or where that is 0 as many as were launched.
 template <int Threads>
 __device__ __forceinline__ unsigned vector_threads() {
