@@ -26,6 +26,14 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def why_no_kernels(tensor: Tensor) -> str | None:
+    """Why no operation's native kernels take a call on this tensor, or None."""
+    reason = _backend.why_not_native(tensor)
+    if reason is None and is_transformed():
+        reason = "a torch.func transform or forward-mode AD is active"
+    return reason
+
+
 def on_host(scalars: Sequence[float | Tensor]) -> bool:
     """Whether native kernels of any device can take these: numbers, or 0-d tensors on the CPU that need no gradient.
 

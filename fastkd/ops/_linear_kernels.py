@@ -12,7 +12,16 @@ from fastkd import _backend
 from fastkd.ops import _linear_chunks as chunks
 from fastkd.ops import _linear_formula as formula
 from fastkd.ops import _teacher_calls as calls
-from fastkd.ops._autograd import Inputs, graph_is_kept, hand_out, is_transformed, on_host, save_for_backward, with_kept
+from fastkd.ops._autograd import (
+    Inputs,
+    graph_is_kept,
+    hand_out,
+    is_transformed,
+    on_host,
+    save_for_backward,
+    why_no_kernels,
+    with_kept,
+)
 from fastkd.ops._divergences import KINDS, Divergence
 from fastkd.ops._formulas import accumulate_dtype
 from fastkd.ops._inputs import REDUCTIONS, check_range, why_learning
@@ -47,11 +56,9 @@ INSIDE_REASON = 'TopK teachers of mode "both" alone need k classes of the head, 
 
 def why_reference(call: Call) -> str | None:
     """Why this call goes to plain PyTorch, or None where native kernels do the arithmetic of its rows."""
-    reason = _backend.why_not_native(call.hidden)
+    reason = why_no_kernels(call.hidden)
     if reason is not None:
         return reason
-    if is_transformed():
-        return "a torch.func transform or forward-mode AD is active"
     if torch.is_grad_enabled() and (reason := _why_learning(call)) is not None:
         return reason
     options = call.options

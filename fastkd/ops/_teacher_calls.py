@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd import _backend
-from fastkd.ops._autograd import host_scalars, is_transformed, on_host
+from fastkd.ops._autograd import host_scalars, on_host, why_no_kernels
 from fastkd.ops._formulas import LossTerms
 from fastkd.ops._inputs import why_learning
 
@@ -121,11 +121,9 @@ def why_reference(
 
     others: what else must not require grad, with the subject of the sentence: ("the target requires", target).
     """
-    reason = _backend.why_not_native(tensors.student)
+    reason = why_no_kernels(tensors.student)
     if reason is not None:
         return reason
-    if is_transformed():
-        return "a torch.func transform or forward-mode AD is active"
     if torch.is_grad_enabled():
         for k, teacher in enumerate(tensors.teachers):
             if teacher.requires_grad:

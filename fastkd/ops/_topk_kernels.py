@@ -16,7 +16,7 @@ from torch import Tensor
 from fastkd import _backend
 from fastkd.ops import _multi_teacher_native as native
 from fastkd.ops import _topk_formula as formula
-from fastkd.ops._autograd import Inputs, graph_is_kept, is_transformed, on_host
+from fastkd.ops._autograd import Inputs, graph_is_kept, on_host, why_no_kernels
 from fastkd.ops._formulas import Reduction, accumulate_dtype, count_rows, flat_rows
 from fastkd.ops.topk import MODES, Mode
 
@@ -48,13 +48,11 @@ class Rows(NamedTuple):
 
 def why_reference(student: Tensor, teachers: Sequence[Sparse], scalars: Sequence[float | Tensor]) -> str | None:
     """Why plain PyTorch computes the sparse teachers of a call, or None. `scalars`: kd_weight, num_items."""
-    reason = _backend.why_not_native(student)
+    reason = why_no_kernels(student)
     if reason is not None:
         return reason
     if _backend.device_kind(student) != "cpu":
         return NO_CUDA
-    if is_transformed():
-        return "a torch.func transform or forward-mode AD is active"
     if torch.compiler.is_compiling():
         return COMPILED
     if not on_host((*scalars, *[t.temperature for t in teachers])):

@@ -23,7 +23,7 @@ from fastkd._core.checks import check_choice
 from fastkd._core.messages import wrong_value
 from fastkd.ops import _feature_ensemble_kernels as kernels
 from fastkd.ops import _feature_maps as maps
-from fastkd.ops._autograd import is_transformed
+from fastkd.ops._autograd import why_no_kernels
 from fastkd.ops._feature_ensemble_formula import ELEMENTS, NORMS, OP, Elements, Options, Tensors, reference
 from fastkd.ops._feature_maps import Norm
 from fastkd.ops._formulas import Reduction, accumulate_dtype
@@ -134,11 +134,9 @@ def _selected(tensors: Tensors, options: Options, pairs: Sequence[int]) -> tuple
 
 def why_reference(tensors: Tensors) -> str | None:
     """Why this call goes to plain PyTorch, or None where the native kernels take it."""
-    reason = _backend.why_not_native(tensors.students[0])
+    reason = why_no_kernels(tensors.students[0])
     if reason is not None:
         return reason
-    if is_transformed():
-        return "a torch.func transform or forward-mode AD is active"
     if torch.is_grad_enabled():
         for k, teacher in enumerate(tensors.teachers):
             if teacher.requires_grad:

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from fastkd import _backend
 from fastkd._core.checks import check_index
 from fastkd._core.messages import wrong_type, wrong_value
-from fastkd.ops._autograd import is_transformed
+from fastkd.ops._autograd import why_no_kernels
 from fastkd.ops._formulas import accumulate_dtype, count_rows, flat_rows, rows_of
 from fastkd.ops._inputs import (
     check_layout,
@@ -269,11 +269,9 @@ def statistics(
 
 def why_reference(networks: Sequence[Tensor], soft: Tensor | None = None) -> str | None:
     """Why these logits go to plain PyTorch, or None where the native kernels take them."""
-    reason = _backend.why_not_native(networks[0])
+    reason = why_no_kernels(networks[0])
     if reason is not None:
         return reason
-    if is_transformed():
-        return "a torch.func transform or forward-mode AD is active"
     for tensor in networks if soft is None else (*networks, soft):
         if tensor.dtype not in SUPPORTED:
             return f"there are no native kernels for {tensor.dtype}"

@@ -22,7 +22,7 @@ from fastkd._core.messages import wrong_value
 from fastkd.ops import _losses
 from fastkd.ops import _peer_groups as groups
 from fastkd.ops import _peer_kernels as kernels
-from fastkd.ops._autograd import host_scalars, is_transformed, on_host
+from fastkd.ops._autograd import host_scalars, on_host, why_no_kernels
 from fastkd.ops._divergences import check_mutual
 from fastkd.ops._formulas import LossTerms, Reduction
 from fastkd.ops._inputs import (
@@ -188,13 +188,11 @@ def _losses_and_terms(op: str, tensors: Tensors, options: Options) -> tuple[Tens
 def why_reference(tensors: Tensors, options: Options) -> str | None:
     """Why this call goes to plain PyTorch, or None where the native kernels take it."""
     learning = torch.is_grad_enabled()
-    reason = _backend.why_not_native(tensors.logits[0])
+    reason = why_no_kernels(tensors.logits[0])
     if reason is not None:
         return reason
     if options.divergence.kind != "forward":
         return "there are kernels of divergence='forward' alone"
-    if is_transformed():
-        return "a torch.func transform or forward-mode AD is active"
     for k, teacher in enumerate(tensors.teachers):
         if teacher.requires_grad and learning:
             return why_learning(f"teachers[{k}]", tensors.logits)

@@ -24,7 +24,7 @@ from fastkd._core.checks import check_choice, check_number
 from fastkd._core.messages import wrong_type, wrong_value
 from fastkd.ops import _gather
 from fastkd.ops import _relational_kernels as kernels
-from fastkd.ops._autograd import is_transformed
+from fastkd.ops._autograd import why_no_kernels
 from fastkd.ops._formulas import Reduction
 from fastkd.ops._inputs import REDUCTIONS, check_mask, check_num_items, why_learning
 from fastkd.ops._relational_formula import ANGLE, DISTANCE, Options, Tensors, reference
@@ -129,11 +129,9 @@ def _run(
 
 def why_reference(tensors: Tensors) -> str | None:
     """Why this call goes to plain PyTorch, or None where the native kernels take it."""
-    reason = _backend.why_not_native(tensors.student)
+    reason = why_no_kernels(tensors.student)
     if reason is not None:
         return reason
-    if is_transformed():
-        return "a torch.func transform or forward-mode AD is active"
     if tensors.teacher.requires_grad and torch.is_grad_enabled():
         return why_learning("teacher", (tensors.student,))
     return None
