@@ -111,15 +111,15 @@ def test_export(name):
 @pytest.mark.parametrize("place", ["cpu", "simt"])
 @pytest.mark.parametrize("kind", [op.KIND_DISTANCE, op.KIND_SINGLE, op.KIND_FULL])
 def test_opcheck(kind, place, at):
-    student, _ = make(19, device=at(place), requires_grad=False)
+    student, _ = make(33, device=at(place), requires_grad=False)
     ops, rows = _backend.native_ops(student), op.centred(student)
-    for mask in (None, torch.arange(19) % 3 > 0):
+    for mask in (None, torch.arange(33) % 3 > 0):
         torch.library.opcheck(ops.relational_sides.default, (rows, rows @ rows.T, mask, kind, 1e-6))
         if kind == op.KIND_DISTANCE or place == "simt":  # the CPU sums no differences for angles
             own = rows.float() if kind == op.KIND_SINGLE else rows
             torch.library.opcheck(ops.relational_distances.default, (own, mask, kind, 1e-6))
     planes, mean = ops.relational_sides(rows, rows @ rows.T, None, kind, 1e-6)
-    for weight, reduction, need_grad in ((None, 2, True), (torch.ones(19, dtype=torch.float64), 0, False)):
+    for weight, reduction, need_grad in ((None, 2, True), (torch.ones(33, dtype=torch.float64), 0, False)):
         torch.library.opcheck(ops.relational_loss.default, (planes, planes, mean, weight, kind, reduction, need_grad))
 
 
