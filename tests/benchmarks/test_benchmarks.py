@@ -251,6 +251,7 @@ def run_benchmarks(folder, body, *options):
     return run.returncode, run.stdout + run.stderr, list(folder.glob("results/*.json"))
 
 
+@pytest.mark.slow
 def test_only_what_is_measured_must_pass_and_a_run_stops_with_one_sentence(tmp_path):
     """-k chooses the cases; --quick asks the tests of the place that is measured."""
     body = "import pytest\n\n@pytest.mark.parametrize('place', ['simt', 'cpu'])\n"
@@ -295,6 +296,7 @@ def test_slow_calls_are_measured_cold_only(monkeypatch):
     assert [c["caches"] for c in report.comparisons(case, steps, "cpu", seconds=0)] == [measure.COLD]
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_file_and_prints_the_table(tmp_path):
     code, output, written = run_benchmarks(tmp_path, "def test_right():\n    pass\n")
     assert code == 0 and len(written) == 1, output
