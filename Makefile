@@ -35,8 +35,10 @@ test: $(BUILT) ## all tests that are not marked slow (under 10 minutes)
 test-asan: $(INSTALLED) ## the operations' CPU tests under the address and undefined-behaviour sanitizers (4 minutes; g++)
 	$(PY) tests/asan.py
 
+# Two at a time whatever the cores: most are one process that waits or compiles. loadfile: a file's tests share a wheel,
+# an environment, a folder.
 test-slow: $(BUILT) ## the slow tests: the wheel under other versions of torch (needs 15 GB of disk), the examples in each framework
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -m slow
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -m slow -n 2 --dist loadfile --durations=10
 
 coverage: $(BUILT) ## which lines of fastkd the tests run, in one process (30 minutes; needs `pip install coverage`)
 	$(THREADS) $(PY) -m coverage run --source=fastkd -m pytest -q -m "not slow"

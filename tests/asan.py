@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "asan"
 LEVELS = (1, 3, 4)
+JOBS = 2  # levels at a time
 # What runs the CPU kernels, but for calls under torch.compile and in several processes: minutes, and the same kernels.
 TESTS = "cpu or threads or random or more_rows"
 # Instrumented loops are not vectorised: a sum has one chain of roundings, not one per lane.
@@ -84,20 +86,25 @@ def main() -> int:
     # A finding must reach the terminal: no capture of file descriptors.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "asan", "-p", "no:cacheprovider", "--capture=sys"]
     command += ["-m", "not slow", "-k", TESTS, *files, *sys.argv[1:]]
-    for level in LEVELS:
-        environment = settings(level)
-        code = "import fastkd; print(fastkd._library.CPU.cpu_level)"
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True
-        )
-        if int(done.stdout) != level:
-            print(f"CPU level {level}: this processor has not got it", flush=True)
-            continue
-        print(f"CPU level {level}:", flush=True)
-        status = subprocess.run(command, cwd=ROOT, env=environment).returncode
-        if status != 0:
-            return status
+    with ThreadPoolExecutor(JOBS) as pool:
+        for status, said in pool.map(lambda level: at_level(level, command), LEVELS):
+            print(said, flush=True)
+            if status != 0:
+                pool.shutdown(cancel_futures=True)
+                return status
     return 0
+
+
+def at_level(level: int, command: list[str]) -> tuple[int, str]:
+    """pytest's status at this CPU level, and all that it and a sanitizer said."""
+    environment = settings(level)
+    code = "import fastkd; print(fastkd._library.CPU.cpu_level)"
+    here = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
+    if int(here.stdout) != level:
+        return 0, f"CPU level {level}: this processor has not got it"
+    whole = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    done = subprocess.run(command, cwd=ROOT, env=environment, **whole)
+    return done.returncode, f"CPU level {level}:\n{done.stdout}"
 
 
 if __name__ == "__main__":

@@ -98,11 +98,15 @@ def agreeing_weights(
 
 
 def on_capped_simplex(point: Tensor, cap: float) -> Tensor:
-    """The nearest [K] with sum 1 and elements in [0, cap], by bisection of the shift."""
-    low, high = point.min() - cap, point.max()
-    for _ in range(50):
-        middle = (low + high) / 2
-        above = (point - middle).clamp(0, cap).sum() > 1
-        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    found = (point - (low + high) / 2).clamp(0, cap)
+    """The nearest [K] with sum 1 and elements in [0, cap]: `point` less a shift, clamped.
+
+    Between the 2 K shifts at which an element reaches 0 or cap the sum falls on straight lines.
+    """
+    shifts = torch.cat([point - cap, point]).sort().values
+    sums = (point - shifts[:, None]).clamp(0, cap).sum(1)  # from K cap, at least 1, down to 0
+    after = (sums > 1).sum(0, keepdim=True).clamp(1, sums.numel() - 1)
+    before = after - 1
+    above, below = sums.gather(0, before), sums.gather(0, after)
+    part = ((above - 1) / (above - below).clamp(min=torch.finfo(point.dtype).tiny)).clamp(0, 1)
+    found = (point - torch.lerp(shifts.gather(0, before), shifts.gather(0, after), part)).clamp(0, cap)
     return found / found.sum()

@@ -56,6 +56,7 @@ def test_points_share_their_base_and_are_each_measured_once():
     assert all(scaling.BASE in scaling.points(axis) for axis in scaling.AXES)
 
 
+@pytest.mark.slow
 def test_it_writes_its_file_and_chart_and_prints_the_tables(tmp_path, tiny, capsys):
     assert other.run("scaling", options(tmp_path)) == 0
     said = capsys.readouterr().out

@@ -224,6 +224,25 @@ def test_the_nearest_point_of_a_capped_simplex():
     torch.testing.assert_close(near, torch.tensor([0.6, 0.4, 0.0], dtype=torch.float64), rtol=0, atol=1e-9)
 
 
+def by_bisection(point, cap):
+    low, high = point.min() - cap, point.max()
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (point - middle).clamp(0, cap).sum() > 1 else (low, middle)
+    return (point - low).clamp(0, cap)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e3])
+@pytest.mark.parametrize("k", [1, 2, 3, 7])
+def test_any_point_is_brought_onto_the_capped_simplex(k, size):
+    g = torch.Generator().manual_seed(k)
+    for cap in (1 / k, (1 + 1 / k) / 2, 1.0):
+        for point in (torch.randn(k, generator=g, dtype=torch.float64) * size, torch.arange(k).double() // 2 * size):
+            near = on_capped_simplex(point, cap)
+            torch.testing.assert_close(near, by_bisection(point, cap), rtol=0, atol=1e-12 * max(1.0, size))
+            assert near.sum() == pytest.approx(1, abs=1e-12) and near.min() >= 0 and near.max() <= cap + 1e-12
+
+
 def test_rows_without_a_label_have_no_part_in_the_weights():
     z, t = mlp(1)(X), [mlp(2)(X), mlp(3)(X)]
     y = Y.clone()

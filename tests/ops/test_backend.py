@@ -154,18 +154,24 @@ import warnings, torch, fastkd
 warnings.simplefilter("always")
 z = torch.randn(2, 3, requires_grad=True)
 fastkd.functional.multi_teacher_kd(z, [z])
-print(fastkd.backend_info()["backend"])
+print(fastkd.backend_info()["backend"], fastkd._backend.machine.check_everywhere)
 """
 
 
-@pytest.mark.parametrize("settings, warned", [({"FASTKD_BACKEND": "auto"}, True), ({"FASTKD_WARN": "0"}, False)])
-def test_the_environment_chooses_and_silences(settings, warned, monkeypatch):
+@pytest.mark.parametrize(
+    "settings, warned, checked",
+    [
+        ({"FASTKD_BACKEND": "auto", "FASTKD_CHECKS": "1"}, True, "True"),
+        ({"FASTKD_WARN": "0", "FASTKD_CHECKS": "0"}, False, "False"),
+    ],
+)
+def test_the_environment_chooses_silences_and_checks_everywhere(settings, warned, checked, monkeypatch):
     for name in ("FASTKD_BACKEND", "FASTKD_WARN"):
         monkeypatch.delenv(name, raising=False)
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "auto"
+    assert done.stdout.split() == ["auto", checked]
     assert ("FallbackWarning: multi_teacher_kd runs in plain PyTorch" in done.stderr) == warned
 
 

@@ -5,6 +5,7 @@ import datetime
 import pytest
 import torch
 from linear_helpers import CLASSES, ROWS, labels, randn, student, teachers_of
+from processes_helpers import together
 
 import fastkd
 from fastkd import Head
@@ -77,18 +78,7 @@ def worker(rank, store, failures):
 
 
 def test_shards_of_two_and_of_four_processes_equal_one(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    failures = context.SimpleQueue()
-    processes = [context.Process(target=worker, args=(rank, tmp_path / "store", failures)) for rank in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-    assert failures.empty(), failures.get()
-    assert [process.exitcode for process in processes] == [0] * 4
+    together(worker, 4, tmp_path / "store", seconds=300)
 
 
 @pytest.fixture

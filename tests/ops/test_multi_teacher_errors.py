@@ -166,20 +166,6 @@ def test_the_reference_agrees_on_a_target_that_cannot_be_checked():
     assert loss.isnan().tolist() == [False, True, False] == grad.isnan().all(1).tolist()
 
 
-def test_checks_everywhere_is_an_environment_variable():
-    import subprocess
-    import sys
-
-    code = "from fastkd import _backend; print(_backend.machine.check_everywhere)"
-    for value, expected in (("1", "True"), ("0", "False")):
-        import os
-
-        out = subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "FASTKD_CHECKS": value}, capture_output=True, text=True
-        )
-        assert out.stdout.strip() == expected
-
-
 def test_bad_backend_names():
     expected = "use_backend: name must be 'auto', 'native' or 'reference', got 'cuda'"
     with pytest.raises(ValueError, match=expected), fastkd.use_backend("cuda"):

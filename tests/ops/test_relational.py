@@ -20,6 +20,8 @@ from fastkd.testing import DTYPES, Case, over
 F = fastkd.functional
 BOTH = pytest.mark.parametrize("name", FUNCTIONS)
 EVERYWHERE = pytest.mark.parametrize("place", PLACES)
+CUDA = ["simt", "cuda"]
+ON_CUDA = pytest.mark.parametrize("place", CUDA)
 
 
 def make(n, width=7, teacher_width=9, kind="random", teacher_kind="random", dtype=torch.float32, device="cpu"):
@@ -63,8 +65,14 @@ def run_case(case, device, dtype):
     check(function, student, teacher, **options)
 
 
-@over(CASES, PLACES)
+@over(CASES, ["cpu"])
 def test_table(case, place, dtype, at):
+    run_case(case, at(place), dtype)
+
+
+@over(CASES[::3], CUDA, dtypes=[torch.float16, torch.bfloat16])
+def test_table_in_half_precision(case, place, dtype, at):
+    """These networks reach the kernels in float32, of which test_table_in_both_forms runs all cases."""
     run_case(case, at(place), dtype)
 
 
@@ -74,10 +82,6 @@ def form(request, monkeypatch):
     monkeypatch.setattr(kernels, "GRAM_ROWS", 0)
     with _backend.pretend(fast_float64=request.param):
         yield request.param
-
-
-CUDA = ["simt", "cuda"]
-ON_CUDA = pytest.mark.parametrize("place", CUDA)
 
 
 @pytest.mark.usefixtures("form")
@@ -516,13 +520,13 @@ def step(n, width):
 step(64, 64)
 before = step(1024, 2048)
 print(peak() - before)
-step(2048, 64)
+step(1448, 64)
 print(peak() - before)
 """
 
 
 def test_memory_grows_with_the_square(at):
-    """The usual code needs 8.6 GB for [1024, 1024, 2048] and 34 GB for [2048, 2048, 2048], several times."""
+    """The usual code needs 8.6 GB for [1024, 1024, 2048] and 12 GB for [1448, 1448, 1448], several times."""
     at("cpu")
     out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout.split()
-    assert float(out[0]) < 200 and float(out[1]) < 500, out
+    assert float(out[0]) < 200 and float(out[1]) < 250, out

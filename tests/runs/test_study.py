@@ -203,7 +203,7 @@ def test_a_table_that_is_not_whole_is_refused_in_one_sentence(tmp_path, rows, me
 
 
 def test_a_run_that_is_stopped_in_time_goes_on_to_the_same_end(tmp_path, capsys):
-    path, out = written(tmp_path, methods=["ce"], seeds=1, baselines=["ce"], pairs=[], epochs=400), tmp_path / "out"
+    path, out = written(tmp_path, methods=["ce"], seeds=1, baselines=["ce"], pairs=[], epochs=150), tmp_path / "out"
     assert main(["study", str(path), "--out", str(out), "--limit", "0"]) == 0
     assert "stopped with 0 of 1" in capsys.readouterr().out and not (out / "runs").exists()
     run = read(path).runs[0]
@@ -215,7 +215,7 @@ def test_a_run_that_is_stopped_in_time_goes_on_to_the_same_end(tmp_path, capsys)
     pool._stop()
     while pool.active:
         pool._collect()
-    assert 0 < len(read_csv(metrics)) < 400 and study_pool.spent(out)[run.name] > 0
+    assert 0 < len(read_csv(metrics)) < 150 and study_pool.spent(out)[run.name] > 0
     assert main(["study", str(path), "--out", str(out)]) == 0
     with cpu_threads(1):
         Runner(run.config(tmp_path / "whole"), say=lambda text: None).run()

@@ -72,7 +72,7 @@ def lose_one(tmp_path, number: int, *options: str, epochs: int = 500) -> tuple[i
 def test_a_killed_process_ends_the_others(tmp_path):
     """torchrun looks ten times a second and may end the other before that has spoken: here it looks later."""
     status, said, seconds = lose_one(tmp_path, signal.SIGKILL, "--monitor-interval", "5")
-    assert status == 1 and seconds < 40
+    assert status == 1 and seconds < 80
     assert "fastkd: another process of this run has ended or did not answer within 10 s (--timeout)" in said
     assert (
         "--resume goes on from it" in said
@@ -83,7 +83,7 @@ def test_a_killed_process_ends_the_others(tmp_path):
 def test_a_process_that_hangs_ends_the_others(tmp_path):
     """torchrun itself gives a stopped process 30 s to end."""
     status, said, seconds = lose_one(tmp_path, signal.SIGSTOP)
-    assert status == 1 and 9 < seconds < 80
+    assert status == 1 and 9 < seconds < 120
     assert "did not answer within 10 s" in said
 
 

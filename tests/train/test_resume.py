@@ -138,7 +138,7 @@ def test_raised_epochs_follow_the_longer_schedule(tmp_path):
     assert found == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
 def test_ctrl_c_of_the_command(tmp_path, workers):
     """SIGINT to all its processes, as a terminal sends it: status 130, how to go on, and the same bits after it."""
 
