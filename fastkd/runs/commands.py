@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from fastkd._core.files import write_atomic
 from fastkd._core.locks import lock, why_not_writable
-from fastkd._core.messages import UserError
+from fastkd._core.messages import UserError, note
 from fastkd.runs import compare as comparing
 from fastkd.runs import environment
 from fastkd.runs.ablations import asked
@@ -114,6 +114,8 @@ def compare(config: CompareConfig, command: str, say: Callable[[str], None] = pr
         raise UserError("fastkd compare runs in one process: start it without torchrun")
     config = _as_begun(config)
     job = CompareJob.of(config)
+    for option in job.unused():
+        note(f"options.{option} changes nothing: none of {', '.join(config.methods)} has it")
     if config.tensorboard:
         board.writer_type()
     out = _open(config)

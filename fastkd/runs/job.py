@@ -14,7 +14,7 @@ from fastkd._core.messages import UserError
 from fastkd.methods import MeanTeacher, Method
 from fastkd.runs.ablations import Variants, asked, variants
 from fastkd.runs.config import CompareConfig, TrainConfig
-from fastkd.runs.plans import Recipe, check_options, plan, recipe
+from fastkd.runs.plans import RECIPES, Recipe, arguments_of, check_options, plan, recipe
 from fastkd.runs.stages import Stage
 from fastkd.train.devices import pick_device
 from fastkd.train.distributed import ALONE, World
@@ -127,9 +127,17 @@ class CompareJob:
         """The names of the methods that are compared."""
         return self.config.methods
 
+    def unused(self) -> list[str]:
+        """Options that other methods have, and none of these."""
+        known = arguments_of(self.recipes)
+        return [option for option in self.config.options if option not in known and option in arguments_of(RECIPES)]
+
     def runs(self) -> dict[tuple[str, int], Job]:
-        """The job of each method and seed; UserError for an option that no method has, or a plan that cannot be."""
-        check_options(self.recipes, self.config.options)
+        """The job of each method and seed; UserError for an option that no method has, or a plan that cannot be.
+
+        Options of methods that are not compared may be there: a recipe serves whichever are asked for.
+        """
+        check_options(self.recipes, self.config.options, RECIPES)
         return {(name, seed): self._run(name, seed) for seed in self.config.seeds for name in self.methods}
 
     def _run(self, name: str, seed: int) -> Job:

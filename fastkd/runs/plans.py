@@ -266,11 +266,18 @@ def recipe(name: str) -> Recipe:
     raise UserError(f"there is no method {name!r}: {suggest(begun) or guess(name.lower(), RECIPES)}known are {known}")
 
 
-def check_options(recipes: Mapping[str, Recipe], options: Mapping[str, Any]) -> None:
-    """UserError for an option that none of these methods has."""
-    known = list(dict.fromkeys(argument for how in recipes.values() for argument in how.arguments))
+def arguments_of(recipes: Mapping[str, Recipe]) -> list[str]:
+    """The options that one of these methods has, each once."""
+    return list(dict.fromkeys(argument for how in recipes.values() for argument in how.arguments))
+
+
+def check_options(
+    recipes: Mapping[str, Recipe], options: Mapping[str, Any], others: Mapping[str, Recipe] | None = None
+) -> None:
+    """UserError for an option that none of these methods has, and none of `others` whose options may be there, too."""
+    known, let_pass = arguments_of(recipes), arguments_of(others or {})
     for option in options:
-        if option not in known:
+        if option not in known and option not in let_pass:
             near = guess(option, known, show="options.{}".format)
             has = f"it has {', '.join(known)}" if known else "it has none"
             who = next(iter(recipes)) if len(recipes) == 1 else "each of the methods"

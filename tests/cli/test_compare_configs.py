@@ -54,6 +54,18 @@ def test_the_demo_has_every_paper_and_a_run_for_every_analysis_of_runs():
         assert list(Runner(runs[method, seed], data=data).stages)[-1] == "student"  # builds each stage
 
 
+def test_a_recipe_serves_methods_that_lack_one_of_its_options():
+    """The demo's temperature is for others than these; what no method has is a mistake all the same."""
+    job = CompareJob.of(compared("--config", "demo", "--methods", "ce,feed-parallel"))
+    assert job.unused() == ["temperature"] and len(job.runs()) == 2 * len(job.config.seeds)
+    assert CompareJob.of(compared("--config", "demo")).unused() == []
+    wrong = CompareJob.of(compared("--methods", "ce,feed-parallel", "--options.temprature", "2"))
+    assert wrong.unused() == []
+    with pytest.raises(UserError, match="each of the methods has no option 'temprature'"):
+        wrong.runs()
+    assert len(CompareJob.of(compared("--config", "demo", "--methods", "ce")).runs()) == len(job.config.seeds)
+
+
 def test_other_methods_may_be_asked_for(capfd):
     config = compared("--config", "dgkd_cifar100", "--methods", "ce,kd,dgkd", "--epochs", "3", "--options.lam", "0.5")
     assert config.methods == ["ce", "kd", "dgkd"] and config.epochs == 3
