@@ -20,7 +20,7 @@ SMALL = {
     "multi_teacher_jsd": [Logits(3, 37, 2)],
     "multi_teacher_kd_with_gradient": [Logits(3, 37, 2)],
     "multi_label": [Logits(3, 37, 2), Logits(5, 1, 1), Logits(2, 5003, 3)],
-    "mutual": [Networks(3, 37, 3), Networks(2, 5003, 2)],
+    "mutual": [Networks(3, 37, 3), Networks(2, 5003, 2), Networks(2, 8216, 2)],  # the last in several parts a row
     "cross_entropy": [Networks(3, 37, 3), Networks(2, 5003, 2)],
     "group_stats": [Networks(3, 37, 3), Networks(2, 5003, 2)],
     "feature_ensemble": [Maps(2, 5, 3, 3, 2), Maps(2, 64, 9, 9, 1)],

@@ -235,7 +235,7 @@ OPERATIONS = {
             fused=mutual,
             baselines=with_reference(mutual, mutual_eager.mutual),
             bytes_floor=inputs.mutual_bytes,
-            gpu=((Networks(8192, 32000, 3), BF16),),
+            gpu=((Networks(8192, 32000, 3), BF16), (Networks(16, 128256, 2), BF16)),
             tests="tests/ops/test_mutual*.py",
         ),
         Operation(
