@@ -26,7 +26,7 @@ venv: $(INSTALLED) ## make .venv with the pinned development set
 
 build: $(BUILT) ## build the native libraries in the source tree
 
-demo: $(BUILT) ## the papers' methods on handwritten digits with wrong labels, four seeds each: table, picture, report
+demo: $(BUILT) ## the papers' methods on handwritten digits with wrong labels, eight seeds each: table, picture, report
 	$(PY) -m fastkd compare --config demo --out $(DEMO) --resume
 
 test: $(BUILT) ## all tests that are not marked slow (under 10 minutes)

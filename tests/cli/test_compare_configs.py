@@ -47,7 +47,7 @@ def test_the_demo_has_every_paper_and_a_run_for_every_analysis_of_runs():
     assert config.methods == compared().methods and {"dgkd", "orc", "ctsl-mkt", "dkel"} < set(config.methods)
     needed = [set(analysis.methods) for analysis in ANALYSES.values() if analysis.methods]
     assert all(any(method in config.methods for method in methods) for methods in needed)
-    assert config.label_noise == 0.4 and len(config.seeds) > 3 and config.validation == 0
+    assert config.label_noise == 0.5 and len(config.seeds) > 3 and config.validation == 0
     seed, runs = config.seeds[0], CompareJob.of(config).runs()
     data = load_data(runs["ce", seed].config)
     for method in config.methods:
