@@ -3,7 +3,9 @@
 import contextlib
 import csv
 import math
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -309,20 +311,33 @@ def test_holm_steps_down():
 
 def test_each_process_takes_a_seed_of_its_own_so_that_none_waits_for_anothers_teacher(tmp_path, monkeypatch):
     """Runs end in turn, the one that was started first before the others."""
-    started = []
+    started, running = [], []
 
-    def start(pool, context, run):
-        started.append(run.name)
-        pool.active.append(study_pool.Active(run, None, 0.0))
+    class Process:
+        exitcode = 0
 
-    monkeypatch.setattr(study_pool.Pool, "_start", start)
-    monkeypatch.setattr(study_pool.Pool, "_collect", lambda pool: pool.active.pop(0))
+        def __init__(self, target, args):
+            self.name = Path(args[0].out).name
+            self.sentinel, writes = os.pipe()
+            os.close(writes)  # the other end is at its end, as that of a process that ended
+
+        def start(self):
+            started.append(self.name)
+            running.append(self)
+
+        def is_alive(self):
+            return running[0] is not self
+
+        def join(self):
+            running.remove(self)
+            os.close(self.sentinel)
+
+    monkeypatch.setattr(study_pool, "forking", lambda *imported: SimpleNamespace(Process=Process))
     runs = read(written(tmp_path, seeds=2)).runs
-    study_pool.Pool(tmp_path, 2, math.inf, lambda run, status: None).carry_out(runs)
-    assert started == ["ce-seed0", "ce-seed1", "kd-seed0", "kd-seed1"]
-    started.clear()
-    study_pool.Pool(tmp_path, 3, math.inf, lambda run, status: None).carry_out(runs)  # more processes than seeds
-    assert started == ["ce-seed0", "ce-seed1", "kd-seed0", "kd-seed1"]
+    for jobs in (2, 3):  # 3: more than seeds
+        started.clear()
+        study_pool.Pool(tmp_path, jobs, math.inf, lambda run, status: None).carry_out(runs)
+        assert started == ["ce-seed0", "ce-seed1", "kd-seed0", "kd-seed1"]
 
 
 def test_time_left_is_what_runs_of_the_same_method_took(tmp_path):
