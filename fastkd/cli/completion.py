@@ -28,15 +28,23 @@ fi
 _fastkd() {
   local at=1 offered=""
   [[ ${COMP_WORDS[0]} == *python* ]] && at=3
-  local current=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]}
+  local current=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]} command=${COMP_WORDS[at]} start=""
+  if [[ $current == "=" ]]; then  # bash takes --method=d for three words, zsh for one
+    command="=" current=""
+  elif [[ $before == "=" ]]; then
+    command="=" before=${COMP_WORDS[COMP_CWORD - 2]}
+  elif [[ $current == --*=* ]]; then
+    command="=" before=${current%%=*} current=${current#*=}
+    start="$before="
+  fi
   if ((COMP_CWORD == at)); then
     offered="@COMMANDS@"
   else
-    case "${COMP_WORDS[at]} $before" in
+    case "$command $before" in  # behind = stand values alone
 @CASES@
     esac
   fi
-  COMPREPLY=($(compgen -W "$offered" -- "$current"))
+  COMPREPLY=($(compgen -P "$start" -W "$offered" -- "$current"))
 }
 complete -o default -F _fastkd fastkd
 if [[ -n ${ZSH_VERSION-} ]]; then

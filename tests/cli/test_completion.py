@@ -45,6 +45,11 @@ def completed(file, line: str, function: str = "_fastkd") -> list[str]:
         ("fastkd study cifar10-16px-p", ["cifar10-16px-pilot"]),
         ("fastkd study x --job", ["--jobs"]),
         ("fastkd analyze dkel-m", ["dkel-monte-carlo"]),
+        ("fastkd train --method = dg", ["dgkd"]),  # how bash hands over --method=dg
+        ("fastkd train --amp =", ["none", "bf16", "fp16"]),
+        ("fastkd train --method=dg", ["--method=dgkd"]),
+        ("fastkd train --epochs=", []),
+        ("fastkd train --epochs =", []),
         ("fastkd info ", []),
     ],
 )

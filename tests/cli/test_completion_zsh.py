@@ -75,6 +75,7 @@ def terminal(tmp_path_factory):
     [
         ("fastkd tr", "fastkd train "),
         ("fastkd train --method dg", "fastkd train --method dgkd "),
+        ("fastkd train --method=dg", "fastkd train --method=dgkd "),
         ("fastkd train --train-s", "fastkd train --train-size "),
         ("fastkd train --options.surv", "fastkd train --options.survival "),
         ("fastkd train --config dgkd_image", "fastkd train --config dgkd_imagenet "),
