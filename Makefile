@@ -32,7 +32,7 @@ demo: $(BUILT) ## the papers' methods on handwritten digits with wrong labels, e
 test: $(BUILT) ## all tests that are not marked slow (under 10 minutes)
 	$(THREADS) $(PY) -m pytest -m "not slow" $(PARALLEL) --durations=10
 
-test-asan: $(INSTALLED) ## the operations' CPU tests under the address and undefined-behaviour sanitizers (4 minutes; g++)
+test-asan: $(INSTALLED) ## the operations' CPU tests under the address and undefined-behaviour sanitizers (3 minutes; g++)
 	$(PY) tests/asan.py
 
 # Two at a time whatever the cores: most are one process that waits or compiles. loadfile: a file's tests share a wheel,
