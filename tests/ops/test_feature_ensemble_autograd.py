@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compile_helpers import recording
 from feature_ensemble_helpers import LAYOUTS, PLACES, F, check, in_float64, loss_and_grads, make, sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -120,11 +121,7 @@ def test_fullgraph_compile(layouts, options):
     torch._dynamo.reset()
     graphs = []
 
-    def backend(graph, example):
-        graphs.extend(m.print_readable(print_output=False) for m in (graph, *graph.children()) if hasattr(m, "graph"))
-        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
-
-    compiled = torch.compile(call(options), fullgraph=True, backend=backend)
+    compiled = torch.compile(call(options), fullgraph=True, backend=recording(graphs))
     actual, expected = compiled(*students, *teachers), call(options)(*students, *teachers)
     assert any("fastkd.feature_ensemble_forward" in graph for graph in graphs)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as torch_functional
+from compile_helpers import recording
 from conftest import PLACES
 from multi_teacher_helpers import raw
 from rows_helpers import beside
@@ -175,14 +176,9 @@ def test_fullgraph_compile(options):
         options = dict(weights=torch.rand(3, 4))
     graphs = []
 
-    def backend(graph, example):
-        modules = (m for m in graph.modules() if isinstance(m, torch.fx.GraphModule))
-        graphs.extend(m.print_readable(print_output=False) for m in modules)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
-
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda s, t, y: F.multi_teacher_kd(s * 1.5, t, y, **options), fullgraph=True, backend=backend
+        lambda s, t, y: F.multi_teacher_kd(s * 1.5, t, y, **options), fullgraph=True, backend=recording(graphs)
     )
     actual, expected = (
         compiled(student, teachers, target),

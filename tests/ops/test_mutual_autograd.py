@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from compile_helpers import recording
 from conftest import PLACES
 from rows_helpers import beside
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -255,13 +256,8 @@ def test_fullgraph_compile(options):
     def function(zs, y):
         return F.mutual_kd([z * 1.5 for z in zs], y, **options)
 
-    def backend(graph, example):
-        modules = (m for m in graph.modules() if isinstance(m, torch.fx.GraphModule))
-        graphs.extend(m.print_readable(print_output=False) for m in modules)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
-
     torch._dynamo.reset()
-    actual = torch.compile(function, fullgraph=True, backend=backend)(logits, target)
+    actual = torch.compile(function, fullgraph=True, backend=recording(graphs))(logits, target)
     expected = function(logits, target)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     grads = [torch.autograd.grad(x.sum(), logits) for x in (actual, expected)]
