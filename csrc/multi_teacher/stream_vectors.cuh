@@ -66,17 +66,14 @@ __device__ __forceinline__ void over_vectors(const RowOf<K>& row, unsigned begin
   run_vectors<kVectorThreads, true>(begin, end, [&](unsigned vector) { return load_vectors(row, vector); }, f);
 }
 
-// So many rows make two rounds of blocks on the largest GPUs; fewer are split into at most so many parts.
+// So many rows make two rounds of blocks on the largest GPUs; fewer are split.
 constexpr int64_t kWholeRows = 1056;
-constexpr int kMostParts = 32;
 
 // Parts of a row for `blocks` blocks in all, where rows are few, with at least two vectors of a thread in each.
 template <class S>
 unsigned parts_of_row(const Args& args, int64_t blocks) {
   constexpr int64_t kLeast = 2 * kVectorThreads * kRawItems<S>;
-  const int64_t wanted = (blocks + args.rows - 1) / args.rows, most = args.classes / kLeast;
-  const int64_t parts = wanted < most ? wanted : most;
-  return unsigned(parts < 1 ? 1 : parts < kMostParts ? parts : kMostParts);
+  return parts_for_blocks(args.rows, blocks, args.classes / kLeast);
 }
 
 // f(dtype, places for teachers, AtOne) as template arguments, for what these kernels take.

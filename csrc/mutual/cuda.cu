@@ -9,7 +9,7 @@ namespace fastkd::mutual {
 int64_t scratch_numbers_cuda(const Args& args) {
   const int networks = args.learners + args.teachers;
   if (networks > kVectorNetworks || args.type == DType::f64) return 0;
-  const int64_t parts = parts_of_row(args);
+  const unsigned parts = parts_of_row(args);
   return parts == 1 ? 0 : args.rows * parts * kPartNumbers<kVectorNetworks>;
 }
 

@@ -88,7 +88,7 @@ bool try_vectors(const Args& args, cudaStream_t stream) {
     p.words = unsigned(args.classes / 2);
   }
   float* const scratch = static_cast<float*>(args.scratch);
-  const unsigned parts = scratch ? unsigned(parts_of_row(args)) : 1;
+  const unsigned parts = scratch ? parts_of_row(args) : 1;
   switch (networks) {
     case 1: launch_vectors<S, 1>(p, parts, scratch, stream); break;
     case 2: launch_vectors<S, 2>(p, parts, scratch, stream); break;

@@ -26,14 +26,12 @@ constexpr int kPartNumbers = 4 * M + M * M;
 
 // So many rows make two rounds of blocks on the largest GPUs. Fewer are split into parts until all together fill such a GPU with
 // blocks of the least size, four to a multiprocessor; a part has at least as many vectors as such a block takes.
-constexpr int64_t kWholeRows = 264, kBlocks = 528, kLeastVectors = 512, kMostParts = 32;
+constexpr int64_t kWholeRows = 264, kBlocks = 528, kLeastVectors = 512;
 
-inline int64_t parts_of_row(const Args& args) {
-  const int64_t vectors = args.classes * bytes_of(args.type) / int64_t(sizeof(uint4));
+inline unsigned parts_of_row(const Args& args) {
   if (args.rows == 0 || args.rows >= kWholeRows) return 1;
-  const int64_t wanted = (kBlocks + args.rows - 1) / args.rows, most = vectors / kLeastVectors;
-  const int64_t parts = wanted < most ? wanted : most;
-  return parts < 1 ? 1 : parts < kMostParts ? parts : kMostParts;
+  const int64_t vectors = args.classes * bytes_of(args.type) / int64_t(sizeof(uint4));
+  return parts_for_blocks(args.rows, kBlocks, vectors / kLeastVectors);
 }
 
 template <int M>

@@ -258,8 +258,8 @@ __global__ void __launch_bounds__(kVectorThreads, 1)
   }
   PairSums<M> pairs{};
   const int64_t label = p.ce_weight != 0 ? p.target[index] : -1;
-  // Of four networks there are no registers for a next vector.
   const Range learnt = rows ? Range{0, 0} : range;
+  // Of four networks there are no registers for a next vector.
   over_vectors<S, (M < 4)>(p, row, learnt, [&](unsigned vector, const Vectors<M>& now) {
     uint32_t packed[M][4];
     const int64_t at = label - int64_t(vector) * kRawItems<S>;

@@ -17,6 +17,15 @@ __device__ __forceinline__ Range part_of_row(unsigned vectors, unsigned part, un
   return {begin, min(begin + length, vectors)};
 }
 
+// The lanes of a warp bring the parts' sums together.
+constexpr int kMostParts = 32;
+
+// Parts of each of `rows` rows, which are few, for `blocks` blocks in all; `most` is what a row's length allows.
+inline unsigned parts_for_blocks(int64_t rows, int64_t blocks, int64_t most) {
+  const int64_t wanted = (blocks + rows - 1) / rows, parts = wanted < most ? wanted : most;
+  return unsigned(parts < 1 ? 1 : parts < kMostParts ? parts : kMostParts);
+}
+
 // How many threads go through the vectors of a row: `Threads`, or where that is 0 as many as were launched.
 template <int Threads>
 __device__ __forceinline__ unsigned vector_threads() {
