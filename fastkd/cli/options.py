@@ -166,8 +166,8 @@ def _for_comparison(values: dict[str, Any], asked: str | None) -> dict[str, Any]
 
 
 def _config_file(name: str) -> str:
-    """A file as it is named; where there is none, the recipe of that name in the package."""
-    if Path(name).exists():
+    """A file as it is named; where there is none, or a folder, the recipe of that name in the package."""
+    if Path(name).exists() and not Path(name).is_dir():
         return name
     known = recipe_names()
     asked = name.removeprefix("configs/").removesuffix(".yaml")  # where they lay in the source tree

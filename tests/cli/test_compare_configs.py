@@ -54,6 +54,17 @@ def test_the_demo_has_every_paper_and_a_run_for_every_analysis_of_runs():
         assert list(Runner(runs[method, seed], data=data).stages)[-1] == "student"  # builds each stage
 
 
+def test_a_recipe_is_found_beside_a_folder_of_its_name(tmp_path, monkeypatch):
+    """`make demo` leaves its results in demo."""
+    expected = compared("--config", "demo")
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "other"):
+        (tmp_path / name).mkdir()
+    assert compared("--config", "demo") == expected
+    with pytest.raises(UserError, match="the config other cannot be read, there is no such file or recipe"):
+        compared("--config", "other")
+
+
 def test_a_recipe_serves_methods_that_lack_one_of_its_options():
     """The demo's temperature is for others than these; what no method has is a mistake all the same."""
     job = CompareJob.of(compared("--config", "demo", "--methods", "ce,feed-parallel"))
