@@ -185,6 +185,13 @@ RECIPES = {
         fixed={"mode": "parallel"},
         digits={"beta": 5.0},
     ),
+    "aver-parallel": Recipe(
+        methods.AVER,
+        _with_guides(methods.AVER),
+        stages.copies,
+        "The teachers of feed-parallel guide the student by their logits, weight 1/K each: what an ensemble of logits "
+        "does with the same networks.",
+    ),
     "feed-sequential": Recipe(
         methods.FEED,
         _with_guides(methods.FEED, mode="sequential"),

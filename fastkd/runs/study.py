@@ -46,7 +46,8 @@ class Study:
         name: of the file.
         runs: seeds outermost, so that whole seeds come together; each process takes the first of a seed of its own.
         baselines: methods to which all others are compared.
-        pairs: (method, method): is the first better than the second?
+        pairs: (method, method): is the first better than the second? Asked in each setting that has both. One may be
+            named with its setting, "SETTING:METHOD"; a plain name beside it is of the setting "default".
     """
 
     name: str
@@ -99,9 +100,11 @@ def read(path: Path, overrides: dict[str, Any] | None = None) -> Study:
                 if method in among and seed in of
             ]
     _check(runs, path)
-    for name in (*baselines, *(name for pair in pairs for name in pair)):
-        if name not in methods:
-            raise UserError(f"the study {path}: {name!r} is compared, but is not one of its methods")
+    there = {*methods, *(f"{run.setting}:{run.method}" for run in runs)}
+    for names, known in ((baselines, methods), ([name for pair in pairs for name in pair], there)):
+        for name in names:
+            if name not in known:
+                raise UserError(f"the study {path}: {name!r} is compared, but is not one of its methods")
     return Study(path.stem, tuple(runs), baselines, pairs)
 
 

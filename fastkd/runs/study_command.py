@@ -146,7 +146,9 @@ def finish(study: Study, out: Path, command: str, say: Callable[[str], None] = p
     rows = write_rows(out, study)
     if not rows:
         return None
-    planned = {run.setting: sum(other.setting == run.setting for other in study.runs) for run in study.runs}
+    planned = {
+        run.setting: [other.method for other in study.runs if other.setting == run.setting] for run in study.runs
+    }
     facts = study_report.Facts(study.name, planned, study.baselines, study.pairs)
     say("\n" + study_report.tables(rows, facts) + "\n")
     return study_report.write(out, rows, facts, command, study)

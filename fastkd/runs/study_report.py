@@ -6,13 +6,14 @@ import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastkd._core.files import write_atomic
 from fastkd.runs import environment
 from fastkd.runs.config import to_yaml
 from fastkd.runs.figures import log_scale, pyplot, save_figure
 from fastkd.runs.job import Job
-from fastkd.runs.study import Run, Study, arguments_text
+from fastkd.runs.study import DEFAULT, Run, Study, arguments_text
 from fastkd.runs.study_stats import TEST, Difference, Rows, by_seed, half_width, holm, mean_of, paired
 from fastkd.runs.tables import table
 
@@ -21,10 +22,10 @@ ALL = ("", "_before")  # of the student's stage, and of what was trained for it
 
 @dataclass(frozen=True)
 class Facts:
-    """planned: setting > number of runs, {} where it is not known; the others as in `Study`."""
+    """planned: setting > the method of each of its runs, {} where it is not known; the others as in `Study`."""
 
     name: str
-    planned: dict[str, int]
+    planned: dict[str, list[str]]
     baselines: tuple[str, ...]
     pairs: tuple[tuple[str, str], ...]
 
@@ -34,12 +35,16 @@ def tables(rows: Rows, facts: Facts) -> str:
     parts = []
     for setting in dict.fromkeys(row["setting"] for row in rows):
         own = [row for row in rows if row["setting"] == setting]
-        of = f" of {facts.planned[setting]}" if setting in facts.planned else ""
+        planned = facts.planned.get(setting)
+        of = f" of {len(planned)}" if planned else ""
         there = f"{len(own)}{of} run{'s' * (bool(of) or len(own) > 1)}"
         parts += [f"## {setting}: {there}", "", accuracies(own), ""]
         for baseline in facts.baselines:
             parts += [gains(own, baseline), ""] if differences(own, baseline) else []
-        parts += [_pairs(own, facts.pairs), ""] if facts.pairs else []
+        within = [pair for pair in facts.pairs if not _across(pair) and {*pair} <= {*(planned or _methods(own))}]
+        parts += [_pairs(own, within), ""] if within else []
+    across = [pair for pair in facts.pairs if _across(pair)]
+    parts += ["## Between settings", "", _pairs(rows, across)] if across else []
     return "\n".join(parts).rstrip()
 
 
@@ -76,14 +81,25 @@ def differences(rows: Rows, baseline: str) -> dict[str, Difference]:
     return dict(sorted(((n, d) for n, d in found.items() if d is not None), key=lambda item: -item[1].mean))
 
 
-def _pairs(rows: Rows, pairs: tuple[tuple[str, str], ...]) -> str:
+def _across(pair: tuple[str, str]) -> bool:
+    return any(":" in name for name in pair)
+
+
+def _pairs(rows: Rows, pairs: list[tuple[str, str]]) -> str:
     cells = []
-    for better, than in pairs:
-        found = paired(by_seed(rows, better), by_seed(rows, than))
+    for pair in pairs:
+        better, than = pair
+        found = paired(*(_of_setting(rows, name) if _across(pair) else by_seed(rows, name) for name in pair))
         empty = ["-"] * 4
         cells.append([f"{better} > {than}", *(_difference(found, None) if found else empty)])
         cells[-1].append(found.verdict if found else "no runs yet")
     return table(["ordering", "points", "95 % interval", "p", "seeds better", "verdict"], cells)
+
+
+def _of_setting(rows: Rows, name: str) -> dict[int, float]:
+    """seed > accuracy of "SETTING:METHOD"; of a plain method, in the setting "default"."""
+    setting, _, method = name.rpartition(":")
+    return by_seed([row for row in rows if row["setting"] == (setting or DEFAULT)], method)
 
 
 def _difference(each: Difference, adjusted: float | None) -> list[str]:
@@ -130,6 +146,7 @@ def draw_costs(rows: Rows, path: Path) -> None:
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
     for axis, column, unit, label in ((axes[0], "flops", 1e12, "TFLOP"), (axes[1], "cpu_seconds", 60, "CPU minutes")):
+        labels: list[tuple[str, float, float, str]] = []
         for number, method in enumerate(_methods(rows)):
             values = [100 * v for v in by_seed(rows, method).values()]
             mean, half, style = statistics.fmean(values), half_width(values), dict(color=f"C{number % 10}")
@@ -139,14 +156,33 @@ def draw_costs(rows: Rows, path: Path) -> None:
             axis.errorbar(total, mean, yerr=0 if math.isnan(half) else half, fmt="o", capsize=3, **style)
             axis.plot([own, total], [mean, mean], linewidth=0.8, alpha=0.6, **style)
             axis.scatter(own, mean, s=30, facecolor="white", zorder=3, edgecolor=style["color"])
-            axis.annotate(method, (total, mean), xytext=(5, 3), textcoords="offset points", fontsize=8, **style)
-        if axis.lines:
+            labels.append((method, total, mean, style["color"]))
+        if labels:
             log_scale(axis, "x")
         axis.set_xlabel(f"training [{label}]: hollow the student's stage, full with all before it")
         axis.set_ylabel(f"{rows[0].get('judged_on', 'test')} accuracy, last epoch [%]")
         axis.grid(alpha=0.3, which="both")
+        axis.margins(x=0.12)
+        figure.draw_without_rendering()  # so that places on the paper are known
+        _write_apart(axis, labels)
     save_figure(figure, path)
     plt.close(figure)
+
+
+def _write_apart(axis: Any, labels: list[tuple[str, float, float, str]]) -> None:
+    """Each (text, x, y, color) right of its point, as far above or below as no other text is."""
+    points = 72 / axis.figure.dpi
+    width, height, taken = 4.8, 10.0, []  # of a letter of 8 points
+    for text, x, y, color in sorted(labels, key=lambda label: -label[2]):
+        left, bottom = (points * value for value in axis.transData.transform((x, y)))
+        for step in sorted(range(-12, 13), key=abs):
+            low = bottom + 3 + 5 * step
+            right = left + width * len(text)
+            if not any(abs(low - b) < height and left < end and start < right for start, end, b in taken):
+                break
+        taken.append((left, right, low))
+        place = {"xytext": (5, low - bottom), "textcoords": "offset points"}
+        axis.annotate(text, (x, y), fontsize=8, color=color, **place)
 
 
 READING = f"""Accuracies are those after the last epoch; within the study nothing was chosen by the images they are of.

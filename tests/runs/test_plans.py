@@ -75,6 +75,10 @@ def test_plans_of_the_students_own_architecture():
         *teachers,
         ("student", "S", "feed-parallel", *"teacher1 teacher2".split()),
     ]
+    assert shape("aver-parallel", num_teachers=2) == [
+        *teachers,
+        ("student", "S", "aver-parallel", "teacher1", "teacher2"),
+    ]
     for method in ("ban", "feed-sequential"):
         assert shape(method, generations=4, options={"lam": 0.5} if method == "ban" else {"beta": 5.0}) == [
             ("generation1", "S", "ce"),

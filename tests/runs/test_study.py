@@ -4,6 +4,7 @@ import contextlib
 import csv
 import math
 import os
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,6 +89,8 @@ def test_a_methods_options_go_over_those_of_all_and_a_settings_over_both(tmp_pat
         ({"lr": "fast"}, "--lr must be a finite number >= 0, got 'fast'"),
         ({"epochs": 0}, "--epochs must be an integer of at least 1"),
         ({"baselines": ["dgkd"]}, "'dgkd' is compared"),
+        ({"baselines": ["default:kd"]}, "'default:kd' is compared"),
+        ({"pairs": [["kd", "slow:kd"]]}, "'slow:kd' is compared"),
         ({"methods": {"ce": None, "kd": {"options": {"beta": 1}}}}, "kd has no option 'beta'"),
         ({"settings": {"a": {"methods": ["orc"]}}}, "the setting a has a method 'orc'"),
     ],
@@ -297,6 +300,49 @@ def test_paired_differences_have_the_books_values():
     one = paired({0: 0.6}, {0: 0.5})
     assert one.verdict == "cannot tell" and math.isnan(one.p) and math.isnan(half_width([0.6]))
     assert paired({0: 0.6}, {1: 0.5}) is None
+
+
+def test_orderings_stand_where_both_methods_are_and_between_settings():
+    """Of a setting with some methods only those pairs; of pairs that name settings a table of their own."""
+    accuracies = {("default", "ce"): (0.5, 0.6), ("default", "kd"): (0.7, 0.81), ("slow", "kd"): (0.6, 0.7)}
+    rows = [
+        dict(method=method, setting=setting, seed=seed, accuracy=value)
+        for (setting, method), values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+    pairs = (("kd", "ce"), ("kd", "dgkd"), ("kd", "slow:kd"), ("slow:kd", "default:ce"))
+    planned = {"default": ["ce", "kd", "dgkd"] * 2, "slow": ["kd", "kd"]}
+    text = study_report.tables(rows, study_report.Facts("small", planned, ("ce",), pairs))
+    default, slow, between = (part for part in text.split("## ")[1:])
+    assert default.startswith("default: 4 of 6 runs") and slow.startswith("slow: 2 of 2 runs")
+    found = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in map(_cells, default.splitlines())}
+    assert found["kd > ce"][0] == "+20.50" and found["kd > dgkd"][-1] == "no runs yet"
+    assert "ordering" not in slow
+    found = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in map(_cells, between.splitlines())}
+    assert [(name, values[0], values[-1]) for name, values in found.items() if ">" in name] == [
+        ("kd > slow:kd", "+10.50", "holds"),  # 10 and 11 points: 10.5 +- 6.4
+        ("slow:kd > default:ce", "+10.00", "holds"),
+    ]
+    alone = study_report.tables(rows, study_report.Facts("small", {}, ("ce",), pairs[:2]))
+    assert "kd > ce" in alone and "kd > dgkd" not in alone  # nothing says that dgkd is to come
+
+
+def _cells(line: str) -> list[str]:
+    return line.strip("|").split("|")
+
+
+def test_labels_of_methods_that_cost_and_reach_the_same_stand_apart(tmp_path, monkeypatch):
+    names = [f"method-{number}" for number in range(6)]
+    rows = [dict(method=name, setting="default", seed=0, accuracy=0.5, flops=1e12, flops_before=0) for name in names]
+    drawn = []
+    monkeypatch.setattr(study_report, "save_figure", lambda figure, path: drawn.append(figure))
+    study_report.draw_costs(rows, tmp_path / "costs.png")
+    figure = drawn[0]
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert [text.get_text() for text in figure.axes[0].texts] == names
+    heights = sorted((box.y0, box.y1) for box in boxes)
+    assert all(low[1] <= high[0] + 1 for low, high in pairwise(heights))
 
 
 def test_holm_steps_down():
