@@ -331,6 +331,18 @@ def _cells(line: str) -> list[str]:
     return line.strip("|").split("|")
 
 
+def test_the_page_has_the_orderings_of_its_rows():
+    """docs/study.md against docs/study-orderings.csv, by the study that made it."""
+    study, docs = read(find("digits-orderings")), Path(__file__).parents[2] / "docs"
+    rows = study_rows.read_rows(docs / "study-orderings.csv")
+    assert {(row["method"], row["seed"]) for row in rows} == {(run.method, run.seed) for run in study.runs}
+    facts = study_report.Facts(study.name, {}, study.baselines, study.pairs)
+    table = [_cells(line) for line in study_report.tables(rows, facts).splitlines() if " > " in line]
+    page = [_cells(line) for line in (docs / "study.md").read_text().splitlines() if " > " in line and line[0] == "|"]
+    table, page = ([[cell.strip() for cell in cells] for cells in lines] for lines in (table, page))
+    assert len(table) == len(study.pairs) and table == page
+
+
 def test_labels_of_methods_that_cost_and_reach_the_same_stand_apart(tmp_path, monkeypatch):
     names = [f"method-{number}" for number in range(6)]
     rows = [dict(method=name, setting="default", seed=0, accuracy=0.5, flops=1e12, flops_before=0) for name in names]
