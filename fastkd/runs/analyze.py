@@ -116,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     found.add_argument("name", metavar="NAME", help="one of those above")
-    found.add_argument("run", metavar="RUN", nargs="?", help="folder of a run or of a comparison")
+    found.add_argument("run", metavar="RUN", nargs="?", help="folder of a run, a comparison or a study")
     found.add_argument("--out", metavar="DIR", default="analysis", help="folder for the files (default: analysis)")
     found.add_argument("--seed", metavar="N", type=int, default=0, help="of the random starts (default: 0)")
     return found

@@ -11,6 +11,7 @@ from fastkd._core.messages import UserError
 from fastkd.runs.config import read_yaml
 from fastkd.train.metrics import Row, read_csv
 
+CONFIG = "config.yaml"
 UNFINISHED = "This run is not finished."
 
 
@@ -45,18 +46,20 @@ class Run:
 
 
 def read(folder: str | Path) -> list[Run]:
-    """The run in a folder, which may be one of a comparison's, or all runs of a comparison.
+    """The run in a folder, which may be one of a comparison's, or all runs of a comparison or a study.
 
     UserError where there is none with a finished epoch.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give the folder (--out) of a run")
-    if not (folder / "config.yaml").is_file():
+    if not (folder / CONFIG).is_file():
         if found := _of_comparison(folder):
             return [found]
+        if runs := _of_study(folder):
+            return runs
         raise UserError(f"{folder} holds no run: it has no config.yaml")
-    options = read_yaml(folder / "config.yaml")
+    options = read_yaml(folder / CONFIG)
     if "methods" in options:
         return _compared(folder, options)
     rows = read_csv(folder / "metrics.csv")
@@ -68,10 +71,17 @@ def read(folder: str | Path) -> list[Run]:
 def _of_comparison(folder: Path) -> Run | None:
     """The run in OUT/runs/METHOD-seedN, whose options are those of the comparison in OUT."""
     folder = folder.absolute()
-    config = folder.parents[1] / "config.yaml" if len(folder.parents) > 1 else folder
+    config = folder.parents[1] / CONFIG if len(folder.parents) > 1 else folder
     options = read_yaml(config) if folder.parent.name == "runs" and config.is_file() else {}
     runs = _compared(folder.parents[1], options) if "methods" in options else []
     return next((run for run in runs if run.folder == folder), None)
+
+
+def _of_study(folder: Path) -> list[Run]:
+    """The runs of a study that have finished an epoch here; each has options of its own."""
+    folders = sorted(each.parent for each in (folder / "runs").glob(f"*/{CONFIG}"))
+    runs = ((each, read_csv(each / "metrics.csv")) for each in folders)
+    return [Run(each, read_yaml(each / CONFIG), rows) for each, rows in runs if rows]
 
 
 def _compared(folder: Path, options: dict[str, Any]) -> list[Run]:
@@ -83,9 +93,6 @@ def _compared(folder: Path, options: dict[str, Any]) -> list[Run]:
             rows = read_csv(each / "metrics.csv")
             runs += [Run(each, options | {"method": method, "seed": seed}, rows)] if rows else []
     return runs
-
-
-CONFIG = "config.yaml"
 
 
 def holds_run(folder: Path) -> bool:

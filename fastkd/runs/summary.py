@@ -10,7 +10,7 @@ from fastkd._core.files import write_atomic
 from fastkd._core.messages import UserError
 from fastkd.runs import html
 from fastkd.runs.figures import LAST_EPOCH, draw_curves, draw_runs
-from fastkd.runs.folder import UNFINISHED, Run, read
+from fastkd.runs.folder import CONFIG, UNFINISHED, Run, read
 from fastkd.runs.tables import percent, table
 
 DEFAULT_OUT = "report"
@@ -42,8 +42,8 @@ def report(folders: Sequence[str], out: str | None, command: str, say: Callable[
     if len(runs) == 1 and out is None:
         return _report_one(runs[0], command, say)
     target = Path(out or DEFAULT_OUT)
-    if (target / "config.yaml").exists():
-        raise UserError(f"--out {target} holds a run: name another folder for the report")
+    if any((target / name).exists() for name in (CONFIG, "study.csv")):
+        raise UserError(f"--out {target} holds a run or a study: name another folder for the report")
     target.mkdir(parents=True, exist_ok=True)
     draw_runs(runs, target / "runs.png")
     lines = [f"# {len(runs)} runs", "", summary(runs), "", "![accuracy and loss of each run](runs.png)", ""]
@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    found.add_argument("run", nargs="*", metavar="RUN", help="folder (--out) of a run or of a comparison")
+    found.add_argument("run", nargs="*", metavar="RUN", help="folder (--out) of a run, a comparison or a study")
     found.add_argument("--out", metavar="DIR", help=f"folder for the report of several runs (default: {DEFAULT_OUT})")
     found.add_argument("--html", action="store_true", help="also report.html: one file with the pictures in it")
     return found

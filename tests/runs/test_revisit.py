@@ -83,7 +83,7 @@ def read_yaml_values(options):
         (["{tmp}"], "holds no run: it has no config.yaml"),
         (["{tmp}/empty"], "has finished no epoch yet"),
         (["{tmp}", "--format", "html"], "has no option --format"),
-        (["{run}", "{run}", "--out", "{run}"], "holds a run: name another folder"),
+        (["{run}", "{run}", "--out", "{run}"], "holds a run or a study: name another folder"),
     ],
 )
 def test_wrong_calls(finished, tmp_path, capsys, arguments, sentence):

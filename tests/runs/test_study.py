@@ -16,7 +16,8 @@ from train_helpers import assert_same, last_state
 
 from fastkd._core.messages import UserError
 from fastkd.cli import main
-from fastkd.runs import processes, study_command, study_pool, study_report, study_rows, study_worker
+from fastkd.runs import folder, processes, study_command, study_pool, study_report, study_rows, study_worker
+from fastkd.runs.revisit import method_of, runs_by
 from fastkd.runs.runner import Result
 from fastkd.runs.stages import Stage
 from fastkd.runs.study import RECIPES, find, read
@@ -158,6 +159,13 @@ def test_a_study_in_two_processes_is_resumed_and_trains_each_teacher_once(tmp_pa
     assert table in (out / "report.md").read_text() and table in (tmp_path / "again" / "report.md").read_text()
     assert main([*command, "--epochs", "3"]) == 2
     assert "--epochs was 1, now 3" in capsys.readouterr().err
+    runs = folder.read(out)  # analyses and reports take a study's folder
+    assert [run.folder.name for run in runs] == ["ce-seed0", "ce-seed1", "kd-seed0", "kd-seed1"]
+    assert [method_of(run) for run in runs_by(runs, ("kd",), "it")] == ["kd", "kd"]
+    assert main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
+    assert "# 4 runs" in (tmp_path / "report" / "report.md").read_text()
+    assert main(["report", str(out), "--out", str(out)]) == 2
+    assert "holds a run or a study: name another folder" in capsys.readouterr().err
 
 
 def test_rows_of_another_machine_are_not_done_again(tmp_path, capsys):
