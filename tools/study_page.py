@@ -65,7 +65,7 @@ def rewritten(text: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         head, name, file, kind, _, tail = match.groups()
-        return f"{head}{table(read(find(name)), read_rows(DOCS / file), kind)}\n{tail}"
+        return f"{head}\n{table(read(find(name)), read_rows(DOCS / file), kind)}\n\n{tail}"
 
     return BLOCK.sub(block, text)
 
