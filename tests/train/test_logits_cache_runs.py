@@ -24,7 +24,7 @@ from fastkd.train.kept_logits import size as in_words
 # Batches of one size: a network's answer to an image may change in the last bit with the rows beside it.
 OPTIONS = dict(train_size=64, batch_size=16, epochs=3, guide_epochs=2, own_epochs=2)
 METHODS = {"kd": {}, "dgkd": {"drop": "bernoulli"}, "aver": {}, "takd": {}, "ctsl-mkt": {}, "ban": {}}
-METHODS |= {"dkd": {}, "dist": {}, "ae-kd": {}, "ebkd": {}}
+METHODS |= {"dkd": {}, "dist": {}, "ae-kd": {}, "ebkd": {}, "aver-parallel": {}}
 
 
 @pytest.fixture
