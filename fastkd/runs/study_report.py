@@ -172,7 +172,8 @@ def draw_costs(rows: Rows, path: Path) -> None:
 def _write_apart(axis: Any, labels: list[tuple[str, float, float, str]]) -> None:
     """Each (text, x, y, color) right of its point, as far above or below as no other text is."""
     points = 72 / axis.figure.dpi
-    width, height, taken = 4.8, 10.0, []  # of a letter of 8 points
+    width, height = 4.8, 10.0  # of a letter of 8 points
+    taken: list[tuple[float, float, float]] = []  # left, right, bottom
     for text, x, y, color in sorted(labels, key=lambda label: -label[2]):
         left, bottom = (points * value for value in axis.transData.transform((x, y)))
         for step in sorted(range(-12, 13), key=abs):
