@@ -46,10 +46,7 @@ def table(study: Study, rows: Rows, kind: str) -> str:
     if kind == "accuracies":
         found = study_report.accuracies(own)
     elif kind == "orderings":
-        facts = study_report.Facts(study.name, {}, study.baselines, study.pairs)
-        lines = study_report.tables(rows, facts).splitlines()
-        heads = ["| ordering | points | 95 % interval | p | seeds better | verdict |", "| --- " * 6 + "|"]
-        found = "\n".join([*heads, *(line for line in lines if " > " in line)])
+        found = study_report.orderings(rows, study.pairs)
     else:
         found = study_report.gains(own, kind.removeprefix("gains-"))
     return "\n".join(_narrow(line) for line in found.splitlines())

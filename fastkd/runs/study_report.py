@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,9 @@ def tables(rows: Rows, facts: Facts) -> str:
         for baseline in facts.baselines:
             parts += [gains(own, baseline), ""] if differences(own, baseline) else []
         within = [pair for pair in facts.pairs if not _across(pair) and {*pair} <= {*(planned or _methods(own))}]
-        parts += [_pairs(own, within), ""] if within else []
+        parts += [orderings(rows, within, setting), ""] if within else []
     across = [pair for pair in facts.pairs if _across(pair)]
-    parts += ["## Between settings", "", _pairs(rows, across)] if across else []
+    parts += ["## Between settings", "", orderings(rows, across)] if across else []
     return "\n".join(parts).rstrip()
 
 
@@ -85,21 +86,21 @@ def _across(pair: tuple[str, str]) -> bool:
     return any(":" in name for name in pair)
 
 
-def _pairs(rows: Rows, pairs: list[tuple[str, str]]) -> str:
+def orderings(rows: Rows, pairs: Iterable[tuple[str, str]], setting: str = DEFAULT) -> str:
+    """A table, one row a pair (better, than), with its verdict; a plain name is a method in `setting`."""
     cells = []
-    for pair in pairs:
-        better, than = pair
-        found = paired(*(_of_setting(rows, name) if _across(pair) else by_seed(rows, name) for name in pair))
+    for better, than in pairs:
+        found = paired(*(_named(rows, name, setting) for name in (better, than)))
         empty = ["-"] * 4
         cells.append([f"{better} > {than}", *(_difference(found, None) if found else empty)])
         cells[-1].append(found.verdict if found else "no runs yet")
     return table(["ordering", "points", "95 % interval", "p", "seeds better", "verdict"], cells)
 
 
-def _of_setting(rows: Rows, name: str) -> dict[int, float]:
-    """seed > accuracy of "SETTING:METHOD"; of a plain method, in the setting "default"."""
-    setting, _, method = name.rpartition(":")
-    return by_seed([row for row in rows if row["setting"] == (setting or DEFAULT)], method)
+def _named(rows: Rows, name: str, setting: str) -> dict[int, float]:
+    """seed > accuracy of "SETTING:METHOD", or of a method in `setting`."""
+    named, _, method = name.rpartition(":")
+    return by_seed([row for row in rows if row["setting"] == (named or setting)], method)
 
 
 def _difference(each: Difference, adjusted: float | None) -> list[str]:
