@@ -197,18 +197,15 @@ def steps(result: dict, path: Path) -> Path:
             axes.set_xlim(0, longest * 1.75)
             axes.set_xlabel("ms a step")
             axes.set_title(own[0]["networks"])
-        colours = [(COLOURS[backend], alpha) for backend in ("reference", "fused") for alpha in (1, 0.3)] + [
-            (AS_RUN, 1)
-        ]
-        handles = [plt.Rectangle((0, 0), 1, 1, color=colour, alpha=alpha) for colour, alpha in colours]
-        labels = [
-            "losses, plain PyTorch",
-            "the rest of its step",
-            "losses, fused",
-            "the rest of its step",
-            "as runs do it",
-        ]
-        _head(figure, handles, labels, "A training step, networks included")
+        legend = {
+            "losses, plain PyTorch": (COLOURS["reference"], 1),
+            "the rest of that step": (COLOURS["reference"], 0.3),
+            "losses, fused": (COLOURS["fused"], 1),
+            "the rest of the fused step": (COLOURS["fused"], 0.3),
+            "as runs do it": (AS_RUN, 1),
+        }
+        handles = [plt.Rectangle((0, 0), 1, 1, color=colour, alpha=alpha) for colour, alpha in legend.values()]
+        _head(figure, handles, list(legend), "A training step, networks included")
         figure.supxlabel(
             "Medians of steps in turns; under the method, how many times faster its step is, fused and as runs do it.\n"
             + _footer(result),
