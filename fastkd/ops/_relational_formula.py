@@ -58,7 +58,15 @@ def _cosines(x: Tensor, mask: Tensor | None, eps: float) -> Tensor:
     differences, norms, mean = _differences(x, mask)
     short = norms <= eps * mean.detach()
     units = (differences / norms.masked_fill(short, 1)[..., None]).masked_fill(short[..., None], 0)
+    if units.dtype == torch.float32 and _may_round_products():
+        return (units.double() @ units.double().mT).to(units.dtype)
     return units @ units.mT
+
+
+@torch.compiler.assume_constant_result
+def _may_round_products() -> bool:
+    """Whether torch may round what float32 products read: to bfloat16 on processors that have its products."""
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def reference(tensors: Tensors, options: Options) -> Tensor:

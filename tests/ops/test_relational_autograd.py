@@ -290,3 +290,23 @@ WRONG_EPS = [
 @each_wrong_call(wrong_calls(angles) + WRONG_EPS)
 def test_wrong_calls_of_angles(wrong, exception, sentence, backend):
     assert_told(wrong, exception, sentence, backend, "rkd_angle")
+
+
+@BOTH
+def test_the_reference_compiles_and_keeps_its_values_when_float32_products_may_be_rounded(name):
+    student, teacher = make(16, 8, dtype=torch.float32)
+    precision = torch.get_float32_matmul_precision()
+    results = []
+    with fastkd.use_backend("reference"):
+        compiled = torch.compile(lambda s: FUNCTIONS[name](s, teacher), fullgraph=True, backend="aot_eager")
+        try:
+            for each in ("highest", "medium"):  # the second call must not keep the choice of the first one
+                torch.set_float32_matmul_precision(each)
+                for call in (compiled, lambda s: FUNCTIONS[name](s, teacher)):
+                    loss = call(student)
+                    results.append((loss, *torch.autograd.grad(loss, student)))
+        finally:
+            torch.set_float32_matmul_precision(precision)
+    for loss, grad in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-5, atol=0)
+        assert float((grad - results[0][1]).norm() / results[0][1].norm()) <= 1e-5
