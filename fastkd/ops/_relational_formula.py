@@ -63,7 +63,7 @@ def _cosines(x: Tensor, mask: Tensor | None, eps: float) -> Tensor:
     return units @ units.mT
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # compiled code is made anew where it changes
 def _may_round_products() -> bool:
     """Whether torch may round what float32 products read: to bfloat16 on processors that have its products."""
     return torch.get_float32_matmul_precision() != "highest"
