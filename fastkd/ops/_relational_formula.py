@@ -58,15 +58,19 @@ def _cosines(x: Tensor, mask: Tensor | None, eps: float) -> Tensor:
     differences, norms, mean = _differences(x, mask)
     short = norms <= eps * mean.detach()
     units = (differences / norms.masked_fill(short, 1)[..., None]).masked_fill(short[..., None], 0)
-    if units.dtype == torch.float32 and _may_round_products():
+    if units.dtype == torch.float32 and _may_round_products(units.device.type):
         return (units.double() @ units.double().mT).to(units.dtype)
     return units @ units.mT
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # compiled code is made anew where it changes
-def _may_round_products() -> bool:
-    """Whether torch may round what float32 products read: to bfloat16 on processors that have its products."""
-    return torch.get_float32_matmul_precision() != "highest"
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # compiled code is made anew by set_float32_matmul_precision
+def _may_round_products(device_type: str) -> bool:
+    """Whether torch may round what float32 products read: to bfloat16 or TF32, where the device has such products.
+
+    Asked of the backend: torch.get_float32_matmul_precision() raises once one was set by its own fp32_precision.
+    """
+    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    return backend.matmul.fp32_precision not in ("none", "ieee")
 
 
 def reference(tensors: Tensors, options: Options) -> Tensor:

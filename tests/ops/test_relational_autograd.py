@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from errors_helpers import assert_told, each_wrong_call, unknown_reduction
-from relational_helpers import FUNCTIONS, PLACES, embeddings
+from relational_helpers import FUNCTIONS, PLACES, embeddings, loss_and_grad
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fastkd
@@ -298,15 +298,29 @@ def test_the_reference_compiles_and_keeps_its_values_when_float32_products_may_b
     precision = torch.get_float32_matmul_precision()
     results = []
     with fastkd.use_backend("reference"):
-        compiled = torch.compile(lambda s: FUNCTIONS[name](s, teacher), fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend="aot_eager")
         try:
             for each in ("highest", "medium"):  # the second call must not keep the choice of the first one
                 torch.set_float32_matmul_precision(each)
-                for call in (compiled, lambda s: FUNCTIONS[name](s, teacher)):
-                    loss = call(student)
-                    results.append((loss, *torch.autograd.grad(loss, student)))
+                results += [loss_and_grad(call, student, teacher) for call in (compiled, FUNCTIONS[name])]
         finally:
             torch.set_float32_matmul_precision(precision)
     for loss, grad in results[1:]:
         torch.testing.assert_close(loss, results[0][0], rtol=1e-5, atol=0)
         assert float((grad - results[0][1]).norm() / results[0][1].norm()) <= 1e-5
+
+
+@BOTH
+def test_the_reference_keeps_its_values_where_a_backend_says_how_products_are_rounded(name):
+    student, teacher = make(16, 8, dtype=torch.float32)
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    with fastkd.use_backend("reference"):
+        expected = loss_and_grad(FUNCTIONS[name], student, teacher)
+        try:
+            matmul.fp32_precision = "bf16"
+            actual = loss_and_grad(FUNCTIONS[name], student, teacher)
+        finally:
+            matmul.fp32_precision = before
+    for a, b in zip(actual, expected, strict=True):
+        assert float((a - b).norm() / b.norm()) <= 1e-5
